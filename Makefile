@@ -1,0 +1,41 @@
+# make demo    train on drawn landscapes, test, and say where the pictures are
+# make smoke   a few steps, to see that all is installed
+# make test    lint and the everyday tests
+# make slow    the tests that take longer
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --num_epochs 14
+
+.PHONY: demo smoke test slow clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	if [ -f saved_models/day2night/latest.pt ]; then $(BIN)/python train.py --dataset_name day2night --start_from latest; \
+	else $(BIN)/python train.py $(DEMO); fi
+	$(BIN)/python test.py --dataset_name day2night --metrics paired,cycle,losses
+	@echo "watched while it learned: generated_images/day2night/   the test pictures: generated_images/day2night/test/index.html"
+
+smoke: .venv/installed
+	$(BIN)/python train.py $(DEMO) --run_name smoke --overwrite --num_epochs 1 --steps_per_epoch 20
+	$(BIN)/python test.py --dataset_name day2night --run_name smoke --num_test 2
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python -m pytest
+
+slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,635 @@
+"""Unpaired pictures: folders → batches; and the makers and checkers of such folders.
+
+python datasets.py draw day2night --size 64
+python datasets.py split --A faces --B caricatures --dataset_name face2caricature
+python datasets.py check face2caricature --sheet
+"""
+
+import difflib
+import hashlib
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils import (
+    InputError,
+    Parser,
+    bytes_to_range,
+    draw_grid,
+    folder_name,
+    number,
+    picture_to_tensor,
+    save_picture,
+    say,
+    stage,
+    whole,
+)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+BAD_SHARE = 0.05  # of a domain's pictures may be unreadable; above this the run stops
+DEMO = "day2night"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading pictures
+
+
+class UnreadablePicture(Exception):
+    """Raised for a file that is no whole picture, whatever is wrong with it."""
+
+
+def natural_key(path: Path) -> list:
+    """Sort key under which 2.png comes before 10.png."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", str(path))
+    ]
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """All pictures below a folder, by their suffix, in natural order; hidden files are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return sorted(found, key=natural_key)
+
+
+def to_8_bit(picture: Image.Image) -> Image.Image:
+    """Bring 16-bit, 32-bit and float greys to 8 bits; others pass through."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    if picture.mode == "F":
+        values = (
+            values * 255 if np.nanmax(values, initial=0) <= 1 else values
+        )  # floats come as [0, 1] or [0, 255]
+    else:
+        values = values / 257  # 16 bits: 65535 → 255
+    return Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture; only its header is read.
+
+    raises: UnreadablePicture, also for headers that claim more pixels than Pillow's limit against bombs
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on odd tags and large pictures
+            return Image.open(path)
+    except Exception as error:  # Pillow's plug-ins raise a dozen kinds on hostile files
+        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+
+
+def read_picture(path: Path, channels: int = 3) -> Image.Image:
+    """Read any picture as RGB (channels 3) or L (1): turned as its camera was held, transparency over white.
+
+    raises: UnreadablePicture, whatever is wrong with the file
+    """
+    with open_picture(path) as picture:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                picture.load()
+                picture = to_8_bit(ImageOps.exif_transpose(picture))
+            if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB" if channels == 3 else "L")
+        except Exception as error:
+            raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+
+
+def load_picture(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
+    """Read a picture as (channels, H, W) in [-1, 1]; size is (height, width), None keeps its own."""
+    picture = read_picture(path, channels)
+    if size and picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+    return picture_to_tensor(picture)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of a data set
+
+
+def find_dataset(data_root: Path, dataset_name: str) -> Path:
+    """Return the folder of a data set, or say which one may have been meant."""
+    folder = data_root / dataset_name
+    if folder.is_dir():
+        return folder
+    others = sorted(p.name for p in data_root.iterdir() if p.is_dir()) if data_root.is_dir() else []
+    near = difflib.get_close_matches(dataset_name, others, 1, cutoff=0)
+    hint = f"nearest existing: {near[0]}" if near else f"{data_root} holds no data set"
+    raise InputError(
+        f"{folder}: no such data set; {hint}; make one with: python datasets.py split --A DIR --B DIR "
+        f"--dataset_name {dataset_name}, or try --dataset_name {DEMO}"
+    )
+
+
+def split_pictures(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
+    """List the pictures of one part of a data set, such as trainA.
+
+    raises: InputError if the folder is missing, or holds nothing that looks like a picture
+    """
+    if not (folder / split).is_dir():
+        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folder"
+        raise InputError(
+            f"{folder}: no {split}/ inside (found: {found}); rename them, or make the layout with: "
+            "python datasets.py split --A DIR --B DIR --dataset_name NAME"
+        )
+    pictures = list_pictures(folder / split)
+    if not pictures:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise InputError(f"{folder / split}: no picture inside; expected files that end in {kinds}")
+    return pictures[:max_images]
+
+
+def held_out_split(folder: Path) -> str:
+    """Name the part that training may look at but not learn from: test, else val, else train itself."""
+    for split in ("test", "val"):
+        if all(list_pictures(folder / f"{split}{domain}") for domain in "AB"):
+            return split
+    return "train"
+
+
+class BadPictures:
+    """Names each unreadable picture of a domain once, and ends the run when they are too many."""
+
+    def __init__(self, folder: Path, total: int):
+        self.folder, self.total, self.found = folder, total, set()
+
+    def note(self, path: Path, reason: object) -> None:
+        """Take down one unreadable picture.
+
+        raises: InputError when more than BAD_SHARE of the domain (and more than one) are unreadable
+        """
+        if path in self.found:
+            return
+        self.found.add(path)
+        say(f"skipped, unreadable: {path} ({reason})", file=sys.stderr)
+        if len(self.found) > max(1, BAD_SHARE * self.total):
+            raise InputError(
+                f"{self.folder}: {len(self.found)} or more of {self.total} pictures are unreadable, "
+                f"more than {BAD_SHARE:.0%}; list them with: python datasets.py check {self.folder.parent.name}"
+            )
+
+    def readable(self, paths: Sequence[Path]) -> list[Path]:
+        """Return the paths whose header can be read, and take down the others.
+
+        raises: InputError if none is left
+        """
+        kept = []
+        for path in paths:
+            try:
+                open_picture(path).close()
+                kept.append(path)
+            except UnreadablePicture as error:
+                self.note(path, error)
+        if not kept:
+            raise InputError(
+                f"{self.folder}: none of its {self.total} pictures can be read; expected pictures such as PNG or JPEG"
+            )
+        return kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+class UnpairedDataset(Dataset):
+    """Pictures of two domains, drawn independently; an item is asked for by (epoch, i, index_A, index_B).
+
+    The random choices of picture i come from (seed, epoch, i) alone, so that neither the number
+    of workers nor an interruption changes them. returns {"A", "B"}: (channels, height, width) in
+    [-1, 1], and "bad": the files that could not be read and were replaced by the next that can.
+    """
+
+    def __init__(
+        self,
+        paths: dict[str, list[Path]],
+        size: tuple[int, int],
+        channels: int = 3,
+        load_scale: float = 1.12,
+        flip: bool = True,
+        seed: int = 0,
+    ):
+        self.paths, self.size, self.channels, self.flip, self.seed = (
+            paths,
+            size,
+            channels,
+            flip,
+            seed,
+        )
+        self.load_size = tuple(round(side * load_scale) for side in size)
+
+    def __getitem__(self, key: tuple[int, int, int, int]) -> dict:
+        epoch, i, *indices = key
+        item = {"bad": []}
+        for domain, index in zip("AB", indices, strict=True):
+            picture = self._read(domain, index, item["bad"])
+            item[domain] = self._vary(picture, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
+        return item
+
+    def _read(self, domain: str, index: int, bad: list) -> Image.Image:
+        paths = self.paths[domain]
+        for offset in range(len(paths)):
+            path = paths[(index + offset) % len(paths)]
+            try:
+                return read_picture(path, self.channels)
+            except UnreadablePicture as error:
+                bad.append((domain, path, str(error)))
+        raise InputError(
+            f"{paths[0].parent}: none of its {len(paths)} pictures can be read any more"
+        )
+
+    def _vary(self, picture: Image.Image, rng: random.Random) -> Tensor:
+        (height, width), (load_height, load_width) = self.size, self.load_size
+        if picture.size != (load_width, load_height):
+            picture = picture.resize((load_width, load_height), Image.Resampling.BICUBIC)
+        top, left = rng.randint(0, load_height - height), rng.randint(0, load_width - width)
+        picture = picture.crop((left, top, left + width, top + height))
+        if self.flip and rng.random() < 0.5:
+            picture = ImageOps.mirror(picture)
+        return picture_to_tensor(picture)
+
+
+class EpochSampler:
+    """The order of the pictures: full batches of (epoch, i, index_A, index_B), from any step of any epoch.
+
+    An epoch lasts until the larger domain was seen, or `steps`; the smaller one starts again.
+    Set `epoch` and `first_step` before each pass: they are read in the main process, where
+    persistent workers cannot freeze them.
+    """
+
+    def __init__(
+        self, counts: tuple[int, int], batch_size: int, steps: int | None = None, seed: int = 0
+    ):
+        self.counts, self.batch_size, self.seed = counts, batch_size, seed
+        self.steps = steps or math.ceil(max(counts) / batch_size)
+        self.epoch, self.first_step = 0, 0
+
+    def _order(self, domain: str, count: int) -> list[int]:
+        rng, order = random.Random(f"{self.seed}-{self.epoch}-{domain}"), []
+        while len(order) < self.steps * self.batch_size:
+            order += rng.sample(range(count), count)
+        return order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
+        order_A, order_B = (
+            self._order(domain, count) for domain, count in zip("AB", self.counts, strict=True)
+        )
+        for step in range(self.first_step, self.steps):
+            pictures = range(step * self.batch_size, (step + 1) * self.batch_size)
+            yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures]
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+
+def collate(items: list[dict]) -> dict:
+    """Stack the items of a batch: A and B become (N, channels, H, W)."""
+    batch = {domain: torch.stack([item[domain] for item in items]) for domain in "AB"}
+    return batch | {"bad": [bad for item in items for bad in item["bad"]]}
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which saves first and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Make a loader that reads in the order of `sampler`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_interrupt,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo set: the same landscape by day (A) and by night (B), drawn from a seed
+
+SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}
+LAMP, GLASS, ROOF, TRUNK, LEAVES = (
+    (255, 224, 120),
+    (74, 92, 116),
+    (128, 52, 44),
+    (94, 62, 40),
+    (34, 104, 54),
+)
+HAZE, DARK, SUN, MOON, STAR = (
+    (150, 160, 180),
+    (16, 20, 78),
+    (255, 214, 60),
+    (236, 238, 225),
+    (255, 255, 240),
+)
+WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
+GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
+DEMO_FOLDERS = {
+    "trainA": ("day", 0, 400),
+    "trainB": ("night", 100_000, 400),
+    "testA": ("day", 200_000, 40),
+    "testB": ("night", 200_000, 40),
+}
+
+
+def mix(a: tuple, b: tuple, share: float) -> tuple[int, ...]:
+    """Blend two colours; share 0 gives a, 1 gives b."""
+    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+
+
+def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
+    """Draw one landscape as an RGB picture of (size, size) px; time is "day" or "night".
+
+    Everything at night follows from the day: the moon stands where the sun stood, walls and hills
+    are dimmed by one rule, windows are lit, and the stars never change. So a test pair is an
+    honest truth for an unpaired model. Drawn at three times the size, then reduced.
+    """
+    r, s, night = random.Random(seed), 3 * size, time == "night"
+
+    def lit(colour: tuple) -> tuple:
+        return mix(colour, DARK, 0.55) if night else colour
+
+    picture = Image.new("RGB", (s, s))
+    draw = ImageDraw.Draw(picture)
+
+    def disc(x: float, y: float, radius: float, colour: tuple) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+
+    horizon = s * r.uniform(0.35, 0.68)
+    for y in range(s):
+        draw.line([(0, y), (s, y)], fill=mix(*SKY[time], min(1, y / horizon)))
+    for i in range(9 if night else 0):
+        disc(
+            random.Random(i).random() * s, random.Random(1000 + i).random() * 0.3 * s, s / 90, STAR
+        )
+    disc(
+        s * r.uniform(0.12, 0.88),
+        s * r.uniform(0.1, 0.28),
+        s * r.uniform(0.06, 0.11),
+        MOON if night else SUN,
+    )
+
+    ground = r.choice(GROUNDS)
+    for layer, haze in enumerate((0.45, 0.0)):
+        base, phases = horizon + layer * s * 0.09, [r.uniform(0, 6.28) for _ in range(3)]
+        ridge = []
+        for x in range(0, s + 3, 3):
+            ridge.append(
+                (
+                    x,
+                    base
+                    - s
+                    * 0.045
+                    * sum(math.sin(x / s * (3 + 2 * i) + p) for i, p in enumerate(phases)),
+                )
+            )
+        draw.polygon([*ridge, (s, s), (0, s)], fill=lit(mix(ground, HAZE, haze)))
+    for _ in range(r.randint(1, 3)):
+        x, y, w = s * r.uniform(0.03, 0.72), s * r.uniform(0.66, 0.92), s * r.uniform(0.17, 0.3)
+        h, wall = w * r.uniform(0.7, 1.2), r.choice(WALLS)
+        draw.rectangle([x, y - h, x + w, y], fill=lit(wall))
+        draw.polygon(
+            [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)], fill=lit(ROOF)
+        )
+        for left in (0.16, 0.58):
+            window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
+            draw.rectangle(window, fill=LAMP if night else GLASS)
+    for _ in range(r.randint(1, 4)):
+        x, y, w = s * r.uniform(0, 1), s * r.uniform(0.72, 0.98), s * r.uniform(0.1, 0.2)
+        draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=lit(TRUNK))
+        draw.polygon(
+            [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)],
+            fill=lit(LEAVES),
+        )
+    return picture.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def new_dataset(data_root: Path, dataset_name: str) -> tuple[Path, Path]:
+    """Return the folder of a data set to be made, and an empty one to fill first and rename at the end.
+
+    raises: InputError if the data set exists
+    """
+    folder, unfinished = data_root / dataset_name, data_root / f".{os.getpid()}.{dataset_name}"
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+    unfinished.mkdir(parents=True)
+    return folder, unfinished
+
+
+def draw_dataset(data_root: Path, size: int = 64) -> Path:
+    """Draw day2night: 400 + 400 training pictures, 40 test pairs."""
+    folder, unfinished = new_dataset(data_root, DEMO)
+    try:
+        for name, (time, first, count) in DEMO_FOLDERS.items():
+            (unfinished / name).mkdir()
+            for i in tqdm(range(count), desc=f"drawing {DEMO}/{name}", leave=False):
+                draw_scene(first + i, time, size).save(unfinished / name / f"{i:04d}.png")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"drew {folder} at {size}x{size} px: A = landscapes by day, B = by night")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Sub-commands
+
+
+def split_dataset(args) -> None:
+    """Make the layout of a data set from two plain folders, by copying."""
+    pictures = {}
+    for domain, source in (("A", args.A), ("B", args.B)):
+        if not source.is_dir():
+            raise InputError(
+                f"--{domain} {source}: no such folder; expected a folder with pictures"
+            )
+        paths = list_pictures(source)
+        if not paths:
+            raise InputError(
+                f"--{domain} {source}: no picture inside; expected files that end in {' '.join(sorted(SUFFIXES))}"
+            )
+        random.Random(f"{args.seed}-{domain}").shuffle(paths)
+        paths = BadPictures(source, len(paths)).readable(paths)[: args.max_images]
+        if len(paths) < 2:
+            raise InputError(
+                f"--{domain} {source}: {len(paths)} readable picture, expected at least 2: one to train, one to test"
+            )
+        pictures[domain] = source, paths
+    if args.A.resolve() == args.B.resolve():
+        raise InputError(f"--A and --B are the same folder ({args.A}); expected one per domain")
+    folder, unfinished = new_dataset(args.data_root, args.dataset_name)
+    try:
+        for domain, (source, paths) in pictures.items():
+            tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
+            for part, chosen in (("test", paths[:tests]), ("train", paths[tests:])):
+                (unfinished / f"{part}{domain}").mkdir()
+                for path in tqdm(chosen, desc=f"{part}{domain}", leave=False):
+                    copy = unfinished / f"{part}{domain}" / path.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
+            say(
+                f"{folder}: {len(paths) - tests} pictures in train{domain}, {tests} in test{domain}"
+            )
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_split(split: Path, hashes: dict[str, list[Path]]) -> str:
+    """Read every picture of one part whole; print what it holds; return what makes it unusable, or ""."""
+    paths, sizes, bad = list_pictures(split), Counter(), 0
+    for path in tqdm(paths, desc=split.name, leave=False):
+        try:
+            picture = read_picture(path)
+        except UnreadablePicture as error:
+            bad += 1
+            say(f"  unreadable: {path} ({error})")
+            continue
+        sizes[picture.size] += 1
+        hashes[hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()].append(
+            path
+        )
+    common = ", ".join(f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3))
+    common += f", {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    say(f"{split.name}: {len(paths)} pictures, {bad} unreadable; {common or 'nothing readable'} px")
+    if not sizes:
+        return f"{split.name} holds no readable picture"
+    if bad > max(1, BAD_SHARE * len(paths)):
+        return f"{bad} of {len(paths)} pictures in {split.name} are unreadable, more than {BAD_SHARE:.0%}"
+    return ""
+
+
+def check_dataset(args) -> None:
+    """Count, measure and compare the pictures of a data set; exit code 2 if it cannot be trained on."""
+    folder = find_dataset(args.data_root, args.dataset_name)
+    for domain in "AB":
+        split_pictures(folder, f"train{domain}")
+    splits = [folder / f"{part}{domain}" for domain in "AB" for part in ("train", "val", "test")]
+    splits = [split for split in splits if split.is_dir()]
+    hashes: dict[str, list[Path]] = defaultdict(list)
+    faults = [
+        fault
+        for split in splits
+        if (fault := check_split(split, hashes)) and split.name.startswith("train")
+    ]
+    twins = [paths for paths in hashes.values() if len(paths) > 1]
+    leaks = [paths for paths in twins if len({p.relative_to(folder).parts[0] for p in paths}) > 1]
+    for paths in leaks[:10]:
+        say(f"  the same picture: {' = '.join(str(p.relative_to(folder)) for p in paths)}")
+    say(
+        f"{len(leaks)} pictures stand in more than one part (a leak from test to train), {len(twins) - len(leaks)} twice in one part"
+    )
+    if args.sheet:
+        for split in splits:
+            paths = list_pictures(split)
+            chosen = [
+                p
+                for p in paths[:: max(1, len(paths) // 32)][:32]
+                if p in {q for v in hashes.values() for q in v}
+            ]
+            sheet = (
+                torch.stack([load_picture(path, (96, 96)) for path in chosen])
+                if chosen
+                else bytes_to_range(torch.zeros(1, 3, 96, 96))
+            )
+            rows = [
+                (split.name if i == 0 else "", row)
+                for i, row in enumerate(sheet.split(8))
+                if len(row) == min(8, len(sheet))
+            ]
+            target = Path("generated_images") / args.dataset_name / "check" / f"{split.name}.png"
+            save_picture(draw_grid(rows), target)
+            say(f"  {target}")
+    if faults:
+        raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
+
+
+def parse_args(argv: Sequence[str] | None = None):
+    """Read the command line of the sub-commands."""
+    parser = Parser(prog="datasets.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="draw, split, check")
+    draw = commands.add_parser("draw", help="draw the demo set")
+    draw.add_argument("dataset_name", choices=[DEMO])
+    draw.add_argument(
+        "--size", type=whole(16), default=64, help="side of the pictures, px (default: 64)"
+    )
+    split = commands.add_parser("split", help="make a data set from two folders of pictures")
+    split.add_argument("--A", type=Path, required=True, metavar="DIR", help="pictures of domain A")
+    split.add_argument("--B", type=Path, required=True, metavar="DIR", help="pictures of domain B")
+    split.add_argument(
+        "--dataset_name", type=folder_name, required=True, help="name of the new data set"
+    )
+    split.add_argument(
+        "--test_fraction",
+        type=number(0, 0.9),
+        default=0.1,
+        help="share kept for testing (default: 0.1)",
+    )
+    split.add_argument(
+        "--max_images",
+        type=whole(2),
+        default=None,
+        help="take at most so many of each domain (default: all)",
+    )
+    split.add_argument(
+        "--seed", type=whole(0), default=0, help="which pictures are taken (default: 0)"
+    )
+    check = commands.add_parser(
+        "check", help="count, measure and compare the pictures of a data set"
+    )
+    check.add_argument("dataset_name", type=folder_name)
+    check.add_argument(
+        "--sheet",
+        action="store_true",
+        help="also write a contact sheet per part into generated_images",
+    )
+    for command, run in (
+        (draw, lambda args: draw_dataset(args.data_root, args.size)),
+        (split, split_dataset),
+        (check, check_dataset),
+    ):
+        command.add_argument(
+            "--data_root",
+            type=Path,
+            default=Path("datasets"),
+            help="folder of the data sets (default: datasets)",
+        )
+        command.set_defaults(run=run)
+    return parser.parse_args(argv)
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command."""
+    args = parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

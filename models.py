@@ -1,0 +1,369 @@
+"""The networks of CycleGAN, their recipes and their losses; knows no command line, path or device.
+
+G = build_generator(GeneratorConfig(num_residual=9))
+D = build_discriminator(DiscriminatorConfig(n_layers=3))
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GENERATORS = ("resnet",)
+DISCRIMINATORS = ("patch", "pixel")
+NORMS = ("instance", "batch", "none")
+UPSAMPLES = ("deconv", "resize")
+INITS = ("normal", "xavier", "kaiming", "orthogonal")
+GAN_LOSSES = ("lsgan", "bce", "hinge")
+INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: everything that is needed to build a network again, stored beside its weights
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Recipe of a generator. Defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px."""
+
+    generator: str = "resnet"
+    channels: int = 3
+    ngf: int = 64
+    num_residual: int = 9
+    n_downsampling: int = 2
+    upsample: str = "deconv"
+    norm: str = "instance"
+    norm_output: bool = False
+
+    @property
+    def smallest_side(self) -> int:
+        """Smallest height and width in px: a reflection needs a map larger than its pad."""
+        return max(4, 2 ** (self.n_downsampling + 1))
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Recipe of a discriminator. Defaults give the 70x70 PatchGAN of Isola et al. 2017."""
+
+    discriminator: str = "patch"
+    channels: int = 3
+    ndf: int = 64
+    n_layers: int = 3
+    max_mult: int = 8
+    norm: str = "instance"
+    pool: bool = False
+
+    def map_side(self, side: int) -> int:
+        """Side of the answer for a picture side in px; below 1 the network cannot be run."""
+        return side if self.discriminator == "pixel" else side // 2**self.n_layers - 2
+
+    def largest_n_layers(self, side: int) -> int:
+        """Largest n_layers whose answer is not empty for a side in px; 0 if there is none."""
+        return max((n for n in range(1, 32) if side // 2**n - 2 >= 1), default=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Building blocks
+
+
+def norm_layer(norm: str, width: int) -> nn.Module:
+    """Make the norm that follows a convolution of `width` output channels.
+
+    Instance norm keeps no running statistics: training and testing then compute the same.
+    """
+    if norm == "instance":
+        return nn.InstanceNorm2d(width)
+    return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
+
+
+def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) -> list[nn.Module]:
+    """Double height and width: the paper's transposed convolution, or nearest neighbour + convolution.
+
+    "resize" avoids the checkerboard of a kernel that its stride does not divide
+    (Odena et al. 2016, Deconvolution and Checkerboard Artifacts).
+    """
+    if upsample == "deconv":
+        return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
+    return [
+        nn.Upsample(scale_factor=2),
+        nn.ReflectionPad2d(1),
+        nn.Conv2d(width_in, width_out, 3, bias=bias),
+    ]
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around a skip, no activation after the sum (Johnson et al. 2016)."""
+
+    def __init__(self, width: int, norm: str):
+        super().__init__()
+        bias = norm != "batch"  # a batch norm brings its own shift
+        self.body = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(width, width, 3, bias=bias),
+            norm_layer(norm, width),
+            nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(width, width, 3, bias=bias),
+            norm_layer(norm, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)  # (N, width, H, W)
+
+
+# ---------------------------------------------------------------------------------------------
+# Generators
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Extend (N, C, H, W) to the right and below by reflection until `multiple` divides H and W."""
+    height, width = x.shape[-2:]
+    right, below = -width % multiple, -height % multiple
+    return F.pad(x, (0, right, 0, below), mode="reflect") if right or below else x
+
+
+class ResnetGenerator(nn.Module):
+    """Translate pictures: stem, strided convolutions, residual blocks, upsampling, head.
+
+    x:       (N, channels, H, W) in [-1, 1]; H and W at least config.smallest_side, else free:
+             what the downsampling does not divide is padded by reflection and cropped back
+    returns: (N, channels, H, W) in [-1, 1]; with return_hidden also the list of the outputs of
+             all residual blocks, each (N, ngf * 2**n_downsampling, H / 2**n, W / 2**n)
+    raises:  ValueError if a side is too small
+    source:  Zhu et al. 2017, arXiv:1703.10593, appendix 7.2. The paper's shorthand c7s1-3 reads
+             as if the output layer had a norm; it has none (see --norm_output)
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        norm, width, bias = config.norm, config.ngf, config.norm != "batch"
+        stem = [nn.ReflectionPad2d(3), nn.Conv2d(config.channels, width, 7, bias=bias)]
+        self.stem = nn.Sequential(*stem, norm_layer(norm, width), nn.ReLU(inplace=True))
+        self.down, self.blocks, self.up = nn.Sequential(), nn.ModuleList(), nn.Sequential()
+        for _ in range(config.n_downsampling):
+            conv = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=bias)
+            width *= 2
+            self.down.append(nn.Sequential(conv, norm_layer(norm, width), nn.ReLU(inplace=True)))
+        self.blocks.extend(ResnetBlock(width, norm) for _ in range(config.num_residual))
+        for _ in range(config.n_downsampling):
+            layers = upsample_layers(config.upsample, width, width // 2, bias)
+            width //= 2
+            self.up.append(nn.Sequential(*layers, norm_layer(norm, width), nn.ReLU(inplace=True)))
+        self.head = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(width, config.channels, 7))
+        if config.norm_output:
+            self.head.append(norm_layer(norm, config.channels))
+
+    def forward(
+        self, x: Tensor, return_hidden: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        height, width = x.shape[-2:]
+        if min(height, width) < self.config.smallest_side:
+            raise ValueError(
+                f"{width}x{height} px: the generator needs at least {self.config.smallest_side} px a side"
+            )
+        x = pad_to_multiple(x, 2**self.config.n_downsampling)
+        x = self.down(self.stem(x))  # (N, ngf * 2**n, H / 2**n, W / 2**n)
+        hidden = []
+        for block in self.blocks:
+            x = block(x)
+            hidden.append(x)
+        x = torch.tanh(self.head(self.up(x)))  # (N, channels, H, W)
+        x = x[..., :height, :width]
+        return (x, hidden) if return_hidden else x
+
+
+# ---------------------------------------------------------------------------------------------
+# Discriminators
+
+
+class PatchDiscriminator(nn.Module):
+    """Judge overlapping patches: 16, 34, 70, 142 or 286 px for 1 to 5 strided layers.
+
+    x:       (N, channels, H, W) in [-1, 1]
+    returns: (N, 1, H / 2**n_layers - 2, W / 2**n_layers - 2), unbounded; (N, 1, 1, 1) with pool
+    source:  Isola et al. 2017, arXiv:1611.07004; pool is the global average of the 64x64 study
+    """
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        self.config = config
+        bias, width = config.norm != "batch", config.ndf
+        layers = [
+            nn.Conv2d(config.channels, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        for i in range(1, config.n_layers + 1):
+            stride, wider = 2 if i < config.n_layers else 1, config.ndf * min(2**i, config.max_mult)
+            layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=bias)]
+            layers += [norm_layer(config.norm, wider), nn.LeakyReLU(0.2, inplace=True)]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)  # (N, 1, h, w)
+        return x.mean((2, 3), keepdim=True) if self.config.pool else x
+
+
+class PixelDiscriminator(nn.Module):
+    """Judge each pixel by its colour alone, through 1x1 convolutions ("pixelGAN" of Isola et al. 2017).
+
+    x:       (N, channels, H, W) in [-1, 1]
+    returns: (N, 1, H, W), unbounded; (N, 1, 1, 1) with pool
+    """
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.Sequential(
+            nn.Conv2d(config.channels, config.ndf, 1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(config.ndf, 2 * config.ndf, 1, bias=config.norm != "batch"),
+            norm_layer(config.norm, 2 * config.ndf),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(2 * config.ndf, 1, 1, bias=config.norm != "batch"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)  # (N, 1, H, W)
+        return x.mean((2, 3), keepdim=True) if self.config.pool else x
+
+
+# ---------------------------------------------------------------------------------------------
+# Building
+
+
+def init_weights(net: nn.Module, init: str = "normal") -> None:
+    """Set every convolution by `init` and its bias to 0; batch norms to N(1, 0.02), 0.
+
+    source: Radford et al. 2015, N(0, 0.02), is the default of the paper and of its successors
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            if init == "normal":
+                nn.init.normal_(module.weight, 0.0, INIT_GAIN)
+            elif init == "xavier":
+                nn.init.xavier_normal_(module.weight, INIT_GAIN)
+            elif init == "kaiming":
+                nn.init.kaiming_normal_(module.weight)
+            elif init == "orthogonal":
+                nn.init.orthogonal_(module.weight, INIT_GAIN)
+            else:
+                raise ValueError(f"init {init!r}: expected one of {', '.join(INITS)}")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, INIT_GAIN)
+            nn.init.zeros_(module.bias)
+
+
+def build_generator(config: GeneratorConfig, init: str = "normal") -> nn.Module:
+    """Make the generator that `config` describes, freshly initialised."""
+    if config.generator != "resnet":
+        raise ValueError(f"generator {config.generator!r}: expected resnet")
+    net = ResnetGenerator(config)
+    init_weights(net, init)
+    return net
+
+
+def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> nn.Module:
+    """Make the discriminator that `config` describes, freshly initialised."""
+    kinds = {"patch": PatchDiscriminator, "pixel": PixelDiscriminator}
+    if config.discriminator not in kinds:
+        raise ValueError(
+            f"discriminator {config.discriminator!r}: expected one of {', '.join(kinds)}"
+        )
+    net = kinds[config.discriminator](config)
+    init_weights(net, init)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses: always in float32 (or float64), also where the networks computed in half precision
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gan_loss_G(prediction: Tensor, kind: str = "lsgan") -> Tensor:
+    """Loss of a generator whose pictures were judged as `prediction`: it wants them called real.
+
+    prediction: any shape, unbounded
+    returns:    scalar
+    source:     lsgan Mao et al. 2017 (targets 0 and 1), bce Goodfellow et al. 2014 (non-saturating),
+                hinge Lim & Ye 2017
+    """
+    prediction = _wide(prediction)
+    if kind == "lsgan":
+        return F.mse_loss(prediction, torch.ones_like(prediction))
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(prediction, torch.ones_like(prediction))
+    if kind == "hinge":
+        return -prediction.mean()
+    raise ValueError(f"gan_loss {kind!r}: expected one of {', '.join(GAN_LOSSES)}")
+
+
+def gan_loss_D(on_real: Tensor, on_fake: Tensor, kind: str = "lsgan") -> Tensor:
+    """Loss of a discriminator, halved as in Zhu et al. 2017 to slow it down against the generator.
+
+    on_real, on_fake: its answers to real and to translated pictures, unbounded
+    returns:          scalar; 0.25 for an lsgan discriminator that cannot decide
+    """
+    on_real, on_fake = _wide(on_real), _wide(on_fake)
+    if kind == "lsgan":
+        loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(
+            on_fake, torch.zeros_like(on_fake)
+        )
+    elif kind == "bce":
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+    elif kind == "hinge":
+        loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    else:
+        raise ValueError(f"gan_loss {kind!r}: expected one of {', '.join(GAN_LOSSES)}")
+    return loss / 2
+
+
+def picture_loss(picture: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error between two batches of pictures (cycle, identity and output losses).
+
+    picture, target: (N, C, H, W) in [-1, 1], same shape
+    returns:         scalar in [0, 2]
+    raises:          ValueError if the shapes differ (l1_loss would only warn and broadcast)
+    source:          Zhu et al. 2017, eq. 2 and section 5.2
+    """
+    if picture.shape != target.shape:
+        raise ValueError(f"shapes differ: {tuple(picture.shape)} and {tuple(target.shape)}")
+    return F.l1_loss(_wide(picture), _wide(target))
+
+
+def cyclegan_loss(
+    pictures: dict[str, Tensor],
+    predictions: dict[str, Tensor],
+    lambda_gan: float = 1.0,
+    lambda_cycle: float = 10.0,
+    lambda_identity: float = 5.0,
+    gan_loss: str = "lsgan",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Joint loss of both generators.
+
+    pictures:    real_A rec_A real_B rec_B, with lambda_identity > 0 also idt_A idt_B
+    predictions: fake_A (by D_A) and fake_B (by D_B)
+    returns:     loss_G = the weighted sum; its terms by name, unweighted
+    source:      Zhu et al. 2017, eq. 3 and section 5.2 (identity)
+    """
+    terms = {
+        "gan_AB": gan_loss_G(predictions["fake_B"], gan_loss),
+        "gan_BA": gan_loss_G(predictions["fake_A"], gan_loss),
+        "cycle_A": picture_loss(pictures["rec_A"], pictures["real_A"]),
+        "cycle_B": picture_loss(pictures["rec_B"], pictures["real_B"]),
+    }
+    loss = lambda_gan * (terms["gan_AB"] + terms["gan_BA"]) + lambda_cycle * (
+        terms["cycle_A"] + terms["cycle_B"]
+    )
+    if lambda_identity > 0:
+        terms["identity_A"] = picture_loss(pictures["idt_A"], pictures["real_A"])
+        terms["identity_B"] = picture_loss(pictures["idt_B"], pictures["real_B"])
+        loss = loss + lambda_identity * (terms["identity_A"] + terms["identity_B"])
+    return loss, terms

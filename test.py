@@ -1,0 +1,623 @@
+"""Translate pictures with trained generators, show them in a gallery, score them.
+
+python test.py --dataset_name horse2zebra
+python test.py --run_name horse2zebra --input photos --direction AtoB --scale native
+python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
+"""
+
+import argparse
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets import (
+    SUFFIXES,
+    BadPictures,
+    UnreadablePicture,
+    find_dataset,
+    list_pictures,
+    load_picture,
+    read_picture,
+    split_pictures,
+)
+from metrics import format_table, paired_table
+from models import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    build_discriminator,
+    build_generator,
+    cyclegan_loss,
+    gan_loss_D,
+    picture_loss,
+)
+from utils import (
+    InputError,
+    Parser,
+    add_device_flags,
+    autocast,
+    draw_grid,
+    epoch_name,
+    find_checkpoint,
+    flag_group,
+    folder_name,
+    given_flags,
+    load_state,
+    one_line,
+    pick_device,
+    pick_precision,
+    picture_to_tensor,
+    range_to_bytes,
+    save_picture,
+    say,
+    stage,
+    tensor_to_picture,
+    whole,
+    write_json,
+    write_text,
+)
+from weights import load_generator, load_tensors, read_config
+
+DIRECTIONS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
+MEASURES = ("losses", "cycle", "identity", "paired")
+COLUMNS = 6  # pictures in the grid
+
+
+@dataclass
+class Tester:
+    """Networks in eval mode on their device, what is known of their training, and what is asked of them."""
+
+    nets: dict[str, nn.Module]  # G_AB, G_BA; for the losses also D_A, D_B
+    recipe: dict
+    args: argparse.Namespace
+    device: torch.device
+    precision: str
+    dataset_name: str
+    output: Path
+
+    @property
+    def channels(self) -> int:
+        return next(iter(self.nets.values())).config.channels
+
+    def generators(self, direction: str) -> tuple[nn.Module, nn.Module | None]:
+        """The generator of a direction, and the one that leads back, if there is one."""
+        source, target = DIRECTIONS[direction]
+        return self.nets[f"G_{source}{target}"], self.nets.get(f"G_{target}{source}")
+
+    @torch.no_grad()
+    def __call__(self, net: nn.Module, pictures: Tensor) -> Tensor:
+        """Run a network on (N, C, H, W); the answer is float32."""
+        with autocast(self.device, self.precision):
+            return net(pictures.to(self.device)).float()
+
+
+@dataclass
+class Result:
+    """One translated picture: its input, and the files written for it by folder (real_A, fake_B, rec_A)."""
+
+    input: Path
+    name: Path
+    files: dict[str, Path]
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
+def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
+    """Build the networks of a whole-state file; returns them by name, and a recipe."""
+    path = find_checkpoint(folder, epoch, "--epoch")
+    state, nets = load_state(path), {}
+    try:
+        for name, values in state["config"].items():
+            is_generator = name.startswith("G")
+            config = read_config(
+                GeneratorConfig if is_generator else DiscriminatorConfig, values, f"{path}, {name}"
+            )
+            nets[name] = build_generator(config) if is_generator else build_discriminator(config)
+            load_tensors(nets[name], state["nets"][name], f"{path}, {name}")
+        args = state["args"]
+        recipe = {
+            "size": [args["img_height"], args["img_width"]],
+            "args": args,
+            "epoch": state["epoch"],
+            "step": state["step"],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
+        ) from error
+    return nets, recipe
+
+
+def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:
+    """Find the networks that the flags name: a single file, a run's generator files, or one of its checkpoints."""
+    if args.weights:
+        net, recipe = load_generator(args.weights)
+        if args.direction not in ("both", recipe["direction"]):
+            raise InputError(
+                f"--direction {args.direction}: {args.weights} translates {recipe['direction']}; leave the flag out"
+            )
+        return {"G_{}{}".format(*DIRECTIONS[recipe["direction"]]): net}, recipe
+    folder = Path("saved_models") / args.run_name
+    if not folder.is_dir():
+        runs = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        raise InputError(
+            f"{folder}: no such run; found: {', '.join(runs) or 'none'}; train one with: python train.py --dataset_name NAME"
+        )
+    files = [folder / f"G_{a}{b}.safetensors" for a, b in DIRECTIONS.values()]
+    if (
+        args.epoch != "latest"
+        or "losses" in args.metrics
+        or not any(path.is_file() for path in files)
+    ):
+        return load_run_state(folder, args.epoch)
+    nets, recipe = {}, {}
+    for path in files:
+        if path.is_file():
+            nets[path.stem], recipe = load_generator(path)
+    return nets, recipe
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures in and out
+
+
+def find_inputs(tester: Tester, directions: Sequence[str]) -> dict[str, tuple[Path, list[Path]]]:
+    """Return for each direction the folder that names are relative to, and its pictures."""
+    args, found = tester.args, {}
+    for direction in directions:
+        if args.input is None:
+            dataset, split = (
+                find_dataset(args.data_root, tester.dataset_name),
+                f"test{DIRECTIONS[direction][0]}",
+            )
+            root, paths = dataset / split, split_pictures(dataset, split)
+        elif args.input.is_file():
+            root, paths = args.input.parent, [args.input]
+        elif args.input.is_dir():
+            root, paths = args.input, list_pictures(args.input)
+            if not paths:
+                raise InputError(
+                    f"--input {root}: no picture inside; expected files that end in {' '.join(sorted(SUFFIXES))}"
+                )
+        else:
+            raise InputError(
+                f"--input {args.input}: no such file or folder; expected a picture or a folder of pictures"
+            )
+        found[direction] = root, BadPictures(root, len(paths)).readable(paths)[: args.num_test]
+    return found
+
+
+def output_names(root: Path, paths: Sequence[Path]) -> dict[Path, Path]:
+    """Name each output after its input's stem, sub-folders kept; where that is taken, its suffix stays too."""
+    names, taken = {}, set()
+    stems = [path.relative_to(root).with_suffix("") for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        name = (
+            Path(f"{stem}.png") if stems.count(stem) == 1 else Path(f"{path.relative_to(root)}.png")
+        )
+        while str(name).lower() in taken:  # some file systems do not tell A from a
+            name = name.with_name(f"{name.stem}_.png")
+        taken.add(str(name).lower())
+        names[path] = name
+    return names
+
+
+def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (width, height), unless it has that size."""
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, Image.Image]:
+    """Translate one picture and back again; returns input, translation and round trip by folder name.
+
+    raises: UnreadablePicture, also for a picture that is too small for the generator
+    """
+    (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
+    picture = read_picture(path, tester.channels)
+    size = tester.recipe.get("size") if tester.args.scale == "train" else None
+    if size is None and min(picture.size) < net.config.smallest_side:
+        wanted = f"the generator needs {net.config.smallest_side} px a side"
+        raise UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
+    seen = resize_picture(picture, (size[1], size[0])) if size else picture
+    real = picture_to_tensor(seen)[None]
+    fake = tester(net, real)
+    shown = {f"fake_{target}": fake}
+    if back:
+        shown[f"rec_{source}"] = tester(back, fake)
+    final = picture if tester.args.output_size == "input" else seen
+    return {f"real_{source}": final} | {
+        folder: resize_picture(tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
+    }
+
+
+def translate_folder(
+    tester: Tester, direction: str, root: Path, paths: Sequence[Path]
+) -> list[Result]:
+    """Translate pictures and write what comes out, each under its input's name."""
+    results, bad, names = [], BadPictures(root, len(paths)), output_names(root, paths)
+    for path in tqdm(paths, desc=direction, unit="picture", mininterval=0.5):
+        try:
+            pictures = translate_picture(tester, direction, path)
+        except UnreadablePicture as error:
+            bad.note(path, error)
+            continue
+        for folder, picture in pictures.items():
+            save_picture(picture, tester.output / folder / names[path])
+        results.append(
+            Result(path, names[path], {folder: Path(folder) / names[path] for folder in pictures})
+        )
+    if not results:
+        raise InputError(f"{root}: no picture could be translated (see above)")
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# The gallery
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 15px system-ui, sans-serif; margin: 2em; color: #222; background: #fafafa }}
+.row {{ display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 26px }}
+figure {{ margin: 0 }} figcaption {{ color: #666; padding-top: 3px }}
+img {{ display: block; width: 256px; max-width: 90vw; image-rendering: auto; border-radius: 4px }}
+pre {{ background: #eee; padding: 1em; overflow-x: auto }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def write_gallery(
+    tester: Tester, title: str, results: dict[str, list[Result]], table: Sequence[str]
+) -> None:
+    """Write index.html: input, translation and round trip of every picture; opens from disk."""
+    body = [f"<pre>{html.escape(chr(10).join(table))}</pre>"] if table else []
+    for direction, pictures in results.items():
+        body.append(f"<h2>{direction}: {len(pictures)} pictures</h2>")
+        for result in pictures:
+            figures = []
+            for folder, file in result.files.items():
+                address = quote(os.fsencode(file.as_posix()))
+                figures.append(
+                    f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{folder}</figcaption></figure>'
+                )
+            body.append(
+                f'<p>{html.escape(one_line(result.name))}</p><div class="row">{"".join(figures)}</div>'
+            )
+    write_text(
+        tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body))
+    )
+
+
+def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
+    """Write grid.png: the first pictures of each direction, all at the size of the first."""
+    rows, size = [], None
+    columns = min(COLUMNS, *map(len, results.values()), COLUMNS)
+    for pictures in results.values():
+        for folder in pictures[0].files:
+            cells = []
+            for result in pictures[:columns]:
+                cells.append(load_picture(tester.output / result.files[folder], size))
+                size = size or tuple(cells[0].shape[-2:])
+            rows.append((folder, torch.stack(cells)))
+    save_picture(draw_grid(rows), tester.output / "grid.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# Measures
+
+
+def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
+    """Read a test folder as the networks were trained: (1, C, H, W) each, at the recipe's size."""
+    dataset = find_dataset(tester.args.data_root, tester.dataset_name)
+    paths = split_pictures(dataset, f"test{domain}")
+    paths = BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[
+        : tester.args.num_test
+    ]
+    return [
+        load_picture(path, tuple(tester.recipe["size"]), tester.channels)[None] for path in paths
+    ]
+
+
+def mean_losses(tester: Tester) -> dict[str, float]:
+    """The training losses on the test pictures: generators and both discriminators, as the 64x64 study reports them.
+
+    Weights and form of the losses are the run's; no older pictures; the shorter domain starts again.
+    """
+    flags, sums = tester.recipe["args"], {}
+    flags = {
+        name: flags[name] for name in ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")
+    }
+    G_AB, G_BA, D_A, D_B = (tester.nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
+    all_A, all_B = test_tensors(tester, "A"), test_tensors(tester, "B")
+    count = max(len(all_A), len(all_B))
+    for i in range(count):
+        real_A, real_B = (
+            pictures[i % len(pictures)].to(tester.device) for pictures in (all_A, all_B)
+        )
+        fake_B, fake_A = tester(G_AB, real_A), tester(G_BA, real_B)
+        pictures = {
+            "real_A": real_A,
+            "real_B": real_B,
+            "rec_A": tester(G_BA, fake_B),
+            "rec_B": tester(G_AB, fake_A),
+        }
+        pictures |= {"idt_A": tester(G_BA, real_A), "idt_B": tester(G_AB, real_B)}
+        on_fake = {"fake_A": tester(D_A, fake_A), "fake_B": tester(D_B, fake_B)}
+        loss, terms = cyclegan_loss(pictures, on_fake, **flags)
+        loss_D_A = gan_loss_D(tester(D_A, real_A), on_fake["fake_A"], flags["gan_loss"])
+        loss_D_B = gan_loss_D(tester(D_B, real_B), on_fake["fake_B"], flags["gan_loss"])
+        for name, value in {
+            "loss_G": loss,
+            "loss_D_A": loss_D_A,
+            "loss_D_B": loss_D_B,
+            **terms,
+        }.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    return {name: value / count for name, value in sums.items()}
+
+
+def measure(tester: Tester, direction: str, results: Sequence[Result]) -> dict:
+    """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
+    (source, target), (net, back), scores = DIRECTIONS[direction], tester.generators(direction), {}
+    if "cycle" in tester.args.metrics:
+        errors = [
+            picture_loss(tester(back, tester(net, x)).cpu(), x).item()
+            for x in test_tensors(tester, source)
+        ]
+        scores["cycle"] = sum(errors) / len(errors)
+    if "identity" in tester.args.metrics:
+        errors = [
+            picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)
+        ]
+        scores["identity"] = sum(errors) / len(errors)
+    if "paired" in tester.args.metrics:
+        scores["paired"] = measure_paired(tester, source, target, results)
+    return scores
+
+
+def as_bytes(path: Path, channels: int) -> Tensor:
+    """Read a picture as uint8 (channels, H, W)."""
+    return range_to_bytes(load_picture(path, None, channels))
+
+
+def measure_paired(
+    tester: Tester, source: str, target: str, results: Sequence[Result]
+) -> dict[str, dict]:
+    """Compare the written pictures with those of the same name in the other domain's test folder."""
+    dataset, channels = find_dataset(tester.args.data_root, tester.dataset_name), tester.channels
+    folder, inputs = dataset / f"test{target}", dataset / f"test{source}"
+    truths = {
+        path.relative_to(folder).with_suffix(""): path
+        for path in split_pictures(dataset, folder.name)
+    }
+    pairs = [
+        (result, truths.get(result.input.relative_to(inputs).with_suffix(""))) for result in results
+    ]
+    pairs = [(result, truth) for result, truth in pairs if truth]
+    if not pairs:
+        raise InputError(
+            f"--metrics paired: no picture in {folder} has the name of one in {inputs}; leave it out for unpaired sets"
+        )
+    if len(pairs) < len(results):
+        say(
+            f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored"
+        )
+    train, total = split_pictures(dataset, f"train{target}"), 0.0
+    train = BadPictures(dataset / f"train{target}", len(train)).readable(train)
+    for path in train:
+        total = (
+            total
+            + range_to_bytes(load_picture(path, tuple(tester.recipe["size"]), channels)).double()
+        )
+    return paired_table(
+        [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
+        [as_bytes(result.input, channels) for result, _ in pairs],
+        [as_bytes(truth, channels) for _, truth in pairs],
+        total / len(train),
+    )
+
+
+def report(scores: dict) -> list[str]:
+    """Lay out all measures as lines of text."""
+    lines = []
+    for name, values in scores.items():
+        if name == "losses":
+            lines += ["losses on the test set", *format_table({"": values})]
+        elif isinstance(values, dict):
+            plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+            lines += [
+                name,
+                *(format_table({"": plain}) if plain else []),
+                *(format_table(values["paired"]) if "paired" in values else []),
+            ]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def comma_words(text: str) -> list[str]:
+    """Flag type: measures, separated by commas."""
+    words = [word for word in text.split(",") if word]
+    wrong = [word for word in words if word not in MEASURES]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"given {wrong[0]!r}, expected some of {','.join(MEASURES)}"
+        )
+    return words
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="test.py", description=__doc__)
+    add = flag_group(parser, "what")
+    add(
+        "--dataset_name",
+        type=folder_name,
+        default=None,
+        help="data set whose test pictures are translated (default: the run's)",
+    )
+    add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
+    add(
+        "--run_name",
+        type=folder_name,
+        default=None,
+        help="run in saved_models (default: --dataset_name, else horse2zebra)",
+    )
+    add("--epoch", type=epoch_name, default="latest", help="latest, or the number of a checkpoint")
+    add(
+        "--weights",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a generator file, in place of a run",
+    )
+    add(
+        "--input",
+        type=Path,
+        default=None,
+        metavar="FILE_OR_FOLDER",
+        help="pictures of one domain, in place of a data set",
+    )
+    add(
+        "--direction",
+        choices=("both", "AtoB", "BtoA"),
+        default="both",
+        help="which generator to use",
+    )
+    add(
+        "--num_test",
+        type=whole(1),
+        default=None,
+        help="translate at most so many pictures (default: all)",
+    )
+    add = flag_group(parser, "how")
+    add(
+        "--scale",
+        choices=("train", "native"),
+        default="train",
+        help="size at which the network sees a picture: as in training, or its own",
+    )
+    add(
+        "--output_size",
+        choices=("input", "net"),
+        default="input",
+        help="size of the results: the input's, or the network's",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="where results go (default: generated_images/<run>/test)",
+    )
+    add(
+        "--metrics",
+        type=comma_words,
+        default=[],
+        metavar=",".join(MEASURES),
+        help="measures on the test pictures (default: none)",
+    )
+    add_device_flags(parser)
+    args = parser.parse_args(argv)
+    given = given_flags(parser, argv)
+    for one, other in (
+        ("weights", "run_name"),
+        ("weights", "epoch"),
+        ("input", "metrics"),
+        ("input", "dataset_name"),
+    ):
+        if one in given and other in given:
+            parser.error(f"--{one} and --{other} contradict each other: give one of them")
+    args.run_name = args.run_name or args.dataset_name or "horse2zebra"
+    return args
+
+
+def settle(args: argparse.Namespace, present: Sequence[str]) -> list[str]:
+    """Return the directions to translate; refuse what these weights cannot do."""
+    wanted = list(present) if args.direction == "both" else [args.direction]
+    if not set(wanted) <= set(present):
+        raise InputError(
+            f"--direction {args.direction}: these weights translate {', '.join(present)} only"
+        )
+    for name in ("losses", "cycle"):
+        if name in args.metrics and len(present) < 2:
+            raise InputError(
+                f"--metrics {name}: needs the generators of both directions; these weights translate {present[0]} only"
+            )
+    return wanted
+
+
+def make_tester(args: argparse.Namespace) -> Tester:
+    """Load the networks and settle which data set they are tested on and where results go."""
+    nets, recipe = load_networks(args)
+    device, run_name = pick_device(args.device), args.run_name
+    if args.weights:
+        run_name = plain_name(recipe.get("run_name")) or args.weights.stem
+    return Tester(
+        nets={name: net.eval().to(device) for name, net in nets.items()},
+        recipe=recipe,
+        args=args,
+        device=device,
+        precision=pick_precision(args.precision, device),
+        dataset_name=args.dataset_name or plain_name(recipe.get("dataset_name")) or run_name,
+        output=args.output or Path("generated_images") / run_name / "test",
+    )
+
+
+def plain_name(value: object) -> str | None:
+    """A name out of a file, if it is one that cannot lead anywhere else."""
+    try:
+        return folder_name(value) if isinstance(value, str) else None
+    except argparse.ArgumentTypeError:
+        return None
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Translate, show, score; returns the scores."""
+    args = parse_args(argv)
+    tester = make_tester(args)
+    directions = settle(
+        args,
+        [d for d, (source, target) in DIRECTIONS.items() if f"G_{source}{target}" in tester.nets],
+    )
+    results, scores = {}, {}
+    for direction, (root, paths) in find_inputs(tester, directions).items():
+        results[direction] = translate_folder(tester, direction, root, paths)
+        scores[direction] = measure(tester, direction, results[direction])
+    if "losses" in args.metrics:
+        scores["losses"] = mean_losses(tester)
+    table = report(scores)
+    for line in table:
+        say(line)
+    about = {name: tester.recipe.get(name) for name in ("epoch", "step")}
+    title = f"{tester.output.parent.name}: epoch {about['epoch']}, step {about['step']}"
+    write_gallery(tester, title, results, table)
+    write_grid(tester, results)
+    if args.metrics:
+        counts = {direction: len(pictures) for direction, pictures in results.items()}
+        write_json(
+            tester.output / "metrics.json",
+            {"dataset_name": tester.dataset_name, **about, "pictures": counts, **scores},
+        )
+    say(
+        f"{sum(map(len, results.values()))} pictures translated; look at {tester.output / 'index.html'}"
+    )
+    return scores
+
+
+if __name__ == "__main__":
+    main()

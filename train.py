@@ -1,0 +1,768 @@
+"""Train a CycleGAN: two generators and two discriminators on unpaired pictures of two domains.
+
+python train.py --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3
+python train.py --dataset_name horse2zebra
+python train.py --dataset_name horse2zebra --start_from latest
+"""
+
+import argparse
+import dataclasses
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import PIL
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import (
+    DEMO,
+    BadPictures,
+    EpochSampler,
+    UnpairedDataset,
+    UnreadablePicture,
+    draw_dataset,
+    find_dataset,
+    held_out_split,
+    list_pictures,
+    load_picture,
+    make_loader,
+    read_picture,
+    split_pictures,
+)
+from models import (
+    DISCRIMINATORS,
+    GENERATORS,
+    INITS,
+    NORMS,
+    UPSAMPLES,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    build_discriminator,
+    build_generator,
+    cyclegan_loss,
+    gan_loss_D,
+)
+from utils import (
+    FakeImageBuffer,
+    InputError,
+    LossLog,
+    Meter,
+    Parser,
+    RunError,
+    StopRequest,
+    add_data_flags,
+    add_device_flags,
+    add_loss_flags,
+    add_optim_flags,
+    add_run_flags,
+    autocast,
+    draw_grid,
+    find_checkpoint,
+    flag_group,
+    given_flags,
+    linear_decay,
+    link_file,
+    load_state,
+    pick_device,
+    pick_precision,
+    picture_to_tensor,
+    plot_losses,
+    read_losses,
+    rng_state,
+    save_picture,
+    save_state,
+    say,
+    seed_everything,
+    set_rng_state,
+    stage,
+    whole,
+    write_json,
+)
+from weights import load_tensors, save_generator
+
+LOG_EVERY = 20  # steps between two rows of losses.csv
+PLOT_SECONDS = 30  # at least, between two drawings of losses.png
+COLUMNS = 6  # pictures in a sample grid
+TERMS = (
+    "loss_G",
+    "loss_D_A",
+    "loss_D_B",
+    "gan_AB",
+    "gan_BA",
+    "cycle_A",
+    "cycle_B",
+    "identity_A",
+    "identity_B",
+)
+NETWORK_FLAGS = (
+    *(
+        "channels",
+        "generator",
+        "discriminator",
+        "ngf",
+        "ndf",
+        "num_residual",
+        "n_downsampling",
+        "n_layers_D",
+    ),
+    *("max_mult_D", "upsample", "norm", "norm_output", "pool_D"),
+)
+NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
+SOURCES = {"G_AB": "AtoB", "G_BA": "BtoA"}
+
+
+@dataclass
+class Run:
+    """Everything that learns or counts; what save_run writes is what load_run puts back."""
+
+    args: argparse.Namespace
+    device: torch.device
+    precision: str
+    nets: dict[str, nn.Module]
+    optims: dict[str, torch.optim.Optimizer]
+    buffers: dict[str, FakeImageBuffer]
+    samples: tuple[Tensor, Tensor]  # fixed pictures for the grids
+    photos: dict[str, Tensor]  # watched ones, by name
+    stage: str = "train"
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps
+    place: int = 0  # finished steps of the epoch under way
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def folder(self) -> Path:
+        return Path("saved_models") / self.args.run_name
+
+    @property
+    def pictures(self) -> Path:
+        return Path("generated_images") / self.args.run_name
+
+
+@dataclass
+class Feed:
+    """Where the batches come from."""
+
+    loader: DataLoader
+    order: EpochSampler
+    bad: dict[str, BadPictures]  # by domain
+    counts: dict[str, int]  # pictures by domain
+
+
+@dataclass
+class Task:
+    """What differs between training a teacher and distilling a student."""
+
+    objective: Callable  # (run, real_A, real_B) → loss_G, terms, fakes
+    draw_rows: Callable  # (run, real_A, real_B) → labelled rows of a sample grid
+    terms: Sequence[str]  # columns of losses.csv
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective and the step
+
+
+def together(net: nn.Module, *batches: Tensor) -> Sequence[Tensor]:
+    """Run equally large batches through a network in one call; a batch norm would mix them, so it gets them apart."""
+    if net.config.norm == "batch":
+        return [net(batch) for batch in batches]
+    return net(torch.cat(batches)).chunk(len(batches))
+
+
+def cyclegan_objective(
+    run: Run, real_A: Tensor, real_B: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The generators' side of a step.
+
+    real_A, real_B: (N, C, H, W) in [-1, 1]
+    returns:        loss_G, its unweighted terms, and the translations fake_A and fake_B
+    source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
+    """
+    G_AB, G_BA, args = run.nets["G_AB"], run.nets["G_BA"], run.args
+    with autocast(run.device, run.precision):
+        if args.lambda_identity > 0:
+            fake_B, idt_B = together(G_AB, real_A, real_B)
+            fake_A, idt_A = together(G_BA, real_B, real_A)
+        else:
+            fake_B, fake_A, idt_A, idt_B = G_AB(real_A), G_BA(real_B), None, None
+        pictures = {
+            "real_A": real_A,
+            "rec_A": G_BA(fake_B),
+            "real_B": real_B,
+            "rec_B": G_AB(fake_A),
+        }
+        predictions = {"fake_A": run.nets["D_A"](fake_A), "fake_B": run.nets["D_B"](fake_B)}
+        loss, terms = cyclegan_loss(
+            pictures | {"idt_A": idt_A, "idt_B": idt_B},
+            predictions,
+            lambda_gan=args.lambda_gan,
+            lambda_cycle=args.lambda_cycle,
+            lambda_identity=args.lambda_identity,
+            gan_loss=args.gan_loss,
+        )
+    return loss, terms, {"fake_A": fake_A, "fake_B": fake_B}
+
+
+def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) -> dict[str, Tensor]:
+    """One step of Zhu et al. 2017: both generators jointly, then both discriminators on buffered pictures.
+
+    returns: losses and terms by name, on the device
+    """
+    discriminators = [run.nets["D_A"], run.nets["D_B"]]
+    for net in discriminators:
+        net.requires_grad_(False)  # they only judge here; their weights need no gradient
+    loss_G, terms, fakes = objective(run, real_A, real_B)
+    run.optims["G"].zero_grad(set_to_none=True)
+    loss_G.backward()
+    run.optims["G"].step()
+
+    for net in discriminators:
+        net.requires_grad_(True)
+    losses_D = {}
+    for domain, real in (("A", real_A), ("B", real_B)):
+        fake = run.buffers[domain].exchange(fakes[f"fake_{domain}"].to(real.dtype))
+        with autocast(run.device, run.precision):
+            on_real, on_fake = together(run.nets[f"D_{domain}"], real, fake)
+            losses_D[f"loss_D_{domain}"] = gan_loss_D(on_real, on_fake, run.args.gan_loss)
+    run.optims["D"].zero_grad(set_to_none=True)
+    sum(losses_D.values()).backward()
+    run.optims["D"].step()
+    return {"loss_G": loss_G, **losses_D, **terms}
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking at it
+
+
+@torch.no_grad()
+def translate(run: Run, name: str, pictures: Tensor) -> Tensor:
+    """Run pictures (N, C, H, W) through one generator as testing will: eval mode, no gradient."""
+    net = run.nets[name].eval()
+    with autocast(run.device, run.precision):
+        answer = net(pictures.to(run.device))
+    net.train()
+    return answer.float()
+
+
+def cyclegan_rows(run: Run, real_A: Tensor, real_B: Tensor) -> list[tuple[str, Tensor]]:
+    """The labelled rows of a sample grid: pictures, translations, round trips."""
+    fake_B, fake_A = translate(run, "G_AB", real_A), translate(run, "G_BA", real_B)
+    rec_A, rec_B = translate(run, "G_BA", fake_B), translate(run, "G_AB", fake_A)
+    rows = {
+        "real_A": real_A,
+        "fake_B": fake_B,
+        "rec_A": rec_A,
+        "real_B": real_B,
+        "fake_A": fake_A,
+        "rec_B": rec_B,
+    }
+    return list(rows.items())
+
+
+def load_samples(args: argparse.Namespace, dataset: Path) -> tuple[Tensor, Tensor]:
+    """Read the fixed pictures that every grid shows: the first ones of the test (else val, else train) split."""
+    split, size = held_out_split(dataset), (args.img_height, args.img_width)
+    if split == "train":
+        say(f"{dataset}: no testA and testB with pictures, so the grids show training pictures")
+    domains = []
+    for domain in "AB":
+        pictures = []
+        for path in list_pictures(dataset / f"{split}{domain}"):
+            if len(pictures) == COLUMNS:
+                break
+            try:
+                pictures.append(load_picture(path, size, args.channels))
+            except UnreadablePicture as error:
+                say(f"skipped, unreadable: {path} ({error})")
+        domains.append(pictures)
+    if not all(domains):
+        raise InputError(
+            f"{dataset}: {split}A or {split}B holds no readable picture; remove the folder or fill it"
+        )
+    columns = min(map(len, domains))
+    return tuple(torch.stack(pictures[:columns]) for pictures in domains)
+
+
+def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Read the photos to follow, each with its own shape: its shorter side as long as that of the training pictures."""
+    photos, shorter = {}, min(args.img_height, args.img_width)
+    for path in args.watch:
+        try:
+            photo = read_picture(path, args.channels)
+        except UnreadablePicture as error:
+            raise InputError(
+                f"--watch {path}: not a readable picture ({error}); expected photos, such as PNG or JPEG"
+            ) from None
+        scale = shorter / min(photo.size)
+        photo = photo.resize(
+            [min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size]
+        )
+        photos[path.name if path.stem in photos else path.stem] = picture_to_tensor(photo)[None]
+    return photos
+
+
+def draw_pictures(run: Run, draw_rows: Callable) -> None:
+    """Write the sample grid of the epoch under way or just finished, and the watched photos."""
+    name = f"epoch_{run.epoch + bool(run.place):04d}.png"
+    save_picture(draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
+    for stem, photo in run.photos.items():
+        rows = [
+            ("photo", photo),
+            ("G_AB", translate(run, "G_AB", photo)),
+            ("G_BA", translate(run, "G_BA", photo)),
+        ]
+        save_picture(draw_grid(rows), run.pictures / "watch" / stem / name)
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving and resuming
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The flags as plain values, which a file can hold without code."""
+    values = {name: value for name, value in vars(args).items() if name != "given"}
+    values["watch"] = [str(path) for path in args.watch]
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+    }
+
+
+def save_run(run: Run) -> None:
+    """Write latest.pt, the two generator files and, where due, epoch_NNNN.pt."""
+    args = run.args
+    state = {
+        "stage": run.stage,
+        "epoch": run.epoch,
+        "step": run.step,
+        "args": plain_args(args),
+        "config": {name: dataclasses.asdict(net.config) for name, net in run.nets.items()},
+        "nets": {name: net.state_dict() for name, net in run.nets.items()},
+        "optims": {name: optim.state_dict() for name, optim in run.optims.items()},
+        "schedules": {"num_epochs": args.num_epochs, "decay_epoch": args.decay_epoch},
+        "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
+        "rng": rng_state(),
+        "loader": {"place": run.place, "meter": run.meter.state_dict()},
+        "ema": None,
+        "scaler": None,
+        "range": [-1, 1],
+    }
+    save_state(run.folder / "latest.pt", state)
+    if run.place == 0 and run.epoch % args.checkpoint_interval == 0:
+        link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
+        kept = sorted(run.folder.glob("epoch_*.pt"))
+        for old in kept[: -args.keep_checkpoints] if args.keep_checkpoints else []:
+            old.unlink()
+    recipe = {
+        "stage": run.stage,
+        "run_name": args.run_name,
+        "dataset_name": args.dataset_name,
+        "epoch": run.epoch,
+        "step": run.step,
+    }
+    for name, direction in SOURCES.items():
+        recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
+        save_generator(run.folder / f"{name}.safetensors", run.nets[name], recipe)
+
+
+def load_run(run: Run, state: dict, path: Path) -> None:
+    """Put a whole state back, so that the next step is the one that would have followed."""
+    try:
+        for name, net in run.nets.items():
+            load_tensors(net, state["nets"][name], f"{path}, {name}")
+        for name, optim in run.optims.items():
+            optim.load_state_dict(state["optims"][name])
+        for domain, buffer in run.buffers.items():
+            buffer.load_state_dict(state["buffers"][domain], run.device)
+        run.epoch, run.step, run.place = state["epoch"], state["step"], state["loader"]["place"]
+        run.meter.load_state_dict(state["loader"]["meter"], run.device)
+        set_rng_state(state["rng"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
+        ) from error
+
+
+def resume_args(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
+    """Fill the flags that were not given from the checkpoint; refuse other networks, log other changes."""
+    values, saved = vars(args).copy(), state["args"]
+    missing = [name for name in NETWORK_FLAGS if name not in saved]
+    if missing:
+        raise InputError(f"{path}: its flags lack {', '.join(missing)}; written by another version")
+    for name, old in saved.items():
+        if name not in values or name in NEVER_INHERITED:
+            continue
+        if name not in args.given:
+            values[name] = Path(old) if isinstance(values[name], Path) else old
+            values[name] = [Path(p) for p in old] if name == "watch" else values[name]
+        elif plain_args(args)[name] != old:
+            if name in NETWORK_FLAGS:
+                raise InputError(
+                    f"--{name} {values[name]}: the run in {path.parent} was started with {old}; leave the flag out, or take another --run_name"
+                )
+            say(f"changed on resume: --{name} {old} → {values[name]}")
+    return argparse.Namespace(**values)
+
+
+def refuse_second_run(args: argparse.Namespace) -> list[Path]:
+    """List what an earlier run left under this name; without --overwrite, refuse to touch it."""
+    folder, pictures = (
+        Path("saved_models") / args.run_name,
+        Path("generated_images") / args.run_name,
+    )
+    patterns = [
+        (folder, ("*.pt", "*.safetensors", "run.json", "losses.csv")),
+        (pictures, ("epoch_*.png", "losses.png", "watch", "test")),
+    ]
+    left = [path for parent, names in patterns for name in names for path in parent.glob(name)]
+    if left and not args.overwrite:
+        raise InputError(
+            f"{left[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
+        )
+    return left
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def training_loop(run: Run, feed: Feed, task: Task) -> None:
+    """Run the epochs that are left; on Ctrl-C and SIGTERM save and exit with 130 or 143."""
+    args, order, drawn = run.args, feed.order, -PLOT_SECONDS
+    log = LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
+    total, done = args.num_epochs * order.steps, run.epoch * order.steps + run.place
+    bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02)
+    with StopRequest() as stop, bar:
+        while run.epoch < args.num_epochs and stop.signum is None:
+            factor = linear_decay(run.epoch, args.num_epochs, args.decay_epoch)
+            set_rates(run, factor)
+            order.epoch, order.first_step = run.epoch, run.place
+            bar.set_description(f"epoch {run.epoch + 1}/{args.num_epochs}", refresh=False)
+            for batch in feed.loader:
+                for domain, path, reason in batch["bad"]:
+                    feed.bad[domain].note(path, reason)
+                real_A, real_B = (
+                    batch[domain].to(run.device, non_blocking=True) for domain in "AB"
+                )
+                run.meter.add(train_step(run, real_A, real_B, task.objective))
+                run.step, run.place = run.step + 1, run.place + 1
+                bar.update()
+                ended = run.place == order.steps
+                if run.meter.count == LOG_EVERY or ended:
+                    means = run.meter.means()
+                    stop_if_not_finite(run, means)
+                    log.append(
+                        {"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means}
+                    )
+                    bar.set_postfix(
+                        {name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False
+                    )
+                    run.meter = Meter()
+                if ended:
+                    run.epoch, run.place = run.epoch + 1, 0
+                if ended or run.step % args.sample_interval == 0:
+                    draw_pictures(run, task.draw_rows)
+                if stop.signum is not None:
+                    break
+            save_run(run)
+            if (
+                time.monotonic() - drawn > PLOT_SECONDS
+                or run.epoch == args.num_epochs
+                or stop.signum
+            ):
+                plot_losses(read_losses(log.path), run.pictures / "losses.png")
+                drawn = time.monotonic()
+    if stop.signum is not None:
+        say(
+            f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
+        )
+        raise SystemExit(128 + stop.signum)
+
+
+def set_rates(run: Run, factor: float) -> None:
+    """Set what the flags say about the optimisers, which a resumed run may have changed."""
+    for name, rate in (("G", run.args.lr), ("D", run.args.lr_D or run.args.lr)):
+        for group in run.optims[name].param_groups:
+            group["lr"], group["betas"] = rate * factor, (run.args.beta1, run.args.beta2)
+
+
+def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
+    """End the run when a loss is not a number any more; the last save stays."""
+    wrong = [name for name, value in means.items() if not math.isfinite(value)]
+    if wrong:
+        last = run.folder / "latest.pt"
+        left = f"the last good state is {last}" if last.exists() else "nothing was saved yet"
+        raise RunError(
+            f"{', '.join(wrong)} not finite at step {run.step}; {left}; try a smaller --lr or --precision fp32"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Building a run
+
+
+def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+    """Turn the network flags into recipes.
+
+    raises: InputError if the pictures are too small for a network, with the nearest that fits
+    """
+    generator = GeneratorConfig(
+        args.generator,
+        args.channels,
+        args.ngf,
+        args.num_residual,
+        args.n_downsampling,
+        args.upsample,
+        args.norm,
+        args.norm_output,
+    )
+    discriminator = DiscriminatorConfig(
+        args.discriminator,
+        args.channels,
+        args.ndf,
+        args.n_layers_D,
+        args.max_mult_D,
+        args.norm,
+        args.pool_D,
+    )
+    side = min(args.img_height, args.img_width)
+    given = f"pictures of {args.img_width}x{args.img_height} px"
+    if side < generator.smallest_side:
+        raise InputError(
+            f"{given}: {args.n_downsampling} downsamplings need at least {generator.smallest_side} px a side; "
+            "raise --img_height and --img_width, or lower --n_downsampling"
+        )
+    if discriminator.map_side(side) < 1:
+        most = discriminator.largest_n_layers(side)
+        remedy = (
+            f"the largest --n_layers_D that fits is {most}"
+            if most
+            else "take --discriminator pixel"
+        )
+        raise InputError(
+            f"--n_layers_D {args.n_layers_D}: its answer to {given} would be empty; {remedy}"
+        )
+    return generator, discriminator
+
+
+def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
+    """Find the pictures, drawing the demo set when it is missing, and make their loader."""
+    if args.dataset_name == DEMO and not (args.data_root / DEMO).exists():
+        draw_dataset(args.data_root)
+    dataset, paths, bad = find_dataset(args.data_root, args.dataset_name), {}, {}
+    for domain in "AB":
+        found = split_pictures(dataset, f"train{domain}", args.max_images)
+        bad[domain] = BadPictures(dataset / f"train{domain}", len(found))
+        paths[domain] = bad[domain].readable(found)
+    counts = {domain: len(found) for domain, found in paths.items()}
+    order = EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed)
+    size = (args.img_height, args.img_width)
+    pictures = UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
+    workers = (
+        args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
+    )
+    loader = make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
+    say(
+        f"{dataset}: {counts['A']} pictures in trainA, {counts['B']} in trainB; {order.steps} steps of {args.batch_size} an epoch"
+    )
+    return dataset, Feed(loader, order, bad, counts)
+
+
+def make_optims(
+    run_nets: dict[str, nn.Module], args: argparse.Namespace, device: torch.device
+) -> dict[str, torch.optim.Optimizer]:
+    """One Adam for both generators, one for both discriminators; fused where torch offers it."""
+    optims = {}
+    for letter in "GD":
+        weights = [
+            p for name, net in run_nets.items() if name.startswith(letter) for p in net.parameters()
+        ]
+        optims[letter] = torch.optim.Adam(
+            weights, args.lr, (args.beta1, args.beta2), fused=device.type in ("cpu", "cuda")
+        )
+    return optims
+
+
+def make_run(args: argparse.Namespace, dataset: Path, device: torch.device) -> Run:
+    """Build the four networks and all that belongs to them, freshly seeded."""
+    seed_everything(args.seed, args.deterministic)
+    generator, discriminator = network_configs(args)
+    nets = {name: build_generator(generator, args.init) for name in ("G_AB", "G_BA")}
+    nets |= {name: build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
+    for net in nets.values():
+        net.to(device)
+    return Run(
+        args=args,
+        device=device,
+        precision=pick_precision(args.precision, device),
+        nets=nets,
+        optims=make_optims(nets, args, device),
+        buffers={
+            domain: FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}")
+            for domain in "AB"
+        },
+        samples=load_samples(args, dataset),
+        photos=load_watched(args),
+    )
+
+
+def describe(run: Run, feed: Feed) -> None:
+    """Write run.json and say what is about to learn, on what."""
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in run.nets.items()}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+    }
+    facts = {
+        "flags": plain_args(run.args),
+        "versions": versions,
+        "pictures": feed.counts,
+        "parameters": counts,
+    }
+    facts |= {
+        "device": str(run.device),
+        "precision": run.precision,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.folder / "run.json", facts)
+    say(
+        f"parameters: G {counts['G_AB']:,} each, D {counts['D_A']:,} each; {run.device}, {run.precision}"
+    )
+    say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def add_network_flags(parser: Parser) -> None:
+    """Shapes of the networks; they travel in every checkpoint, so that no later stage asks again."""
+    add = flag_group(parser, "network")
+    add("--generator", choices=GENERATORS, default="resnet", help="kind of generator")
+    add("--num_residual", type=whole(0), default=9, help="residual blocks of the generator")
+    add("--ngf", type=whole(1), default=64, help="width of the generator's first layer")
+    add(
+        "--n_downsampling",
+        type=int,
+        choices=range(5),
+        default=2,
+        help="halvings of the picture in the generator",
+    )
+    add(
+        "--upsample",
+        choices=UPSAMPLES,
+        default="deconv",
+        help="transposed convolution, or nearest neighbour and convolution",
+    )
+    add(
+        "--discriminator",
+        choices=DISCRIMINATORS,
+        default="patch",
+        help="judge patches or single pixels",
+    )
+    add("--ndf", type=whole(1), default=64, help="width of the discriminator's first layer")
+    add(
+        "--n_layers_D",
+        type=whole(1),
+        default=3,
+        help="strided layers of the patch discriminator: 1 to 5 see 16 34 70 142 286 px",
+    )
+    add(
+        "--max_mult_D",
+        type=whole(1),
+        default=8,
+        help="the discriminator grows to at most this times --ndf",
+    )
+    add(
+        "--pool_D",
+        action="store_true",
+        help="average the discriminator's answers to one per picture",
+    )
+    add("--norm", choices=NORMS, default="instance", help="norm in all networks")
+    add(
+        "--norm_output",
+        action="store_true",
+        help="norm before the generator's tanh: stalls learning, kept to show it",
+    )
+    add("--init", choices=INITS, default="normal", help="how weights start")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; args.given names the flags that stand on it."""
+    parser = Parser(prog="train.py", description=__doc__)
+    for add_flags in (
+        add_data_flags,
+        add_network_flags,
+        add_loss_flags,
+        add_optim_flags,
+        add_run_flags,
+        add_device_flags,
+    ):
+        add_flags(parser)
+    args = parser.parse_args(argv)
+    args.given = given_flags(parser, argv)
+    args.run_name = args.run_name or args.dataset_name
+    return args
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill the defaults that depend on other flags, and refuse contradictions."""
+    if args.overwrite and args.start_from != "0":
+        raise InputError(
+            f"--overwrite deletes the run that --start_from {args.start_from} would go on with; give one of them"
+        )
+    if args.decay_epoch is None:
+        args = argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
+    elif "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
+        raise InputError(
+            f"--decay_epoch {args.decay_epoch}: beyond --num_epochs {args.num_epochs}; expected at most that"
+        )
+    return args
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, from the start or from a checkpoint."""
+    args = parse_args(argv)
+    state, checkpoint = None, None
+    if args.start_from != "0":
+        checkpoint = find_checkpoint(
+            Path("saved_models") / args.run_name, args.start_from, "--start_from"
+        )
+        state = load_state(checkpoint, "train")
+        args = resume_args(args, state, checkpoint)
+    args = settle(args)
+    leftovers = [] if state else refuse_second_run(args)
+    network_configs(args)
+    device = pick_device(args.device)
+    dataset, feed = make_feed(args, device)
+    run = make_run(args, dataset, device)
+    if state:
+        load_run(run, state, checkpoint)
+        say(f"going on after epoch {run.epoch}, step {run.step} of {checkpoint}")
+        if run.epoch >= args.num_epochs:
+            say(
+                f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs to go on"
+            )
+            return
+    for path in leftovers:  # only now: nothing above may fail any more
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in (run.folder, run.pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+    describe(run, feed)
+    training_loop(run, feed, Task(cyclegan_objective, cyclegan_rows, TERMS))
+    say(
+        f"done: {run.epoch} epochs, {run.step} steps; see {run.pictures}/epoch_{run.epoch:04d}.png, then: python test.py --run_name {args.run_name}"
+    )
+
+
+if __name__ == "__main__":
+    main()

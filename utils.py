@@ -1,0 +1,715 @@
+"""What every stage shares: errors, flags, device, seeds, pictures, plots and files; knows no network.
+
+Nothing here runs when it is imported.
+"""
+
+import argparse
+import csv
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+STATE_FORMAT = 1  # of the whole-state files; raised when an old reader could not follow
+CELL = 128  # px; smaller pictures are enlarged to this side in grids, by a whole factor
+
+
+# ---------------------------------------------------------------------------------------------
+# The one-line error exit
+
+
+class InputError(Exception):
+    """Wrong flag, folder, picture or file. One line: what was given, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """The program was used rightly and failed while running."""
+
+    exit_code = 1
+
+
+def one_line(text: object) -> str:
+    """Make `text` safe to print: line breaks, control characters and broken unicode are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text: object, file: object = None) -> None:
+    """Print one line without tearing a progress bar apart."""
+    tqdm.write(one_line(text), file=file or sys.stdout)
+    (file or sys.stdout).flush()
+
+
+def stage(main: Callable) -> Callable:
+    """Decorate a stage's main: expected errors end in one line on stderr and their exit code."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> object:
+        try:
+            return main(argv)
+        except (InputError, RunError) as error:
+            say(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error is one line and whose help shows each default once."""
+
+    def __init__(self, **kwargs: object):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; all flags: python {self.prog} --help")
+
+
+def flag_group(parser: Parser, title: str) -> Callable:
+    """Return a function that declares flags under a heading, their defaults written into the help."""
+    group = parser.add_argument_group(title)
+
+    def add(*names: str, help: str, **kwargs: object) -> None:
+        shown = kwargs.get("default") not in (None, []) and "default" not in help
+        group.add_argument(
+            *names, help=f"{help} (default: %(default)s)" if shown else help, **kwargs
+        )
+
+    return add
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Name the flags that stand on the command line, as opposed to those left at their default."""
+    unset = object()
+    actions = [a for a in parser._actions if a.dest not in ("help", argparse.SUPPRESS)]
+    args = parser.parse_args(argv, argparse.Namespace(**{a.dest: unset for a in actions}))
+    return {name for name, value in vars(args).items() if value is not unset}
+
+
+def whole(lowest: int) -> Callable[[str], int]:
+    """Flag type: a whole number of at least `lowest`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if not lowest <= value < 2**31:
+            raise argparse.ArgumentTypeError(
+                f"given {text!r}, expected a whole number of at least {lowest}"
+            )
+        return value
+
+    return convert
+
+
+def number(lowest: float, highest: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Flag type: a finite number from `lowest` (not itself, with above) to `highest`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and lowest <= value <= highest) or (above and value == lowest):
+            limit = f"{'above' if above else 'of at least'} {lowest:g}"
+            limit += f" and at most {highest:g}" if math.isfinite(highest) else ""
+            raise argparse.ArgumentTypeError(f"given {text!r}, expected a number {limit}")
+        return value
+
+    return convert
+
+
+def folder_name(text: str) -> str:
+    """Flag type: one plain folder name, which cannot leave the folder that it is put into."""
+    if (
+        not text
+        or text in (".", "..")
+        or text[0] == "-"
+        or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text)
+    ):
+        raise argparse.ArgumentTypeError(
+            f'given {text!r}, expected one folder name without / \\ : * ? " < > |'
+        )
+    return text
+
+
+def epoch_name(text: str) -> str:
+    """Flag type: a count of finished epochs, or the word latest."""
+    return text if text == "latest" else str(whole(0)(text))
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Which pictures, how large, how they are varied."""
+    add = flag_group(parser, "data")
+    add(
+        "--dataset_name",
+        type=folder_name,
+        default="horse2zebra",
+        help="folder in --data_root with trainA and trainB",
+    )
+    add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
+    add("--batch_size", type=whole(1), default=10, help="pictures of each domain in a step")
+    add("--img_height", type=whole(4), default=256, help="height of the training pictures, px")
+    add("--img_width", type=whole(4), default=256, help="width of the training pictures, px")
+    add("--channels", type=int, choices=(3, 1), default=3, help="3 colour, 1 grey")
+    add(
+        "--load_scale",
+        type=number(1, 8),
+        default=1.12,
+        help="resize to this times the size, then crop at random",
+    )
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirror half of the pictures",
+    )
+    add(
+        "--num_workers",
+        type=whole(0),
+        default=None,
+        help="processes that read pictures (default: 0 on a CPU, else 4)",
+    )
+    add(
+        "--max_images",
+        type=whole(1),
+        default=None,
+        help="use only the first so many pictures of each domain (default: all)",
+    )
+    add(
+        "--steps_per_epoch",
+        type=whole(1),
+        default=None,
+        help="steps in an epoch (default: until the larger domain was seen)",
+    )
+
+
+def add_loss_flags(parser: Parser) -> None:
+    """Weights and forms of the objective."""
+    add = flag_group(parser, "loss")
+    add("--lambda_cycle", type=number(0), default=10.0, help="weight of the cycle loss")
+    add(
+        "--lambda_identity",
+        type=number(0),
+        default=5.0,
+        help="weight of the identity loss; 0 leaves it out",
+    )
+    add("--lambda_gan", type=number(0), default=1.0, help="weight of the adversarial loss")
+    add(
+        "--gan_loss",
+        choices=("lsgan", "bce", "hinge"),
+        default="lsgan",
+        help="form of the adversarial loss",
+    )
+    add(
+        "--buffer_size",
+        type=whole(0),
+        default=50,
+        help="translated pictures kept to train the discriminators",
+    )
+
+
+def add_optim_flags(parser: Parser) -> None:
+    """Adam and its schedule."""
+    add = flag_group(parser, "optimiser")
+    add("--num_epochs", type=whole(1), default=200, help="epochs in all")
+    add(
+        "--decay_epoch",
+        type=whole(0),
+        default=None,
+        help="the rate falls linearly to 0 from here (default: half of --num_epochs)",
+    )
+    add("--lr", type=number(0, above=True), default=2e-4, help="learning rate of Adam")
+    add(
+        "--lr_D",
+        type=number(0, above=True),
+        default=None,
+        help="learning rate of the discriminators (default: --lr)",
+    )
+    add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
+    add(
+        "--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment"
+    )
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Where and how precisely to compute."""
+    add = flag_group(parser, "speed")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 where the device computes it natively",
+    )
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Names, intervals, seeds."""
+    add = flag_group(parser, "run")
+    add(
+        "--start_from",
+        type=epoch_name,
+        default="0",
+        help="0: new; N: go on after epoch_N.pt; latest: after latest.pt",
+    )
+    add(
+        "--run_name",
+        type=folder_name,
+        default=None,
+        help="folder in saved_models and generated_images (default: --dataset_name)",
+    )
+    add("--overwrite", action="store_true", help="delete what an earlier run left under this name")
+    add(
+        "--sample_interval",
+        type=whole(1),
+        default=200,
+        help="steps between two sample grids; there is one at each epoch's end",
+    )
+    add(
+        "--checkpoint_interval",
+        type=whole(1),
+        default=10,
+        help="epochs between two checkpoints that are kept",
+    )
+    add(
+        "--keep_checkpoints",
+        type=whole(0),
+        default=0,
+        help="keep only the newest so many epoch_NNNN.pt; 0: all",
+    )
+    add(
+        "--watch",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PHOTO",
+        help="photos to translate after each epoch",
+    )
+    add("--seed", type=whole(0), default=0, help="seed of all random choices")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms that repeat bit for bit (a CPU does without)",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Device, precision, seeds
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn a flag into a device that exists; auto takes the first CUDA GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise InputError(
+            f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}"
+        ) from None
+    if device.type == "meta":
+        raise InputError(
+            "--device meta: holds no pictures; expected auto, cpu, cuda, cuda:1 or mps"
+        )
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is computed by the hardware: CUDA from Ampere, CPUs with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    probes = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return any(probe() for probe in probes if probe)  # private names, so guarded
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolve --precision auto for a device."""
+    return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Compute the networks in bfloat16 where `precision` says so; weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python and torch; with deterministic, refuse algorithms that do not repeat."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def rng_state() -> dict:
+    """Collect the states of all generators of random numbers, as plain values."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what rng_state collected; a different number of GPUs leaves theirs as seeded."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:
+    """Factor of the learning rate in the epoch that follows `epoch` finished ones.
+
+    1 until decay_epoch, then falling in equal steps; it would be 0 after num_epochs.
+    source: Zhu et al. 2017, section 4, "Training details"
+    """
+    return 1 - max(0, epoch - decay_epoch) / max(1, num_epochs - decay_epoch)
+
+
+class StopRequest:
+    """Turn Ctrl-C and SIGTERM into a wish that the loop reads between two steps; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # elsewhere Python takes no signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise SystemExit(128 + signum)
+        self.signum = signum
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures. The two pairs below are the only places where values change their range
+
+
+def bytes_to_range(x: Tensor) -> Tensor:
+    """uint8 in [0, 255] → float32 in [-1, 1], any shape."""
+    return x.float() / 127.5 - 1
+
+
+def range_to_bytes(x: Tensor) -> Tensor:
+    """[-1, 1] → clamp → round → uint8 in [0, 255], any shape.
+
+    Without the clamp an answer of -1.01 would wrap to 255: red, green and white dots in the dark.
+    """
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def picture_to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB or L picture → (3 or 1, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) or (H, W)
+    return bytes_to_range(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+
+
+def tensor_to_picture(x: Tensor) -> Image.Image:
+    """(3 or 1, H, W) in [-1, 1] → an RGB or L picture."""
+    pixels = range_to_bytes(x).cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Lay out labelled rows of pictures, one column per picture.
+
+    rows: pairs of a label and (N, 3 or 1, H, W) in [-1, 1]; N and the size are the same in each row
+    """
+    columns = len(rows[0][1])
+    pictures = range_to_bytes(torch.cat([x.float().cpu() for _, x in rows]))
+    enlarge = max(1, CELL // max(pictures.shape[-2:]))
+    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    tiles = make_grid(pictures, nrow=columns, padding=2, pad_value=255)  # (3, H', W')
+    grid, font = Image.fromarray(tiles.permute(1, 2, 0).numpy()), ImageFont.load_default(14)
+    margin = 12 + math.ceil(max(font.getlength(label) for label, _ in rows))
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, _) in enumerate(rows):
+        draw.text(
+            (6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm"
+        )
+    return sheet
+
+
+class FakeImageBuffer:
+    """The last translated pictures, so that a discriminator also sees earlier answers.
+
+    Until it is full every picture is kept and handed back; then each is, with probability 1/2,
+    exchanged for a kept one.
+    source: Shrivastava et al. 2017, section 2.3; size 50 in Zhu et al. 2017, section 4
+    """
+
+    def __init__(self, size: int, seed: object):
+        self.size, self.images, self._rng = size, [], random.Random(str(seed))
+
+    def exchange(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W) of new and older pictures, without gradient."""
+        images, answer = images.detach(), []
+        for image in images:
+            if len(self.images) < self.size:
+                self.images.append(image.clone())
+            elif self.size and self._rng.random() < 0.5:
+                i = self._rng.randrange(self.size)
+                image, self.images[i] = self.images[i], image.clone()
+            answer.append(image)
+        return torch.stack(answer)
+
+    def state_dict(self) -> dict:
+        return {"images": [x.cpu() for x in self.images], "rng": self._rng.getstate()}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Put back a state; of a larger buffer only the first `size` pictures are kept."""
+        self.images = [x.to(device) for x in state["images"]][: self.size]
+        self._rng.setstate(state["rng"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: every write is a temporary name, flush, fsync, rename
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if (
+        os.name == "posix"
+    ):  # the new name itself survives a power cut only when its folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON; what JSON does not know (paths) becomes text."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name without a second copy, where the file system can; `target` is replaced whole."""
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write a whole-state file."""
+    with atomic_write(path) as temporary:
+        torch.save({"format": STATE_FORMAT, **state}, temporary)
+
+
+def read_archive(path: Path) -> object:
+    """Read any torch file as plain values and tensors; nothing in it is executed.
+
+    raises: InputError if it is missing, damaged, or holds more than plain values
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise InputError(
+                    f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint"
+                )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of torch's reader, about what a hostile file claims to be
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
+        raise InputError(
+            f"{path}: not a readable checkpoint of plain tensors and values ({reason})"
+        ) from error
+
+
+def load_state(path: Path, stage: str | None = None) -> dict:
+    """Read a whole-state file of the given stage ("train" or "distill"; None: either)."""
+    state = read_archive(path)
+    if not isinstance(state, dict) or "format" not in state or "nets" not in state:
+        raise InputError(
+            f"{path}: holds no training state; expected a file that train.py or distill.py wrote"
+        )
+    if state["format"] != STATE_FORMAT:
+        raise InputError(
+            f"{path}: format {state['format']}, expected {STATE_FORMAT}; written by another version"
+        )
+    if stage and state.get("stage") != stage:
+        raise InputError(f"{path}: a state of {state.get('stage')}.py, expected one of {stage}.py")
+    return state
+
+
+def find_checkpoint(folder: Path, epoch: str, flag: str) -> Path:
+    """Return the whole-state file of an epoch ("latest" or a number), or list those that exist."""
+    path = folder / ("latest.pt" if epoch == "latest" else f"epoch_{int(epoch):04d}.pt")
+    if not path.is_file():
+        found = sorted(int(p.stem[6:]) for p in folder.glob("epoch_*.pt") if p.stem[6:].isdecimal())
+        found += ["latest"] if (folder / "latest.pt").is_file() else []
+        raise InputError(
+            f"{flag} {epoch}: no {path}; expected one of: {', '.join(map(str, found)) or 'none, nothing was saved yet'}"
+        )
+    return path
+
+
+class LossLog:
+    """losses.csv: one row per interval, cut back when a run resumes from an earlier step."""
+
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int):
+        self.path, self.columns = path, list(columns)
+        kept = (
+            [row for row in read_losses(path) if row["step"] <= last_step]
+            if last_step and path.exists()
+            else []
+        )
+        write_text(
+            path, "".join(f"{line}\n" for line in [",".join(columns), *map(self._line, kept)])
+        )
+
+    def _line(self, row: dict) -> str:
+        return ",".join(
+            f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in self.columns
+        )
+
+    def append(self, row: dict) -> None:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(self._line(row) + "\n")
+
+
+def read_losses(path: Path) -> list[dict]:
+    """Read losses.csv: epoch and step whole, the rest as numbers. A torn last line is left out."""
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                rows.append(
+                    {k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()}
+                )
+            except (TypeError, ValueError):
+                break
+    return rows
+
+
+def plot_losses(rows: Sequence[dict], path: Path) -> None:
+    """Draw a panel per loss and one with all its terms over steps: raw values pale, their running mean strong."""
+    terms = [
+        name
+        for name in rows[0]
+        if name not in ("epoch", "step", "lr") and not name.startswith("loss_")
+    ]
+    panels = [[name] for name in rows[0] if name.startswith("loss_")] + [terms]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    steps, window = [row["step"] for row in rows], max(1, len(rows) // 25)
+    for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=False):
+        for name in names:
+            values = np.array([row[name] for row in rows])
+            counts = np.minimum(np.arange(1, len(values) + 1), window)
+            sums = np.cumsum(values)
+            sums[window:] -= sums[:-window].copy()
+            (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5)
+            axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=min(0.0, *(row[name] for row in rows for name in names)))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right", fontsize="small", ncols=2 if len(names) > 4 else 1)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+class Meter:
+    """Running sums of named losses; they stay on the device until somebody looks."""
+
+    def __init__(self) -> None:
+        self.sums, self.count = {}, 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self) -> dict[str, float]:
+        """Read the means; waits for the device."""
+        return {name: value.item() / max(1, self.count) for name, value in self.sums.items()}
+
+    def state_dict(self) -> dict:
+        return {
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "count": self.count,
+        }
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.sums, self.count = (
+            {name: value.to(device) for name, value in state["sums"].items()},
+            state["count"],
+        )
