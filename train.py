@@ -710,15 +710,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
+    if args.overwrite and args.start_from != "0":
+        parser.error(
+            f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them"
+        )
     return args
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill the defaults that depend on other flags, and refuse contradictions."""
-    if args.overwrite and args.start_from != "0":
-        raise InputError(
-            f"--overwrite deletes the run that --start_from {args.start_from} would go on with; give one of them"
-        )
+    """Fill the default that depends on another flag, and refuse a decay after the end."""
     if args.decay_epoch is None:
         args = argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
     elif "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:

@@ -637,9 +637,8 @@ class LossLog:
         )
 
     def _line(self, row: dict) -> str:
-        return ",".join(
-            f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in self.columns
-        )
+        values = (row.get(name, math.nan) for name in self.columns)  # nan: not computed
+        return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)
 
     def append(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
@@ -673,15 +672,17 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
     for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=False):
         for name in names:
             values = np.array([row[name] for row in rows])
-            counts = np.minimum(np.arange(1, len(values) + 1), window)
-            sums = np.cumsum(values)
-            sums[window:] -= sums[:-window].copy()
-            (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5)
-            axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+            known, ones = np.isfinite(values), np.ones(window)
+            if known.any():
+                sums = np.convolve(np.where(known, values, 0), ones)[: len(values)]
+                counts = np.convolve(known, ones)[: len(values)].clip(1)
+                (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5)
+                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
         axes.set_xlabel("step")
-        axes.set_ylim(bottom=min(0.0, *(row[name] for row in rows for name in names)))
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right", fontsize="small", ncols=2 if len(names) > 4 else 1)
+        if axes.lines:
+            axes.legend(loc="upper right", fontsize="small", ncols=2 if len(names) > 4 else 1)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
