@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import warnings
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,19 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import (
-    InputError,
-    Parser,
-    bytes_to_range,
-    draw_grid,
-    folder_name,
-    number,
-    picture_to_tensor,
-    save_picture,
-    say,
-    stage,
-    whole,
-)
+from utils import InputError, Parser, draw_grid, folder_name, number, picture_to_tensor, save_picture, say, stage, whole
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 BAD_SHARE = 0.05  # of a domain's pictures may be unreadable; above this the run stops
@@ -55,10 +44,7 @@ class UnreadablePicture(Exception):
 
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", str(path))
-    ]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -77,9 +63,7 @@ def to_8_bit(picture: Image.Image) -> Image.Image:
         return picture
     values = np.asarray(picture).astype(np.float64)
     if picture.mode == "F":
-        values = (
-            values * 255 if np.nanmax(values, initial=0) <= 1 else values
-        )  # floats come as [0, 1] or [0, 255]
+        values = values * 255 if np.nanmax(values, initial=0) <= 1 else values  # floats come as [0, 1] or [0, 255]
     else:
         values = values / 257  # 16 bits: 65535 → 255
     return Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
@@ -230,13 +214,7 @@ class UnpairedDataset(Dataset):
         flip: bool = True,
         seed: int = 0,
     ):
-        self.paths, self.size, self.channels, self.flip, self.seed = (
-            paths,
-            size,
-            channels,
-            flip,
-            seed,
-        )
+        self.paths, self.size, self.channels, self.flip, self.seed = (paths, size, channels, flip, seed)
         self.load_size = tuple(round(side * load_scale) for side in size)
 
     def __getitem__(self, key: tuple[int, int, int, int]) -> dict:
@@ -255,9 +233,7 @@ class UnpairedDataset(Dataset):
                 return read_picture(path, self.channels)
             except UnreadablePicture as error:
                 bad.append((domain, path, str(error)))
-        raise InputError(
-            f"{paths[0].parent}: none of its {len(paths)} pictures can be read any more"
-        )
+        raise InputError(f"{paths[0].parent}: none of its {len(paths)} pictures can be read any more")
 
     def _vary(self, picture: Image.Image, rng: random.Random) -> Tensor:
         (height, width), (load_height, load_width) = self.size, self.load_size
@@ -278,9 +254,7 @@ class EpochSampler:
     persistent workers cannot freeze them.
     """
 
-    def __init__(
-        self, counts: tuple[int, int], batch_size: int, steps: int | None = None, seed: int = 0
-    ):
+    def __init__(self, counts: tuple[int, int], batch_size: int, steps: int | None = None, seed: int = 0):
         self.counts, self.batch_size, self.seed = counts, batch_size, seed
         self.steps = steps or math.ceil(max(counts) / batch_size)
         self.epoch, self.first_step = 0, 0
@@ -292,9 +266,7 @@ class EpochSampler:
         return order
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
-        order_A, order_B = (
-            self._order(domain, count) for domain, count in zip("AB", self.counts, strict=True)
-        )
+        order_A, order_B = (self._order(domain, count) for domain, count in zip("AB", self.counts, strict=True))
         for step in range(self.first_step, self.steps):
             pictures = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures]
@@ -314,9 +286,7 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(
-    dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool
-) -> DataLoader:
+def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Make a loader that reads in the order of `sampler`."""
     return DataLoader(
         dataset,
@@ -334,20 +304,8 @@ def make_loader(
 # The demo set: the same landscape by day (A) and by night (B), drawn from a seed
 
 SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}
-LAMP, GLASS, ROOF, TRUNK, LEAVES = (
-    (255, 224, 120),
-    (74, 92, 116),
-    (128, 52, 44),
-    (94, 62, 40),
-    (34, 104, 54),
-)
-HAZE, DARK, SUN, MOON, STAR = (
-    (150, 160, 180),
-    (16, 20, 78),
-    (255, 214, 60),
-    (236, 238, 225),
-    (255, 255, 240),
-)
+LAMP, GLASS, ROOF, TRUNK, LEAVES = ((255, 224, 120), (74, 92, 116), (128, 52, 44), (94, 62, 40), (34, 104, 54))
+HAZE, DARK, SUN, MOON, STAR = ((150, 160, 180), (16, 20, 78), (255, 214, 60), (236, 238, 225), (255, 255, 240))
 WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
 GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
 DEMO_FOLDERS = {
@@ -385,48 +343,28 @@ def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
     for y in range(s):
         draw.line([(0, y), (s, y)], fill=mix(*SKY[time], min(1, y / horizon)))
     for i in range(9 if night else 0):
-        disc(
-            random.Random(i).random() * s, random.Random(1000 + i).random() * 0.3 * s, s / 90, STAR
-        )
-    disc(
-        s * r.uniform(0.12, 0.88),
-        s * r.uniform(0.1, 0.28),
-        s * r.uniform(0.06, 0.11),
-        MOON if night else SUN,
-    )
+        disc(random.Random(i).random() * s, random.Random(1000 + i).random() * 0.3 * s, s / 90, STAR)
+    disc(s * r.uniform(0.12, 0.88), s * r.uniform(0.1, 0.28), s * r.uniform(0.06, 0.11), MOON if night else SUN)
 
     ground = r.choice(GROUNDS)
     for layer, haze in enumerate((0.45, 0.0)):
         base, phases = horizon + layer * s * 0.09, [r.uniform(0, 6.28) for _ in range(3)]
         ridge = []
         for x in range(0, s + 3, 3):
-            ridge.append(
-                (
-                    x,
-                    base
-                    - s
-                    * 0.045
-                    * sum(math.sin(x / s * (3 + 2 * i) + p) for i, p in enumerate(phases)),
-                )
-            )
+            ridge.append((x, base - s * 0.045 * sum(math.sin(x / s * (3 + 2 * i) + p) for i, p in enumerate(phases))))
         draw.polygon([*ridge, (s, s), (0, s)], fill=lit(mix(ground, HAZE, haze)))
     for _ in range(r.randint(1, 3)):
         x, y, w = s * r.uniform(0.03, 0.72), s * r.uniform(0.66, 0.92), s * r.uniform(0.17, 0.3)
         h, wall = w * r.uniform(0.7, 1.2), r.choice(WALLS)
         draw.rectangle([x, y - h, x + w, y], fill=lit(wall))
-        draw.polygon(
-            [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)], fill=lit(ROOF)
-        )
+        draw.polygon([(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)], fill=lit(ROOF))
         for left in (0.16, 0.58):
             window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
             draw.rectangle(window, fill=LAMP if night else GLASS)
     for _ in range(r.randint(1, 4)):
         x, y, w = s * r.uniform(0, 1), s * r.uniform(0.72, 0.98), s * r.uniform(0.1, 0.2)
         draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=lit(TRUNK))
-        draw.polygon(
-            [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)],
-            fill=lit(LEAVES),
-        )
+        draw.polygon([(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)], fill=lit(LEAVES))
     return picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -461,14 +399,12 @@ def draw_dataset(data_root: Path, size: int = 64) -> Path:
 # Sub-commands
 
 
-def split_dataset(args) -> None:
+def split_dataset(args: Namespace) -> None:
     """Make the layout of a data set from two plain folders, by copying."""
     pictures = {}
     for domain, source in (("A", args.A), ("B", args.B)):
         if not source.is_dir():
-            raise InputError(
-                f"--{domain} {source}: no such folder; expected a folder with pictures"
-            )
+            raise InputError(f"--{domain} {source}: no such folder; expected a folder with pictures")
         paths = list_pictures(source)
         if not paths:
             raise InputError(
@@ -493,132 +429,96 @@ def split_dataset(args) -> None:
                     copy = unfinished / f"{part}{domain}" / path.relative_to(source)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, copy)
-            say(
-                f"{folder}: {len(paths) - tests} pictures in train{domain}, {tests} in test{domain}"
-            )
+            say(f"{folder}: {len(paths) - tests} pictures in train{domain}, {tests} in test{domain}")
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_split(split: Path, hashes: dict[str, list[Path]]) -> str:
-    """Read every picture of one part whole; print what it holds; return what makes it unusable, or ""."""
-    paths, sizes, bad = list_pictures(split), Counter(), 0
+def check_split(split: Path, sheet: Path | None) -> tuple[dict[Path, str], str]:
+    """Read every picture of one part whole and print what it holds.
+
+    returns: a hash of the pixels by path, and what makes the part unusable, or ""
+    """
+    paths, sizes, hashes, faults = list_pictures(split), Counter(), {}, 0
     for path in tqdm(paths, desc=split.name, leave=False):
         try:
             picture = read_picture(path)
         except UnreadablePicture as error:
-            bad += 1
+            faults += 1
             say(f"  unreadable: {path} ({error})")
             continue
         sizes[picture.size] += 1
-        hashes[hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()].append(
-            path
-        )
+        hashes[path] = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     common = ", ".join(f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3))
     common += f", {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-    say(f"{split.name}: {len(paths)} pictures, {bad} unreadable; {common or 'nothing readable'} px")
-    if not sizes:
-        return f"{split.name} holds no readable picture"
-    if bad > max(1, BAD_SHARE * len(paths)):
-        return f"{bad} of {len(paths)} pictures in {split.name} are unreadable, more than {BAD_SHARE:.0%}"
-    return ""
+    say(f"{split.name}: {len(paths)} pictures, {faults} unreadable; {common or 'nothing readable'} px")
+    if sheet and hashes:
+        chosen = list(hashes)[:: max(1, len(hashes) // 32)][:32]
+        cells = torch.stack([load_picture(path, (96, 96)) for path in chosen])
+        rows = [(split.name, row) for row in cells.split(8) if len(row) == min(8, len(cells))]
+        save_picture(draw_grid(rows), sheet)
+        say(f"  {sheet}")
+    if not hashes:
+        return hashes, f"{split.name} holds no readable picture"
+    too_many = faults > max(1, BAD_SHARE * len(paths))
+    return (
+        hashes,
+        f"{faults} of {len(paths)} pictures in {split.name} are unreadable, more than {BAD_SHARE:.0%}" * too_many,
+    )
 
 
-def check_dataset(args) -> None:
+def check_dataset(args: Namespace) -> None:
     """Count, measure and compare the pictures of a data set; exit code 2 if it cannot be trained on."""
-    folder = find_dataset(args.data_root, args.dataset_name)
+    folder, owners, faults = find_dataset(args.data_root, args.dataset_name), defaultdict(list), []
     for domain in "AB":
         split_pictures(folder, f"train{domain}")
-    splits = [folder / f"{part}{domain}" for domain in "AB" for part in ("train", "val", "test")]
-    splits = [split for split in splits if split.is_dir()]
-    hashes: dict[str, list[Path]] = defaultdict(list)
-    faults = [
-        fault
-        for split in splits
-        if (fault := check_split(split, hashes)) and split.name.startswith("train")
-    ]
-    twins = [paths for paths in hashes.values() if len(paths) > 1]
-    leaks = [paths for paths in twins if len({p.relative_to(folder).parts[0] for p in paths}) > 1]
+    for split in (folder / f"{part}{domain}" for domain in "AB" for part in ("train", "val", "test")):
+        if split.is_dir():
+            sheet = Path("generated_images") / args.dataset_name / "check" / f"{split.name}.png"
+            hashes, fault = check_split(split, sheet if args.sheet else None)
+            faults += [fault] if fault and split.name.startswith("train") else []
+            for path, pixels in hashes.items():
+                owners[pixels].append(path.relative_to(folder))
+    twins = [paths for paths in owners.values() if len(paths) > 1]
+    leaks = [paths for paths in twins if len({path.parts[0] for path in paths}) > 1]
     for paths in leaks[:10]:
-        say(f"  the same picture: {' = '.join(str(p.relative_to(folder)) for p in paths)}")
+        say(f"  the same picture: {' = '.join(map(str, paths))}")
     say(
-        f"{len(leaks)} pictures stand in more than one part (a leak from test to train), {len(twins) - len(leaks)} twice in one part"
+        f"{len(leaks)} pictures stand in more than one part (leaks into the test), {len(twins) - len(leaks)} twice in one part"
     )
-    if args.sheet:
-        for split in splits:
-            paths = list_pictures(split)
-            chosen = [
-                p
-                for p in paths[:: max(1, len(paths) // 32)][:32]
-                if p in {q for v in hashes.values() for q in v}
-            ]
-            sheet = (
-                torch.stack([load_picture(path, (96, 96)) for path in chosen])
-                if chosen
-                else bytes_to_range(torch.zeros(1, 3, 96, 96))
-            )
-            rows = [
-                (split.name if i == 0 else "", row)
-                for i, row in enumerate(sheet.split(8))
-                if len(row) == min(8, len(sheet))
-            ]
-            target = Path("generated_images") / args.dataset_name / "check" / f"{split.name}.png"
-            save_picture(draw_grid(rows), target)
-            say(f"  {target}")
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
 
 
-def parse_args(argv: Sequence[str] | None = None):
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line of the sub-commands."""
     parser = Parser(prog="datasets.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="draw, split, check")
     draw = commands.add_parser("draw", help="draw the demo set")
     draw.add_argument("dataset_name", choices=[DEMO])
-    draw.add_argument(
-        "--size", type=whole(16), default=64, help="side of the pictures, px (default: 64)"
-    )
+    draw.add_argument("--size", type=whole(16), default=64, help="side of the pictures, px (default: 64)")
     split = commands.add_parser("split", help="make a data set from two folders of pictures")
     split.add_argument("--A", type=Path, required=True, metavar="DIR", help="pictures of domain A")
     split.add_argument("--B", type=Path, required=True, metavar="DIR", help="pictures of domain B")
+    split.add_argument("--dataset_name", type=folder_name, required=True, help="name of the new data set")
     split.add_argument(
-        "--dataset_name", type=folder_name, required=True, help="name of the new data set"
-    )
-    split.add_argument(
-        "--test_fraction",
-        type=number(0, 0.9),
-        default=0.1,
-        help="share kept for testing (default: 0.1)",
+        "--test_fraction", type=number(0, 0.9), default=0.1, help="share kept for testing (default: 0.1)"
     )
     split.add_argument(
-        "--max_images",
-        type=whole(2),
-        default=None,
-        help="take at most so many of each domain (default: all)",
+        "--max_images", type=whole(2), default=None, help="take at most so many of each domain (default: all)"
     )
-    split.add_argument(
-        "--seed", type=whole(0), default=0, help="which pictures are taken (default: 0)"
-    )
-    check = commands.add_parser(
-        "check", help="count, measure and compare the pictures of a data set"
-    )
+    split.add_argument("--seed", type=whole(0), default=0, help="which pictures are taken (default: 0)")
+    check = commands.add_parser("check", help="count, measure and compare the pictures of a data set")
     check.add_argument("dataset_name", type=folder_name)
-    check.add_argument(
-        "--sheet",
-        action="store_true",
-        help="also write a contact sheet per part into generated_images",
-    )
+    check.add_argument("--sheet", action="store_true", help="also write a contact sheet per part into generated_images")
     for command, run in (
         (draw, lambda args: draw_dataset(args.data_root, args.size)),
         (split, split_dataset),
         (check, check_dataset),
     ):
         command.add_argument(
-            "--data_root",
-            type=Path,
-            default=Path("datasets"),
-            help="folder of the data sets (default: datasets)",
+            "--data_root", type=Path, default=Path("datasets"), help="folder of the data sets (default: datasets)"
         )
         command.set_defaults(run=run)
     return parser.parse_args(argv)

@@ -40,11 +40,7 @@ def ssim(answer: Tensor, truth: Tensor) -> float:
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-    index = (
-        (2 * mean_x * mean_y + c1)
-        * (2 * cov + c2)
-        / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    )
+    index = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return index.mean().item()
 
 
@@ -66,9 +62,7 @@ def resized(picture: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a uint8 picture (C, H, W) to (height, width), antialiased."""
     if tuple(picture.shape[-2:]) == tuple(size):
         return picture
-    wide = F.interpolate(
-        picture[None].float(), tuple(size), mode="bicubic", antialias=True, align_corners=False
-    )
+    wide = F.interpolate(picture[None].float(), tuple(size), mode="bicubic", antialias=True, align_corners=False)
     return wide[0].clamp(0, PEAK).round().to(torch.uint8)
 
 
@@ -101,9 +95,7 @@ def paired_table(
     flat = mean.round().to(torch.uint8)
     return {
         "model": paired_scores(answers, truths),
-        "copy": paired_scores(
-            [resized(x, a.shape[-2:]) for x, a in zip(inputs, answers, strict=True)], truths
-        ),
+        "copy": paired_scores([resized(x, a.shape[-2:]) for x, a in zip(inputs, answers, strict=True)], truths),
         "mean picture": paired_scores([resized(flat, a.shape[-2:]) for a in answers], truths),
     }
 
@@ -115,7 +107,6 @@ def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     lines = [" " * margin + "".join(f"{name:>12}" for name in columns)]
     for label, row in rows.items():
         lines.append(
-            label.ljust(margin)
-            + "".join(f"{row[name]:>12.4g}" if name in row else " " * 12 for name in columns)
+            label.ljust(margin) + "".join(f"{row[name]:>12.4g}" if name in row else " " * 12 for name in columns)
         )
     return lines

@@ -85,11 +85,7 @@ def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) ->
     """
     if upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
-    return [
-        nn.Upsample(scale_factor=2),
-        nn.ReflectionPad2d(1),
-        nn.Conv2d(width_in, width_out, 3, bias=bias),
-    ]
+    return [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
 
 
 class ResnetBlock(nn.Module):
@@ -155,14 +151,10 @@ class ResnetGenerator(nn.Module):
         if config.norm_output:
             self.head.append(norm_layer(norm, config.channels))
 
-    def forward(
-        self, x: Tensor, return_hidden: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
         if min(height, width) < self.config.smallest_side:
-            raise ValueError(
-                f"{width}x{height} px: the generator needs at least {self.config.smallest_side} px a side"
-            )
+            raise ValueError(f"{width}x{height} px: the generator needs at least {self.config.smallest_side} px a side")
         x = pad_to_multiple(x, 2**self.config.n_downsampling)
         x = self.down(self.stem(x))  # (N, ngf * 2**n, H / 2**n, W / 2**n)
         hidden = []
@@ -190,10 +182,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.config = config
         bias, width = config.norm != "batch", config.ndf
-        layers = [
-            nn.Conv2d(config.channels, width, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+        layers = [nn.Conv2d(config.channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for i in range(1, config.n_layers + 1):
             stride, wider = 2 if i < config.n_layers else 1, config.ndf * min(2**i, config.max_mult)
             layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=bias)]
@@ -271,9 +260,7 @@ def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> nn
     """Make the discriminator that `config` describes, freshly initialised."""
     kinds = {"patch": PatchDiscriminator, "pixel": PixelDiscriminator}
     if config.discriminator not in kinds:
-        raise ValueError(
-            f"discriminator {config.discriminator!r}: expected one of {', '.join(kinds)}"
-        )
+        raise ValueError(f"discriminator {config.discriminator!r}: expected one of {', '.join(kinds)}")
     net = kinds[config.discriminator](config)
     init_weights(net, init)
     return net
@@ -313,9 +300,7 @@ def gan_loss_D(on_real: Tensor, on_fake: Tensor, kind: str = "lsgan") -> Tensor:
     """
     on_real, on_fake = _wide(on_real), _wide(on_fake)
     if kind == "lsgan":
-        loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(
-            on_fake, torch.zeros_like(on_fake)
-        )
+        loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(on_fake, torch.zeros_like(on_fake))
     elif kind == "bce":
         loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
     elif kind == "hinge":
@@ -359,9 +344,7 @@ def cyclegan_loss(
         "cycle_A": picture_loss(pictures["rec_A"], pictures["real_A"]),
         "cycle_B": picture_loss(pictures["rec_B"], pictures["real_B"]),
     }
-    loss = lambda_gan * (terms["gan_AB"] + terms["gan_BA"]) + lambda_cycle * (
-        terms["cycle_A"] + terms["cycle_B"]
-    )
+    loss = lambda_gan * (terms["gan_AB"] + terms["gan_BA"]) + lambda_cycle * (terms["cycle_A"] + terms["cycle_B"])
     if lambda_identity > 0:
         terms["identity_A"] = picture_loss(pictures["idt_A"], pictures["real_A"])
         terms["identity_B"] = picture_loss(pictures["idt_B"], pictures["real_B"])

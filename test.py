@@ -118,9 +118,7 @@ def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict
     try:
         for name, values in state["config"].items():
             is_generator = name.startswith("G")
-            config = read_config(
-                GeneratorConfig if is_generator else DiscriminatorConfig, values, f"{path}, {name}"
-            )
+            config = read_config(GeneratorConfig if is_generator else DiscriminatorConfig, values, f"{path}, {name}")
             nets[name] = build_generator(config) if is_generator else build_discriminator(config)
             load_tensors(nets[name], state["nets"][name], f"{path}, {name}")
         args = state["args"]
@@ -153,11 +151,7 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
             f"{folder}: no such run; found: {', '.join(runs) or 'none'}; train one with: python train.py --dataset_name NAME"
         )
     files = [folder / f"G_{a}{b}.safetensors" for a, b in DIRECTIONS.values()]
-    if (
-        args.epoch != "latest"
-        or "losses" in args.metrics
-        or not any(path.is_file() for path in files)
-    ):
+    if args.epoch != "latest" or "losses" in args.metrics or not any(path.is_file() for path in files):
         return load_run_state(folder, args.epoch)
     nets, recipe = {}, {}
     for path in files:
@@ -175,10 +169,7 @@ def find_inputs(tester: Tester, directions: Sequence[str]) -> dict[str, tuple[Pa
     args, found = tester.args, {}
     for direction in directions:
         if args.input is None:
-            dataset, split = (
-                find_dataset(args.data_root, tester.dataset_name),
-                f"test{DIRECTIONS[direction][0]}",
-            )
+            dataset, split = (find_dataset(args.data_root, tester.dataset_name), f"test{DIRECTIONS[direction][0]}")
             root, paths = dataset / split, split_pictures(dataset, split)
         elif args.input.is_file():
             root, paths = args.input.parent, [args.input]
@@ -201,9 +192,7 @@ def output_names(root: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     names, taken = {}, set()
     stems = [path.relative_to(root).with_suffix("") for path in paths]
     for path, stem in zip(paths, stems, strict=True):
-        name = (
-            Path(f"{stem}.png") if stems.count(stem) == 1 else Path(f"{path.relative_to(root)}.png")
-        )
+        name = Path(f"{stem}.png") if stems.count(stem) == 1 else Path(f"{path.relative_to(root)}.png")
         while str(name).lower() in taken:  # some file systems do not tell A from a
             name = name.with_name(f"{name.stem}_.png")
         taken.add(str(name).lower())
@@ -239,9 +228,7 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
     }
 
 
-def translate_folder(
-    tester: Tester, direction: str, root: Path, paths: Sequence[Path]
-) -> list[Result]:
+def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence[Path]) -> list[Result]:
     """Translate pictures and write what comes out, each under its input's name."""
     results, bad, names = [], BadPictures(root, len(paths)), output_names(root, paths)
     for path in tqdm(paths, desc=direction, unit="picture", mininterval=0.5):
@@ -252,9 +239,7 @@ def translate_folder(
             continue
         for folder, picture in pictures.items():
             save_picture(picture, tester.output / folder / names[path])
-        results.append(
-            Result(path, names[path], {folder: Path(folder) / names[path] for folder in pictures})
-        )
+        results.append(Result(path, names[path], {folder: Path(folder) / names[path] for folder in pictures}))
     if not results:
         raise InputError(f"{root}: no picture could be translated (see above)")
     return results
@@ -277,9 +262,7 @@ pre {{ background: #eee; padding: 1em; overflow-x: auto }}
 """
 
 
-def write_gallery(
-    tester: Tester, title: str, results: dict[str, list[Result]], table: Sequence[str]
-) -> None:
+def write_gallery(tester: Tester, title: str, results: dict[str, list[Result]], table: Sequence[str]) -> None:
     """Write index.html: input, translation and round trip of every picture; opens from disk."""
     body = [f"<pre>{html.escape(chr(10).join(table))}</pre>"] if table else []
     for direction, pictures in results.items():
@@ -291,12 +274,8 @@ def write_gallery(
                 figures.append(
                     f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{folder}</figcaption></figure>'
                 )
-            body.append(
-                f'<p>{html.escape(one_line(result.name))}</p><div class="row">{"".join(figures)}</div>'
-            )
-    write_text(
-        tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body))
-    )
+            body.append(f'<p>{html.escape(one_line(result.name))}</p><div class="row">{"".join(figures)}</div>')
+    write_text(tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body)))
 
 
 def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
@@ -306,7 +285,7 @@ def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
     for pictures in results.values():
         for folder in pictures[0].files:
             cells = []
-            for result in pictures[:columns]:
+            for result in pictures[:: max(1, len(pictures) // columns)][:columns]:
                 cells.append(load_picture(tester.output / result.files[folder], size))
                 size = size or tuple(cells[0].shape[-2:])
             rows.append((folder, torch.stack(cells)))
@@ -321,12 +300,8 @@ def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     """Read a test folder as the networks were trained: (1, C, H, W) each, at the recipe's size."""
     dataset = find_dataset(tester.args.data_root, tester.dataset_name)
     paths = split_pictures(dataset, f"test{domain}")
-    paths = BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[
-        : tester.args.num_test
-    ]
-    return [
-        load_picture(path, tuple(tester.recipe["size"]), tester.channels)[None] for path in paths
-    ]
+    paths = BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[: tester.args.num_test]
+    return [load_picture(path, tuple(tester.recipe["size"]), tester.channels)[None] for path in paths]
 
 
 def mean_losses(tester: Tester) -> dict[str, float]:
@@ -335,34 +310,20 @@ def mean_losses(tester: Tester) -> dict[str, float]:
     Weights and form of the losses are the run's; no older pictures; the shorter domain starts again.
     """
     flags, sums = tester.recipe["args"], {}
-    flags = {
-        name: flags[name] for name in ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")
-    }
+    flags = {name: flags[name] for name in ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")}
     G_AB, G_BA, D_A, D_B = (tester.nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
     all_A, all_B = test_tensors(tester, "A"), test_tensors(tester, "B")
     count = max(len(all_A), len(all_B))
     for i in range(count):
-        real_A, real_B = (
-            pictures[i % len(pictures)].to(tester.device) for pictures in (all_A, all_B)
-        )
+        real_A, real_B = (pictures[i % len(pictures)].to(tester.device) for pictures in (all_A, all_B))
         fake_B, fake_A = tester(G_AB, real_A), tester(G_BA, real_B)
-        pictures = {
-            "real_A": real_A,
-            "real_B": real_B,
-            "rec_A": tester(G_BA, fake_B),
-            "rec_B": tester(G_AB, fake_A),
-        }
+        pictures = {"real_A": real_A, "real_B": real_B, "rec_A": tester(G_BA, fake_B), "rec_B": tester(G_AB, fake_A)}
         pictures |= {"idt_A": tester(G_BA, real_A), "idt_B": tester(G_AB, real_B)}
         on_fake = {"fake_A": tester(D_A, fake_A), "fake_B": tester(D_B, fake_B)}
         loss, terms = cyclegan_loss(pictures, on_fake, **flags)
         loss_D_A = gan_loss_D(tester(D_A, real_A), on_fake["fake_A"], flags["gan_loss"])
         loss_D_B = gan_loss_D(tester(D_B, real_B), on_fake["fake_B"], flags["gan_loss"])
-        for name, value in {
-            "loss_G": loss,
-            "loss_D_A": loss_D_A,
-            "loss_D_B": loss_D_B,
-            **terms,
-        }.items():
+        for name, value in {"loss_G": loss, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     return {name: value / count for name, value in sums.items()}
 
@@ -371,15 +332,10 @@ def measure(tester: Tester, direction: str, results: Sequence[Result]) -> dict:
     """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
     (source, target), (net, back), scores = DIRECTIONS[direction], tester.generators(direction), {}
     if "cycle" in tester.args.metrics:
-        errors = [
-            picture_loss(tester(back, tester(net, x)).cpu(), x).item()
-            for x in test_tensors(tester, source)
-        ]
+        errors = [picture_loss(tester(back, tester(net, x)).cpu(), x).item() for x in test_tensors(tester, source)]
         scores["cycle"] = sum(errors) / len(errors)
     if "identity" in tester.args.metrics:
-        errors = [
-            picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)
-        ]
+        errors = [picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)]
         scores["identity"] = sum(errors) / len(errors)
     if "paired" in tester.args.metrics:
         scores["paired"] = measure_paired(tester, source, target, results)
@@ -391,35 +347,23 @@ def as_bytes(path: Path, channels: int) -> Tensor:
     return range_to_bytes(load_picture(path, None, channels))
 
 
-def measure_paired(
-    tester: Tester, source: str, target: str, results: Sequence[Result]
-) -> dict[str, dict]:
+def measure_paired(tester: Tester, source: str, target: str, results: Sequence[Result]) -> dict[str, dict]:
     """Compare the written pictures with those of the same name in the other domain's test folder."""
     dataset, channels = find_dataset(tester.args.data_root, tester.dataset_name), tester.channels
     folder, inputs = dataset / f"test{target}", dataset / f"test{source}"
-    truths = {
-        path.relative_to(folder).with_suffix(""): path
-        for path in split_pictures(dataset, folder.name)
-    }
-    pairs = [
-        (result, truths.get(result.input.relative_to(inputs).with_suffix(""))) for result in results
-    ]
+    truths = {path.relative_to(folder).with_suffix(""): path for path in split_pictures(dataset, folder.name)}
+    pairs = [(result, truths.get(result.input.relative_to(inputs).with_suffix(""))) for result in results]
     pairs = [(result, truth) for result, truth in pairs if truth]
     if not pairs:
         raise InputError(
             f"--metrics paired: no picture in {folder} has the name of one in {inputs}; leave it out for unpaired sets"
         )
     if len(pairs) < len(results):
-        say(
-            f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored"
-        )
+        say(f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored")
     train, total = split_pictures(dataset, f"train{target}"), 0.0
     train = BadPictures(dataset / f"train{target}", len(train)).readable(train)
     for path in train:
-        total = (
-            total
-            + range_to_bytes(load_picture(path, tuple(tester.recipe["size"]), channels)).double()
-        )
+        total = total + range_to_bytes(load_picture(path, tuple(tester.recipe["size"]), channels)).double()
     return paired_table(
         [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
         [as_bytes(result.input, channels) for result, _ in pairs],
@@ -453,9 +397,7 @@ def comma_words(text: str) -> list[str]:
     words = [word for word in text.split(",") if word]
     wrong = [word for word in words if word not in MEASURES]
     if wrong:
-        raise argparse.ArgumentTypeError(
-            f"given {wrong[0]!r}, expected some of {','.join(MEASURES)}"
-        )
+        raise argparse.ArgumentTypeError(f"given {wrong[0]!r}, expected some of {','.join(MEASURES)}")
     return words
 
 
@@ -477,13 +419,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="run in saved_models (default: --dataset_name, else horse2zebra)",
     )
     add("--epoch", type=epoch_name, default="latest", help="latest, or the number of a checkpoint")
-    add(
-        "--weights",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="a generator file, in place of a run",
-    )
+    add("--weights", type=Path, default=None, metavar="FILE", help="a generator file, in place of a run")
     add(
         "--input",
         type=Path,
@@ -491,18 +427,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE_OR_FOLDER",
         help="pictures of one domain, in place of a data set",
     )
-    add(
-        "--direction",
-        choices=("both", "AtoB", "BtoA"),
-        default="both",
-        help="which generator to use",
-    )
-    add(
-        "--num_test",
-        type=whole(1),
-        default=None,
-        help="translate at most so many pictures (default: all)",
-    )
+    add("--direction", choices=("both", "AtoB", "BtoA"), default="both", help="which generator to use")
+    add("--num_test", type=whole(1), default=None, help="translate at most so many pictures (default: all)")
     add = flag_group(parser, "how")
     add(
         "--scale",
@@ -533,12 +459,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_device_flags(parser)
     args = parser.parse_args(argv)
     given = given_flags(parser, argv)
-    for one, other in (
-        ("weights", "run_name"),
-        ("weights", "epoch"),
-        ("input", "metrics"),
-        ("input", "dataset_name"),
-    ):
+    for one, other in (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name")):
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
     args.run_name = args.run_name or args.dataset_name or "horse2zebra"
@@ -549,9 +470,7 @@ def settle(args: argparse.Namespace, present: Sequence[str]) -> list[str]:
     """Return the directions to translate; refuse what these weights cannot do."""
     wanted = list(present) if args.direction == "both" else [args.direction]
     if not set(wanted) <= set(present):
-        raise InputError(
-            f"--direction {args.direction}: these weights translate {', '.join(present)} only"
-        )
+        raise InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
     for name in ("losses", "cycle"):
         if name in args.metrics and len(present) < 2:
             raise InputError(
@@ -590,10 +509,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Translate, show, score; returns the scores."""
     args = parse_args(argv)
     tester = make_tester(args)
-    directions = settle(
-        args,
-        [d for d, (source, target) in DIRECTIONS.items() if f"G_{source}{target}" in tester.nets],
-    )
+    directions = settle(args, [d for d, (source, target) in DIRECTIONS.items() if f"G_{source}{target}" in tester.nets])
     results, scores = {}, {}
     for direction, (root, paths) in find_inputs(tester, directions).items():
         results[direction] = translate_folder(tester, direction, root, paths)
@@ -610,12 +526,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.metrics:
         counts = {direction: len(pictures) for direction, pictures in results.items()}
         write_json(
-            tester.output / "metrics.json",
-            {"dataset_name": tester.dataset_name, **about, "pictures": counts, **scores},
+            tester.output / "metrics.json", {"dataset_name": tester.dataset_name, **about, "pictures": counts, **scores}
         )
-    say(
-        f"{sum(map(len, results.values()))} pictures translated; look at {tester.output / 'index.html'}"
-    )
+    say(f"{sum(map(len, results.values()))} pictures translated; look at {tester.output / 'index.html'}")
     return scores
 
 

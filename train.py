@@ -91,28 +91,9 @@ from weights import load_tensors, save_generator
 LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
 COLUMNS = 6  # pictures in a sample grid
-TERMS = (
-    "loss_G",
-    "loss_D_A",
-    "loss_D_B",
-    "gan_AB",
-    "gan_BA",
-    "cycle_A",
-    "cycle_B",
-    "identity_A",
-    "identity_B",
-)
+TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 NETWORK_FLAGS = (
-    *(
-        "channels",
-        "generator",
-        "discriminator",
-        "ngf",
-        "ndf",
-        "num_residual",
-        "n_downsampling",
-        "n_layers_D",
-    ),
+    *("channels", "generator", "discriminator", "ngf", "ndf", "num_residual", "n_downsampling", "n_layers_D"),
     *("max_mult_D", "upsample", "norm", "norm_output", "pool_D"),
 )
 NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
@@ -176,9 +157,7 @@ def together(net: nn.Module, *batches: Tensor) -> Sequence[Tensor]:
     return net(torch.cat(batches)).chunk(len(batches))
 
 
-def cyclegan_objective(
-    run: Run, real_A: Tensor, real_B: Tensor
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The generators' side of a step.
 
     real_A, real_B: (N, C, H, W) in [-1, 1]
@@ -192,12 +171,7 @@ def cyclegan_objective(
             fake_A, idt_A = together(G_BA, real_B, real_A)
         else:
             fake_B, fake_A, idt_A, idt_B = G_AB(real_A), G_BA(real_B), None, None
-        pictures = {
-            "real_A": real_A,
-            "rec_A": G_BA(fake_B),
-            "real_B": real_B,
-            "rec_B": G_AB(fake_A),
-        }
+        pictures = {"real_A": real_A, "rec_A": G_BA(fake_B), "real_B": real_B, "rec_B": G_AB(fake_A)}
         predictions = {"fake_A": run.nets["D_A"](fake_A), "fake_B": run.nets["D_B"](fake_B)}
         loss, terms = cyclegan_loss(
             pictures | {"idt_A": idt_A, "idt_B": idt_B},
@@ -255,39 +229,29 @@ def cyclegan_rows(run: Run, real_A: Tensor, real_B: Tensor) -> list[tuple[str, T
     """The labelled rows of a sample grid: pictures, translations, round trips."""
     fake_B, fake_A = translate(run, "G_AB", real_A), translate(run, "G_BA", real_B)
     rec_A, rec_B = translate(run, "G_BA", fake_B), translate(run, "G_AB", fake_A)
-    rows = {
-        "real_A": real_A,
-        "fake_B": fake_B,
-        "rec_A": rec_A,
-        "real_B": real_B,
-        "fake_A": fake_A,
-        "rec_B": rec_B,
-    }
+    rows = {"real_A": real_A, "fake_B": fake_B, "rec_A": rec_A, "real_B": real_B, "fake_A": fake_A, "rec_B": rec_B}
     return list(rows.items())
 
 
 def load_samples(args: argparse.Namespace, dataset: Path) -> tuple[Tensor, Tensor]:
-    """Read the fixed pictures that every grid shows: the first ones of the test (else val, else train) split."""
-    split, size = held_out_split(dataset), (args.img_height, args.img_width)
+    """Read the fixed pictures that every grid shows: spread over the test (else val, else train) split."""
+    split, size, samples = held_out_split(dataset), (args.img_height, args.img_width), []
     if split == "train":
         say(f"{dataset}: no testA and testB with pictures, so the grids show training pictures")
-    domains = []
     for domain in "AB":
-        pictures = []
-        for path in list_pictures(dataset / f"{split}{domain}"):
-            if len(pictures) == COLUMNS:
-                break
+        paths, pictures = list_pictures(dataset / f"{split}{domain}"), []
+        for path in paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]:
             try:
                 pictures.append(load_picture(path, size, args.channels))
             except UnreadablePicture as error:
                 say(f"skipped, unreadable: {path} ({error})")
-        domains.append(pictures)
-    if not all(domains):
-        raise InputError(
-            f"{dataset}: {split}A or {split}B holds no readable picture; remove the folder or fill it"
-        )
-    columns = min(map(len, domains))
-    return tuple(torch.stack(pictures[:columns]) for pictures in domains)
+        if not pictures:
+            raise InputError(
+                f"{dataset / split}{domain}: none of the pictures tried can be read; mend or remove the folder"
+            )
+        samples.append(torch.stack(pictures))
+    columns = min(map(len, samples))
+    return samples[0][:columns], samples[1][:columns]
 
 
 def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -301,9 +265,7 @@ def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
                 f"--watch {path}: not a readable picture ({error}); expected photos, such as PNG or JPEG"
             ) from None
         scale = shorter / min(photo.size)
-        photo = photo.resize(
-            [min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size]
-        )
+        photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
         photos[path.name if path.stem in photos else path.stem] = picture_to_tensor(photo)[None]
     return photos
 
@@ -313,11 +275,7 @@ def draw_pictures(run: Run, draw_rows: Callable) -> None:
     name = f"epoch_{run.epoch + bool(run.place):04d}.png"
     save_picture(draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
     for stem, photo in run.photos.items():
-        rows = [
-            ("photo", photo),
-            ("G_AB", translate(run, "G_AB", photo)),
-            ("G_BA", translate(run, "G_BA", photo)),
-        ]
+        rows = [("photo", photo), ("G_AB", translate(run, "G_AB", photo)), ("G_BA", translate(run, "G_BA", photo))]
         save_picture(draw_grid(rows), run.pictures / "watch" / stem / name)
 
 
@@ -329,9 +287,7 @@ def plain_args(args: argparse.Namespace) -> dict:
     """The flags as plain values, which a file can hold without code."""
     values = {name: value for name, value in vars(args).items() if name != "given"}
     values["watch"] = [str(path) for path in args.watch]
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-    }
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def save_run(run: Run) -> None:
@@ -412,10 +368,7 @@ def resume_args(args: argparse.Namespace, state: dict, path: Path) -> argparse.N
 
 def refuse_second_run(args: argparse.Namespace) -> list[Path]:
     """List what an earlier run left under this name; without --overwrite, refuse to touch it."""
-    folder, pictures = (
-        Path("saved_models") / args.run_name,
-        Path("generated_images") / args.run_name,
-    )
+    folder, pictures = (Path("saved_models") / args.run_name, Path("generated_images") / args.run_name)
     patterns = [
         (folder, ("*.pt", "*.safetensors", "run.json", "losses.csv")),
         (pictures, ("epoch_*.png", "losses.png", "watch", "test")),
@@ -447,9 +400,7 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
             for batch in feed.loader:
                 for domain, path, reason in batch["bad"]:
                     feed.bad[domain].note(path, reason)
-                real_A, real_B = (
-                    batch[domain].to(run.device, non_blocking=True) for domain in "AB"
-                )
+                real_A, real_B = (batch[domain].to(run.device, non_blocking=True) for domain in "AB")
                 run.meter.add(train_step(run, real_A, real_B, task.objective))
                 run.step, run.place = run.step + 1, run.place + 1
                 bar.update()
@@ -457,12 +408,8 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                 if run.meter.count == LOG_EVERY or ended:
                     means = run.meter.means()
                     stop_if_not_finite(run, means)
-                    log.append(
-                        {"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means}
-                    )
-                    bar.set_postfix(
-                        {name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False
-                    )
+                    log.append({"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means})
+                    bar.set_postfix({name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False)
                     run.meter = Meter()
                 if ended:
                     run.epoch, run.place = run.epoch + 1, 0
@@ -471,17 +418,11 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                 if stop.signum is not None:
                     break
             save_run(run)
-            if (
-                time.monotonic() - drawn > PLOT_SECONDS
-                or run.epoch == args.num_epochs
-                or stop.signum
-            ):
+            if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or stop.signum:
                 plot_losses(read_losses(log.path), run.pictures / "losses.png")
                 drawn = time.monotonic()
     if stop.signum is not None:
-        say(
-            f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
-        )
+        say(f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest")
         raise SystemExit(128 + stop.signum)
 
 
@@ -523,13 +464,7 @@ def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, Discrimi
         args.norm_output,
     )
     discriminator = DiscriminatorConfig(
-        args.discriminator,
-        args.channels,
-        args.ndf,
-        args.n_layers_D,
-        args.max_mult_D,
-        args.norm,
-        args.pool_D,
+        args.discriminator, args.channels, args.ndf, args.n_layers_D, args.max_mult_D, args.norm, args.pool_D
     )
     side = min(args.img_height, args.img_width)
     given = f"pictures of {args.img_width}x{args.img_height} px"
@@ -540,14 +475,8 @@ def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, Discrimi
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
-        remedy = (
-            f"the largest --n_layers_D that fits is {most}"
-            if most
-            else "take --discriminator pixel"
-        )
-        raise InputError(
-            f"--n_layers_D {args.n_layers_D}: its answer to {given} would be empty; {remedy}"
-        )
+        remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"
+        raise InputError(f"--n_layers_D {args.n_layers_D}: its answer to {given} would be empty; {remedy}")
     return generator, discriminator
 
 
@@ -564,9 +493,7 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Fee
     order = EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed)
     size = (args.img_height, args.img_width)
     pictures = UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
-    workers = (
-        args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
-    )
+    workers = args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
     loader = make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
     say(
         f"{dataset}: {counts['A']} pictures in trainA, {counts['B']} in trainB; {order.steps} steps of {args.batch_size} an epoch"
@@ -580,9 +507,7 @@ def make_optims(
     """One Adam for both generators, one for both discriminators; fused where torch offers it."""
     optims = {}
     for letter in "GD":
-        weights = [
-            p for name, net in run_nets.items() if name.startswith(letter) for p in net.parameters()
-        ]
+        weights = [p for name, net in run_nets.items() if name.startswith(letter) for p in net.parameters()]
         optims[letter] = torch.optim.Adam(
             weights, args.lr, (args.beta1, args.beta2), fused=device.type in ("cpu", "cuda")
         )
@@ -603,10 +528,7 @@ def make_run(args: argparse.Namespace, dataset: Path, device: torch.device) -> R
         precision=pick_precision(args.precision, device),
         nets=nets,
         optims=make_optims(nets, args, device),
-        buffers={
-            domain: FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}")
-            for domain in "AB"
-        },
+        buffers={domain: FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
         samples=load_samples(args, dataset),
         photos=load_watched(args),
     )
@@ -621,21 +543,10 @@ def describe(run: Run, feed: Feed) -> None:
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
     }
-    facts = {
-        "flags": plain_args(run.args),
-        "versions": versions,
-        "pictures": feed.counts,
-        "parameters": counts,
-    }
-    facts |= {
-        "device": str(run.device),
-        "precision": run.precision,
-        "threads": torch.get_num_threads(),
-    }
+    facts = {"flags": plain_args(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
+    facts |= {"device": str(run.device), "precision": run.precision, "threads": torch.get_num_threads()}
     write_json(run.folder / "run.json", facts)
-    say(
-        f"parameters: G {counts['G_AB']:,} each, D {counts['D_A']:,} each; {run.device}, {run.precision}"
-    )
+    say(f"parameters: G {counts['G_AB']:,} each, D {counts['D_A']:,} each; {run.device}, {run.precision}")
     say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
 
 
@@ -649,25 +560,14 @@ def add_network_flags(parser: Parser) -> None:
     add("--generator", choices=GENERATORS, default="resnet", help="kind of generator")
     add("--num_residual", type=whole(0), default=9, help="residual blocks of the generator")
     add("--ngf", type=whole(1), default=64, help="width of the generator's first layer")
-    add(
-        "--n_downsampling",
-        type=int,
-        choices=range(5),
-        default=2,
-        help="halvings of the picture in the generator",
-    )
+    add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in the generator")
     add(
         "--upsample",
         choices=UPSAMPLES,
         default="deconv",
         help="transposed convolution, or nearest neighbour and convolution",
     )
-    add(
-        "--discriminator",
-        choices=DISCRIMINATORS,
-        default="patch",
-        help="judge patches or single pixels",
-    )
+    add("--discriminator", choices=DISCRIMINATORS, default="patch", help="judge patches or single pixels")
     add("--ndf", type=whole(1), default=64, help="width of the discriminator's first layer")
     add(
         "--n_layers_D",
@@ -675,23 +575,10 @@ def add_network_flags(parser: Parser) -> None:
         default=3,
         help="strided layers of the patch discriminator: 1 to 5 see 16 34 70 142 286 px",
     )
-    add(
-        "--max_mult_D",
-        type=whole(1),
-        default=8,
-        help="the discriminator grows to at most this times --ndf",
-    )
-    add(
-        "--pool_D",
-        action="store_true",
-        help="average the discriminator's answers to one per picture",
-    )
+    add("--max_mult_D", type=whole(1), default=8, help="the discriminator grows to at most this times --ndf")
+    add("--pool_D", action="store_true", help="average the discriminator's answers to one per picture")
     add("--norm", choices=NORMS, default="instance", help="norm in all networks")
-    add(
-        "--norm_output",
-        action="store_true",
-        help="norm before the generator's tanh: stalls learning, kept to show it",
-    )
+    add("--norm_output", action="store_true", help="norm before the generator's tanh: stalls learning, kept to show it")
     add("--init", choices=INITS, default="normal", help="how weights start")
 
 
@@ -711,9 +598,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.given = given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
     if args.overwrite and args.start_from != "0":
-        parser.error(
-            f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them"
-        )
+        parser.error(f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them")
     return args
 
 
@@ -734,9 +619,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     state, checkpoint = None, None
     if args.start_from != "0":
-        checkpoint = find_checkpoint(
-            Path("saved_models") / args.run_name, args.start_from, "--start_from"
-        )
+        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
         state = load_state(checkpoint, "train")
         args = resume_args(args, state, checkpoint)
     args = settle(args)

@@ -95,9 +95,7 @@ def flag_group(parser: Parser, title: str) -> Callable:
 
     def add(*names: str, help: str, **kwargs: object) -> None:
         shown = kwargs.get("default") not in (None, []) and "default" not in help
-        group.add_argument(
-            *names, help=f"{help} (default: %(default)s)" if shown else help, **kwargs
-        )
+        group.add_argument(*names, help=f"{help} (default: %(default)s)" if shown else help, **kwargs)
 
     return add
 
@@ -119,9 +117,7 @@ def whole(lowest: int) -> Callable[[str], int]:
         except ValueError:
             value = lowest - 1
         if not lowest <= value < 2**31:
-            raise argparse.ArgumentTypeError(
-                f"given {text!r}, expected a whole number of at least {lowest}"
-            )
+            raise argparse.ArgumentTypeError(f"given {text!r}, expected a whole number of at least {lowest}")
         return value
 
     return convert
@@ -146,15 +142,8 @@ def number(lowest: float, highest: float = math.inf, above: bool = False) -> Cal
 
 def folder_name(text: str) -> str:
     """Flag type: one plain folder name, which cannot leave the folder that it is put into."""
-    if (
-        not text
-        or text in (".", "..")
-        or text[0] == "-"
-        or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text)
-    ):
-        raise argparse.ArgumentTypeError(
-            f'given {text!r}, expected one folder name without / \\ : * ? " < > |'
-        )
+    if not text or text in (".", "..") or text[0] == "-" or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text):
+        raise argparse.ArgumentTypeError(f'given {text!r}, expected one folder name without / \\ : * ? " < > |')
     return text
 
 
@@ -166,35 +155,15 @@ def epoch_name(text: str) -> str:
 def add_data_flags(parser: Parser) -> None:
     """Which pictures, how large, how they are varied."""
     add = flag_group(parser, "data")
-    add(
-        "--dataset_name",
-        type=folder_name,
-        default="horse2zebra",
-        help="folder in --data_root with trainA and trainB",
-    )
+    add("--dataset_name", type=folder_name, default="horse2zebra", help="folder in --data_root with trainA and trainB")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
     add("--batch_size", type=whole(1), default=10, help="pictures of each domain in a step")
     add("--img_height", type=whole(4), default=256, help="height of the training pictures, px")
     add("--img_width", type=whole(4), default=256, help="width of the training pictures, px")
     add("--channels", type=int, choices=(3, 1), default=3, help="3 colour, 1 grey")
-    add(
-        "--load_scale",
-        type=number(1, 8),
-        default=1.12,
-        help="resize to this times the size, then crop at random",
-    )
-    add(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the pictures",
-    )
-    add(
-        "--num_workers",
-        type=whole(0),
-        default=None,
-        help="processes that read pictures (default: 0 on a CPU, else 4)",
-    )
+    add("--load_scale", type=number(1, 8), default=1.12, help="resize to this times the size, then crop at random")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
+    add("--num_workers", type=whole(0), default=None, help="processes that read pictures (default: 0 on a CPU, else 4)")
     add(
         "--max_images",
         type=whole(1),
@@ -213,25 +182,10 @@ def add_loss_flags(parser: Parser) -> None:
     """Weights and forms of the objective."""
     add = flag_group(parser, "loss")
     add("--lambda_cycle", type=number(0), default=10.0, help="weight of the cycle loss")
-    add(
-        "--lambda_identity",
-        type=number(0),
-        default=5.0,
-        help="weight of the identity loss; 0 leaves it out",
-    )
+    add("--lambda_identity", type=number(0), default=5.0, help="weight of the identity loss; 0 leaves it out")
     add("--lambda_gan", type=number(0), default=1.0, help="weight of the adversarial loss")
-    add(
-        "--gan_loss",
-        choices=("lsgan", "bce", "hinge"),
-        default="lsgan",
-        help="form of the adversarial loss",
-    )
-    add(
-        "--buffer_size",
-        type=whole(0),
-        default=50,
-        help="translated pictures kept to train the discriminators",
-    )
+    add("--gan_loss", choices=("lsgan", "bce", "hinge"), default="lsgan", help="form of the adversarial loss")
+    add("--buffer_size", type=whole(0), default=50, help="translated pictures kept to train the discriminators")
 
 
 def add_optim_flags(parser: Parser) -> None:
@@ -245,16 +199,9 @@ def add_optim_flags(parser: Parser) -> None:
         help="the rate falls linearly to 0 from here (default: half of --num_epochs)",
     )
     add("--lr", type=number(0, above=True), default=2e-4, help="learning rate of Adam")
-    add(
-        "--lr_D",
-        type=number(0, above=True),
-        default=None,
-        help="learning rate of the discriminators (default: --lr)",
-    )
+    add("--lr_D", type=number(0, above=True), default=None, help="learning rate of the discriminators (default: --lr)")
     add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
-    add(
-        "--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment"
-    )
+    add("--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment")
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -272,12 +219,7 @@ def add_device_flags(parser: Parser) -> None:
 def add_run_flags(parser: Parser) -> None:
     """Names, intervals, seeds."""
     add = flag_group(parser, "run")
-    add(
-        "--start_from",
-        type=epoch_name,
-        default="0",
-        help="0: new; N: go on after epoch_N.pt; latest: after latest.pt",
-    )
+    add("--start_from", type=epoch_name, default="0", help="0: new; N: go on after epoch_N.pt; latest: after latest.pt")
     add(
         "--run_name",
         type=folder_name,
@@ -291,32 +233,11 @@ def add_run_flags(parser: Parser) -> None:
         default=200,
         help="steps between two sample grids; there is one at each epoch's end",
     )
-    add(
-        "--checkpoint_interval",
-        type=whole(1),
-        default=10,
-        help="epochs between two checkpoints that are kept",
-    )
-    add(
-        "--keep_checkpoints",
-        type=whole(0),
-        default=0,
-        help="keep only the newest so many epoch_NNNN.pt; 0: all",
-    )
-    add(
-        "--watch",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="PHOTO",
-        help="photos to translate after each epoch",
-    )
+    add("--checkpoint_interval", type=whole(1), default=10, help="epochs between two checkpoints that are kept")
+    add("--keep_checkpoints", type=whole(0), default=0, help="keep only the newest so many epoch_NNNN.pt; 0: all")
+    add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
     add("--seed", type=whole(0), default=0, help="seed of all random choices")
-    add(
-        "--deterministic",
-        action="store_true",
-        help="only algorithms that repeat bit for bit (a CPU does without)",
-    )
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit (a CPU does without)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,13 +253,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise InputError(
-            f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}"
-        ) from None
+        raise InputError(f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}") from None
     if device.type == "meta":
-        raise InputError(
-            "--device meta: holds no pictures; expected auto, cpu, cuda, cuda:1 or mps"
-        )
+        raise InputError("--device meta: holds no pictures; expected auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
@@ -348,10 +265,7 @@ def has_native_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    probes = (
-        getattr(torch.cpu, name, None)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe() for probe in probes if probe)  # private names, so guarded
 
 
@@ -406,9 +320,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # elsewhere Python takes no signals
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
@@ -475,9 +387,7 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     sheet.paste(grid, (margin, 0))
     draw = ImageDraw.Draw(sheet)
     for i, (label, _) in enumerate(rows):
-        draw.text(
-            (6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm"
-        )
+        draw.text((6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm")
     return sheet
 
 
@@ -528,9 +438,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if (
-        os.name == "posix"
-    ):  # the new name itself survives a power cut only when its folder is synced
+    if os.name == "posix":  # the new name itself survives a power cut only when its folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -577,34 +485,24 @@ def read_archive(path: Path) -> object:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise InputError(
-                    f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint"
-                )
+                raise InputError(f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint")
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of torch's reader, about what a hostile file claims to be
+            warnings.simplefilter("ignore")  # of torch's reader, about what a hostile file claims to be
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:
         reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
-        raise InputError(
-            f"{path}: not a readable checkpoint of plain tensors and values ({reason})"
-        ) from error
+        raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error
 
 
 def load_state(path: Path, stage: str | None = None) -> dict:
     """Read a whole-state file of the given stage ("train" or "distill"; None: either)."""
     state = read_archive(path)
     if not isinstance(state, dict) or "format" not in state or "nets" not in state:
-        raise InputError(
-            f"{path}: holds no training state; expected a file that train.py or distill.py wrote"
-        )
+        raise InputError(f"{path}: holds no training state; expected a file that train.py or distill.py wrote")
     if state["format"] != STATE_FORMAT:
-        raise InputError(
-            f"{path}: format {state['format']}, expected {STATE_FORMAT}; written by another version"
-        )
+        raise InputError(f"{path}: format {state['format']}, expected {STATE_FORMAT}; written by another version")
     if stage and state.get("stage") != stage:
         raise InputError(f"{path}: a state of {state.get('stage')}.py, expected one of {stage}.py")
     return state
@@ -627,14 +525,8 @@ class LossLog:
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int):
         self.path, self.columns = path, list(columns)
-        kept = (
-            [row for row in read_losses(path) if row["step"] <= last_step]
-            if last_step and path.exists()
-            else []
-        )
-        write_text(
-            path, "".join(f"{line}\n" for line in [",".join(columns), *map(self._line, kept)])
-        )
+        kept = [row for row in read_losses(path) if row["step"] <= last_step] if last_step and path.exists() else []
+        write_text(path, "".join(f"{line}\n" for line in [",".join(columns), *map(self._line, kept)]))
 
     def _line(self, row: dict) -> str:
         values = (row.get(name, math.nan) for name in self.columns)  # nan: not computed
@@ -651,9 +543,7 @@ def read_losses(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:
-                rows.append(
-                    {k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()}
-                )
+                rows.append({k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()})
             except (TypeError, ValueError):
                 break
     return rows
@@ -661,11 +551,7 @@ def read_losses(path: Path) -> list[dict]:
 
 def plot_losses(rows: Sequence[dict], path: Path) -> None:
     """Draw a panel per loss and one with all its terms over steps: raw values pale, their running mean strong."""
-    terms = [
-        name
-        for name in rows[0]
-        if name not in ("epoch", "step", "lr") and not name.startswith("loss_")
-    ]
+    terms = [name for name in rows[0] if name not in ("epoch", "step", "lr") and not name.startswith("loss_")]
     panels = [[name] for name in rows[0] if name.startswith("loss_")] + [terms]
     figure = Figure(figsize=(12, 7), layout="constrained")
     steps, window = [row["step"] for row in rows], max(1, len(rows) // 25)
@@ -704,13 +590,7 @@ class Meter:
         return {name: value.item() / max(1, self.count) for name, value in self.sums.items()}
 
     def state_dict(self) -> dict:
-        return {
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "count": self.count,
-        }
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.sums, self.count = (
-            {name: value.to(device) for name, value in state["sums"].items()},
-            state["count"],
-        )
+        self.sums, self.count = ({name: value.to(device) for name, value in state["sums"].items()}, state["count"])

@@ -30,9 +30,7 @@ def make_dataset(root, counts=(5, 4, 2, 2), size=(20, 18)):
 @pytest.fixture(autouse=True)
 def in_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(
-        "OMP_NUM_THREADS", "1"
-    )  # of programs that a test starts; tiny networks gain nothing from more
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of programs that a test starts; tiny networks gain nothing from more
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield tmp_path

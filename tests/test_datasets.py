@@ -59,14 +59,8 @@ def test_palette_cmyk_and_one_bit_pictures_read_as_rgb(tmp_path):
     red.convert("P").save(tmp_path / "palette.png")
     red.convert("CMYK").save(tmp_path / "cmyk.jpg")
     Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
-    assert (
-        np.abs(np.asarray(read_picture(tmp_path / "palette.png")).astype(int) - (255, 0, 0)).max()
-        <= 5
-    )
-    assert (
-        np.abs(np.asarray(read_picture(tmp_path / "cmyk.jpg")).astype(int) - (255, 0, 0)).max()
-        <= 12
-    )
+    assert np.abs(np.asarray(read_picture(tmp_path / "palette.png")).astype(int) - (255, 0, 0)).max() <= 5
+    assert np.abs(np.asarray(read_picture(tmp_path / "cmyk.jpg")).astype(int) - (255, 0, 0)).max() <= 12
     assert read_picture(tmp_path / "bit.png").getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -113,11 +107,7 @@ def test_pictures_are_found_in_nested_folders_in_natural_order(tmp_path):
     for name in ("10.png", "9.PNG", "sub/2.jpeg", "sub/.hidden.png", ".cache/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert [str(p.relative_to(tmp_path)) for p in list_pictures(tmp_path)] == [
-        "9.PNG",
-        "10.png",
-        "sub/2.jpeg",
-    ]
+    assert [str(p.relative_to(tmp_path)) for p in list_pictures(tmp_path)] == ["9.PNG", "10.png", "sub/2.jpeg"]
 
 
 def test_load_picture_resizes_to_height_and_width(tmp_path):
@@ -250,9 +240,7 @@ def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        datasets, "draw_scene", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(datasets, "draw_scene", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         datasets.main(["draw", "day2night"])
     assert list((tmp_path / "datasets").iterdir()) == []
@@ -262,44 +250,24 @@ def two_folders(tmp_path, counts=(10, 7)):
     for name, count in zip(("faces", "drawings"), counts, strict=True):
         (tmp_path / name / "more").mkdir(parents=True)
         for i in range(count):
-            noise_picture(f"{name}{i}").save(
-                tmp_path / name / ("more" if i % 2 else ".") / f"{i}.png"
-            )
-    return [
-        "split",
-        "--A",
-        str(tmp_path / "faces"),
-        "--B",
-        str(tmp_path / "drawings"),
-        "--dataset_name",
-        "f2d",
-    ]
+            noise_picture(f"{name}{i}").save(tmp_path / name / ("more" if i % 2 else ".") / f"{i}.png")
+    return ["split", "--A", str(tmp_path / "faces"), "--B", str(tmp_path / "drawings"), "--dataset_name", "f2d"]
 
 
 def test_split_makes_the_layout_from_two_folders(tmp_path):
     datasets.main([*two_folders(tmp_path), "--test_fraction", "0.2"])
     root = tmp_path / "datasets" / "f2d"
-    counts = {
-        split: len(list_pictures(root / split)) for split in ("trainA", "trainB", "testA", "testB")
-    }
+    counts = {split: len(list_pictures(root / split)) for split in ("trainA", "trainB", "testA", "testB")}
     assert counts == {"trainA": 8, "trainB": 5, "testA": 2, "testB": 2}
     for domain, source in (("A", "faces"), ("B", "drawings")):
-        copied = {
-            p.read_bytes()
-            for part in ("train", "test")
-            for p in list_pictures(root / f"{part}{domain}")
-        }
-        assert copied == {
-            p.read_bytes() for p in list_pictures(tmp_path / source)
-        }  # nothing lost, nothing in both
+        copied = {p.read_bytes() for part in ("train", "test") for p in list_pictures(root / f"{part}{domain}")}
+        assert copied == {p.read_bytes() for p in list_pictures(tmp_path / source)}  # nothing lost, nothing in both
 
 
 def test_split_takes_at_most_max_images(tmp_path):
     datasets.main([*two_folders(tmp_path), "--max_images", "4", "--test_fraction", "0.5"])
     assert (
-        len(list_pictures(tmp_path / "datasets/f2d/trainA"))
-        == len(list_pictures(tmp_path / "datasets/f2d/testB"))
-        == 2
+        len(list_pictures(tmp_path / "datasets/f2d/trainA")) == len(list_pictures(tmp_path / "datasets/f2d/testB")) == 2
     )
 
 
@@ -309,9 +277,7 @@ def test_split_refuses_in_one_line(tmp_path, refused):
     replaced = [str(tmp_path / "empty") if word.endswith("faces") else word for word in argv]
     assert "no picture inside" in refused(datasets.main, *replaced)
     assert "no such folder" in refused(datasets.main, *[w.replace("faces", "face") for w in argv])
-    assert "the same folder" in refused(
-        datasets.main, *[w.replace("drawings", "faces") for w in argv]
-    )
+    assert "the same folder" in refused(datasets.main, *[w.replace("drawings", "faces") for w in argv])
     assert "one folder name" in refused(datasets.main, *argv[:-1], "../../elsewhere")
     assert "at most 0.9" in refused(datasets.main, *argv, "--test_fraction", "1.5")
     assert not (tmp_path / "datasets").exists()
@@ -342,9 +308,7 @@ def test_check_refuses_what_cannot_be_trained_on(tiny, refused):
         path.unlink()
     assert "no picture inside" in refused(datasets.main, "check", "tiny")
     (tiny / "trainB").rmdir()
-    assert "no trainB/ inside (found: testA, testB, trainA)" in refused(
-        datasets.main, "check", "tiny"
-    )
+    assert "no trainB/ inside (found: testA, testB, trainA)" in refused(datasets.main, "check", "tiny")
 
 
 def test_a_sub_command_is_required(refused):

@@ -29,12 +29,7 @@ ROOMS = {
 def test_imports_go_down_only(room):
     tree = ast.parse((ROOT / f"{room}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported & ROOMS.keys() <= ROOMS[room]
     assert "argparse" not in imported or room not in ("models", "metrics", "weights")
 
@@ -48,11 +43,7 @@ def test_importing_does_nothing(tmp_path):
         "assert before[1:] == (random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
@@ -64,12 +55,7 @@ def commands():
     texts += [ast.get_docstring(ast.parse((ROOT / f"{room}.py").read_text())) for room in ROOMS]
     makefile = (ROOT / "Makefile").read_text()
     demo = re.search(r"^DEMO := (.*)$", makefile, re.MULTILINE)[1]
-    texts.append(
-        makefile.replace("$(DEMO)", demo)
-        .replace("$(BIN)/", "")
-        .replace("; \\", "")
-        .replace("; fi", "")
-    )
+    texts.append(makefile.replace("$(DEMO)", demo).replace("$(BIN)/", "").replace("; \\", "").replace("; fi", ""))
     joined = "\n".join(texts).replace("\\\n", " ")
     return sorted(set(re.findall(r"python (?:train|test|datasets)\.py[^\n`#|&;]*", joined)))
 
@@ -100,40 +86,11 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
     flags_of(train)
     text = " ".join(capsys.readouterr().out.split())
     promised = {
-        **{
-            "start_from": "0",
-            "num_epochs": "200",
-            "dataset_name": "horse2zebra",
-            "batch_size": "10",
-        },
-        **{
-            "img_height": "256",
-            "img_width": "256",
-            "channels": "3",
-            "num_residual": "9",
-            "lambda_cycle": "10.0",
-        },
-        **{
-            "load_scale": "1.12",
-            "ngf": "64",
-            "ndf": "64",
-            "n_downsampling": "2",
-            "n_layers_D": "3",
-            "max_mult_D": "8",
-        },
-        **{
-            "lambda_identity": "5.0",
-            "buffer_size": "50",
-            "lr": "0.0002",
-            "beta1": "0.5",
-            "beta2": "0.999",
-        },
-        **{
-            "checkpoint_interval": "10",
-            "sample_interval": "200",
-            "keep_checkpoints": "0",
-            "seed": "0",
-        },
+        **{"start_from": "0", "num_epochs": "200", "dataset_name": "horse2zebra", "batch_size": "10"},
+        **{"img_height": "256", "img_width": "256", "channels": "3", "num_residual": "9", "lambda_cycle": "10.0"},
+        **{"load_scale": "1.12", "ngf": "64", "ndf": "64", "n_downsampling": "2", "n_layers_D": "3", "max_mult_D": "8"},
+        **{"lambda_identity": "5.0", "buffer_size": "50", "lr": "0.0002", "beta1": "0.5", "beta2": "0.999"},
+        **{"checkpoint_interval": "10", "sample_interval": "200", "keep_checkpoints": "0", "seed": "0"},
     }
     args = train.parse_args([])
     for name, default in promised.items():
@@ -142,9 +99,7 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
         assert f"(default: {default})" in text
 
 
-@pytest.mark.parametrize(
-    ("module", "files"), [(train, ["train.py", "utils.py"]), (test_stage, ["test.py"])]
-)
+@pytest.mark.parametrize(("module", "files"), [(train, ["train.py", "utils.py"]), (test_stage, ["test.py"])])
 def test_every_flag_is_read_somewhere(module, files):
     source = "".join((ROOT / file).read_text() for file in files)
     for name in vars(module.parse_args([])):

@@ -9,9 +9,7 @@ from metrics import format_table, match_at_1, paired_scores, paired_table, psnr,
 
 
 def picture(seed, size=(3, 24, 20)):
-    return torch.randint(
-        0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def test_ssim_equals_scikit_image():

@@ -58,9 +58,7 @@ def test_discriminator_parameter_counts(flags, parameters):
 @pytest.mark.parametrize("n_downsampling", range(5))
 @pytest.mark.parametrize("size", [(32, 32), (33, 46), (50, 35)])
 def test_generator_keeps_any_size_and_stays_in_range(upsample, n_downsampling, size):
-    config = GeneratorConfig(
-        channels=1, ngf=2, num_residual=1, upsample=upsample, n_downsampling=n_downsampling
-    )
+    config = GeneratorConfig(channels=1, ngf=2, num_residual=1, upsample=upsample, n_downsampling=n_downsampling)
     answer = build_generator(config)(torch.rand(2, 1, *size) * 2 - 1)
     assert answer.shape == (2, 1, *size)
     assert answer.abs().max() <= 1
@@ -101,9 +99,7 @@ def test_output_layer_has_no_norm_unless_asked_for():
     net = build_generator(GeneratorConfig(ngf=2, norm_output=True))
     assert len(norms(net)) == 1
     with torch.no_grad():
-        before_tanh = torch.atanh(
-            net(torch.rand(1, 3, 32, 32, dtype=torch.float32)).clamp(-0.999999, 0.999999)
-        )
+        before_tanh = torch.atanh(net(torch.rand(1, 3, 32, 32, dtype=torch.float32)).clamp(-0.999999, 0.999999))
     assert before_tanh.mean((2, 3)).abs().max() < 0.05  # so no picture can be dark as a whole
 
 
@@ -141,12 +137,7 @@ def test_discriminator_config_names_the_largest_depth_that_fits():
     assert config.largest_n_layers(5) == 0
     with pytest.raises((RuntimeError, ValueError)):
         build_discriminator(config)(torch.zeros(1, 3, 64, 64))
-    assert (
-        build_discriminator(DiscriminatorConfig(ndf=1, n_layers=4))(
-            torch.zeros(1, 3, 64, 64)
-        ).shape[-1]
-        == 2
-    )
+    assert build_discriminator(DiscriminatorConfig(ndf=1, n_layers=4))(torch.zeros(1, 3, 64, 64)).shape[-1] == 2
 
 
 def test_patch_discriminator_sees_70_px():
@@ -202,16 +193,9 @@ def test_adversarial_losses_by_hand():
     real, fake = torch.tensor([0.5, 1.0]), torch.tensor([0.0, 2.0])
     assert gan_loss_D(real, fake).item() == pytest.approx(((0.25 + 0) / 2 + (0 + 4) / 2) / 2)
     assert gan_loss_G(fake).item() == pytest.approx((1 + 1) / 2)
-    log = [
-        math.log1p(math.exp(-0.5)),
-        math.log1p(math.exp(-1)),
-        math.log(2),
-        math.log1p(math.exp(2)),
-    ]
+    log = [math.log1p(math.exp(-0.5)), math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(2))]
     assert gan_loss_D(real, fake, "bce").item() == pytest.approx(sum(log) / 4)
-    assert gan_loss_G(fake, "bce").item() == pytest.approx(
-        (math.log(2) + math.log1p(math.exp(-2))) / 2
-    )
+    assert gan_loss_G(fake, "bce").item() == pytest.approx((math.log(2) + math.log1p(math.exp(-2))) / 2)
     assert gan_loss_D(real, fake, "hinge").item() == pytest.approx((0.25 + (1 + 3) / 2) / 2)
     assert gan_loss_G(fake, "hinge").item() == pytest.approx(-1)
 
@@ -229,14 +213,7 @@ def test_cyclegan_loss_is_the_weighted_sum_of_its_terms():
     pictures |= {"real_B": flat(1.0), "rec_B": flat(0.8), "idt_B": flat(0.6)}
     judged = {"fake_A": torch.tensor([0.5]), "fake_B": torch.tensor([0.0])}
     loss, terms = cyclegan_loss(pictures, judged, lambda_gan=2, lambda_cycle=10, lambda_identity=5)
-    by_hand = {
-        "gan_AB": 1.0,
-        "gan_BA": 0.25,
-        "cycle_A": 0.1,
-        "cycle_B": 0.2,
-        "identity_A": 0.3,
-        "identity_B": 0.4,
-    }
+    by_hand = {"gan_AB": 1.0, "gan_BA": 0.25, "cycle_A": 0.1, "cycle_B": 0.2, "identity_A": 0.3, "identity_B": 0.4}
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(by_hand)
     assert loss.item() == pytest.approx(2 * 1.25 + 10 * 0.3 + 5 * 0.7)
     loss, terms = cyclegan_loss(pictures, judged, lambda_identity=0)

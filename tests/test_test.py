@@ -77,11 +77,7 @@ def test_native_scale_translates_each_picture_at_its_own_size(run):
     run("--input", "photos", "--direction", "BtoA", "--scale", "native")
     net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
     with torch.no_grad():
-        expected = (
-            range_to_bytes(net(load_picture(Path("photos/wide.png"), None)[None])[0])
-            .permute(1, 2, 0)
-            .numpy()
-        )
+        expected = range_to_bytes(net(load_picture(Path("photos/wide.png"), None)[None])[0]).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels("generated_images/tiny/test/fake_A/wide.png"), expected)
 
 
@@ -99,25 +95,13 @@ def test_one_file_of_weights_and_one_picture_are_enough(run):
     noise_picture(1, (30, 40)).save("cat.photo.jpg")
     test_stage.main(["--weights", "student.safetensors", "--input", "cat.photo.jpg", *FP32])
     output = Path("generated_images/tiny/test")
-    assert [p.name for p in output.rglob("*.png")].count(
-        "cat.photo.png"
-    ) == 2  # the input and its translation
+    assert [p.name for p in output.rglob("*.png")].count("cat.photo.png") == 2  # the input and its translation
     assert opened(output / "fake_A/cat.photo.png").size == (30, 40)
     assert not (output / "rec_B").exists()
 
 
 def test_names_and_sub_folders_are_kept_and_never_collide(run):
-    names = [
-        "a.jpg",
-        "a.png",
-        "b.png",
-        "sub/a.png",
-        "a.jpg.bmp",
-        "<script>&.png",
-        "ü 猫.png",
-        "-dash.png",
-        "50%#?.png",
-    ]
+    names = ["a.jpg", "a.png", "b.png", "sub/a.png", "a.jpg.bmp", "<script>&.png", "ü 猫.png", "-dash.png", "50%#?.png"]
     for i, name in enumerate(names):
         Path("in", name).parent.mkdir(parents=True, exist_ok=True)
         noise_picture(i).save(Path("in", name))
@@ -139,9 +123,7 @@ def test_names_and_sub_folders_are_kept_and_never_collide(run):
     assert "&lt;script&gt;&amp;" in page
     sources = [unquote(address) for address in re.findall(r'src="([^"]*)"', page)]
     assert len(sources) == 3 * len(names)
-    assert all(
-        Path("out", source).is_file() for source in sources
-    )  # relative: the page opens from disk
+    assert all(Path("out", source).is_file() for source in sources)  # relative: the page opens from disk
 
 
 def test_num_test_limits_and_small_or_torn_pictures_are_skipped(run, capsys):
@@ -158,16 +140,10 @@ def test_num_test_limits_and_small_or_torn_pictures_are_skipped(run, capsys):
 
 def test_grey_networks_take_colour_pictures(tmp_path):
     net = build_generator(GeneratorConfig(channels=1, ngf=4, num_residual=1))
-    save_generator(
-        Path("grey.safetensors"),
-        net,
-        {"direction": "AtoB", "size": [16, 16], "run_name": "../../x"},
-    )
+    save_generator(Path("grey.safetensors"), net, {"direction": "AtoB", "size": [16, 16], "run_name": "../../x"})
     noise_picture(1).save("cat.png")
     test_stage.main(["--weights", "grey.safetensors", "--input", "cat.png", *FP32])
-    assert (
-        opened("generated_images/grey/test/fake_B/cat.png").mode == "L"
-    )  # a name that leads elsewhere is not used
+    assert opened("generated_images/grey/test/fake_B/cat.png").mode == "L"  # a name that leads elsewhere is not used
 
 
 # -- measures --------------------------------------------------------------------------------
@@ -188,17 +164,13 @@ def test_paired_scores_compare_the_written_picture_with_its_truth(run):
     scores = run("--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]
     levels = [
         np.abs(
-            pixels(f"generated_images/tiny/test/fake_B/{i}.png").astype(float)
-            - pixels(f"datasets/tiny/testB/{i}.png")
+            pixels(f"generated_images/tiny/test/fake_B/{i}.png").astype(float) - pixels(f"datasets/tiny/testB/{i}.png")
         ).mean()
         for i in range(3)
     ]
     assert scores["model"]["L1"] == pytest.approx(np.mean(levels), abs=1e-6)
     copies = [
-        np.abs(
-            pixels(f"datasets/tiny/testA/{i}.png").astype(float)
-            - pixels(f"datasets/tiny/testB/{i}.png")
-        ).mean()
+        np.abs(pixels(f"datasets/tiny/testA/{i}.png").astype(float) - pixels(f"datasets/tiny/testB/{i}.png")).mean()
         for i in range(3)
     ]
     assert scores["copy"]["L1"] == pytest.approx(np.mean(copies), abs=1e-6)
@@ -224,9 +196,7 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
         "loss_D_A",
         "loss_D_B",
     ):
-        tolerance = (
-            0.01 if name.startswith("loss_D") else 1e-5
-        )  # training updates the generators before it judges
+        tolerance = 0.01 if name.startswith("loss_D") else 1e-5  # training updates the generators before it judges
         assert scores["losses"][name] == pytest.approx(expected[name].item(), rel=tolerance)
     assert scores["AtoB"]["cycle"] == pytest.approx(expected["cycle_A"].item(), rel=1e-5)
     assert scores["AtoB"]["identity"] == pytest.approx(expected["identity_B"].item(), rel=1e-5)
@@ -244,24 +214,12 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
         (["--run_name", "tiny", "--input", "nowhere"], "no such file or folder"),
         (["--run_name", "tiny", "--input", "saved_models"], "no picture inside"),
         (["--run_name", "tiny", "--dataset_name", "other"], "nearest existing: tiny"),
-        (
-            ["--run_name", "tiny", "--metrics", "psnr"],
-            "given 'psnr', expected some of losses,cycle,identity,paired",
-        ),
-        (
-            ["--run_name", "tiny", "--metrics", "paired", "--input", "x"],
-            "--input and --metrics contradict each other",
-        ),
+        (["--run_name", "tiny", "--metrics", "psnr"], "given 'psnr', expected some of losses,cycle,identity,paired"),
+        (["--run_name", "tiny", "--metrics", "paired", "--input", "x"], "--input and --metrics contradict each other"),
         (["--weights", "no.safetensors"], "no such file"),
         (["--weights", "saved_models/tiny/latest.pt"], "not a readable safetensors file"),
-        (
-            ["--weights", "saved_models/tiny/G_AB.safetensors", "--direction", "BtoA"],
-            "translates AtoB",
-        ),
-        (
-            ["--weights", "saved_models/tiny/G_AB.safetensors", "--run_name", "tiny"],
-            "contradict each other",
-        ),
+        (["--weights", "saved_models/tiny/G_AB.safetensors", "--direction", "BtoA"], "translates AtoB"),
+        (["--weights", "saved_models/tiny/G_AB.safetensors", "--run_name", "tiny"], "contradict each other"),
         (
             ["--weights", "saved_models/tiny/G_AB.safetensors", "--metrics", "cycle"],
             "needs the generators of both directions",
@@ -292,16 +250,10 @@ def test_a_state_of_another_shape_is_refused(run, refused):
     state = load_state(path)
     state["config"]["D_A"]["ndf"] = 8
     save_state(path, state)
-    assert "does not fit the network" in refused(
-        test_stage.main, "--run_name", "tiny", "--metrics", "losses"
-    )
+    assert "does not fit the network" in refused(test_stage.main, "--run_name", "tiny", "--metrics", "losses")
     del state["config"]["D_A"]["ndf"]
     save_state(path, state)
-    assert "no DiscriminatorConfig" in refused(
-        test_stage.main, "--run_name", "tiny", "--metrics", "losses"
-    )
+    assert "no DiscriminatorConfig" in refused(test_stage.main, "--run_name", "tiny", "--metrics", "losses")
     del state["config"]
     save_state(path, state)
-    assert "no whole training state" in refused(
-        test_stage.main, "--run_name", "tiny", "--metrics", "losses"
-    )
+    assert "no whole training state" in refused(test_stage.main, "--run_name", "tiny", "--metrics", "losses")

@@ -33,14 +33,8 @@ def differences(a, b, path=""):
         keys = a.keys() | b.keys()
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [
-            d
-            for i, (x, y) in enumerate(zip(a, b, strict=True))
-            for d in differences(x, y, f"{path}/{i}")
-        ]
-    same = (
-        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    )
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if same else [path]
 
 
@@ -49,37 +43,14 @@ def test_a_run_leaves_what_the_design_promises(tiny):
     run("--num_epochs", 2, "--checkpoint_interval", 2, "--watch", "cat.jpg")
     saved, pictures = Path("saved_models/tiny"), Path("generated_images/tiny")
     assert {p.name for p in saved.iterdir()} == {
-        *(
-            "latest.pt",
-            "epoch_0002.pt",
-            "G_AB.safetensors",
-            "G_BA.safetensors",
-            "run.json",
-            "losses.csv",
-        )
+        *("latest.pt", "epoch_0002.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json", "losses.csv")
     }
     files = {str(p.relative_to(pictures)) for p in pictures.rglob("*") if p.is_file()}
     assert files == {
-        *(
-            "epoch_0001.png",
-            "epoch_0002.png",
-            "losses.png",
-            "watch/cat/epoch_0001.png",
-            "watch/cat/epoch_0002.png",
-        )
+        *("epoch_0001.png", "epoch_0002.png", "losses.png", "watch/cat/epoch_0001.png", "watch/cat/epoch_0002.png")
     }
     state = state_of("tiny")
-    assert {
-        "format",
-        "stage",
-        "epoch",
-        "step",
-        "args",
-        "config",
-        "nets",
-        "optims",
-        "schedules",
-    } <= state.keys()
+    assert {"format", "stage", "epoch", "step", "args", "config", "nets", "optims", "schedules"} <= state.keys()
     assert {"buffers", "rng", "loader", "ema", "scaler", "range"} <= state.keys()
     assert (state["epoch"], state["step"], state["range"]) == (2, 6, [-1, 1])
     assert set(state["nets"]) == {"G_AB", "G_BA", "D_A", "D_B"}
@@ -88,37 +59,21 @@ def test_a_run_leaves_what_the_design_promises(tiny):
     assert facts["flags"]["lambda_cycle"] == 10.0
     rows = read_losses(saved / "losses.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
-    assert [row["lr"] for row in rows] == pytest.approx(
-        [2e-4, 2e-4]
-    )  # decay from 1 to 2: full, then half
-    assert (
-        os.stat(saved / "latest.pt").st_ino == os.stat(saved / "epoch_0002.pt").st_ino
-    )  # one copy on disk
+    assert [row["lr"] for row in rows] == pytest.approx([2e-4, 2e-4])  # decay from 1 to 2: full, then half
+    assert (saved / "latest.pt").samefile(saved / "epoch_0002.pt")  # one copy on disk
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_every_weight_of_all_four_networks_learns(tiny, norm):
     run("--num_epochs", 1, "--norm", norm, "--run_name", norm)
     before = train.make_run(
-        train.parse_args(["--dataset_name", "tiny", *TINY, "--norm", norm]),
-        tiny,
-        torch.device("cpu"),
+        train.parse_args(["--dataset_name", "tiny", *TINY, "--norm", norm]), tiny, torch.device("cpu")
     )
     after = state_of(norm)["nets"]
     for name, net in before.nets.items():
-        convs_before_a_norm = (
-            "stem.1",
-            "down",
-            "body",
-            "up",
-            "layers.2",
-        )  # their bias has no true gradient
+        convs_before_a_norm = ("stem.1", "down", "body", "up", "layers.2")  # their bias has no true gradient
         for key, value in net.named_parameters():
-            if (
-                key.endswith("bias")
-                and any(part in key for part in convs_before_a_norm)
-                and norm == "instance"
-            ):
+            if key.endswith("bias") and any(part in key for part in convs_before_a_norm) and norm == "instance":
                 continue
             assert not torch.equal(value.detach(), after[name][key]), f"{name} {key} did not move"
 
@@ -129,8 +84,7 @@ def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
     ours = train.make_run(args, tiny, torch.device("cpu"))
     config = GeneratorConfig(ngf=4, num_residual=1), DiscriminatorConfig(ndf=4, n_layers=1)
     nets = {
-        n: (build_generator(config[0]) if n[0] == "G" else build_discriminator(config[1])).double()
-        for n in ours.nets
+        n: (build_generator(config[0]) if n[0] == "G" else build_discriminator(config[1])).double() for n in ours.nets
     }
     for name, net in ours.nets.items():
         net.double()
@@ -148,11 +102,7 @@ def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
         A, B = torch.rand(2, 2, 3, 16, 16, dtype=torch.float64) * 2 - 1
         fake_B, fake_A = G_AB(A), G_BA(B)
         loss_G = near(D_B(fake_B), 1) + near(D_A(fake_A), 1)
-        loss_G = (
-            loss_G
-            + 10 * (l1(G_BA(fake_B), A) + l1(G_AB(fake_A), B))
-            + 5 * (l1(G_BA(A), A) + l1(G_AB(B), B))
-        )
+        loss_G = loss_G + 10 * (l1(G_BA(fake_B), A) + l1(G_AB(fake_A), B)) + 5 * (l1(G_BA(A), A) + l1(G_AB(B), B))
         for optim in optims.values():
             optim.zero_grad()
         loss_G.backward()
@@ -163,14 +113,8 @@ def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
             losses_D[name] = (near(D(real), 1) + near(D(fake.detach()), 0)) / 2
             losses_D[name].backward()
             optims[name].step()
-        got = train.train_step(
-            ours, A, B, train.cyclegan_objective
-        )  # the buffers are not full yet: fakes pass through
-        for name, value in {
-            "loss_G": loss_G,
-            "loss_D_A": losses_D["D_A"],
-            "loss_D_B": losses_D["D_B"],
-        }.items():
+        got = train.train_step(ours, A, B, train.cyclegan_objective)  # the buffers are not full yet: fakes pass through
+        for name, value in {"loss_G": loss_G, "loss_D_A": losses_D["D_A"], "loss_D_B": losses_D["D_B"]}.items():
             assert got[name].item() == pytest.approx(value.item(), abs=1e-9)
 
 
@@ -194,18 +138,7 @@ def test_the_generators_step_leaves_no_gradient_in_the_discriminators(tiny):
 def test_one_batch_can_be_learnt(tmp_path):
     """All terms fall on one picture of each domain: cycle, identity and the discriminators' confusion."""
     make_dataset(tmp_path / "datasets" / "one", (1, 1, 1, 1), (16, 16))
-    flags = [
-        "--dataset_name",
-        "one",
-        *TINY,
-        "--ngf",
-        "8",
-        "--batch_size",
-        "1",
-        "--load_scale",
-        "1",
-        "--no-flip",
-    ]
+    flags = ["--dataset_name", "one", *TINY, "--ngf", "8", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
     train.main([*flags, "--lr", "2e-3", "--num_epochs", "1", "--steps_per_epoch", "200"])
     rows = read_losses(Path("saved_models/one/losses.csv"))
     assert len(rows) == 10
@@ -250,10 +183,7 @@ def test_three_epochs_equal_one_and_two_resumed_bit_for_bit(tiny, workers):
     assert differences(whole, parts) == []
     assert (folder / "losses.csv").read_text() == "".join(lines)
     for name in ("epoch_0002.png", "epoch_0003.png"):
-        assert (
-            Path("generated_images/whole", name).read_bytes()
-            == Path("generated_images/parts", name).read_bytes()
-        )
+        assert Path("generated_images/whole", name).read_bytes() == Path("generated_images/parts", name).read_bytes()
 
 
 def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monkeypatch):
@@ -280,23 +210,12 @@ def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monk
     for state in (whole, parts):
         state["args"].pop("run_name"), state["args"].pop("start_from")
     assert differences(whole, parts) == []
-    assert (
-        Path("saved_models/whole/losses.csv").read_text()
-        == Path("saved_models/parts/losses.csv").read_text()
-    )
+    assert Path("saved_models/whole/losses.csv").read_text() == Path("saved_models/parts/losses.csv").read_text()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_program_saves_and_exits_with_its_code(tiny, signum, code):
-    argv = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--dataset_name",
-        "tiny",
-        *TINY,
-        "--num_epochs",
-        "100000",
-    ]
+    argv = [sys.executable, str(ROOT / "train.py"), "--dataset_name", "tiny", *TINY, "--num_epochs", "100000"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
         if line.startswith("watch "):
@@ -310,32 +229,14 @@ def test_a_signal_to_the_program_saves_and_exits_with_its_code(tiny, signum, cod
     assert state_of("tiny")["step"] > 0
 
 
-def test_resume_takes_flags_from_the_checkpoint_logs_changes_and_refuses_other_networks(
-    tiny, capsys, refused
-):
-    run(
-        "--num_epochs",
-        4,
-        "--lr",
-        1e-3,
-        "--decay_epoch",
-        1,
-        "--steps_per_epoch",
-        1,
-        "--checkpoint_interval",
-        1,
-    )
+def test_resume_takes_flags_from_the_checkpoint_logs_changes_and_refuses_other_networks(tiny, capsys, refused):
+    run("--num_epochs", 4, "--lr", 1e-3, "--decay_epoch", 1, "--steps_per_epoch", 1, "--checkpoint_interval", 1)
     resume = ["--dataset_name", "tiny", "--start_from", "2", "--device", "cpu"]
     train.main([*resume, "--num_epochs", "5"])
     out = capsys.readouterr().out
     assert "changed on resume: --num_epochs 4 → 5" in out
     args = state_of("tiny")["args"]
-    assert (args["lr"], args["decay_epoch"], args["ngf"], args["steps_per_epoch"]) == (
-        1e-3,
-        1,
-        4,
-        1,
-    )
+    assert (args["lr"], args["decay_epoch"], args["ngf"], args["steps_per_epoch"]) == (1e-3, 1, 4, 1)
     rates = [row["lr"] for row in read_losses(Path("saved_models/tiny/losses.csv"))]
     assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     assert "--ngf 8" in refused(train.main, *resume, "--ngf", "8")
@@ -345,16 +246,7 @@ def test_resume_takes_flags_from_the_checkpoint_logs_changes_and_refuses_other_n
 
 
 def test_old_checkpoints_are_removed_when_only_some_are_kept(tiny):
-    run(
-        "--num_epochs",
-        4,
-        "--steps_per_epoch",
-        1,
-        "--checkpoint_interval",
-        1,
-        "--keep_checkpoints",
-        2,
-    )
+    run("--num_epochs", 4, "--steps_per_epoch", 1, "--checkpoint_interval", 1, "--keep_checkpoints", 2)
     assert sorted(p.name for p in Path("saved_models/tiny").glob("*.pt")) == [
         "epoch_0003.pt",
         "epoch_0004.pt",
@@ -367,15 +259,11 @@ def test_old_checkpoints_are_removed_when_only_some_are_kept(tiny):
 
 def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        train, "save_picture", lambda picture, path: drawn.append((path.name, picture))
-    )
+    monkeypatch.setattr(train, "save_picture", lambda picture, path: drawn.append((path.name, picture)))
     run("--num_epochs", 1, "--steps_per_epoch", 5, "--sample_interval", 2)
     assert [name for name, _ in drawn] == ["epoch_0001.png"] * 3  # steps 2, 4 and the end
     grid = np.asarray(drawn[-1][1])
-    real = np.asarray(
-        read_picture(list_pictures(tiny / "testA")[0]).resize((16, 16), Image.Resampling.BICUBIC)
-    )
+    real = np.asarray(read_picture(list_pictures(tiny / "testA")[0]).resize((16, 16), Image.Resampling.BICUBIC))
     left = grid.shape[1] - (2 * 130 + 2)
     assert np.array_equal(grid[2:130:8, left + 2 : left + 130 : 8], real)
 
@@ -384,37 +272,9 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
     "flags",
     [
         ("--discriminator", "pixel", "--pool_D", "--gan_loss", "bce"),
-        (
-            "--upsample",
-            "resize",
-            "--n_downsampling",
-            "1",
-            "--gan_loss",
-            "hinge",
-            "--max_mult_D",
-            "1",
-        ),
-        (
-            "--channels",
-            "1",
-            "--no-flip",
-            "--load_scale",
-            "1",
-            "--lambda_identity",
-            "0",
-            "--norm",
-            "none",
-        ),
-        (
-            "--init",
-            "orthogonal",
-            "--norm_output",
-            "--img_width",
-            "20",
-            "--max_images",
-            "2",
-            "--deterministic",
-        ),
+        ("--upsample", "resize", "--n_downsampling", "1", "--gan_loss", "hinge", "--max_mult_D", "1"),
+        ("--channels", "1", "--no-flip", "--load_scale", "1", "--lambda_identity", "0", "--norm", "none"),
+        ("--init", "orthogonal", "--norm_output", "--img_width", "20", "--max_images", "2", "--deterministic"),
         (
             "--lr_D",
             "8e-4",
@@ -442,9 +302,7 @@ def test_variants_train_and_record_their_flags(tiny, flags):
     assert config["D_A"]["pool"] == ("--pool_D" in flags)
     assert config["G_AB"]["upsample"] == ("resize" if "resize" in flags else "deconv")
     assert state["optims"]["D"]["param_groups"][0]["lr"] == (8e-4 if "--lr_D" in flags else 2e-4)
-    assert state["optims"]["G"]["param_groups"][0]["betas"] == (
-        (0.9, 0.99) if "--beta1" in flags else (0.5, 0.999)
-    )
+    assert state["optims"]["G"]["param_groups"][0]["betas"] == ((0.9, 0.99) if "--beta1" in flags else (0.5, 0.999))
     rows = read_losses(Path("saved_models/tiny/losses.csv"))
     assert np.isnan(rows[0]["identity_A"]) == ("--lambda_identity" in flags)
 
@@ -467,19 +325,13 @@ def test_each_loss_weight_scales_its_term(tiny):
             setattr(args, key, 3.0 if key == name else 0.0)
         losses[name], terms, _ = train.cyclegan_objective(ours, A, B)
         if name != "none":
-            parts = [
-                value
-                for key, value in terms.items()
-                if key.startswith(name.removeprefix("lambda_"))
-            ]
+            parts = [value for key, value in terms.items() if key.startswith(name.removeprefix("lambda_"))]
             assert losses[name].item() == pytest.approx(3 * sum(parts).item(), rel=1e-5)
     assert losses["none"].item() == 0
 
 
 def test_the_demo_set_is_drawn_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "datasets.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2))
-    )
+    monkeypatch.setattr("datasets.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
     train.main(["--dataset_name", "day2night", *TINY, "--num_epochs", "1"])
     assert (tmp_path / "datasets/day2night/trainA/0001.png").exists()
     assert (tmp_path / "saved_models/day2night/latest.pt").exists()
@@ -517,9 +369,7 @@ def test_without_test_pictures_the_grids_show_training_pictures(tmp_path, capsys
         (["--load_scale", "0.5"], "of at least 1"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line_before_anything_is_written(
-    tiny, refused, flags, words
-):
+def test_wrong_flags_are_refused_in_one_line_before_anything_is_written(tiny, refused, flags, words):
     assert words in refused(train.main, "--dataset_name", "tiny", *TINY, *flags)
     assert not Path("saved_models").exists()
     assert not Path("generated_images").exists()
@@ -533,9 +383,7 @@ def test_a_second_start_is_refused_and_overwrite_deletes_only_the_runs_own_files
     assert "--start_from latest" in error
     assert "--overwrite" in error
     refused(train.main, "--dataset_name", "tiny", *TINY, "--overwrite", "--watch", "nobody.jpg")
-    assert (
-        Path("saved_models/tiny/latest.pt").read_bytes() == before
-    )  # a refused start deletes nothing
+    assert Path("saved_models/tiny/latest.pt").read_bytes() == before  # a refused start deletes nothing
     run("--num_epochs", 1, "--overwrite", "--steps_per_epoch", 1)
     assert state_of("tiny")["step"] == 1
     assert Path("saved_models/tiny/notes.txt").read_text() == "mine"
@@ -556,9 +404,7 @@ def test_missing_and_empty_folders_are_named(tiny, refused, part):
 def test_a_set_with_one_unreadable_picture_cannot_train(tmp_path, refused):
     root = make_dataset(tmp_path / "datasets/tiny", (1, 1, 1, 1))
     (root / "trainA/0.png").write_bytes(b"torn")
-    assert "none of its 1 pictures can be read" in refused(
-        train.main, "--dataset_name", "tiny", *TINY
-    )
+    assert "none of its 1 pictures can be read" in refused(train.main, "--dataset_name", "tiny", *TINY)
 
 
 def test_a_torn_picture_is_skipped_named_once_and_training_goes_on(tiny, capsys):
@@ -586,25 +432,12 @@ def test_wrong_checkpoints_are_refused_and_kept(tiny, refused):
     state = load_state(path)
     state["nets"]["D_A"]["layers.0.weight"][0] = float("nan")
     torch.save(state, path)
-    assert "D_A: does not fit the network: layers.0.weight is not finite" in refused(
-        train.main, *resume
-    )
+    assert "D_A: does not fit the network: layers.0.weight is not finite" in refused(train.main, *resume)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tiny, refused):
     run("--num_epochs", 1)
-    argv = [
-        "--dataset_name",
-        "tiny",
-        "--start_from",
-        "latest",
-        "--num_epochs",
-        "9",
-        "--lr",
-        "1e30",
-        "--device",
-        "cpu",
-    ]
+    argv = ["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "9", "--lr", "1e30", "--device", "cpu"]
     error = refused(train.main, *argv, code=1)
     assert "not finite at step" in error
     assert "latest.pt" in error
