@@ -4,6 +4,7 @@ G = build_generator(GeneratorConfig(num_residual=9))
 D = build_discriminator(DiscriminatorConfig(n_layers=3))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -266,6 +267,29 @@ def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> nn
     return net
 
 
+def count_macs(net: nn.Module, height: int, width: int) -> int:
+    """Count the multiply-accumulates of all convolutions for one picture of (height, width) px.
+
+    A transposed convolution is counted as it is computed, once per input pixel; published figures
+    often count it per output pixel, four times too much for stride 2 (56.8 G in place of 49.5 G).
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
+        pixels = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+        total += module.weight.numel() * pixels[0, 0].numel()
+
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    hooks = [conv.register_forward_hook(count) for conv in convs]
+    weight = convs[0].weight
+    with torch.no_grad():
+        net(torch.zeros(1, convs[0].in_channels, height, width, device=weight.device, dtype=weight.dtype))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
 # ---------------------------------------------------------------------------------------------
 # Losses: always in float32 (or float64), also where the networks computed in half precision
 
@@ -321,6 +345,18 @@ def picture_loss(picture: Tensor, target: Tensor) -> Tensor:
     if picture.shape != target.shape:
         raise ValueError(f"shapes differ: {tuple(picture.shape)} and {tuple(target.shape)}")
     return F.l1_loss(_wide(picture), _wide(target))
+
+
+def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean squared error between a student's hidden states and those of its teacher, mean over the pairs.
+
+    hidden, targets: states of equal shapes, pair by pair
+    returns:         scalar, at least 0
+    raises:          ValueError if the shapes or counts differ (mse_loss would broadcast one state over three)
+    """
+    if [x.shape for x in hidden] != [x.shape for x in targets]:
+        raise ValueError("hidden states differ in number or shape")
+    return sum(F.mse_loss(_wide(x), _wide(y)) for x, y in zip(hidden, targets, strict=True)) / len(hidden)
 
 
 def cyclegan_loss(

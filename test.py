@@ -29,15 +29,7 @@ from datasets import (
     split_pictures,
 )
 from metrics import format_table, paired_table
-from models import (
-    DiscriminatorConfig,
-    GeneratorConfig,
-    build_discriminator,
-    build_generator,
-    cyclegan_loss,
-    gan_loss_D,
-    picture_loss,
-)
+from models import cyclegan_loss, gan_loss_D, picture_loss
 from utils import (
     InputError,
     Parser,
@@ -63,7 +55,7 @@ from utils import (
     write_json,
     write_text,
 )
-from weights import load_generator, load_tensors, read_config
+from weights import load_generator, networks_of
 
 DIRECTIONS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
 MEASURES = ("losses", "cycle", "identity", "paired")
@@ -114,13 +106,8 @@ class Result:
 def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
     """Build the networks of a whole-state file; returns them by name, and a recipe."""
     path = find_checkpoint(folder, epoch, "--epoch")
-    state, nets = load_state(path), {}
+    state = load_state(path)
     try:
-        for name, values in state["config"].items():
-            is_generator = name.startswith("G")
-            config = read_config(GeneratorConfig if is_generator else DiscriminatorConfig, values, f"{path}, {name}")
-            nets[name] = build_generator(config) if is_generator else build_discriminator(config)
-            load_tensors(nets[name], state["nets"][name], f"{path}, {name}")
         args = state["args"]
         recipe = {
             "size": [args["img_height"], args["img_width"]],
@@ -128,11 +115,12 @@ def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict
             "epoch": state["epoch"],
             "step": state["step"],
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        recipe |= {"dataset_name": args["dataset_name"]}
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
         ) from error
-    return nets, recipe
+    return networks_of(state, path), recipe
 
 
 def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:

@@ -74,8 +74,10 @@ from utils import (
     pick_device,
     pick_precision,
     picture_to_tensor,
+    plain_flags,
     plot_losses,
     read_losses,
+    recall_flags,
     rng_state,
     save_picture,
     save_state,
@@ -86,7 +88,7 @@ from utils import (
     whole,
     write_json,
 )
-from weights import load_tensors, save_generator
+from weights import load_generator, load_tensors, save_generator
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
@@ -96,8 +98,10 @@ NETWORK_FLAGS = (
     *("channels", "generator", "discriminator", "ngf", "ndf", "num_residual", "n_downsampling", "n_layers_D"),
     *("max_mult_D", "upsample", "norm", "norm_output", "pool_D"),
 )
+FIXED_FLAGS = (*NETWORK_FLAGS, "freeze")  # a resumed run keeps them
 NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
-SOURCES = {"G_AB": "AtoB", "G_BA": "BtoA"}
+DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
+PARTS = ("stem", "down", "blocks", "up", "head", "D")  # what --freeze can name
 
 
 @dataclass
@@ -113,6 +117,8 @@ class Run:
     samples: tuple[Tensor, Tensor]  # fixed pictures for the grids
     photos: dict[str, Tensor]  # watched ones, by name
     stage: str = "train"
+    adapters: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # of a distillation; they learn and are thrown away
+    teacher: dict | None = None  # path and sha256 of the file a student learns from
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps
     place: int = 0  # finished steps of the epoch under way
@@ -141,7 +147,7 @@ class Feed:
 class Task:
     """What differs between training a teacher and distilling a student."""
 
-    objective: Callable  # (run, real_A, real_B) → loss_G, terms, fakes
+    objective: Callable  # (run, real_A, real_B) → loss_G, terms, seen
     draw_rows: Callable  # (run, real_A, real_B) → labelled rows of a sample grid
     terms: Sequence[str]  # columns of losses.csv
 
@@ -157,20 +163,32 @@ def together(net: nn.Module, *batches: Tensor) -> Sequence[Tensor]:
     return net(torch.cat(batches)).chunk(len(batches))
 
 
-def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def first_pass(net: nn.Module, source: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Translate source pictures and, for the identity loss, target ones, in one call where `together` would.
+
+    returns: fake, idt (None without target), and the hidden states of the source pictures, block by block
+    """
+    if target is None or net.config.norm == "batch":
+        fake, hidden = net(source, return_hidden=True)
+        return fake, None if target is None else net(target), hidden
+    both, hidden = net(torch.cat([source, target]), return_hidden=True)
+    fake, idt = both.chunk(2)
+    return fake, idt, [state[: len(source)] for state in hidden]
+
+
+def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
     """The generators' side of a step.
 
     real_A, real_B: (N, C, H, W) in [-1, 1]
-    returns:        loss_G, its unweighted terms, and the translations fake_A and fake_B
+    returns:        loss_G; its unweighted terms; what distillation looks at: fake_A, fake_B, and the
+                    generators' hidden states as lists, hidden_AB and hidden_BA
     source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
     """
     G_AB, G_BA, args = run.nets["G_AB"], run.nets["G_BA"], run.args
+    with_identity = args.lambda_identity > 0
     with autocast(run.device, run.precision):
-        if args.lambda_identity > 0:
-            fake_B, idt_B = together(G_AB, real_A, real_B)
-            fake_A, idt_A = together(G_BA, real_B, real_A)
-        else:
-            fake_B, fake_A, idt_A, idt_B = G_AB(real_A), G_BA(real_B), None, None
+        fake_B, idt_B, hidden_AB = first_pass(G_AB, real_A, real_B if with_identity else None)
+        fake_A, idt_A, hidden_BA = first_pass(G_BA, real_B, real_A if with_identity else None)
         pictures = {"real_A": real_A, "rec_A": G_BA(fake_B), "real_B": real_B, "rec_B": G_AB(fake_A)}
         predictions = {"fake_A": run.nets["D_A"](fake_A), "fake_B": run.nets["D_B"](fake_B)}
         loss, terms = cyclegan_loss(
@@ -181,7 +199,7 @@ def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor
             lambda_identity=args.lambda_identity,
             gan_loss=args.gan_loss,
         )
-    return loss, terms, {"fake_A": fake_A, "fake_B": fake_B}
+    return loss, terms, {"fake_A": fake_A, "fake_B": fake_B, "hidden_AB": hidden_AB, "hidden_BA": hidden_BA}
 
 
 def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) -> dict[str, Tensor]:
@@ -192,22 +210,23 @@ def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
     discriminators = [run.nets["D_A"], run.nets["D_B"]]
     for net in discriminators:
         net.requires_grad_(False)  # they only judge here; their weights need no gradient
-    loss_G, terms, fakes = objective(run, real_A, real_B)
+    loss_G, terms, seen = objective(run, real_A, real_B)
     run.optims["G"].zero_grad(set_to_none=True)
     loss_G.backward()
     run.optims["G"].step()
 
+    losses_D, learns = {}, "D" in run.optims  # not with --freeze D
     for net in discriminators:
-        net.requires_grad_(True)
-    losses_D = {}
+        net.requires_grad_(learns)
     for domain, real in (("A", real_A), ("B", real_B)):
-        fake = run.buffers[domain].exchange(fakes[f"fake_{domain}"].to(real.dtype))
+        fake = run.buffers[domain].exchange(seen[f"fake_{domain}"].to(real.dtype))
         with autocast(run.device, run.precision):
             on_real, on_fake = together(run.nets[f"D_{domain}"], real, fake)
             losses_D[f"loss_D_{domain}"] = gan_loss_D(on_real, on_fake, run.args.gan_loss)
-    run.optims["D"].zero_grad(set_to_none=True)
-    sum(losses_D.values()).backward()
-    run.optims["D"].step()
+    if learns:
+        run.optims["D"].zero_grad(set_to_none=True)
+        sum(losses_D.values()).backward()
+        run.optims["D"].step()
     return {"loss_G": loss_G, **losses_D, **terms}
 
 
@@ -216,19 +235,21 @@ def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
 
 
 @torch.no_grad()
-def translate(run: Run, name: str, pictures: Tensor) -> Tensor:
-    """Run pictures (N, C, H, W) through one generator as testing will: eval mode, no gradient."""
-    net = run.nets[name].eval()
+def translate(run: Run, net: nn.Module, pictures: Tensor) -> Tensor:
+    """Run pictures (N, C, H, W) through a generator as testing will: eval mode, no gradient, float32 out."""
+    was_training = net.training
+    net.eval()
     with autocast(run.device, run.precision):
-        answer = net(pictures.to(run.device))
-    net.train()
-    return answer.float()
+        answer = net(pictures.to(run.device)).float()
+    net.train(was_training)
+    return answer
 
 
 def cyclegan_rows(run: Run, real_A: Tensor, real_B: Tensor) -> list[tuple[str, Tensor]]:
     """The labelled rows of a sample grid: pictures, translations, round trips."""
-    fake_B, fake_A = translate(run, "G_AB", real_A), translate(run, "G_BA", real_B)
-    rec_A, rec_B = translate(run, "G_BA", fake_B), translate(run, "G_AB", fake_A)
+    G_AB, G_BA = run.nets["G_AB"], run.nets["G_BA"]
+    fake_B, fake_A = translate(run, G_AB, real_A), translate(run, G_BA, real_B)
+    rec_A, rec_B = translate(run, G_BA, fake_B), translate(run, G_AB, fake_A)
     rows = {"real_A": real_A, "fake_B": fake_B, "rec_A": rec_A, "real_B": real_B, "fake_A": fake_A, "rec_B": rec_B}
     return list(rows.items())
 
@@ -275,19 +296,12 @@ def draw_pictures(run: Run, draw_rows: Callable) -> None:
     name = f"epoch_{run.epoch + bool(run.place):04d}.png"
     save_picture(draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
     for stem, photo in run.photos.items():
-        rows = [("photo", photo), ("G_AB", translate(run, "G_AB", photo)), ("G_BA", translate(run, "G_BA", photo))]
+        rows = [("photo", photo), *((name, translate(run, run.nets[name], photo)) for name in DIRECTIONS)]
         save_picture(draw_grid(rows), run.pictures / "watch" / stem / name)
 
 
 # ---------------------------------------------------------------------------------------------
 # Saving and resuming
-
-
-def plain_args(args: argparse.Namespace) -> dict:
-    """The flags as plain values, which a file can hold without code."""
-    values = {name: value for name, value in vars(args).items() if name != "given"}
-    values["watch"] = [str(path) for path in args.watch]
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def save_run(run: Run) -> None:
@@ -297,7 +311,7 @@ def save_run(run: Run) -> None:
         "stage": run.stage,
         "epoch": run.epoch,
         "step": run.step,
-        "args": plain_args(args),
+        "args": plain_flags(args),
         "config": {name: dataclasses.asdict(net.config) for name, net in run.nets.items()},
         "nets": {name: net.state_dict() for name, net in run.nets.items()},
         "optims": {name: optim.state_dict() for name, optim in run.optims.items()},
@@ -309,6 +323,8 @@ def save_run(run: Run) -> None:
         "scaler": None,
         "range": [-1, 1],
     }
+    if run.teacher:
+        state |= {"adapters": run.adapters.state_dict(), "teacher": run.teacher}
     save_state(run.folder / "latest.pt", state)
     if run.place == 0 and run.epoch % args.checkpoint_interval == 0:
         link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
@@ -322,7 +338,7 @@ def save_run(run: Run) -> None:
         "epoch": run.epoch,
         "step": run.step,
     }
-    for name, direction in SOURCES.items():
+    for name, direction in DIRECTIONS.items():
         recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
         save_generator(run.folder / f"{name}.safetensors", run.nets[name], recipe)
 
@@ -332,6 +348,8 @@ def load_run(run: Run, state: dict, path: Path) -> None:
     try:
         for name, net in run.nets.items():
             load_tensors(net, state["nets"][name], f"{path}, {name}")
+        if run.teacher:
+            load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
         for name, optim in run.optims.items():
             optim.load_state_dict(state["optims"][name])
         for domain, buffer in run.buffers.items():
@@ -345,40 +363,40 @@ def load_run(run: Run, state: dict, path: Path) -> None:
         ) from error
 
 
-def resume_args(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
+def resume_args(
+    parser: Parser, args: argparse.Namespace, saved: object, path: Path, fixed: Sequence[str] = FIXED_FLAGS
+) -> argparse.Namespace:
     """Fill the flags that were not given from the checkpoint; refuse other networks, log other changes."""
-    values, saved = vars(args).copy(), state["args"]
-    missing = [name for name in NETWORK_FLAGS if name not in saved]
-    if missing:
-        raise InputError(f"{path}: its flags lack {', '.join(missing)}; written by another version")
-    for name, old in saved.items():
-        if name not in values or name in NEVER_INHERITED:
-            continue
-        if name not in args.given:
-            values[name] = Path(old) if isinstance(values[name], Path) else old
-            values[name] = [Path(p) for p in old] if name == "watch" else values[name]
-        elif plain_args(args)[name] != old:
-            if name in NETWORK_FLAGS:
-                raise InputError(
-                    f"--{name} {values[name]}: the run in {path.parent} was started with {old}; leave the flag out, or take another --run_name"
-                )
-            say(f"changed on resume: --{name} {old} → {values[name]}")
-    return argparse.Namespace(**values)
+    old, given = recall_flags(parser, saved, path, NEVER_INHERITED), vars(args)
+    for name in sorted(args.given - set(NEVER_INHERITED)):
+        before, now = plain_flags(old)[name], plain_flags(args)[name]
+        if before != now and name in fixed:
+            raise InputError(
+                f"--{name} {now}: the run in {path.parent} was started with {before}; "
+                "leave the flag out, or take another --run_name"
+            )
+        if before != now:
+            say(f"changed on resume: --{name} {before} → {now}")
+    kept = {name: given[name] for name in {*args.given, *NEVER_INHERITED, "given"}}
+    return argparse.Namespace(**{**vars(old), **kept})
 
 
-def refuse_second_run(args: argparse.Namespace) -> list[Path]:
-    """List what an earlier run left under this name; without --overwrite, refuse to touch it."""
-    folder, pictures = (Path("saved_models") / args.run_name, Path("generated_images") / args.run_name)
-    patterns = [
-        (folder, ("*.pt", "*.safetensors", "run.json", "losses.csv")),
-        (pictures, ("epoch_*.png", "losses.png", "watch", "test")),
-    ]
-    left = [path for parent, names in patterns for name in names for path in parent.glob(name)]
+def leftovers(args: argparse.Namespace) -> list[Path]:
+    """List what an earlier run left under this name."""
+    folder, pictures = Path("saved_models") / args.run_name, Path("generated_images") / args.run_name
+    patterns = {folder: ("*.pt", "*.safetensors", "run.json", "losses.csv")}
+    patterns |= {pictures: ("epoch_*.png", "losses.png", "watch", "test")}
+    return [path for parent, names in patterns.items() for name in names for path in sorted(parent.glob(name))]
+
+
+def refuse_second_run(args: argparse.Namespace) -> None:
+    """Refuse to start where a run is, unless with --overwrite."""
+    left = leftovers(args)
     if left and not args.overwrite:
         raise InputError(
-            f"{left[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
+            f"{left[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, "
+            "or delete it with --overwrite"
         )
-    return left
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,9 +446,10 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
 
 def set_rates(run: Run, factor: float) -> None:
     """Set what the flags say about the optimisers, which a resumed run may have changed."""
-    for name, rate in (("G", run.args.lr), ("D", run.args.lr_D or run.args.lr)):
-        for group in run.optims[name].param_groups:
-            group["lr"], group["betas"] = rate * factor, (run.args.beta1, run.args.beta2)
+    rates = {"G": run.args.lr, "D": run.args.lr_D or run.args.lr}
+    for name, optim in run.optims.items():
+        for group in optim.param_groups:
+            group["lr"], group["betas"] = rates[name] * factor, (run.args.beta1, run.args.beta2)
 
 
 def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
@@ -449,35 +468,43 @@ def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
 
 
 def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    """Turn the network flags into recipes.
-
-    raises: InputError if the pictures are too small for a network, with the nearest that fits
-    """
+    """Turn the network flags into recipes, checked against the size of the pictures."""
     generator = GeneratorConfig(
-        args.generator,
-        args.channels,
-        args.ngf,
-        args.num_residual,
-        args.n_downsampling,
-        args.upsample,
-        args.norm,
-        args.norm_output,
+        generator=args.generator,
+        channels=args.channels,
+        ngf=args.ngf,
+        num_residual=args.num_residual,
+        n_downsampling=args.n_downsampling,
+        upsample=args.upsample,
+        norm=args.norm,
+        norm_output=args.norm_output,
     )
     discriminator = DiscriminatorConfig(
-        args.discriminator, args.channels, args.ndf, args.n_layers_D, args.max_mult_D, args.norm, args.pool_D
+        discriminator=args.discriminator,
+        channels=args.channels,
+        ndf=args.ndf,
+        n_layers=args.n_layers_D,
+        max_mult=args.max_mult_D,
+        norm=args.norm,
+        pool=args.pool_D,
     )
+    check_sizes(args, generator, discriminator)
+    return generator, discriminator
+
+
+def check_sizes(args: argparse.Namespace, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
+    """Raise InputError if the pictures are too small for a network, with the nearest that fits."""
     side = min(args.img_height, args.img_width)
     given = f"pictures of {args.img_width}x{args.img_height} px"
     if side < generator.smallest_side:
         raise InputError(
-            f"{given}: {args.n_downsampling} downsamplings need at least {generator.smallest_side} px a side; "
+            f"{given}: {generator.n_downsampling} downsamplings need at least {generator.smallest_side} px a side; "
             "raise --img_height and --img_width, or lower --n_downsampling"
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
         remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"
-        raise InputError(f"--n_layers_D {args.n_layers_D}: its answer to {given} would be empty; {remedy}")
-    return generator, discriminator
+        raise InputError(f"--n_layers_D {discriminator.n_layers}: its answer to {given} would be empty; {remedy}")
 
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
@@ -501,36 +528,84 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Fee
     return dataset, Feed(loader, order, bad, counts)
 
 
-def make_optims(
-    run_nets: dict[str, nn.Module], args: argparse.Namespace, device: torch.device
-) -> dict[str, torch.optim.Optimizer]:
-    """One Adam for both generators, one for both discriminators; fused where torch offers it."""
+def make_optims(nets: dict[str, nn.Module], args: argparse.Namespace, device: torch.device) -> dict:
+    """One Adam for all whose names begin with G, one for the discriminators; frozen weights stay out."""
     optims = {}
     for letter in "GD":
-        weights = [p for name, net in run_nets.items() if name.startswith(letter) for p in net.parameters()]
-        optims[letter] = torch.optim.Adam(
-            weights, args.lr, (args.beta1, args.beta2), fused=device.type in ("cpu", "cuda")
-        )
+        weights = [p for name, net in nets.items() if name.startswith(letter) for p in net.parameters()]
+        weights = [p for p in weights if p.requires_grad]
+        if weights:
+            fused = device.type in ("cpu", "cuda")
+            optims[letter] = torch.optim.Adam(weights, args.lr, (args.beta1, args.beta2), fused=fused)
     return optims
 
 
-def make_run(args: argparse.Namespace, dataset: Path, device: torch.device) -> Run:
-    """Build the four networks and all that belongs to them, freshly seeded."""
+def freeze(nets: dict[str, nn.Module], parts: Sequence[str]) -> None:
+    """Take the named parts of all generators ("D": the discriminators) out of learning, and say what is left."""
+    for name, net in nets.items():
+        children = {"D": net} if name.startswith("D") else dict(net.named_children())
+        for part, module in children.items():
+            module.requires_grad_(part not in parts)
+        if parts:
+            words = (f"{part} {'frozen' if part in parts else 'learns'}" for part in children)
+            say(f"{name}: {', '.join(words)}")
+
+
+def load_pretrained(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, nn.Module]]:
+    """Read the files of --init_from and take the network flags that were not given from them."""
+    nets: dict[str, nn.Module] = {}
+    for path in args.init_from:
+        net, recipe = load_generator(path)
+        name = {direction: name for name, direction in DIRECTIONS.items()}.get(recipe["direction"])
+        if name is None:
+            name = "G_BA" if "G_AB" in nets else "G_AB"
+            say(f"{path}: does not say its direction; taken for {name}")
+        if name in nets:
+            raise InputError(f"--init_from {path}: a second file for {name}; expected one file for each direction")
+        config = {key: value for key, value in dataclasses.asdict(net.config).items() if hasattr(args, key)}
+        for key, value in config.items():
+            if (key in args.given or nets) and getattr(args, key) != value:
+                raise InputError(
+                    f"--init_from {path}: its network has {key} {value}, not {getattr(args, key)}; leave the flag out"
+                )
+        args, nets[name] = argparse.Namespace(**{**vars(args), **config}), net
+        say(f"{name} starts from {path}")
+    for name in DIRECTIONS if nets else ():
+        if name not in nets:
+            say(f"{name} starts new: --init_from names no file for it")
+    return args, nets
+
+
+def make_nets(args: argparse.Namespace, pretrained: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
     seed_everything(args.seed, args.deterministic)
     generator, discriminator = network_configs(args)
-    nets = {name: build_generator(generator, args.init) for name in ("G_AB", "G_BA")}
+    nets = {name: build_generator(generator, args.init) for name in DIRECTIONS}
     nets |= {name: build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
-    for net in nets.values():
+    nets |= {name: net.train() for name, net in pretrained.items()}
+    freeze(nets, args.freeze)
+    if not any(p.requires_grad for name in DIRECTIONS for p in nets[name].parameters()):
+        raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
+    return nets
+
+
+def make_run(
+    args: argparse.Namespace, nets: dict[str, nn.Module], dataset: Path, device: torch.device, **distillation: object
+) -> Run:
+    """Put networks on their device and make all that belongs to them; `distillation` are the fields that it adds."""
+    learning = nets | {"G_adapters": distillation.get("adapters", nn.ModuleDict())}
+    for net in learning.values():
         net.to(device)
     return Run(
         args=args,
         device=device,
         precision=pick_precision(args.precision, device),
         nets=nets,
-        optims=make_optims(nets, args, device),
+        optims=make_optims(learning, args, device),
         buffers={domain: FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
         samples=load_samples(args, dataset),
         photos=load_watched(args),
+        **distillation,
     )
 
 
@@ -543,10 +618,12 @@ def describe(run: Run, feed: Feed) -> None:
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
     }
-    facts = {"flags": plain_args(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
+    facts = {"flags": plain_flags(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
     facts |= {"device": str(run.device), "precision": run.precision, "threads": torch.get_num_threads()}
     write_json(run.folder / "run.json", facts)
-    say(f"parameters: G {counts['G_AB']:,} each, D {counts['D_A']:,} each; {run.device}, {run.precision}")
+    say(
+        f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}; {run.device}, {run.precision}"
+    )
     say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
 
 
@@ -582,52 +659,66 @@ def add_network_flags(parser: Parser) -> None:
     add("--init", choices=INITS, default="normal", help="how weights start")
 
 
+def parts(text: str) -> list[str]:
+    """Flag type: parts of the networks, separated by commas."""
+    words = [word for word in text.split(",") if word]
+    wrong = [word for word in words if word not in PARTS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"given {wrong[0]!r}, expected some of {','.join(PARTS)}")
+    return words
+
+
+def add_transfer_flags(parser: Parser) -> None:
+    """Starting from weights that exist."""
+    add = flag_group(parser, "transfer")
+    add(
+        "--init_from",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="generator files to start from, one per direction",
+    )
+    add("--freeze", type=parts, default=[], metavar=",".join(PARTS), help="parts that do not learn (default: none)")
+
+
+def make_parser() -> Parser:
+    """Declare all flags of this stage."""
+    parser = Parser(prog="train.py", description=__doc__)
+    groups = (add_data_flags, add_network_flags, add_loss_flags, add_optim_flags)
+    for add_flags in (*groups, add_transfer_flags, add_run_flags, add_device_flags):
+        add_flags(parser)
+    return parser
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; args.given names the flags that stand on it."""
-    parser = Parser(prog="train.py", description=__doc__)
-    for add_flags in (
-        add_data_flags,
-        add_network_flags,
-        add_loss_flags,
-        add_optim_flags,
-        add_run_flags,
-        add_device_flags,
-    ):
-        add_flags(parser)
+    parser = make_parser()
     args = parser.parse_args(argv)
     args.given = given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
-    if args.overwrite and args.start_from != "0":
-        parser.error(f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them")
+    for flag in ("overwrite", "init_from"):
+        if flag in args.given and args.start_from != "0":
+            parser.error(
+                f"--{flag} contradicts --start_from {args.start_from}, which goes on with a run: give one of them"
+            )
     return args
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
     """Fill the default that depends on another flag, and refuse a decay after the end."""
     if args.decay_epoch is None:
-        args = argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
-    elif "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
+        return argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
+    if "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
         raise InputError(
             f"--decay_epoch {args.decay_epoch}: beyond --num_epochs {args.num_epochs}; expected at most that"
         )
     return args
 
 
-@stage
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, from the start or from a checkpoint."""
-    args = parse_args(argv)
-    state, checkpoint = None, None
-    if args.start_from != "0":
-        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
-        state = load_state(checkpoint, "train")
-        args = resume_args(args, state, checkpoint)
-    args = settle(args)
-    leftovers = [] if state else refuse_second_run(args)
-    network_configs(args)
-    device = pick_device(args.device)
-    dataset, feed = make_feed(args, device)
-    run = make_run(args, dataset, device)
+def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: Path | None) -> None:
+    """Put a checkpoint back, if there is one, and run the loop to its end."""
+    args = run.args
     if state:
         load_run(run, state, checkpoint)
         say(f"going on after epoch {run.epoch}, step {run.step} of {checkpoint}")
@@ -636,15 +727,35 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs to go on"
             )
             return
-    for path in leftovers:  # only now: nothing above may fail any more
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        for path in leftovers(args):  # only now, when nothing above can fail any more
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in (run.folder, run.pictures):
         folder.mkdir(parents=True, exist_ok=True)
     describe(run, feed)
-    training_loop(run, feed, Task(cyclegan_objective, cyclegan_rows, TERMS))
-    say(
-        f"done: {run.epoch} epochs, {run.step} steps; see {run.pictures}/epoch_{run.epoch:04d}.png, then: python test.py --run_name {args.run_name}"
-    )
+    training_loop(run, feed, task)
+    grid = run.pictures / f"epoch_{run.epoch:04d}.png"
+    say(f"done: {run.epoch} epochs, {run.step} steps; see {grid}, then: python test.py --run_name {args.run_name}")
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, from the start or from a checkpoint."""
+    args = parse_args(argv)
+    state, checkpoint, pretrained = None, None, {}
+    if args.start_from != "0":
+        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
+        state = load_state(checkpoint, "train")
+        args = resume_args(make_parser(), args, state.get("args"), checkpoint)
+    else:
+        refuse_second_run(args)
+        args, pretrained = load_pretrained(args)
+    args = settle(args)
+    network_configs(args)
+    device = pick_device(args.device)
+    dataset, feed = make_feed(args, device)
+    run = make_run(args, make_nets(args, pretrained), dataset, device)
+    carry_out(run, feed, Task(cyclegan_objective, cyclegan_rows, TERMS), state, checkpoint)
 
 
 if __name__ == "__main__":

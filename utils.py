@@ -108,6 +108,45 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return {name for name, value in vars(args).items() if value is not unset}
 
 
+def recall_flags(
+    parser: argparse.ArgumentParser, saved: object, what: object, skip: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Read the flags of a checkpoint as if they had been typed, so that each is checked again.
+
+    raises: InputError if one is missing or would be refused on the command line
+    """
+    argv = []
+    for action in parser._actions:
+        if action.dest in skip or not action.option_strings or action.dest == "help":
+            continue
+        if not isinstance(saved, dict) or action.dest not in saved:
+            raise InputError(f"{what}: does not say --{action.dest}; written by another version, or no checkpoint")
+        value, option = saved[action.dest], action.option_strings[0]
+        if isinstance(value, bool) or action.nargs == 0:
+            off = f"--no-{option[2:]}" if isinstance(action, argparse.BooleanOptionalAction) else None
+            argv += [option] if value else [off] * bool(off)
+        elif isinstance(value, list | tuple):
+            words = list(map(str, value)) if action.nargs else [",".join(map(str, value))]
+            argv += [option, *words] if value else []
+        elif value is not None:
+            argv.append(f"{option}={value}")
+    try:
+        return parser.parse_args(argv)
+    except InputError as error:
+        raise InputError(f"{what}: {str(error).split(';')[0]}") from None
+
+
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as plain values, which a file can hold without code."""
+
+    def plain(value: object) -> object:
+        return (
+            [plain(v) for v in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+        )
+
+    return {name: plain(value) for name, value in vars(args).items() if name != "given"}
+
+
 def whole(lowest: int) -> Callable[[str], int]:
     """Flag type: a whole number of at least `lowest`."""
 

@@ -180,7 +180,7 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
     """One test pair, judged by train.py's own objective."""
     scores = run("--metrics", "losses,cycle,identity", "--num_test", 1)
     args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY]))
-    reference = train.make_run(args, Path("datasets/tiny"), torch.device("cpu"))
+    reference = train.make_run(args, train.make_nets(args, {}), Path("datasets/tiny"), torch.device("cpu"))
     for name, net in reference.nets.items():
         net.load_state_dict(load_state(Path("saved_models/tiny/latest.pt"))["nets"][name])
     A, B = (load_picture(Path(f"datasets/tiny/test{d}/0.png"), (16, 16))[None] for d in "AB")

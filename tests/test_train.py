@@ -27,6 +27,12 @@ def state_of(name, file="latest.pt"):
     return load_state(Path("saved_models") / name / file)
 
 
+def train_run(dataset, *flags):
+    """The networks and all that belongs to them, as train.main would start them."""
+    args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, *flags]))
+    return train.make_run(args, train.make_nets(args, {}), dataset, torch.device("cpu"))
+
+
 def differences(a, b, path=""):
     """Paths at which two nested states differ; tensors are compared bit for bit."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -66,9 +72,7 @@ def test_a_run_leaves_what_the_design_promises(tiny):
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_every_weight_of_all_four_networks_learns(tiny, norm):
     run("--num_epochs", 1, "--norm", norm, "--run_name", norm)
-    before = train.make_run(
-        train.parse_args(["--dataset_name", "tiny", *TINY, "--norm", norm]), tiny, torch.device("cpu")
-    )
+    before = train_run(tiny, "--norm", norm)
     after = state_of(norm)["nets"]
     for name, net in before.nets.items():
         convs_before_a_norm = ("stem.1", "down", "body", "up", "layers.2")  # their bias has no true gradient
@@ -80,8 +84,7 @@ def test_every_weight_of_all_four_networks_learns(tiny, norm):
 
 def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
     """Float64, no batching of calls, one optimiser a network, no requires_grad switching."""
-    args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, "--num_epochs", "1"]))
-    ours = train.make_run(args, tiny, torch.device("cpu"))
+    ours = train_run(tiny)
     config = GeneratorConfig(ngf=4, num_residual=1), DiscriminatorConfig(ndf=4, n_layers=1)
     nets = {
         n: (build_generator(config[0]) if n[0] == "G" else build_discriminator(config[1])).double() for n in ours.nets
@@ -89,7 +92,7 @@ def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
     for name, net in ours.nets.items():
         net.double()
         nets[name].load_state_dict(net.state_dict())
-    ours.optims = train.make_optims(ours.nets, args, torch.device("cpu"))
+    ours.optims = train.make_optims(ours.nets, ours.args, torch.device("cpu"))
     optims = {n: torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for n, net in nets.items()}
     G_AB, G_BA, D_A, D_B = nets.values()
     mse, l1 = torch.nn.functional.mse_loss, torch.nn.functional.l1_loss
@@ -119,8 +122,7 @@ def test_the_step_equals_a_plain_one_written_from_the_paper(tiny):
 
 
 def test_the_generators_step_leaves_no_gradient_in_the_discriminators(tiny):
-    args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY]))
-    ours = train.make_run(args, tiny, torch.device("cpu"))
+    ours = train_run(tiny)
     seen = []
 
     def watched(run, A, B):
@@ -294,7 +296,7 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
 def test_variants_train_and_record_their_flags(tiny, flags):
     run("--num_epochs", 1, "--steps_per_epoch", 2, *flags)
     state = state_of("tiny")
-    parser_values = train.plain_args(train.parse_args([*TINY, *flags]))
+    parser_values = train.plain_flags(train.parse_args([*TINY, *flags]))
     for word in flags:
         if word.startswith("--") and not word.startswith("--no-"):
             assert state["args"][word[2:]] == parser_values[word[2:]]
@@ -316,13 +318,12 @@ def test_the_seed_decides_everything(tiny):
 
 
 def test_each_loss_weight_scales_its_term(tiny):
-    args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY]))
-    ours = train.make_run(args, tiny, torch.device("cpu"))
+    ours = train_run(tiny)
     A, B = torch.rand(2, 2, 3, 16, 16)
     losses = {}
     for name in ("none", "lambda_gan", "lambda_cycle", "lambda_identity"):
         for key in ("lambda_gan", "lambda_cycle", "lambda_identity"):
-            setattr(args, key, 3.0 if key == name else 0.0)
+            setattr(ours.args, key, 3.0 if key == name else 0.0)
         losses[name], terms, _ = train.cyclegan_objective(ours, A, B)
         if name != "none":
             parts = [value for key, value in terms.items() if key.startswith(name.removeprefix("lambda_"))]

@@ -87,7 +87,7 @@ def test_a_recipe_is_not_trusted(saved, change, words):
 
 def test_only_the_first_three_differences_are_named(saved):
     rewrite(saved[0], lambda r: r["config"].update(ngf=8))
-    with pytest.raises(InputError, match="and [0-9]+ more") as error:
+    with pytest.raises(InputError, match=r"and [0-9]+ more") as error:
         load_generator(saved[0])
     assert str(error.value).count("expected") == 3
 

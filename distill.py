@@ -1,0 +1,481 @@
+"""Distil a trained teacher into a student with fewer blocks or channels.
+
+    python distill.py --dataset_name horse2zebra
+    python distill.py --teacher day2night --direction both --student_residual 3 --student_ngf 16 --run_name thin
+    python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
+    python distill.py --teacher day2night --report
+
+The student takes its teacher's place in the CycleGAN objective and also learns the teacher's
+hidden states and pictures. The other generator and the discriminators go on from the teacher's.
+source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets import BadPictures, find_dataset, held_out_split, load_picture, split_pictures
+from metrics import format_table, paired_scores
+from models import DiscriminatorConfig, build_discriminator, build_generator, count_macs, hidden_loss, picture_loss
+from train import (
+    DIRECTIONS,
+    TERMS,
+    Run,
+    Task,
+    carry_out,
+    check_sizes,
+    cyclegan_objective,
+    cyclegan_rows,
+    make_feed,
+    make_run,
+    refuse_second_run,
+    resume_args,
+    settle,
+    translate,
+)
+from utils import (
+    InputError,
+    Parser,
+    add_data_flags,
+    add_device_flags,
+    add_loss_flags,
+    add_optim_flags,
+    add_run_flags,
+    autocast,
+    draw_grid,
+    find_checkpoint,
+    flag_group,
+    given_flags,
+    load_state,
+    number,
+    pick_device,
+    pick_precision,
+    range_to_bytes,
+    recall_flags,
+    save_picture,
+    say,
+    seed_everything,
+    stage,
+    whole,
+    write_json,
+)
+from weights import load_generator, networks_of
+
+COPIED = ("stem", "down", "up", "head")  # all but the residual blocks, whose number differs
+REPEATS = 20  # timed passes; their median is reported
+
+
+@dataclass
+class Teacher:
+    """Frozen generators by name, where they come from, and what was learnt beside them."""
+
+    nets: dict[str, nn.Module]  # G_AB, G_BA, D_A, D_B; of a single file, one generator
+    flags: dict  # of its training; {} for a single file
+    path: Path
+    size: list[int] | None  # height and width of its training pictures, px
+
+    def fingerprint(self) -> dict:
+        """What a resumed distillation compares: it must go on with the very same teacher."""
+        return {"path": str(self.path), "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Teacher and student
+
+
+def load_teacher(name: str, directions: Sequence[str] = tuple(DIRECTIONS)) -> Teacher:
+    """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's)."""
+    folder, path = Path("saved_models") / name, Path(name)
+    if folder.is_dir() and not path.is_file():
+        path = find_checkpoint(folder, "latest", f"--teacher {name}, epoch")
+    if not path.is_file():
+        runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
+        raise InputError(f"--teacher {name}: no such run or file; runs found: {runs}; train one with: python train.py")
+    if path.suffix == ".pt":
+        state = load_state(path)
+        flags = state.get("args") if isinstance(state.get("args"), dict) else {}
+        return Teacher(networks_of(state, path), flags, path, [flags.get("img_height"), flags.get("img_width")])
+    net, recipe = load_generator(path)
+    known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or directions
+    if len(directions) != 1 or directions[0] not in known:
+        raise InputError(
+            f"--teacher {path}: one generator, {recipe['direction'] or 'of one direction'}; give that --direction"
+        )
+    say(f"{path}: a single generator, so the other one and the discriminators start new")
+    return Teacher({directions[0]: net}, {}, path, recipe["size"])
+
+
+def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
+    """Which teacher block each student block imitates: spread evenly, the last with the last; 1, 4, 8 for 9 → 3."""
+    if (teacher_blocks, student_blocks) == (9, 3):
+        return [1, 4, 8]
+    return [
+        max(0, round((i + 1) * teacher_blocks / student_blocks) - 1)
+        for i in range(student_blocks if teacher_blocks else 0)
+    ]
+
+
+def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool) -> nn.Module:
+    """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
+    config = dataclasses.replace(teacher.config, num_residual=num_residual, ngf=ngf)
+    student = build_generator(config)
+    if transfer:
+        theirs, copied = teacher.state_dict(), {}
+        for name, value in student.state_dict().items():
+            if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
+                copied[name] = theirs[name]
+        student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
+        parts = [part for part in COPIED if all(n in copied for n in theirs if n.split(".")[0] == part)]
+        say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
+    ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
+    say(f"student: {num_residual} blocks, ngf {ngf}: {ratio:.1f}x fewer parameters than its teacher")
+    if ratio < 1:
+        say("warning: the student is larger than its teacher")
+    return student
+
+
+def make_adapters(
+    teachers: dict[str, nn.Module], students: dict[str, nn.Module], pairs: Sequence[int]
+) -> nn.ModuleDict:
+    """Make a 1x1 convolution per pair of blocks where the widths differ; they learn with the student and are thrown away."""
+    adapters = nn.ModuleDict()
+    for name, teacher in teachers.items():
+        wide, thin = (net.config.ngf * 2**net.config.n_downsampling for net in (teacher, students[name]))
+        for i in range(len(pairs) if wide != thin else 0):
+            adapters[f"{name}_{i}"] = nn.Conv2d(thin, wide, 1)
+    return adapters
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective
+
+
+def distill_objective(
+    run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, nn.Module], pairs: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """The CycleGAN objective with the student in the teacher's place, its teacher's hidden states and pictures.
+
+    returns: as cyclegan_objective, with the terms hidden_XY and output_XY of each student
+    """
+    loss, terms, seen = cyclegan_objective(run, real_A, real_B)
+    for name, teacher in teachers.items():
+        letters = name[2:]
+        with autocast(run.device, run.precision):
+            with torch.no_grad():
+                picture, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
+            own = seen[f"hidden_{letters}"]
+            if run.adapters:
+                own = [run.adapters[f"{name}_{i}"](state) for i, state in enumerate(own)]
+        terms[f"output_{letters}"] = picture_loss(seen[f"fake_{letters[1]}"], picture)
+        loss = loss + run.args.lambda_output * terms[f"output_{letters}"]
+        if pairs:
+            terms[f"hidden_{letters}"] = hidden_loss(own, [states[block] for block in pairs])
+            loss = loss + run.args.lambda_hidden * terms[f"hidden_{letters}"]
+    return loss, terms, seen
+
+
+def distill_rows(run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """The rows of a CycleGAN grid, and under each student's pictures those of its teacher."""
+    rows, reals = [], {"A": real_A, "B": real_B}
+    for label, pictures in cyclegan_rows(run, real_A, real_B):
+        rows.append((label, pictures))
+        for name, teacher in teachers.items():
+            if label == f"fake_{name[3]}":
+                rows.append((f"teacher_{name[3]}", translate(run, teacher, reals[name[2]])))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The report
+
+
+def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.device, precision: str) -> float:
+    """Median time of one picture through a network, batch 1."""
+    picture, times = torch.zeros(1, net.config.channels, *size, device=device), []
+    with torch.no_grad(), autocast(device, precision):
+        for _ in range(REPEATS + 3):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            net(picture).cpu()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])  # the first ones pay for set-up
+
+
+def held_out_pictures(args: argparse.Namespace, domain: str, channels: int, size: Sequence[int]) -> dict[Path, Tensor]:
+    """Read the test (else val, else train) pictures of a domain by their name: (1, C, H, W) in [-1, 1]."""
+    dataset = find_dataset(args.data_root, args.dataset_name)
+    split = f"{held_out_split(dataset)}{domain}"
+    paths = split_pictures(dataset, split)
+    paths = BadPictures(dataset / split, len(paths)).readable(paths)
+    return {p.relative_to(dataset / split).with_suffix(""): load_picture(p, tuple(size), channels)[None] for p in paths}
+
+
+@torch.no_grad()
+def report_direction(
+    args: argparse.Namespace, name: str, runs: dict[str, dict], size: Sequence[int], device: torch.device
+) -> dict:
+    """Compare networks of one direction: cost, and quality on the held-out pictures.
+
+    runs:    per row its networks by name and the file of its generator
+    returns: per row the figures; rows of pictures under "grid"
+    """
+    source, target, precision = name[2], name[3], pick_precision(args.precision, device)
+    channels = runs["teacher"]["nets"][name].config.channels
+    reals = held_out_pictures(args, source, channels, size)
+    truths = held_out_pictures(args, target, channels, size)
+    common = [stem for stem in reals if stem in truths]
+    table, answers, first = {}, {}, list(reals)[:: max(1, len(reals) // 6)][:6]
+    grid = [(f"real_{source}", torch.cat([reals[stem] for stem in first]))]
+    for label, entry in runs.items():
+        net, back = entry["nets"][name].to(device).eval(), entry["nets"].get(f"G_{target}{source}")
+        with autocast(device, precision):
+            answers[label] = {stem: net(x.to(device)).float().cpu() for stem, x in reals.items()}
+            cycles = (
+                [
+                    (back.to(device).eval()(answers[label][stem].to(device)).float().cpu() - x).abs().mean()
+                    for stem, x in reals.items()
+                ]
+                if back
+                else []
+            )
+        row = {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": count_macs(net, *size) / 1e6}
+        row |= {
+            "ms": 1000 * seconds_per_picture(net, size, device, precision),
+            "MB": entry["file"].stat().st_size / 1e6,
+        }
+        if common:
+            pair = [[range_to_bytes(pictures[stem][0]) for stem in common] for pictures in (answers[label], truths)]
+            scores = paired_scores(*pair)
+            row |= {key: scores[key] for key in ("PSNR", "SSIM", "match@1")}
+        if cycles:
+            row["cycle"] = torch.stack(cycles).mean().item()
+        gaps = [picture_loss(answers[label][stem], answers["teacher"][stem]) for stem in reals]
+        row["L1 to teacher"] = torch.stack(gaps).mean().item()
+        table[label] = row
+        grid.append((label, torch.cat([answers[label][stem] for stem in first])))
+    if common:
+        grid.append((f"real_{target}", torch.cat([truths[stem] for stem in first if stem in truths])))
+    save_picture(
+        draw_grid([row for row in grid if len(row[1]) == len(first)]),
+        Path("generated_images") / args.run_name / f"report_{name}.png",
+    )
+    return table
+
+
+def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> None:
+    """Print and write a table and a picture: teacher, student, and the student from scratch if its run exists."""
+    tables = {}
+    for name in DIRECTIONS:
+        if name not in wanted(args):
+            continue
+        runs = {"teacher": {"nets": teacher.nets, "file": teacher.path.parent / f"{name}.safetensors"}}
+        if not runs["teacher"]["file"].is_file():
+            runs["teacher"]["file"] = teacher.path
+        for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
+            files = {key: Path("saved_models") / run_name / f"{key}.safetensors" for key in DIRECTIONS}
+            if files[name].is_file() and label not in runs:
+                nets = {key: load_generator(file)[0] for key, file in files.items() if file.is_file()}
+                runs[label] = {"nets": nets, "file": files[name]}
+        if "student" not in runs:
+            raise InputError(
+                f"--report: no student in saved_models/{args.run_name}; distil one first, without --report"
+            )
+        size = load_generator(Path("saved_models") / args.run_name / f"{name}.safetensors")[1]["size"]
+        tables[name] = report_direction(args, name, runs, size, device)
+        say(
+            f"{name}, {size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {pick_precision(args.precision, device)}"
+        )
+        for line in format_table(tables[name]):
+            say(line)
+    folder = Path("generated_images") / args.run_name
+    write_json(folder / "report.json", tables)
+    say(f"written to {folder}/report.json, pictures beside it")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def wanted(args: argparse.Namespace) -> list[str]:
+    """Names of the generators that get a student."""
+    return [name for name, direction in DIRECTIONS.items() if args.direction in ("both", direction)]
+
+
+def teacher_name(args: argparse.Namespace) -> str:
+    """A folder name for what is made from this teacher."""
+    path = Path(args.teacher)
+    return path.stem if path.is_file() else args.teacher
+
+
+def block_list(text: str) -> list[int] | None:
+    """Flag type: teacher blocks, separated by commas, or auto."""
+    return None if text == "auto" else [whole(0)(word) for word in text.split(",")]
+
+
+def add_inherited_flags(parser: Parser) -> None:
+    """The flags that a distillation takes from its teacher unless they are given."""
+    for add_flags in (add_data_flags, add_loss_flags, add_optim_flags):
+        add_flags(parser)
+
+
+def inherited_names() -> set[str]:
+    """Names of the flags that a distillation can inherit."""
+    parser = Parser()
+    add_inherited_flags(parser)
+    return {action.dest for action in parser._actions if action.dest != "help"}
+
+
+def make_parser() -> Parser:
+    """Declare all flags of this stage."""
+    parser = Parser(prog="distill.py", description=__doc__)
+    add = flag_group(parser, "distillation")
+    add(
+        "--teacher",
+        default=None,
+        metavar="RUN_OR_FILE",
+        help="run, checkpoint or generator file (default: the run named --dataset_name)",
+    )
+    add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
+    add("--student_residual", type=whole(0), default=3, help="residual blocks of the student")
+    add("--student_ngf", type=whole(1), default=None, help="width of the student (default: its teacher's)")
+    add(
+        "--hidden_layers",
+        type=block_list,
+        default=None,
+        metavar="I,J,…",
+        help="teacher block for each student block (default: auto; 1,4,8 for 9 → 3)",
+    )
+    add("--lambda_hidden", type=number(0), default=1.0, help="weight of the distance between hidden states")
+    add("--lambda_output", type=number(0), default=10.0, help="weight of the distance to the teacher's picture")
+    add(
+        "--transfer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start from the teacher's stem, down, up and head",
+    )
+    add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
+    add_inherited_flags(parser)
+    for action in parser._actions:
+        if action.dest in inherited_names():
+            action.default, action.help = None, f"{action.help.split(' (default')[0]} (default: the teacher's)"
+    add_run_flags(parser)
+    add_device_flags(parser)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; args.given names the flags that stand on it, the inherited others are None."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.given = given_flags(parser, argv)
+    args.teacher = args.teacher or args.dataset_name or "horse2zebra"
+    args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
+    if args.overwrite and args.start_from != "0":
+        parser.error(f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them")
+    return args
+
+
+def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
+    """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
+    parser, values = Parser(), vars(args).copy()
+    add_inherited_flags(parser)
+    old = vars(recall_flags(parser, teacher.flags, teacher.path) if teacher.flags else parser.parse_args([]))
+    if teacher.size and not teacher.flags:
+        old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
+    if "num_epochs" in args.given:
+        old["decay_epoch"] = None  # half of the new number, not of the teacher's
+    channels = next(iter(teacher.nets.values())).config.channels
+    if args.channels not in (None, channels):
+        raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
+    taken = {name: value for name, value in old.items() if name not in args.given}
+    say(f"inherited from {teacher.path}: " + " ".join(f"--{n} {v}" for n, v in sorted(taken.items()) if v is not None))
+    return argparse.Namespace(**{**values, **taken, "channels": channels})
+
+
+def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
+    """Settle which teacher block each student block imitates."""
+    if args.hidden_layers is None:
+        return pair_blocks(teacher_blocks, args.student_residual)
+    if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
+        raise InputError(
+            f"--hidden_layers {','.join(map(str, args.hidden_layers))}: expected {args.student_residual} teacher blocks, "
+            f"one for each student block, from 0 to {teacher_blocks - 1}"
+        )
+    return args.hidden_layers
+
+
+def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module]:
+    """Put students in the place of their teachers; the rest goes on from what the teacher's run learnt, or starts new."""
+    seed_everything(args.seed, args.deterministic)
+    model = teacher.nets[wanted(args)[0]]
+    nets: dict[str, nn.Module] = {}
+    for name in DIRECTIONS:
+        if name in wanted(args):
+            nets[name] = make_student(
+                teacher.nets[name], args.student_residual, args.student_ngf or model.config.ngf, args.transfer
+            )
+        else:
+            nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else build_generator(model.config)
+    for name in ("D_A", "D_B"):
+        fresh = DiscriminatorConfig(channels=model.config.channels)
+        fresh = dataclasses.replace(
+            fresh, n_layers=max(1, min(3, fresh.largest_n_layers(min(args.img_height, args.img_width))))
+        )
+        nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else build_discriminator(fresh)
+    for net in nets.values():
+        net.requires_grad_(True).train()
+    check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
+    return nets
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> None:
+    """Distil, from the start or from a checkpoint; or report."""
+    args, state, checkpoint = parse_args(argv), None, None
+    if args.start_from != "0":
+        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
+        state = load_state(checkpoint, "distill")
+        fixed = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
+        args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
+    elif not args.report:
+        refuse_second_run(args)
+    teacher = load_teacher(args.teacher, wanted(args))
+    if not state:
+        args = inherit(args, teacher)
+    elif state.get("teacher") != teacher.fingerprint():
+        raise InputError(
+            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); put that file back"
+        )
+    missing = [name for name in wanted(args) if name not in teacher.nets]
+    if missing:
+        raise InputError(f"--direction {args.direction}: the teacher {teacher.path} has no {missing[0]}")
+    args, device = settle(args), pick_device(args.device)
+    for net in teacher.nets.values():
+        net.requires_grad_(False).eval()
+    if args.report:
+        report(args, teacher, device)
+        return
+    dataset, feed = make_feed(args, device)
+    nets, teachers = make_nets(args, teacher), {name: teacher.nets[name].to(device) for name in wanted(args)}
+    pairs = choose_pairs(args, next(iter(teachers.values())).config.num_residual)
+    adapters = make_adapters(teachers, nets, pairs)
+    run = make_run(args, nets, dataset, device, adapters=adapters, teacher=teacher.fingerprint(), stage="distill")
+    objective = functools.partial(distill_objective, teachers=teachers, pairs=pairs)
+    terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
+    task = Task(objective, functools.partial(distill_rows, teachers=teachers), (*TERMS, *terms))
+    carry_out(run, feed, task, state, checkpoint)
+
+
+if __name__ == "__main__":
+    main()
