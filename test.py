@@ -75,6 +75,11 @@ class Tester:
     output: Path
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the training pictures; None: foreign weights do not record it, pictures keep their own."""
+        return tuple(self.recipe["size"]) if self.recipe["size"] else None
+
+    @property
     def channels(self) -> int:
         return next(iter(self.nets.values())).config.channels
 
@@ -127,11 +132,15 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
     """Find the networks that the flags name: a single file, a run's generator files, or one of its checkpoints."""
     if args.weights:
         net, recipe = load_generator(args.weights)
-        if args.direction not in ("both", recipe["direction"]):
+        if args.direction not in ("both", recipe["direction"] or args.direction):
             raise InputError(
                 f"--direction {args.direction}: {args.weights} translates {recipe['direction']}; leave the flag out"
             )
-        return {"G_{}{}".format(*DIRECTIONS[recipe["direction"]]): net}, recipe
+        direction = recipe["direction"] or args.direction
+        if direction == "both":
+            direction = "AtoB"
+            say(f"{args.weights}: does not say its direction; taken for AtoB")
+        return {"G_{}{}".format(*DIRECTIONS[direction]): net}, recipe
     folder = Path("saved_models") / args.run_name
     if not folder.is_dir():
         runs = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
@@ -200,7 +209,7 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
     """
     (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
     picture = read_picture(path, tester.channels)
-    size = tester.recipe.get("size") if tester.args.scale == "train" else None
+    size = tester.size if tester.args.scale == "train" else None
     if size is None and min(picture.size) < net.config.smallest_side:
         wanted = f"the generator needs {net.config.smallest_side} px a side"
         raise UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
@@ -289,7 +298,7 @@ def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     dataset = find_dataset(tester.args.data_root, tester.dataset_name)
     paths = split_pictures(dataset, f"test{domain}")
     paths = BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[: tester.args.num_test]
-    return [load_picture(path, tuple(tester.recipe["size"]), tester.channels)[None] for path in paths]
+    return [load_picture(path, tester.size, tester.channels)[None] for path in paths]
 
 
 def mean_losses(tester: Tester) -> dict[str, float]:
@@ -348,14 +357,15 @@ def measure_paired(tester: Tester, source: str, target: str, results: Sequence[R
         )
     if len(pairs) < len(results):
         say(f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored")
+    truths = [as_bytes(truth, channels) for _, truth in pairs]
     train, total = split_pictures(dataset, f"train{target}"), 0.0
     train = BadPictures(dataset / f"train{target}", len(train)).readable(train)
     for path in train:
-        total = total + range_to_bytes(load_picture(path, tuple(tester.recipe["size"]), channels)).double()
+        total = total + range_to_bytes(load_picture(path, tester.size or truths[0].shape[-2:], channels)).double()
     return paired_table(
         [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
         [as_bytes(result.input, channels) for result, _ in pairs],
-        [as_bytes(truth, channels) for _, truth in pairs],
+        truths,
         total / len(train),
     )
 

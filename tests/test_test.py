@@ -16,7 +16,7 @@ import train
 from datasets import load_picture
 from models import GeneratorConfig, build_generator
 from utils import load_state, range_to_bytes, save_state
-from weights import load_generator, save_generator
+from weights import load_generator, save_generator, to_junyanz
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
 
@@ -146,6 +146,18 @@ def test_grey_networks_take_colour_pictures(tmp_path):
     assert opened("generated_images/grey/test/fake_B/cat.png").mode == "L"  # a name that leads elsewhere is not used
 
 
+def test_weights_of_another_project_translate_at_the_pictures_own_size(run, capsys):
+    net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
+    torch.save(to_junyanz(net), "9_net_G.pth")
+    argv = ["--weights", "9_net_G.pth", "--dataset_name", "tiny", *FP32]
+    test_stage.main([*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--output", "there"])
+    run("--direction", "BtoA", "--scale", "native", "--output", "here")
+    assert np.array_equal(pixels("there/fake_A/0.png"), pixels("here/fake_A/0.png"))
+    test_stage.main([*argv, "--num_test", "1"])
+    assert "taken for AtoB" in capsys.readouterr().out
+    assert Path("generated_images/9_net_G/test/fake_B/0.png").is_file()
+
+
 # -- measures --------------------------------------------------------------------------------
 
 
@@ -217,7 +229,7 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
         (["--run_name", "tiny", "--metrics", "psnr"], "given 'psnr', expected some of losses,cycle,identity,paired"),
         (["--run_name", "tiny", "--metrics", "paired", "--input", "x"], "--input and --metrics contradict each other"),
         (["--weights", "no.safetensors"], "no such file"),
-        (["--weights", "saved_models/tiny/latest.pt"], "not a readable safetensors file"),
+        (["--weights", "saved_models/tiny/latest.pt"], "holds a whole training state"),
         (["--weights", "saved_models/tiny/G_AB.safetensors", "--direction", "BtoA"], "translates AtoB"),
         (["--weights", "saved_models/tiny/G_AB.safetensors", "--run_name", "tiny"], "contradict each other"),
         (

@@ -14,9 +14,7 @@ CONFIG = GeneratorConfig(ngf=4, num_residual=1)
 @pytest.fixture
 def saved(tmp_path):
     net = build_generator(CONFIG)
-    save_generator(
-        tmp_path / "G.safetensors", net, {"direction": "AtoB", "size": [16, 24], "epoch": 3}
-    )
+    save_generator(tmp_path / "G.safetensors", net, {"direction": "AtoB", "size": [16, 24], "epoch": 3})
     return tmp_path / "G.safetensors", net
 
 
@@ -38,19 +36,12 @@ def test_a_generator_comes_back_with_its_recipe(saved):
     assert torch.equal(back(x), net(x))
     assert back.config == CONFIG
     assert not back.training
-    assert (recipe["direction"], recipe["size"], recipe["range"], recipe["epoch"]) == (
-        "AtoB",
-        [16, 24],
-        [-1, 1],
-        3,
-    )
+    assert (recipe["direction"], recipe["size"], recipe["range"], recipe["epoch"]) == ("AtoB", [16, 24], [-1, 1], 3)
 
 
 def test_channels_last_weights_are_written_whole(saved):
     path, net = saved
-    save_generator(
-        path, net.to(memory_format=torch.channels_last), {"direction": "AtoB", "size": [16, 24]}
-    )
+    save_generator(path, net.to(memory_format=torch.channels_last), {"direction": "AtoB", "size": [16, 24]})
     assert torch.equal(load_generator(path)[0].stem[1].weight, net.stem[1].weight)
 
 
@@ -72,10 +63,7 @@ def test_channels_last_weights_are_written_whole(saved):
         (lambda r: r.update(config=[1]), "no GeneratorConfig"),
         (lambda r: r["config"].update(ngf=8), r"blocks.0.body.1.bias is \(16,\), expected \(32,\)"),
         (lambda r: r["config"].update(num_residual=2), "blocks.1.body.1.bias is missing"),
-        (
-            lambda r: r["config"].update(num_residual=0),
-            "blocks.0.body.1.bias is not part of this network",
-        ),
+        (lambda r: r["config"].update(num_residual=0), "blocks.0.body.1.bias is not part of this network"),
     ],
 )
 def test_a_recipe_is_not_trusted(saved, change, words):
@@ -104,14 +92,7 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
 def test_files_that_are_no_generators_are_refused(saved, tmp_path):
     path = saved[0]
     whole = path.read_bytes()
-    for data in (
-        b"",
-        b"abc",
-        whole[:100],
-        whole[:-5],
-        b"\xff" * 16 + whole,
-        torch.rand(9).numpy().tobytes(),
-    ):
+    for data in (b"", b"abc", whole[:100], whole[:-5], b"\xff" * 16 + whole, torch.rand(9).numpy().tobytes()):
         path.write_bytes(data)
         with pytest.raises(InputError, match="not a readable safetensors file"):
             load_generator(path)
@@ -145,8 +126,6 @@ def test_discriminator_configs_are_read_with_the_same_distrust():
         "norm": "none",
         "pool": False,
     }
-    assert read_config(DiscriminatorConfig, values, "x") == DiscriminatorConfig(
-        ndf=4, n_layers=2, norm="none"
-    )
+    assert read_config(DiscriminatorConfig, values, "x") == DiscriminatorConfig(ndf=4, n_layers=2, norm="none")
     with pytest.raises(InputError, match="discriminator = style"):
         read_config(DiscriminatorConfig, values | {"discriminator": "style"}, "x")
