@@ -283,9 +283,7 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     check_tensors(wanted, tensors, f"{path} ({layout} layout)")
     if missing:
         without = " and no sign of a norm: read as a network without norms" if config.norm == "none" else ""
-        say(
-            f"{path}: no {min(missing)}{f' and {len(missing) - 1} more' if missing[1:] else ''}{without}; filled with zeros"
-        )
+        say(f"{path}: missing {min(missing)} ({len(missing)} such tensors){without}; filled with zeros")
     if config.upsample == "resize" and config.n_downsampling:
         say(f"{path}: PyTorch-GAN pads with zeros after upsampling, here it is reflection; borders will differ")
     match = re.search(r"(?<![A-Za-z])(?:net_G_(A|B)|G_(AB|BA))(?![A-Za-z])", path.name)

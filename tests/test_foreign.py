@@ -287,7 +287,7 @@ def test_missing_biases_before_an_instance_norm_are_zeros_and_said(capsys):
     del state["model.1.bias"], state["model.11.conv_block.5.bias"], state["model.12.bias"]
     net, recipe = load(state)
     assert_same(state, net, recipe, blocks=2)
-    assert "no model.1.bias and 2 more; filled with zeros" in capsys.readouterr().out
+    assert "missing model.1.bias (3 such tensors); filled with zeros" in capsys.readouterr().out
 
 
 def test_tracked_statistics_mark_an_instance_norm_even_without_biases(capsys):
@@ -295,13 +295,13 @@ def test_tracked_statistics_mark_an_instance_norm_even_without_biases(capsys):
     state["model.19.bias"] = torch.zeros(3)
     net, recipe = load(state)
     assert_same(state, net, recipe, blocks=2)
-    assert "no model.1.bias and 8 more; filled with zeros" in capsys.readouterr().out
+    assert "missing model.1.bias (9 such tensors); filled with zeros" in capsys.readouterr().out
 
 
 def test_a_network_without_norms_is_said(capsys):
     load(foreign(norm="none"))
     said = capsys.readouterr().out
-    assert "no model.1.bias and 6 more and no sign of a norm: read as a network without norms" in said
+    assert "missing model.1.bias (7 such tensors) and no sign of a norm: read as a network without norms" in said
     assert said.count("\n") == 1
 
 
@@ -309,7 +309,10 @@ def test_batch_norms_from_before_they_counted_are_read(capsys):
     state = {name: x for name, x in foreign(2, norm="batch").items() if not name.endswith("tracked")}
     net, recipe = load(state)
     assert_same(state, net, recipe, blocks=2, norm="batch")
-    assert "no model.10.conv_block.2.num_batches_tracked and 8 more; filled with zeros" in capsys.readouterr().out
+    assert (
+        "missing model.10.conv_block.2.num_batches_tracked (9 such tensors); filled with zeros"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
