@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets import BadPictures, find_dataset, held_out_split, load_picture, split_pictures
-from metrics import format_table, paired_scores
-from models import DiscriminatorConfig, build_discriminator, build_generator, count_macs, hidden_loss, picture_loss
+import datasets
+import metrics
+import models
+import utils
+import weights
 from train import (
     DIRECTIONS,
     TERMS,
@@ -43,33 +45,6 @@ from train import (
     settle,
     translate,
 )
-from utils import (
-    InputError,
-    Parser,
-    add_data_flags,
-    add_device_flags,
-    add_loss_flags,
-    add_optim_flags,
-    add_run_flags,
-    autocast,
-    draw_grid,
-    find_checkpoint,
-    flag_group,
-    given_flags,
-    load_state,
-    number,
-    pick_device,
-    pick_precision,
-    range_to_bytes,
-    recall_flags,
-    save_picture,
-    say,
-    seed_everything,
-    stage,
-    whole,
-    write_json,
-)
-from weights import load_generator, networks_of
 
 COPIED = ("stem", "down", "up", "head")  # all but the residual blocks, whose number differs
 REPEATS = 20  # timed passes; their median is reported
@@ -97,21 +72,23 @@ def load_teacher(name: str, directions: Sequence[str] = tuple(DIRECTIONS)) -> Te
     """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's)."""
     folder, path = Path("saved_models") / name, Path(name)
     if folder.is_dir() and not path.is_file():
-        path = find_checkpoint(folder, "latest", f"--teacher {name}, epoch")
+        path = utils.find_checkpoint(folder, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
         runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
-        raise InputError(f"--teacher {name}: no such run or file; runs found: {runs}; train one with: python train.py")
+        raise utils.InputError(
+            f"--teacher {name}: no such run or file; runs found: {runs}; train one with: python train.py"
+        )
     if path.suffix == ".pt":
-        state = load_state(path)
+        state = utils.load_state(path)
         flags = state.get("args") if isinstance(state.get("args"), dict) else {}
-        return Teacher(networks_of(state, path), flags, path, [flags.get("img_height"), flags.get("img_width")])
-    net, recipe = load_generator(path)
+        return Teacher(weights.networks_of(state, path), flags, path, [flags.get("img_height"), flags.get("img_width")])
+    net, recipe = weights.load_generator(path)
     known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or directions
     if len(directions) != 1 or directions[0] not in known:
-        raise InputError(
+        raise utils.InputError(
             f"--teacher {path}: one generator, {recipe['direction'] or 'of one direction'}; give that --direction"
         )
-    say(f"{path}: a single generator, so the other one and the discriminators start new")
+    utils.say(f"{path}: a single generator, so the other one and the discriminators start new")
     return Teacher({directions[0]: net}, {}, path, recipe["size"])
 
 
@@ -128,7 +105,7 @@ def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
 def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool) -> nn.Module:
     """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
     config = dataclasses.replace(teacher.config, num_residual=num_residual, ngf=ngf)
-    student = build_generator(config)
+    student = models.build_generator(config)
     if transfer:
         theirs, copied = teacher.state_dict(), {}
         for name, value in student.state_dict().items():
@@ -136,11 +113,11 @@ def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool
                 copied[name] = theirs[name]
         student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
         parts = [part for part in COPIED if all(n in copied for n in theirs if n.split(".")[0] == part)]
-        say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
+        utils.say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
     ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
-    say(f"student: {num_residual} blocks, ngf {ngf}: {ratio:.1f}x fewer parameters than its teacher")
+    utils.say(f"student: {num_residual} blocks, ngf {ngf}: {ratio:.1f}x fewer parameters than its teacher")
     if ratio < 1:
-        say("warning: the student is larger than its teacher")
+        utils.say("warning: the student is larger than its teacher")
     return student
 
 
@@ -170,16 +147,16 @@ def distill_objective(
     loss, terms, seen = cyclegan_objective(run, real_A, real_B)
     for name, teacher in teachers.items():
         letters = name[2:]
-        with autocast(run.device, run.precision):
+        with utils.autocast(run.device, run.precision):
             with torch.no_grad():
                 picture, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
             own = seen[f"hidden_{letters}"]
             if run.adapters:
                 own = [run.adapters[f"{name}_{i}"](state) for i, state in enumerate(own)]
-        terms[f"output_{letters}"] = picture_loss(seen[f"fake_{letters[1]}"], picture)
+        terms[f"output_{letters}"] = models.picture_loss(seen[f"fake_{letters[1]}"], picture)
         loss = loss + run.args.lambda_output * terms[f"output_{letters}"]
         if pairs:
-            terms[f"hidden_{letters}"] = hidden_loss(own, [states[block] for block in pairs])
+            terms[f"hidden_{letters}"] = models.hidden_loss(own, [states[block] for block in pairs])
             loss = loss + run.args.lambda_hidden * terms[f"hidden_{letters}"]
     return loss, terms, seen
 
@@ -202,7 +179,7 @@ def distill_rows(run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, n
 def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.device, precision: str) -> float:
     """Median time of one picture through a network, batch 1."""
     picture, times = torch.zeros(1, net.config.channels, *size, device=device), []
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), utils.autocast(device, precision):
         for _ in range(REPEATS + 3):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -214,11 +191,14 @@ def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.devic
 
 def held_out_pictures(args: argparse.Namespace, domain: str, channels: int, size: Sequence[int]) -> dict[Path, Tensor]:
     """Read the test (else val, else train) pictures of a domain by their name: (1, C, H, W) in [-1, 1]."""
-    dataset = find_dataset(args.data_root, args.dataset_name)
-    split = f"{held_out_split(dataset)}{domain}"
-    paths = split_pictures(dataset, split)
-    paths = BadPictures(dataset / split, len(paths)).readable(paths)
-    return {p.relative_to(dataset / split).with_suffix(""): load_picture(p, tuple(size), channels)[None] for p in paths}
+    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
+    split = f"{datasets.held_out_split(dataset)}{domain}"
+    paths = datasets.split_pictures(dataset, split)
+    paths = datasets.BadPictures(dataset / split, len(paths)).readable(paths)
+    return {
+        p.relative_to(dataset / split).with_suffix(""): datasets.load_picture(p, tuple(size), channels)[None]
+        for p in paths
+    }
 
 
 @torch.no_grad()
@@ -230,7 +210,7 @@ def report_direction(
     runs:    per row its networks by name and the file of its generator
     returns: per row the figures; rows of pictures under "grid"
     """
-    source, target, precision = name[2], name[3], pick_precision(args.precision, device)
+    source, target, precision = name[2], name[3], utils.pick_precision(args.precision, device)
     channels = runs["teacher"]["nets"][name].config.channels
     reals = held_out_pictures(args, source, channels, size)
     truths = held_out_pictures(args, target, channels, size)
@@ -239,7 +219,7 @@ def report_direction(
     grid = [(f"real_{source}", torch.cat([reals[stem] for stem in first]))]
     for label, entry in runs.items():
         net, back = entry["nets"][name].to(device).eval(), entry["nets"].get(f"G_{target}{source}")
-        with autocast(device, precision):
+        with utils.autocast(device, precision):
             answers[label] = {stem: net(x.to(device)).float().cpu() for stem, x in reals.items()}
             cycles = (
                 [
@@ -249,25 +229,27 @@ def report_direction(
                 if back
                 else []
             )
-        row = {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": count_macs(net, *size) / 1e6}
+        row = {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": models.count_macs(net, *size) / 1e6}
         row |= {
             "ms": 1000 * seconds_per_picture(net, size, device, precision),
             "MB": entry["file"].stat().st_size / 1e6,
         }
         if common:
-            pair = [[range_to_bytes(pictures[stem][0]) for stem in common] for pictures in (answers[label], truths)]
-            scores = paired_scores(*pair)
+            pair = [
+                [utils.range_to_bytes(pictures[stem][0]) for stem in common] for pictures in (answers[label], truths)
+            ]
+            scores = metrics.paired_scores(*pair)
             row |= {key: scores[key] for key in ("PSNR", "SSIM", "match@1")}
         if cycles:
             row["cycle"] = torch.stack(cycles).mean().item()
-        gaps = [picture_loss(answers[label][stem], answers["teacher"][stem]) for stem in reals]
+        gaps = [models.picture_loss(answers[label][stem], answers["teacher"][stem]) for stem in reals]
         row["L1 to teacher"] = torch.stack(gaps).mean().item()
         table[label] = row
         grid.append((label, torch.cat([answers[label][stem] for stem in first])))
     if common:
         grid.append((f"real_{target}", torch.cat([truths[stem] for stem in first if stem in truths])))
-    save_picture(
-        draw_grid([row for row in grid if len(row[1]) == len(first)]),
+    utils.save_picture(
+        utils.draw_grid([row for row in grid if len(row[1]) == len(first)]),
         Path("generated_images") / args.run_name / f"report_{name}.png",
     )
     return table
@@ -285,22 +267,22 @@ def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> 
         for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
             files = {key: Path("saved_models") / run_name / f"{key}.safetensors" for key in DIRECTIONS}
             if files[name].is_file() and label not in runs:
-                nets = {key: load_generator(file)[0] for key, file in files.items() if file.is_file()}
+                nets = {key: weights.load_generator(file)[0] for key, file in files.items() if file.is_file()}
                 runs[label] = {"nets": nets, "file": files[name]}
         if "student" not in runs:
-            raise InputError(
+            raise utils.InputError(
                 f"--report: no student in saved_models/{args.run_name}; distil one first, without --report"
             )
-        size = load_generator(Path("saved_models") / args.run_name / f"{name}.safetensors")[1]["size"]
+        size = weights.load_generator(Path("saved_models") / args.run_name / f"{name}.safetensors")[1]["size"]
         tables[name] = report_direction(args, name, runs, size, device)
-        say(
-            f"{name}, {size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {pick_precision(args.precision, device)}"
+        utils.say(
+            f"{name}, {size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {utils.pick_precision(args.precision, device)}"
         )
-        for line in format_table(tables[name]):
-            say(line)
+        for line in metrics.format_table(tables[name]):
+            utils.say(line)
     folder = Path("generated_images") / args.run_name
-    write_json(folder / "report.json", tables)
-    say(f"written to {folder}/report.json, pictures beside it")
+    utils.write_json(folder / "report.json", tables)
+    utils.say(f"written to {folder}/report.json, pictures beside it")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,26 +302,26 @@ def teacher_name(args: argparse.Namespace) -> str:
 
 def block_list(text: str) -> list[int] | None:
     """Flag type: teacher blocks, separated by commas, or auto."""
-    return None if text == "auto" else [whole(0)(word) for word in text.split(",")]
+    return None if text == "auto" else [utils.whole(0)(word) for word in text.split(",")]
 
 
-def add_inherited_flags(parser: Parser) -> None:
+def add_inherited_flags(parser: utils.Parser) -> None:
     """The flags that a distillation takes from its teacher unless they are given."""
-    for add_flags in (add_data_flags, add_loss_flags, add_optim_flags):
+    for add_flags in (utils.add_data_flags, utils.add_loss_flags, utils.add_optim_flags):
         add_flags(parser)
 
 
 def inherited_names() -> set[str]:
     """Names of the flags that a distillation can inherit."""
-    parser = Parser()
+    parser = utils.Parser()
     add_inherited_flags(parser)
     return {action.dest for action in parser._actions if action.dest != "help"}
 
 
-def make_parser() -> Parser:
+def make_parser() -> utils.Parser:
     """Declare all flags of this stage."""
-    parser = Parser(prog="distill.py", description=__doc__)
-    add = flag_group(parser, "distillation")
+    parser = utils.Parser(prog="distill.py", description=__doc__)
+    add = utils.flag_group(parser, "distillation")
     add(
         "--teacher",
         default=None,
@@ -347,8 +329,8 @@ def make_parser() -> Parser:
         help="run, checkpoint or generator file (default: the run named --dataset_name)",
     )
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
-    add("--student_residual", type=whole(0), default=3, help="residual blocks of the student")
-    add("--student_ngf", type=whole(1), default=None, help="width of the student (default: its teacher's)")
+    add("--student_residual", type=utils.whole(0), default=3, help="residual blocks of the student")
+    add("--student_ngf", type=utils.whole(1), default=None, help="width of the student (default: its teacher's)")
     add(
         "--hidden_layers",
         type=block_list,
@@ -356,8 +338,8 @@ def make_parser() -> Parser:
         metavar="I,J,…",
         help="teacher block for each student block (default: auto; 1,4,8 for 9 → 3)",
     )
-    add("--lambda_hidden", type=number(0), default=1.0, help="weight of the distance between hidden states")
-    add("--lambda_output", type=number(0), default=10.0, help="weight of the distance to the teacher's picture")
+    add("--lambda_hidden", type=utils.number(0), default=1.0, help="weight of the distance between hidden states")
+    add("--lambda_output", type=utils.number(0), default=10.0, help="weight of the distance to the teacher's picture")
     add(
         "--transfer",
         action=argparse.BooleanOptionalAction,
@@ -369,8 +351,8 @@ def make_parser() -> Parser:
     for action in parser._actions:
         if action.dest in inherited_names():
             action.default, action.help = None, f"{action.help.split(' (default')[0]} (default: the teacher's)"
-    add_run_flags(parser)
-    add_device_flags(parser)
+    utils.add_run_flags(parser)
+    utils.add_device_flags(parser)
     return parser
 
 
@@ -378,7 +360,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; args.given names the flags that stand on it, the inherited others are None."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.given = given_flags(parser, argv)
+    args.given = utils.given_flags(parser, argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
     if args.overwrite and args.start_from != "0":
@@ -388,18 +370,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
-    parser, values = Parser(), vars(args).copy()
+    parser, values = utils.Parser(), vars(args).copy()
     add_inherited_flags(parser)
-    old = vars(recall_flags(parser, teacher.flags, teacher.path) if teacher.flags else parser.parse_args([]))
+    old = vars(utils.recall_flags(parser, teacher.flags, teacher.path) if teacher.flags else parser.parse_args([]))
     if teacher.size and not teacher.flags:
         old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number, not of the teacher's
     channels = next(iter(teacher.nets.values())).config.channels
     if args.channels not in (None, channels):
-        raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
+        raise utils.InputError(
+            f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out"
+        )
     taken = {name: value for name, value in old.items() if name not in args.given}
-    say(f"inherited from {teacher.path}: " + " ".join(f"--{n} {v}" for n, v in sorted(taken.items()) if v is not None))
+    utils.say(
+        f"inherited from {teacher.path}: " + " ".join(f"--{n} {v}" for n, v in sorted(taken.items()) if v is not None)
+    )
     return argparse.Namespace(**{**values, **taken, "channels": channels})
 
 
@@ -408,7 +394,7 @@ def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
     if args.hidden_layers is None:
         return pair_blocks(teacher_blocks, args.student_residual)
     if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
-        raise InputError(
+        raise utils.InputError(
             f"--hidden_layers {','.join(map(str, args.hidden_layers))}: expected {args.student_residual} teacher blocks, "
             f"one for each student block, from 0 to {teacher_blocks - 1}"
         )
@@ -417,7 +403,7 @@ def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
 
 def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module]:
     """Put students in the place of their teachers; the rest goes on from what the teacher's run learnt, or starts new."""
-    seed_everything(args.seed, args.deterministic)
+    utils.seed_everything(args.seed, args.deterministic)
     model = teacher.nets[wanted(args)[0]]
     nets: dict[str, nn.Module] = {}
     for name in DIRECTIONS:
@@ -426,26 +412,28 @@ def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module
                 teacher.nets[name], args.student_residual, args.student_ngf or model.config.ngf, args.transfer
             )
         else:
-            nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else build_generator(model.config)
+            nets[name] = (
+                copy.deepcopy(teacher.nets[name]) if name in teacher.nets else models.build_generator(model.config)
+            )
     for name in ("D_A", "D_B"):
-        fresh = DiscriminatorConfig(channels=model.config.channels)
+        fresh = models.DiscriminatorConfig(channels=model.config.channels)
         fresh = dataclasses.replace(
             fresh, n_layers=max(1, min(3, fresh.largest_n_layers(min(args.img_height, args.img_width))))
         )
-        nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else build_discriminator(fresh)
+        nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else models.build_discriminator(fresh)
     for net in nets.values():
         net.requires_grad_(True).train()
     check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
     return nets
 
 
-@stage
+@utils.stage
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, from the start or from a checkpoint; or report."""
     args, state, checkpoint = parse_args(argv), None, None
     if args.start_from != "0":
-        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
-        state = load_state(checkpoint, "distill")
+        checkpoint = utils.find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
+        state = utils.load_state(checkpoint, "distill")
         fixed = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
         args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
     elif not args.report:
@@ -454,13 +442,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not state:
         args = inherit(args, teacher)
     elif state.get("teacher") != teacher.fingerprint():
-        raise InputError(
+        raise utils.InputError(
             f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); put that file back"
         )
     missing = [name for name in wanted(args) if name not in teacher.nets]
     if missing:
-        raise InputError(f"--direction {args.direction}: the teacher {teacher.path} has no {missing[0]}")
-    args, device = settle(args), pick_device(args.device)
+        raise utils.InputError(f"--direction {args.direction}: the teacher {teacher.path} has no {missing[0]}")
+    args, device = settle(args), utils.pick_device(args.device)
     for net in teacher.nets.values():
         net.requires_grad_(False).eval()
     if args.report:

@@ -18,44 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import (
-    SUFFIXES,
-    BadPictures,
-    UnreadablePicture,
-    find_dataset,
-    list_pictures,
-    load_picture,
-    read_picture,
-    split_pictures,
-)
-from metrics import format_table, paired_table
-from models import cyclegan_loss, gan_loss_D, picture_loss
-from utils import (
-    InputError,
-    Parser,
-    add_device_flags,
-    autocast,
-    draw_grid,
-    epoch_name,
-    find_checkpoint,
-    flag_group,
-    folder_name,
-    given_flags,
-    load_state,
-    one_line,
-    pick_device,
-    pick_precision,
-    picture_to_tensor,
-    range_to_bytes,
-    save_picture,
-    say,
-    stage,
-    tensor_to_picture,
-    whole,
-    write_json,
-    write_text,
-)
-from weights import load_generator, networks_of
+import datasets
+import metrics
+import models
+import utils
+import weights
 
 DIRECTIONS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
 MEASURES = ("losses", "cycle", "identity", "paired")
@@ -91,7 +58,7 @@ class Tester:
     @torch.no_grad()
     def __call__(self, net: nn.Module, pictures: Tensor) -> Tensor:
         """Run a network on (N, C, H, W); the answer is float32."""
-        with autocast(self.device, self.precision):
+        with utils.autocast(self.device, self.precision):
             return net(pictures.to(self.device)).float()
 
 
@@ -110,8 +77,8 @@ class Result:
 
 def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
     """Build the networks of a whole-state file; returns them by name, and a recipe."""
-    path = find_checkpoint(folder, epoch, "--epoch")
-    state = load_state(path)
+    path = utils.find_checkpoint(folder, epoch, "--epoch")
+    state = utils.load_state(path)
     try:
         args = state["args"]
         recipe = {
@@ -122,29 +89,29 @@ def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict
         }
         recipe |= {"dataset_name": args["dataset_name"]}
     except (KeyError, TypeError) as error:
-        raise InputError(
+        raise utils.InputError(
             f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
         ) from error
-    return networks_of(state, path), recipe
+    return weights.networks_of(state, path), recipe
 
 
 def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:
     """Find the networks that the flags name: a single file, a run's generator files, or one of its checkpoints."""
     if args.weights:
-        net, recipe = load_generator(args.weights)
+        net, recipe = weights.load_generator(args.weights)
         if args.direction not in ("both", recipe["direction"] or args.direction):
-            raise InputError(
+            raise utils.InputError(
                 f"--direction {args.direction}: {args.weights} translates {recipe['direction']}; leave the flag out"
             )
         direction = recipe["direction"] or args.direction
         if direction == "both":
             direction = "AtoB"
-            say(f"{args.weights}: does not say its direction; taken for AtoB")
+            utils.say(f"{args.weights}: does not say its direction; taken for AtoB")
         return {"G_{}{}".format(*DIRECTIONS[direction]): net}, recipe
     folder = Path("saved_models") / args.run_name
     if not folder.is_dir():
         runs = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        raise InputError(
+        raise utils.InputError(
             f"{folder}: no such run; found: {', '.join(runs) or 'none'}; train one with: python train.py --dataset_name NAME"
         )
     files = [folder / f"G_{a}{b}.safetensors" for a, b in DIRECTIONS.values()]
@@ -153,7 +120,7 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
     nets, recipe = {}, {}
     for path in files:
         if path.is_file():
-            nets[path.stem], recipe = load_generator(path)
+            nets[path.stem], recipe = weights.load_generator(path)
     return nets, recipe
 
 
@@ -166,21 +133,24 @@ def find_inputs(tester: Tester, directions: Sequence[str]) -> dict[str, tuple[Pa
     args, found = tester.args, {}
     for direction in directions:
         if args.input is None:
-            dataset, split = (find_dataset(args.data_root, tester.dataset_name), f"test{DIRECTIONS[direction][0]}")
-            root, paths = dataset / split, split_pictures(dataset, split)
+            dataset, split = (
+                datasets.find_dataset(args.data_root, tester.dataset_name),
+                f"test{DIRECTIONS[direction][0]}",
+            )
+            root, paths = dataset / split, datasets.split_pictures(dataset, split)
         elif args.input.is_file():
             root, paths = args.input.parent, [args.input]
         elif args.input.is_dir():
-            root, paths = args.input, list_pictures(args.input)
+            root, paths = args.input, datasets.list_pictures(args.input)
             if not paths:
-                raise InputError(
-                    f"--input {root}: no picture inside; expected files that end in {' '.join(sorted(SUFFIXES))}"
+                raise utils.InputError(
+                    f"--input {root}: no picture inside; expected files that end in {' '.join(sorted(datasets.SUFFIXES))}"
                 )
         else:
-            raise InputError(
+            raise utils.InputError(
                 f"--input {args.input}: no such file or folder; expected a picture or a folder of pictures"
             )
-        found[direction] = root, BadPictures(root, len(paths)).readable(paths)[: args.num_test]
+        found[direction] = root, datasets.BadPictures(root, len(paths)).readable(paths)[: args.num_test]
     return found
 
 
@@ -208,37 +178,37 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
     raises: UnreadablePicture, also for a picture that is too small for the generator
     """
     (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
-    picture = read_picture(path, tester.channels)
+    picture = datasets.read_picture(path, tester.channels)
     size = tester.size if tester.args.scale == "train" else None
     if size is None and min(picture.size) < net.config.smallest_side:
         wanted = f"the generator needs {net.config.smallest_side} px a side"
-        raise UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
+        raise datasets.UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
     seen = resize_picture(picture, (size[1], size[0])) if size else picture
-    real = picture_to_tensor(seen)[None]
+    real = utils.picture_to_tensor(seen)[None]
     fake = tester(net, real)
     shown = {f"fake_{target}": fake}
     if back:
         shown[f"rec_{source}"] = tester(back, fake)
     final = picture if tester.args.output_size == "input" else seen
     return {f"real_{source}": final} | {
-        folder: resize_picture(tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
+        folder: resize_picture(utils.tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
     }
 
 
 def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence[Path]) -> list[Result]:
     """Translate pictures and write what comes out, each under its input's name."""
-    results, bad, names = [], BadPictures(root, len(paths)), output_names(root, paths)
+    results, bad, names = [], datasets.BadPictures(root, len(paths)), output_names(root, paths)
     for path in tqdm(paths, desc=direction, unit="picture", mininterval=0.5):
         try:
             pictures = translate_picture(tester, direction, path)
-        except UnreadablePicture as error:
+        except datasets.UnreadablePicture as error:
             bad.note(path, error)
             continue
         for folder, picture in pictures.items():
-            save_picture(picture, tester.output / folder / names[path])
+            utils.save_picture(picture, tester.output / folder / names[path])
         results.append(Result(path, names[path], {folder: Path(folder) / names[path] for folder in pictures}))
     if not results:
-        raise InputError(f"{root}: no picture could be translated (see above)")
+        raise utils.InputError(f"{root}: no picture could be translated (see above)")
     return results
 
 
@@ -271,8 +241,8 @@ def write_gallery(tester: Tester, title: str, results: dict[str, list[Result]], 
                 figures.append(
                     f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{folder}</figcaption></figure>'
                 )
-            body.append(f'<p>{html.escape(one_line(result.name))}</p><div class="row">{"".join(figures)}</div>')
-    write_text(tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body)))
+            body.append(f'<p>{html.escape(utils.one_line(result.name))}</p><div class="row">{"".join(figures)}</div>')
+    utils.write_text(tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body)))
 
 
 def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
@@ -283,10 +253,10 @@ def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
         for folder in pictures[0].files:
             cells = []
             for result in pictures[:: max(1, len(pictures) // columns)][:columns]:
-                cells.append(load_picture(tester.output / result.files[folder], size))
+                cells.append(datasets.load_picture(tester.output / result.files[folder], size))
                 size = size or tuple(cells[0].shape[-2:])
             rows.append((folder, torch.stack(cells)))
-    save_picture(draw_grid(rows), tester.output / "grid.png")
+    utils.save_picture(utils.draw_grid(rows), tester.output / "grid.png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,10 +265,10 @@ def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
 
 def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     """Read a test folder as the networks were trained: (1, C, H, W) each, at the recipe's size."""
-    dataset = find_dataset(tester.args.data_root, tester.dataset_name)
-    paths = split_pictures(dataset, f"test{domain}")
-    paths = BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[: tester.args.num_test]
-    return [load_picture(path, tester.size, tester.channels)[None] for path in paths]
+    dataset = datasets.find_dataset(tester.args.data_root, tester.dataset_name)
+    paths = datasets.split_pictures(dataset, f"test{domain}")
+    paths = datasets.BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[: tester.args.num_test]
+    return [datasets.load_picture(path, tester.size, tester.channels)[None] for path in paths]
 
 
 def mean_losses(tester: Tester) -> dict[str, float]:
@@ -317,9 +287,9 @@ def mean_losses(tester: Tester) -> dict[str, float]:
         pictures = {"real_A": real_A, "real_B": real_B, "rec_A": tester(G_BA, fake_B), "rec_B": tester(G_AB, fake_A)}
         pictures |= {"idt_A": tester(G_BA, real_A), "idt_B": tester(G_AB, real_B)}
         on_fake = {"fake_A": tester(D_A, fake_A), "fake_B": tester(D_B, fake_B)}
-        loss, terms = cyclegan_loss(pictures, on_fake, **flags)
-        loss_D_A = gan_loss_D(tester(D_A, real_A), on_fake["fake_A"], flags["gan_loss"])
-        loss_D_B = gan_loss_D(tester(D_B, real_B), on_fake["fake_B"], flags["gan_loss"])
+        loss, terms = models.cyclegan_loss(pictures, on_fake, **flags)
+        loss_D_A = models.gan_loss_D(tester(D_A, real_A), on_fake["fake_A"], flags["gan_loss"])
+        loss_D_B = models.gan_loss_D(tester(D_B, real_B), on_fake["fake_B"], flags["gan_loss"])
         for name, value in {"loss_G": loss, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     return {name: value / count for name, value in sums.items()}
@@ -329,10 +299,12 @@ def measure(tester: Tester, direction: str, results: Sequence[Result]) -> dict:
     """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
     (source, target), (net, back), scores = DIRECTIONS[direction], tester.generators(direction), {}
     if "cycle" in tester.args.metrics:
-        errors = [picture_loss(tester(back, tester(net, x)).cpu(), x).item() for x in test_tensors(tester, source)]
+        errors = [
+            models.picture_loss(tester(back, tester(net, x)).cpu(), x).item() for x in test_tensors(tester, source)
+        ]
         scores["cycle"] = sum(errors) / len(errors)
     if "identity" in tester.args.metrics:
-        errors = [picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)]
+        errors = [models.picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)]
         scores["identity"] = sum(errors) / len(errors)
     if "paired" in tester.args.metrics:
         scores["paired"] = measure_paired(tester, source, target, results)
@@ -341,28 +313,31 @@ def measure(tester: Tester, direction: str, results: Sequence[Result]) -> dict:
 
 def as_bytes(path: Path, channels: int) -> Tensor:
     """Read a picture as uint8 (channels, H, W)."""
-    return range_to_bytes(load_picture(path, None, channels))
+    return utils.range_to_bytes(datasets.load_picture(path, None, channels))
 
 
 def measure_paired(tester: Tester, source: str, target: str, results: Sequence[Result]) -> dict[str, dict]:
     """Compare the written pictures with those of the same name in the other domain's test folder."""
-    dataset, channels = find_dataset(tester.args.data_root, tester.dataset_name), tester.channels
+    dataset, channels = datasets.find_dataset(tester.args.data_root, tester.dataset_name), tester.channels
     folder, inputs = dataset / f"test{target}", dataset / f"test{source}"
-    truths = {path.relative_to(folder).with_suffix(""): path for path in split_pictures(dataset, folder.name)}
+    truths = {path.relative_to(folder).with_suffix(""): path for path in datasets.split_pictures(dataset, folder.name)}
     pairs = [(result, truths.get(result.input.relative_to(inputs).with_suffix(""))) for result in results]
     pairs = [(result, truth) for result, truth in pairs if truth]
     if not pairs:
-        raise InputError(
+        raise utils.InputError(
             f"--metrics paired: no picture in {folder} has the name of one in {inputs}; leave it out for unpaired sets"
         )
     if len(pairs) < len(results):
-        say(f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored")
+        utils.say(f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored")
     truths = [as_bytes(truth, channels) for _, truth in pairs]
-    train, total = split_pictures(dataset, f"train{target}"), 0.0
-    train = BadPictures(dataset / f"train{target}", len(train)).readable(train)
+    train, total = datasets.split_pictures(dataset, f"train{target}"), 0.0
+    train = datasets.BadPictures(dataset / f"train{target}", len(train)).readable(train)
     for path in train:
-        total = total + range_to_bytes(load_picture(path, tester.size or truths[0].shape[-2:], channels)).double()
-    return paired_table(
+        total = (
+            total
+            + utils.range_to_bytes(datasets.load_picture(path, tester.size or truths[0].shape[-2:], channels)).double()
+        )
+    return metrics.paired_table(
         [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
         [as_bytes(result.input, channels) for result, _ in pairs],
         truths,
@@ -375,13 +350,13 @@ def report(scores: dict) -> list[str]:
     lines = []
     for name, values in scores.items():
         if name == "losses":
-            lines += ["losses on the test set", *format_table({"": values})]
+            lines += ["losses on the test set", *metrics.format_table({"": values})]
         elif isinstance(values, dict):
             plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
             lines += [
                 name,
-                *(format_table({"": plain}) if plain else []),
-                *(format_table(values["paired"]) if "paired" in values else []),
+                *(metrics.format_table({"": plain}) if plain else []),
+                *(metrics.format_table(values["paired"]) if "paired" in values else []),
             ]
     return lines
 
@@ -401,22 +376,22 @@ def comma_words(text: str) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(prog="test.py", description=__doc__)
-    add = flag_group(parser, "what")
+    parser = utils.Parser(prog="test.py", description=__doc__)
+    add = utils.flag_group(parser, "what")
     add(
         "--dataset_name",
-        type=folder_name,
+        type=utils.folder_name,
         default=None,
         help="data set whose test pictures are translated (default: the run's)",
     )
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
     add(
         "--run_name",
-        type=folder_name,
+        type=utils.folder_name,
         default=None,
         help="run in saved_models (default: --dataset_name, else horse2zebra)",
     )
-    add("--epoch", type=epoch_name, default="latest", help="latest, or the number of a checkpoint")
+    add("--epoch", type=utils.epoch_name, default="latest", help="latest, or the number of a checkpoint")
     add("--weights", type=Path, default=None, metavar="FILE", help="a generator file, in place of a run")
     add(
         "--input",
@@ -426,8 +401,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pictures of one domain, in place of a data set",
     )
     add("--direction", choices=("both", "AtoB", "BtoA"), default="both", help="which generator to use")
-    add("--num_test", type=whole(1), default=None, help="translate at most so many pictures (default: all)")
-    add = flag_group(parser, "how")
+    add("--num_test", type=utils.whole(1), default=None, help="translate at most so many pictures (default: all)")
+    add = utils.flag_group(parser, "how")
     add(
         "--scale",
         choices=("train", "native"),
@@ -454,9 +429,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=",".join(MEASURES),
         help="measures on the test pictures (default: none)",
     )
-    add_device_flags(parser)
+    utils.add_device_flags(parser)
     args = parser.parse_args(argv)
-    given = given_flags(parser, argv)
+    given = utils.given_flags(parser, argv)
     for one, other in (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name")):
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
@@ -468,10 +443,10 @@ def settle(args: argparse.Namespace, present: Sequence[str]) -> list[str]:
     """Return the directions to translate; refuse what these weights cannot do."""
     wanted = list(present) if args.direction == "both" else [args.direction]
     if not set(wanted) <= set(present):
-        raise InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
+        raise utils.InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
     for name in ("losses", "cycle"):
         if name in args.metrics and len(present) < 2:
-            raise InputError(
+            raise utils.InputError(
                 f"--metrics {name}: needs the generators of both directions; these weights translate {present[0]} only"
             )
     return wanted
@@ -480,7 +455,7 @@ def settle(args: argparse.Namespace, present: Sequence[str]) -> list[str]:
 def make_tester(args: argparse.Namespace) -> Tester:
     """Load the networks and settle which data set they are tested on and where results go."""
     nets, recipe = load_networks(args)
-    device, run_name = pick_device(args.device), args.run_name
+    device, run_name = utils.pick_device(args.device), args.run_name
     if args.weights:
         run_name = plain_name(recipe.get("run_name")) or args.weights.stem
     return Tester(
@@ -488,7 +463,7 @@ def make_tester(args: argparse.Namespace) -> Tester:
         recipe=recipe,
         args=args,
         device=device,
-        precision=pick_precision(args.precision, device),
+        precision=utils.pick_precision(args.precision, device),
         dataset_name=args.dataset_name or plain_name(recipe.get("dataset_name")) or run_name,
         output=args.output or Path("generated_images") / run_name / "test",
     )
@@ -497,12 +472,12 @@ def make_tester(args: argparse.Namespace) -> Tester:
 def plain_name(value: object) -> str | None:
     """A name out of a file, if it is one that cannot lead anywhere else."""
     try:
-        return folder_name(value) if isinstance(value, str) else None
+        return utils.folder_name(value) if isinstance(value, str) else None
     except argparse.ArgumentTypeError:
         return None
 
 
-@stage
+@utils.stage
 def main(argv: Sequence[str] | None = None) -> dict:
     """Translate, show, score; returns the scores."""
     args = parse_args(argv)
@@ -516,17 +491,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
         scores["losses"] = mean_losses(tester)
     table = report(scores)
     for line in table:
-        say(line)
+        utils.say(line)
     about = {name: tester.recipe.get(name) for name in ("epoch", "step")}
     title = f"{tester.output.parent.name}: epoch {about['epoch']}, step {about['step']}"
     write_gallery(tester, title, results, table)
     write_grid(tester, results)
     if args.metrics:
         counts = {direction: len(pictures) for direction, pictures in results.items()}
-        write_json(
+        utils.write_json(
             tester.output / "metrics.json", {"dataset_name": tester.dataset_name, **about, "pictures": counts, **scores}
         )
-    say(f"{sum(map(len, results.values()))} pictures translated; look at {tester.output / 'index.html'}")
+    utils.say(f"{sum(map(len, results.values()))} pictures translated; look at {tester.output / 'index.html'}")
     return scores
 
 

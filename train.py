@@ -22,73 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import (
-    DEMO,
-    BadPictures,
-    EpochSampler,
-    UnpairedDataset,
-    UnreadablePicture,
-    draw_dataset,
-    find_dataset,
-    held_out_split,
-    list_pictures,
-    load_picture,
-    make_loader,
-    read_picture,
-    split_pictures,
-)
-from models import (
-    DISCRIMINATORS,
-    GENERATORS,
-    INITS,
-    NORMS,
-    UPSAMPLES,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    build_discriminator,
-    build_generator,
-    cyclegan_loss,
-    gan_loss_D,
-)
-from utils import (
-    FakeImageBuffer,
-    InputError,
-    LossLog,
-    Meter,
-    Parser,
-    RunError,
-    StopRequest,
-    add_data_flags,
-    add_device_flags,
-    add_loss_flags,
-    add_optim_flags,
-    add_run_flags,
-    autocast,
-    draw_grid,
-    find_checkpoint,
-    flag_group,
-    given_flags,
-    linear_decay,
-    link_file,
-    load_state,
-    pick_device,
-    pick_precision,
-    picture_to_tensor,
-    plain_flags,
-    plot_losses,
-    read_losses,
-    recall_flags,
-    rng_state,
-    save_picture,
-    save_state,
-    say,
-    seed_everything,
-    set_rng_state,
-    stage,
-    whole,
-    write_json,
-)
-from weights import load_generator, load_tensors, save_generator
+import datasets
+import models
+import utils
+import weights
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
@@ -113,7 +50,7 @@ class Run:
     precision: str
     nets: dict[str, nn.Module]
     optims: dict[str, torch.optim.Optimizer]
-    buffers: dict[str, FakeImageBuffer]
+    buffers: dict[str, utils.FakeImageBuffer]
     samples: tuple[Tensor, Tensor]  # fixed pictures for the grids
     photos: dict[str, Tensor]  # watched ones, by name
     stage: str = "train"
@@ -122,7 +59,7 @@ class Run:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps
     place: int = 0  # finished steps of the epoch under way
-    meter: Meter = field(default_factory=Meter)
+    meter: utils.Meter = field(default_factory=utils.Meter)
 
     @property
     def folder(self) -> Path:
@@ -138,8 +75,8 @@ class Feed:
     """Where the batches come from."""
 
     loader: DataLoader
-    order: EpochSampler
-    bad: dict[str, BadPictures]  # by domain
+    order: datasets.EpochSampler
+    bad: dict[str, datasets.BadPictures]  # by domain
     counts: dict[str, int]  # pictures by domain
 
 
@@ -186,12 +123,12 @@ def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor
     """
     G_AB, G_BA, args = run.nets["G_AB"], run.nets["G_BA"], run.args
     with_identity = args.lambda_identity > 0
-    with autocast(run.device, run.precision):
+    with utils.autocast(run.device, run.precision):
         fake_B, idt_B, hidden_AB = first_pass(G_AB, real_A, real_B if with_identity else None)
         fake_A, idt_A, hidden_BA = first_pass(G_BA, real_B, real_A if with_identity else None)
         pictures = {"real_A": real_A, "rec_A": G_BA(fake_B), "real_B": real_B, "rec_B": G_AB(fake_A)}
         predictions = {"fake_A": run.nets["D_A"](fake_A), "fake_B": run.nets["D_B"](fake_B)}
-        loss, terms = cyclegan_loss(
+        loss, terms = models.cyclegan_loss(
             pictures | {"idt_A": idt_A, "idt_B": idt_B},
             predictions,
             lambda_gan=args.lambda_gan,
@@ -220,9 +157,9 @@ def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
         net.requires_grad_(learns)
     for domain, real in (("A", real_A), ("B", real_B)):
         fake = run.buffers[domain].exchange(seen[f"fake_{domain}"].to(real.dtype))
-        with autocast(run.device, run.precision):
+        with utils.autocast(run.device, run.precision):
             on_real, on_fake = together(run.nets[f"D_{domain}"], real, fake)
-            losses_D[f"loss_D_{domain}"] = gan_loss_D(on_real, on_fake, run.args.gan_loss)
+            losses_D[f"loss_D_{domain}"] = models.gan_loss_D(on_real, on_fake, run.args.gan_loss)
     if learns:
         run.optims["D"].zero_grad(set_to_none=True)
         sum(losses_D.values()).backward()
@@ -239,7 +176,7 @@ def translate(run: Run, net: nn.Module, pictures: Tensor) -> Tensor:
     """Run pictures (N, C, H, W) through a generator as testing will: eval mode, no gradient, float32 out."""
     was_training = net.training
     net.eval()
-    with autocast(run.device, run.precision):
+    with utils.autocast(run.device, run.precision):
         answer = net(pictures.to(run.device)).float()
     net.train(was_training)
     return answer
@@ -256,18 +193,18 @@ def cyclegan_rows(run: Run, real_A: Tensor, real_B: Tensor) -> list[tuple[str, T
 
 def load_samples(args: argparse.Namespace, dataset: Path) -> tuple[Tensor, Tensor]:
     """Read the fixed pictures that every grid shows: spread over the test (else val, else train) split."""
-    split, size, samples = held_out_split(dataset), (args.img_height, args.img_width), []
+    split, size, samples = datasets.held_out_split(dataset), (args.img_height, args.img_width), []
     if split == "train":
-        say(f"{dataset}: no testA and testB with pictures, so the grids show training pictures")
+        utils.say(f"{dataset}: no testA and testB with pictures, so the grids show training pictures")
     for domain in "AB":
-        paths, pictures = list_pictures(dataset / f"{split}{domain}"), []
+        paths, pictures = datasets.list_pictures(dataset / f"{split}{domain}"), []
         for path in paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]:
             try:
-                pictures.append(load_picture(path, size, args.channels))
-            except UnreadablePicture as error:
-                say(f"skipped, unreadable: {path} ({error})")
+                pictures.append(datasets.load_picture(path, size, args.channels))
+            except datasets.UnreadablePicture as error:
+                utils.say(f"skipped, unreadable: {path} ({error})")
         if not pictures:
-            raise InputError(
+            raise utils.InputError(
                 f"{dataset / split}{domain}: none of the pictures tried can be read; mend or remove the folder"
             )
         samples.append(torch.stack(pictures))
@@ -280,24 +217,24 @@ def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
     photos, shorter = {}, min(args.img_height, args.img_width)
     for path in args.watch:
         try:
-            photo = read_picture(path, args.channels)
-        except UnreadablePicture as error:
-            raise InputError(
+            photo = datasets.read_picture(path, args.channels)
+        except datasets.UnreadablePicture as error:
+            raise utils.InputError(
                 f"--watch {path}: not a readable picture ({error}); expected photos, such as PNG or JPEG"
             ) from None
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
-        photos[path.name if path.stem in photos else path.stem] = picture_to_tensor(photo)[None]
+        photos[path.name if path.stem in photos else path.stem] = utils.picture_to_tensor(photo)[None]
     return photos
 
 
 def draw_pictures(run: Run, draw_rows: Callable) -> None:
     """Write the sample grid of the epoch under way or just finished, and the watched photos."""
     name = f"epoch_{run.epoch + bool(run.place):04d}.png"
-    save_picture(draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
+    utils.save_picture(utils.draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
     for stem, photo in run.photos.items():
         rows = [("photo", photo), *((name, translate(run, run.nets[name], photo)) for name in DIRECTIONS)]
-        save_picture(draw_grid(rows), run.pictures / "watch" / stem / name)
+        utils.save_picture(utils.draw_grid(rows), run.pictures / "watch" / stem / name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,13 +248,13 @@ def save_run(run: Run) -> None:
         "stage": run.stage,
         "epoch": run.epoch,
         "step": run.step,
-        "args": plain_flags(args),
+        "args": utils.plain_flags(args),
         "config": {name: dataclasses.asdict(net.config) for name, net in run.nets.items()},
         "nets": {name: net.state_dict() for name, net in run.nets.items()},
         "optims": {name: optim.state_dict() for name, optim in run.optims.items()},
         "schedules": {"num_epochs": args.num_epochs, "decay_epoch": args.decay_epoch},
         "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
-        "rng": rng_state(),
+        "rng": utils.rng_state(),
         "loader": {"place": run.place, "meter": run.meter.state_dict()},
         "ema": None,
         "scaler": None,
@@ -325,9 +262,9 @@ def save_run(run: Run) -> None:
     }
     if run.teacher:
         state |= {"adapters": run.adapters.state_dict(), "teacher": run.teacher}
-    save_state(run.folder / "latest.pt", state)
+    utils.save_state(run.folder / "latest.pt", state)
     if run.place == 0 and run.epoch % args.checkpoint_interval == 0:
-        link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
+        utils.link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
         kept = sorted(run.folder.glob("epoch_*.pt"))
         for old in kept[: -args.keep_checkpoints] if args.keep_checkpoints else []:
             old.unlink()
@@ -340,43 +277,43 @@ def save_run(run: Run) -> None:
     }
     for name, direction in DIRECTIONS.items():
         recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
-        save_generator(run.folder / f"{name}.safetensors", run.nets[name], recipe)
+        weights.save_generator(run.folder / f"{name}.safetensors", run.nets[name], recipe)
 
 
 def load_run(run: Run, state: dict, path: Path) -> None:
     """Put a whole state back, so that the next step is the one that would have followed."""
     try:
         for name, net in run.nets.items():
-            load_tensors(net, state["nets"][name], f"{path}, {name}")
+            weights.load_tensors(net, state["nets"][name], f"{path}, {name}")
         if run.teacher:
-            load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
+            weights.load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
         for name, optim in run.optims.items():
             optim.load_state_dict(state["optims"][name])
         for domain, buffer in run.buffers.items():
             buffer.load_state_dict(state["buffers"][domain], run.device)
         run.epoch, run.step, run.place = state["epoch"], state["step"], state["loader"]["place"]
         run.meter.load_state_dict(state["loader"]["meter"], run.device)
-        set_rng_state(state["rng"])
+        utils.set_rng_state(state["rng"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(
+        raise utils.InputError(
             f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
         ) from error
 
 
 def resume_args(
-    parser: Parser, args: argparse.Namespace, saved: object, path: Path, fixed: Sequence[str] = FIXED_FLAGS
+    parser: utils.Parser, args: argparse.Namespace, saved: object, path: Path, fixed: Sequence[str] = FIXED_FLAGS
 ) -> argparse.Namespace:
     """Fill the flags that were not given from the checkpoint; refuse other networks, log other changes."""
-    old, given = recall_flags(parser, saved, path, NEVER_INHERITED), vars(args)
+    old, given = utils.recall_flags(parser, saved, path, NEVER_INHERITED), vars(args)
     for name in sorted(args.given - set(NEVER_INHERITED)):
-        before, now = plain_flags(old)[name], plain_flags(args)[name]
+        before, now = utils.plain_flags(old)[name], utils.plain_flags(args)[name]
         if before != now and name in fixed:
-            raise InputError(
+            raise utils.InputError(
                 f"--{name} {now}: the run in {path.parent} was started with {before}; "
                 "leave the flag out, or take another --run_name"
             )
         if before != now:
-            say(f"changed on resume: --{name} {before} → {now}")
+            utils.say(f"changed on resume: --{name} {before} → {now}")
     kept = {name: given[name] for name in {*args.given, *NEVER_INHERITED, "given"}}
     return argparse.Namespace(**{**vars(old), **kept})
 
@@ -393,7 +330,7 @@ def refuse_second_run(args: argparse.Namespace) -> None:
     """Refuse to start where a run is, unless with --overwrite."""
     left = leftovers(args)
     if left and not args.overwrite:
-        raise InputError(
+        raise utils.InputError(
             f"{left[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, "
             "or delete it with --overwrite"
         )
@@ -406,12 +343,12 @@ def refuse_second_run(args: argparse.Namespace) -> None:
 def training_loop(run: Run, feed: Feed, task: Task) -> None:
     """Run the epochs that are left; on Ctrl-C and SIGTERM save and exit with 130 or 143."""
     args, order, drawn = run.args, feed.order, -PLOT_SECONDS
-    log = LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
+    log = utils.LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
     total, done = args.num_epochs * order.steps, run.epoch * order.steps + run.place
     bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02)
-    with StopRequest() as stop, bar:
+    with utils.StopRequest() as stop, bar:
         while run.epoch < args.num_epochs and stop.signum is None:
-            factor = linear_decay(run.epoch, args.num_epochs, args.decay_epoch)
+            factor = utils.linear_decay(run.epoch, args.num_epochs, args.decay_epoch)
             set_rates(run, factor)
             order.epoch, order.first_step = run.epoch, run.place
             bar.set_description(f"epoch {run.epoch + 1}/{args.num_epochs}", refresh=False)
@@ -428,7 +365,7 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                     stop_if_not_finite(run, means)
                     log.append({"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means})
                     bar.set_postfix({name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False)
-                    run.meter = Meter()
+                    run.meter = utils.Meter()
                 if ended:
                     run.epoch, run.place = run.epoch + 1, 0
                 if ended or run.step % args.sample_interval == 0:
@@ -437,10 +374,12 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                     break
             save_run(run)
             if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or stop.signum:
-                plot_losses(read_losses(log.path), run.pictures / "losses.png")
+                utils.plot_losses(utils.read_losses(log.path), run.pictures / "losses.png")
                 drawn = time.monotonic()
     if stop.signum is not None:
-        say(f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest")
+        utils.say(
+            f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
+        )
         raise SystemExit(128 + stop.signum)
 
 
@@ -458,7 +397,7 @@ def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
     if wrong:
         last = run.folder / "latest.pt"
         left = f"the last good state is {last}" if last.exists() else "nothing was saved yet"
-        raise RunError(
+        raise utils.RunError(
             f"{', '.join(wrong)} not finite at step {run.step}; {left}; try a smaller --lr or --precision fp32"
         )
 
@@ -467,9 +406,9 @@ def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
 # Building a run
 
 
-def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+def network_configs(args: argparse.Namespace) -> tuple[models.GeneratorConfig, models.DiscriminatorConfig]:
     """Turn the network flags into recipes, checked against the size of the pictures."""
-    generator = GeneratorConfig(
+    generator = models.GeneratorConfig(
         generator=args.generator,
         channels=args.channels,
         ngf=args.ngf,
@@ -479,7 +418,7 @@ def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, Discrimi
         norm=args.norm,
         norm_output=args.norm_output,
     )
-    discriminator = DiscriminatorConfig(
+    discriminator = models.DiscriminatorConfig(
         discriminator=args.discriminator,
         channels=args.channels,
         ndf=args.ndf,
@@ -492,37 +431,39 @@ def network_configs(args: argparse.Namespace) -> tuple[GeneratorConfig, Discrimi
     return generator, discriminator
 
 
-def check_sizes(args: argparse.Namespace, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
+def check_sizes(
+    args: argparse.Namespace, generator: models.GeneratorConfig, discriminator: models.DiscriminatorConfig
+) -> None:
     """Raise InputError if the pictures are too small for a network, with the nearest that fits."""
     side = min(args.img_height, args.img_width)
     given = f"pictures of {args.img_width}x{args.img_height} px"
     if side < generator.smallest_side:
-        raise InputError(
+        raise utils.InputError(
             f"{given}: {generator.n_downsampling} downsamplings need at least {generator.smallest_side} px a side; "
             "raise --img_height and --img_width, or lower --n_downsampling"
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
         remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"
-        raise InputError(f"--n_layers_D {discriminator.n_layers}: its answer to {given} would be empty; {remedy}")
+        raise utils.InputError(f"--n_layers_D {discriminator.n_layers}: its answer to {given} would be empty; {remedy}")
 
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the pictures, drawing the demo set when it is missing, and make their loader."""
-    if args.dataset_name == DEMO and not (args.data_root / DEMO).exists():
-        draw_dataset(args.data_root)
-    dataset, paths, bad = find_dataset(args.data_root, args.dataset_name), {}, {}
+    if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
+        datasets.draw_dataset(args.data_root)
+    dataset, paths, bad = datasets.find_dataset(args.data_root, args.dataset_name), {}, {}
     for domain in "AB":
-        found = split_pictures(dataset, f"train{domain}", args.max_images)
-        bad[domain] = BadPictures(dataset / f"train{domain}", len(found))
+        found = datasets.split_pictures(dataset, f"train{domain}", args.max_images)
+        bad[domain] = datasets.BadPictures(dataset / f"train{domain}", len(found))
         paths[domain] = bad[domain].readable(found)
     counts = {domain: len(found) for domain, found in paths.items()}
-    order = EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed)
+    order = datasets.EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed)
     size = (args.img_height, args.img_width)
-    pictures = UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
+    pictures = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
     workers = args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
-    loader = make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
-    say(
+    loader = datasets.make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
+    utils.say(
         f"{dataset}: {counts['A']} pictures in trainA, {counts['B']} in trainB; {order.steps} steps of {args.batch_size} an epoch"
     )
     return dataset, Feed(loader, order, bad, counts)
@@ -548,44 +489,46 @@ def freeze(nets: dict[str, nn.Module], parts: Sequence[str]) -> None:
             module.requires_grad_(part not in parts)
         if parts:
             words = (f"{part} {'frozen' if part in parts else 'learns'}" for part in children)
-            say(f"{name}: {', '.join(words)}")
+            utils.say(f"{name}: {', '.join(words)}")
 
 
 def load_pretrained(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, nn.Module]]:
     """Read the files of --init_from and take the network flags that were not given from them."""
     nets: dict[str, nn.Module] = {}
     for path in args.init_from:
-        net, recipe = load_generator(path)
+        net, recipe = weights.load_generator(path)
         name = {direction: name for name, direction in DIRECTIONS.items()}.get(recipe["direction"])
         if name is None:
             name = "G_BA" if "G_AB" in nets else "G_AB"
-            say(f"{path}: does not say its direction; taken for {name}")
+            utils.say(f"{path}: does not say its direction; taken for {name}")
         if name in nets:
-            raise InputError(f"--init_from {path}: a second file for {name}; expected one file for each direction")
+            raise utils.InputError(
+                f"--init_from {path}: a second file for {name}; expected one file for each direction"
+            )
         config = {key: value for key, value in dataclasses.asdict(net.config).items() if hasattr(args, key)}
         for key, value in config.items():
             if (key in args.given or nets) and getattr(args, key) != value:
-                raise InputError(
+                raise utils.InputError(
                     f"--init_from {path}: its network has {key} {value}, not {getattr(args, key)}; leave the flag out"
                 )
         args, nets[name] = argparse.Namespace(**{**vars(args), **config}), net
-        say(f"{name} starts from {path}")
+        utils.say(f"{name} starts from {path}")
     for name in DIRECTIONS if nets else ():
         if name not in nets:
-            say(f"{name} starts new: --init_from names no file for it")
+            utils.say(f"{name} starts new: --init_from names no file for it")
     return args, nets
 
 
 def make_nets(args: argparse.Namespace, pretrained: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
-    seed_everything(args.seed, args.deterministic)
+    utils.seed_everything(args.seed, args.deterministic)
     generator, discriminator = network_configs(args)
-    nets = {name: build_generator(generator, args.init) for name in DIRECTIONS}
-    nets |= {name: build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
+    nets = {name: models.build_generator(generator, args.init) for name in DIRECTIONS}
+    nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
     nets |= {name: net.train() for name, net in pretrained.items()}
     freeze(nets, args.freeze)
     if not any(p.requires_grad for name in DIRECTIONS for p in nets[name].parameters()):
-        raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
+        raise utils.InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
     return nets
 
 
@@ -599,10 +542,10 @@ def make_run(
     return Run(
         args=args,
         device=device,
-        precision=pick_precision(args.precision, device),
+        precision=utils.pick_precision(args.precision, device),
         nets=nets,
         optims=make_optims(learning, args, device),
-        buffers={domain: FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
+        buffers={domain: utils.FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
         samples=load_samples(args, dataset),
         photos=load_watched(args),
         **distillation,
@@ -618,45 +561,45 @@ def describe(run: Run, feed: Feed) -> None:
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
     }
-    facts = {"flags": plain_flags(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
+    facts = {"flags": utils.plain_flags(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
     facts |= {"device": str(run.device), "precision": run.precision, "threads": torch.get_num_threads()}
-    write_json(run.folder / "run.json", facts)
-    say(
+    utils.write_json(run.folder / "run.json", facts)
+    utils.say(
         f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}; {run.device}, {run.precision}"
     )
-    say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
+    utils.say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
 
-def add_network_flags(parser: Parser) -> None:
+def add_network_flags(parser: utils.Parser) -> None:
     """Shapes of the networks; they travel in every checkpoint, so that no later stage asks again."""
-    add = flag_group(parser, "network")
-    add("--generator", choices=GENERATORS, default="resnet", help="kind of generator")
-    add("--num_residual", type=whole(0), default=9, help="residual blocks of the generator")
-    add("--ngf", type=whole(1), default=64, help="width of the generator's first layer")
+    add = utils.flag_group(parser, "network")
+    add("--generator", choices=models.GENERATORS, default="resnet", help="kind of generator")
+    add("--num_residual", type=utils.whole(0), default=9, help="residual blocks of the generator")
+    add("--ngf", type=utils.whole(1), default=64, help="width of the generator's first layer")
     add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in the generator")
     add(
         "--upsample",
-        choices=UPSAMPLES,
+        choices=models.UPSAMPLES,
         default="deconv",
         help="transposed convolution, or nearest neighbour and convolution",
     )
-    add("--discriminator", choices=DISCRIMINATORS, default="patch", help="judge patches or single pixels")
-    add("--ndf", type=whole(1), default=64, help="width of the discriminator's first layer")
+    add("--discriminator", choices=models.DISCRIMINATORS, default="patch", help="judge patches or single pixels")
+    add("--ndf", type=utils.whole(1), default=64, help="width of the discriminator's first layer")
     add(
         "--n_layers_D",
-        type=whole(1),
+        type=utils.whole(1),
         default=3,
         help="strided layers of the patch discriminator: 1 to 5 see 16 34 70 142 286 px",
     )
-    add("--max_mult_D", type=whole(1), default=8, help="the discriminator grows to at most this times --ndf")
+    add("--max_mult_D", type=utils.whole(1), default=8, help="the discriminator grows to at most this times --ndf")
     add("--pool_D", action="store_true", help="average the discriminator's answers to one per picture")
-    add("--norm", choices=NORMS, default="instance", help="norm in all networks")
+    add("--norm", choices=models.NORMS, default="instance", help="norm in all networks")
     add("--norm_output", action="store_true", help="norm before the generator's tanh: stalls learning, kept to show it")
-    add("--init", choices=INITS, default="normal", help="how weights start")
+    add("--init", choices=models.INITS, default="normal", help="how weights start")
 
 
 def parts(text: str) -> list[str]:
@@ -668,9 +611,9 @@ def parts(text: str) -> list[str]:
     return words
 
 
-def add_transfer_flags(parser: Parser) -> None:
+def add_transfer_flags(parser: utils.Parser) -> None:
     """Starting from weights that exist."""
-    add = flag_group(parser, "transfer")
+    add = utils.flag_group(parser, "transfer")
     add(
         "--init_from",
         type=Path,
@@ -682,11 +625,11 @@ def add_transfer_flags(parser: Parser) -> None:
     add("--freeze", type=parts, default=[], metavar=",".join(PARTS), help="parts that do not learn (default: none)")
 
 
-def make_parser() -> Parser:
+def make_parser() -> utils.Parser:
     """Declare all flags of this stage."""
-    parser = Parser(prog="train.py", description=__doc__)
-    groups = (add_data_flags, add_network_flags, add_loss_flags, add_optim_flags)
-    for add_flags in (*groups, add_transfer_flags, add_run_flags, add_device_flags):
+    parser = utils.Parser(prog="train.py", description=__doc__)
+    groups = (utils.add_data_flags, add_network_flags, utils.add_loss_flags, utils.add_optim_flags)
+    for add_flags in (*groups, add_transfer_flags, utils.add_run_flags, utils.add_device_flags):
         add_flags(parser)
     return parser
 
@@ -695,7 +638,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; args.given names the flags that stand on it."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.given = given_flags(parser, argv)
+    args.given = utils.given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
     for flag in ("overwrite", "init_from"):
         if flag in args.given and args.start_from != "0":
@@ -710,7 +653,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     if args.decay_epoch is None:
         return argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
     if "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
-        raise InputError(
+        raise utils.InputError(
             f"--decay_epoch {args.decay_epoch}: beyond --num_epochs {args.num_epochs}; expected at most that"
         )
     return args
@@ -721,9 +664,9 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
     args = run.args
     if state:
         load_run(run, state, checkpoint)
-        say(f"going on after epoch {run.epoch}, step {run.step} of {checkpoint}")
+        utils.say(f"going on after epoch {run.epoch}, step {run.step} of {checkpoint}")
         if run.epoch >= args.num_epochs:
-            say(
+            utils.say(
                 f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs to go on"
             )
             return
@@ -735,24 +678,26 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
     describe(run, feed)
     training_loop(run, feed, task)
     grid = run.pictures / f"epoch_{run.epoch:04d}.png"
-    say(f"done: {run.epoch} epochs, {run.step} steps; see {grid}, then: python test.py --run_name {args.run_name}")
+    utils.say(
+        f"done: {run.epoch} epochs, {run.step} steps; see {grid}, then: python test.py --run_name {args.run_name}"
+    )
 
 
-@stage
+@utils.stage
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, from the start or from a checkpoint."""
     args = parse_args(argv)
     state, checkpoint, pretrained = None, None, {}
     if args.start_from != "0":
-        checkpoint = find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
-        state = load_state(checkpoint, "train")
+        checkpoint = utils.find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
+        state = utils.load_state(checkpoint, "train")
         args = resume_args(make_parser(), args, state.get("args"), checkpoint)
     else:
         refuse_second_run(args)
         args, pretrained = load_pretrained(args)
     args = settle(args)
     network_configs(args)
-    device = pick_device(args.device)
+    device = utils.pick_device(args.device)
     dataset, feed = make_feed(args, device)
     run = make_run(args, make_nets(args, pretrained), dataset, device)
     carry_out(run, feed, Task(cyclegan_objective, cyclegan_rows, TERMS), state, checkpoint)

@@ -12,6 +12,7 @@ from conftest import TINY, make_dataset, noise_picture
 from PIL import Image
 
 import train
+import utils
 from datasets import list_pictures, read_picture
 from models import DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
 from utils import load_state, read_losses
@@ -261,7 +262,7 @@ def test_old_checkpoints_are_removed_when_only_some_are_kept(tiny):
 
 def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, monkeypatch):
     drawn = []
-    monkeypatch.setattr(train, "save_picture", lambda picture, path: drawn.append((path.name, picture)))
+    monkeypatch.setattr(utils, "save_picture", lambda picture, path: drawn.append((path.name, picture)))
     run("--num_epochs", 1, "--steps_per_epoch", 5, "--sample_interval", 2)
     assert [name for name, _ in drawn] == ["epoch_0001.png"] * 3  # steps 2, 4 and the end
     grid = np.asarray(drawn[-1][1])
@@ -296,7 +297,7 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
 def test_variants_train_and_record_their_flags(tiny, flags):
     run("--num_epochs", 1, "--steps_per_epoch", 2, *flags)
     state = state_of("tiny")
-    parser_values = train.plain_flags(train.parse_args([*TINY, *flags]))
+    parser_values = utils.plain_flags(train.parse_args([*TINY, *flags]))
     for word in flags:
         if word.startswith("--") and not word.startswith("--no-"):
             assert state["args"][word[2:]] == parser_values[word[2:]]
