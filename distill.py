@@ -40,6 +40,7 @@ from train import (
     cyclegan_rows,
     make_feed,
     make_run,
+    refuse_contradictions,
     refuse_second_run,
     resume_args,
     settle,
@@ -68,28 +69,33 @@ class Teacher:
 # Teacher and student
 
 
-def load_teacher(name: str, directions: Sequence[str] = tuple(DIRECTIONS)) -> Teacher:
-    """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's)."""
+def load_teacher(name: str, students: Sequence[str]) -> Teacher:
+    """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's).
+
+    students: names of the generators that shall get one
+    raises:   InputError if there is no such teacher, or it lacks one of these generators
+    """
     folder, path = Path("saved_models") / name, Path(name)
     if folder.is_dir() and not path.is_file():
         path = utils.find_checkpoint(folder, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
         runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
-        raise utils.InputError(
-            f"--teacher {name}: no such run or file; runs found: {runs}; train one with: python train.py"
-        )
-    if path.suffix == ".pt":
+        hint = f"runs found: {runs}; train one with: python train.py"
+        raise utils.InputError(f"--teacher {name}: no such run or file; {hint}")
+    if utils.is_state(path):
         state = utils.load_state(path)
-        flags = state.get("args") if isinstance(state.get("args"), dict) else {}
-        return Teacher(weights.networks_of(state, path), flags, path, [flags.get("img_height"), flags.get("img_width")])
-    net, recipe = weights.load_generator(path)
-    known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or directions
-    if len(directions) != 1 or directions[0] not in known:
-        raise utils.InputError(
-            f"--teacher {path}: one generator, {recipe['direction'] or 'of one direction'}; give that --direction"
-        )
-    utils.say(f"{path}: a single generator, so the other one and the discriminators start new")
-    return Teacher({directions[0]: net}, {}, path, recipe["size"])
+        nets, flags = weights.networks_of(state, path), state.get("args")
+        teacher = Teacher(nets, flags if isinstance(flags, dict) else {"": None}, path, None)
+    else:
+        net, recipe = weights.load_generator(path)
+        known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or students[:1]
+        utils.say(f"{path}: a single generator, so the other one and the discriminators start new")
+        teacher = Teacher({known[0]: net}, {}, path, recipe["size"])
+    missing = [DIRECTIONS[key] for key in students if key not in teacher.nets]
+    if missing:
+        present = ", ".join(DIRECTIONS[key] for key in teacher.nets if key in DIRECTIONS)
+        raise utils.InputError(f"--teacher {path}: translates {present} only, not {missing[0]}; give that --direction")
+    return teacher
 
 
 def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
@@ -151,7 +157,7 @@ def distill_objective(
             with torch.no_grad():
                 picture, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
             own = seen[f"hidden_{letters}"]
-            if run.adapters:
+            if f"{name}_0" in run.adapters:
                 own = [run.adapters[f"{name}_{i}"](state) for i, state in enumerate(own)]
         terms[f"output_{letters}"] = models.picture_loss(seen[f"fake_{letters[1]}"], picture)
         loss = loss + run.args.lambda_output * terms[f"output_{letters}"]
@@ -174,6 +180,15 @@ def distill_rows(run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, n
 
 # ---------------------------------------------------------------------------------------------
 # The report
+
+
+@dataclass
+class Row:
+    """One row of the report: a run's generators, the file that would be shipped, the size it was trained at."""
+
+    nets: dict[str, nn.Module]
+    file: Path
+    size: Sequence[int] | None
 
 
 def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.device, precision: str) -> float:
@@ -202,85 +217,75 @@ def held_out_pictures(args: argparse.Namespace, domain: str, channels: int, size
 
 
 @torch.no_grad()
-def report_direction(
-    args: argparse.Namespace, name: str, runs: dict[str, dict], size: Sequence[int], device: torch.device
-) -> dict:
-    """Compare networks of one direction: cost, and quality on the held-out pictures.
-
-    runs:    per row its networks by name and the file of its generator
-    returns: per row the figures; rows of pictures under "grid"
-    """
-    source, target, precision = name[2], name[3], utils.pick_precision(args.precision, device)
-    channels = runs["teacher"]["nets"][name].config.channels
+def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], device: torch.device) -> dict:
+    """Compare networks of one direction: cost, and quality on the held-out pictures; returns the figures by row."""
+    source, target, size = name[2], name[3], rows["student"].size
+    precision, channels = utils.pick_precision(args.precision, device), rows["student"].nets[name].config.channels
     reals = held_out_pictures(args, source, channels, size)
     truths = held_out_pictures(args, target, channels, size)
-    common = [stem for stem in reals if stem in truths]
-    table, answers, first = {}, {}, list(reals)[:: max(1, len(reals) // 6)][:6]
-    grid = [(f"real_{source}", torch.cat([reals[stem] for stem in first]))]
-    for label, entry in runs.items():
-        net, back = entry["nets"][name].to(device).eval(), entry["nets"].get(f"G_{target}{source}")
+    shown, paired, answers, table = list(reals)[:: max(1, len(reals) // 6)][:6], reals.keys() & truths.keys(), {}, {}
+
+    def run(net: nn.Module, pictures: dict[Path, Tensor]) -> dict[Path, Tensor]:
+        net.to(device).eval()
         with utils.autocast(device, precision):
-            answers[label] = {stem: net(x.to(device)).float().cpu() for stem, x in reals.items()}
-            cycles = (
-                [
-                    (back.to(device).eval()(answers[label][stem].to(device)).float().cpu() - x).abs().mean()
-                    for stem, x in reals.items()
-                ]
-                if back
-                else []
-            )
-        row = {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": models.count_macs(net, *size) / 1e6}
-        row |= {
+            return {stem: net(x.to(device)).float().cpu() for stem, x in pictures.items()}
+
+    def distance(these: dict[Path, Tensor], those: dict[Path, Tensor]) -> float:
+        return statistics.fmean(models.picture_loss(these[stem], those[stem]).item() for stem in reals)
+
+    for label, row in rows.items():
+        net, back = row.nets[name], row.nets.get(f"G_{target}{source}")
+        mine = answers[label] = run(net, reals)
+        table[label] = figures = {
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "MMACs": models.count_macs(net, *size) / 1e6,
             "ms": 1000 * seconds_per_picture(net, size, device, precision),
-            "MB": entry["file"].stat().st_size / 1e6,
+            "MB": row.file.stat().st_size / 1e6,
+            "L1 to teacher": distance(mine, answers["teacher"]),
         }
-        if common:
-            pair = [
-                [utils.range_to_bytes(pictures[stem][0]) for stem in common] for pictures in (answers[label], truths)
-            ]
-            scores = metrics.paired_scores(*pair)
-            row |= {key: scores[key] for key in ("PSNR", "SSIM", "match@1")}
-        if cycles:
-            row["cycle"] = torch.stack(cycles).mean().item()
-        gaps = [models.picture_loss(answers[label][stem], answers["teacher"][stem]) for stem in reals]
-        row["L1 to teacher"] = torch.stack(gaps).mean().item()
-        table[label] = row
-        grid.append((label, torch.cat([answers[label][stem] for stem in first])))
-    if common:
-        grid.append((f"real_{target}", torch.cat([truths[stem] for stem in first if stem in truths])))
-    utils.save_picture(
-        utils.draw_grid([row for row in grid if len(row[1]) == len(first)]),
-        Path("generated_images") / args.run_name / f"report_{name}.png",
-    )
+        if back:
+            figures["cycle"] = distance(run(back, mine), reals)
+        if paired:
+            both = ([utils.range_to_bytes(pictures[stem][0]) for stem in sorted(paired)] for pictures in (mine, truths))
+            scores = metrics.paired_scores(*both)
+            figures |= {key: scores[key] for key in ("PSNR", "SSIM", "match@1")}
+    grid = {f"real_{source}": reals, **answers} | ({f"real_{target}": truths} if set(shown) <= paired else {})
+    picture = utils.draw_grid([(label, torch.cat([x[stem] for stem in shown])) for label, x in grid.items()])
+    utils.save_picture(picture, Path("generated_images") / args.run_name / f"report_{name}.png")
     return table
+
+
+def read_row(run_name: str, name: str) -> Row | None:
+    """Read a run's generators for the report, if it has the one named."""
+    files = {key: Path("saved_models") / run_name / f"{key}.safetensors" for key in DIRECTIONS}
+    if not files[name].is_file():
+        return None
+    nets, size = {}, None
+    for key, file in files.items():
+        if file.is_file():
+            nets[key], recipe = weights.load_generator(file)
+            size = recipe["size"]
+    return Row(nets, files[name], size)
 
 
 def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a picture: teacher, student, and the student from scratch if its run exists."""
-    tables = {}
-    for name in DIRECTIONS:
-        if name not in wanted(args):
-            continue
-        runs = {"teacher": {"nets": teacher.nets, "file": teacher.path.parent / f"{name}.safetensors"}}
-        if not runs["teacher"]["file"].is_file():
-            runs["teacher"]["file"] = teacher.path
+    tables, folder = {}, Path("generated_images") / args.run_name
+    about = f"{device}, {torch.get_num_threads()} threads, {utils.pick_precision(args.precision, device)}"
+    for name in wanted(args):
+        beside = teacher.path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
+        rows = {"teacher": Row(teacher.nets, beside if beside.is_file() else teacher.path, teacher.size)}
         for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
-            files = {key: Path("saved_models") / run_name / f"{key}.safetensors" for key in DIRECTIONS}
-            if files[name].is_file() and label not in runs:
-                nets = {key: weights.load_generator(file)[0] for key, file in files.items() if file.is_file()}
-                runs[label] = {"nets": nets, "file": files[name]}
-        if "student" not in runs:
+            row = read_row(run_name, name)
+            rows |= {label: row} if row and (label == "student" or run_name != args.run_name) else {}
+        if "student" not in rows:
             raise utils.InputError(
                 f"--report: no student in saved_models/{args.run_name}; distil one first, without --report"
             )
-        size = weights.load_generator(Path("saved_models") / args.run_name / f"{name}.safetensors")[1]["size"]
-        tables[name] = report_direction(args, name, runs, size, device)
-        utils.say(
-            f"{name}, {size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {utils.pick_precision(args.precision, device)}"
-        )
+        tables[name] = report_direction(args, name, rows, device)
+        utils.say(f"{DIRECTIONS[name]} at {'x'.join(map(str, rows['student'].size[::-1]))} px; milliseconds on {about}")
         for line in metrics.format_table(tables[name]):
             utils.say(line)
-    folder = Path("generated_images") / args.run_name
     utils.write_json(folder / "report.json", tables)
     utils.say(f"written to {folder}/report.json, pictures beside it")
 
@@ -298,6 +303,11 @@ def teacher_name(args: argparse.Namespace) -> str:
     """A folder name for what is made from this teacher."""
     path = Path(args.teacher)
     return path.stem if path.is_file() else args.teacher
+
+
+def run_or_file(text: str) -> str:
+    """Flag type: an existing file, or one plain folder name in saved_models."""
+    return text if Path(text).is_file() else utils.folder_name(text)
 
 
 def block_list(text: str) -> list[int] | None:
@@ -324,6 +334,7 @@ def make_parser() -> utils.Parser:
     add = utils.flag_group(parser, "distillation")
     add(
         "--teacher",
+        type=run_or_file,
         default=None,
         metavar="RUN_OR_FILE",
         help="run, checkpoint or generator file (default: the run named --dataset_name)",
@@ -363,8 +374,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.given = utils.given_flags(parser, argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
-    if args.overwrite and args.start_from != "0":
-        parser.error(f"--overwrite deletes what --start_from {args.start_from} would go on with: give one of them")
+    refuse_contradictions(parser, args)
     return args
 
 
@@ -404,23 +414,19 @@ def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
 def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module]:
     """Put students in the place of their teachers; the rest goes on from what the teacher's run learnt, or starts new."""
     utils.seed_everything(args.seed, args.deterministic)
-    model = teacher.nets[wanted(args)[0]]
-    nets: dict[str, nn.Module] = {}
-    for name in DIRECTIONS:
-        if name in wanted(args):
-            nets[name] = make_student(
-                teacher.nets[name], args.student_residual, args.student_ngf or model.config.ngf, args.transfer
-            )
-        else:
-            nets[name] = (
-                copy.deepcopy(teacher.nets[name]) if name in teacher.nets else models.build_generator(model.config)
-            )
-    for name in ("D_A", "D_B"):
-        fresh = models.DiscriminatorConfig(channels=model.config.channels)
-        fresh = dataclasses.replace(
-            fresh, n_layers=max(1, min(3, fresh.largest_n_layers(min(args.img_height, args.img_width))))
-        )
-        nets[name] = copy.deepcopy(teacher.nets[name]) if name in teacher.nets else models.build_discriminator(fresh)
+    model, nets = teacher.nets[wanted(args)[0]].config, {}
+    judge = models.DiscriminatorConfig(channels=model.channels)
+    deepest = judge.largest_n_layers(min(args.img_height, args.img_width))
+    judge = dataclasses.replace(judge, n_layers=max(1, min(judge.n_layers, deepest)))
+    for name in wanted(args):
+        ngf = args.student_ngf or teacher.nets[name].config.ngf
+        nets[name] = make_student(teacher.nets[name], args.student_residual, ngf, args.transfer)
+    for name in ("G_AB", "G_BA", "D_A", "D_B"):
+        if name not in nets and name in teacher.nets:
+            nets[name] = copy.deepcopy(teacher.nets[name])
+        elif name not in nets:
+            nets[name] = models.build_generator(model) if name in DIRECTIONS else models.build_discriminator(judge)
+    nets = {name: nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
     for net in nets.values():
         net.requires_grad_(True).train()
     check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
@@ -445,9 +451,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.InputError(
             f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); put that file back"
         )
-    missing = [name for name in wanted(args) if name not in teacher.nets]
-    if missing:
-        raise utils.InputError(f"--direction {args.direction}: the teacher {teacher.path} has no {missing[0]}")
     args, device = settle(args), utils.pick_device(args.device)
     for net in teacher.nets.values():
         net.requires_grad_(False).eval()

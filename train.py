@@ -640,12 +640,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.given = utils.given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
+    refuse_contradictions(parser, args)
+    return args
+
+
+def refuse_contradictions(parser: utils.Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that speak of a new start together with --start_from."""
     for flag in ("overwrite", "init_from"):
         if flag in args.given and args.start_from != "0":
-            parser.error(
-                f"--{flag} contradicts --start_from {args.start_from}, which goes on with a run: give one of them"
-            )
-    return args
+            words = f"contradicts --start_from {args.start_from}, which goes on with a run"
+            parser.error(f"--{flag} {words}: give one of them")
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:

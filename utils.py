@@ -535,6 +535,14 @@ def read_archive(path: Path) -> object:
         raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error
 
 
+def is_state(path: Path) -> bool:
+    """Tell a whole-state file from other files of weights, by what it holds."""
+    if path.suffix == ".safetensors":
+        return False
+    value = read_archive(path)
+    return isinstance(value, dict) and {"format", "nets"} <= value.keys()
+
+
 def load_state(path: Path, stage: str | None = None) -> dict:
     """Read a whole-state file of the given stage ("train" or "distill"; None: either)."""
     state = read_archive(path)

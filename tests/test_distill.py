@@ -60,7 +60,9 @@ def test_the_teacher_of_a_data_set_is_found_and_its_flags_inherited(teacher, cap
 
 def test_the_student_learns_and_the_teacher_does_not(teacher, monkeypatch):
     seen = {}
-    monkeypatch.setattr(distill, "make_run", lambda args, nets, *rest, **kw: seen.setdefault("run", plain(args, nets, *rest, **kw)))
+    monkeypatch.setattr(
+        distill, "make_run", lambda args, nets, *rest, **kw: seen.setdefault("run", plain(args, nets, *rest, **kw))
+    )
     plain, original = train.make_run, distill.load_teacher
     monkeypatch.setattr(distill, "load_teacher", lambda *a: seen.setdefault("teacher", original(*a)))
     starts = {}
@@ -96,7 +98,9 @@ def test_without_transfer_the_student_starts_new(teacher):
     assert torch.equal(copied.stem[1].weight, net.stem[1].weight)
     assert not torch.equal(fresh.stem[1].weight, net.stem[1].weight)
     assert len(copied.blocks) == 1
-    assert torch.equal(distill.make_student(net, 3, 2, True).blocks[0].body[1].weight.mean().isfinite(), torch.tensor(True))
+    assert torch.equal(
+        distill.make_student(net, 3, 2, True).blocks[0].body[1].weight.mean().isfinite(), torch.tensor(True)
+    )
     run("--no-transfer")
     assert Path("saved_models/tiny_scratch/G_BA.safetensors").is_file()
 
@@ -158,7 +162,16 @@ def test_hidden_states_and_pictures_of_the_teacher_are_learnt(teacher):
 
 @pytest.mark.parametrize(
     ("teacher_blocks", "student_blocks", "pairs"),
-    [(9, 3, [1, 4, 8]), (6, 3, [1, 3, 5]), (9, 9, list(range(9))), (9, 1, [8]), (4, 2, [1, 3]), (3, 5, [0, 0, 1, 1, 2]), (9, 0, []), (0, 3, [])],
+    [
+        (9, 3, [1, 4, 8]),
+        (6, 3, [1, 3, 5]),
+        (9, 9, list(range(9))),
+        (9, 1, [8]),
+        (4, 2, [1, 3]),
+        (3, 5, [0, 0, 1, 1, 2]),
+        (9, 0, []),
+        (0, 3, []),
+    ],
 )
 def test_blocks_are_paired_evenly(teacher_blocks, student_blocks, pairs):
     assert distill.pair_blocks(teacher_blocks, student_blocks) == pairs
@@ -166,7 +179,13 @@ def test_blocks_are_paired_evenly(teacher_blocks, student_blocks, pairs):
 
 @pytest.mark.parametrize(
     ("flags", "size", "gmacs"),
-    [({}, 256, 49.55), ({}, 128, 12.39), ({"num_residual": 3}, 64, 1.29), ({"ngf": 32}, 256, 12.70), ({"num_residual": 3, "ngf": 16}, 256, 1.52)],
+    [
+        ({}, 256, 49.55),
+        ({}, 128, 12.39),
+        ({"num_residual": 3}, 64, 1.29),
+        ({"ngf": 32}, 256, 12.70),
+        ({"num_residual": 3, "ngf": 16}, 256, 1.52),
+    ],
 )
 def test_multiply_accumulates_are_those_of_the_published_networks(flags, size, gmacs):
     with torch.device("meta"):
@@ -194,7 +213,17 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
 
 def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
     shutil.move(teacher / "G_BA.safetensors", "alone.safetensors")
-    flags = ["--teacher", "alone.safetensors", "--dataset_name", "tiny", *CPU, "--student_residual", "1", "--num_epochs", "1"]
+    flags = [
+        "--teacher",
+        "alone.safetensors",
+        "--dataset_name",
+        "tiny",
+        *CPU,
+        "--student_residual",
+        "1",
+        "--num_epochs",
+        "1",
+    ]
     flags += ["--batch_size", "2"]
     distill.main(flags)
     assert "the other one and the discriminators start new" in capsys.readouterr().out
@@ -209,6 +238,7 @@ def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--teacher", "../x"], "expected one folder name"),
         (["--teacher", "nobody"], "--teacher nobody: no such run or file; runs found: tiny"),
         (["--teacher", "saved_models/tiny/run.json"], "not a readable"),
         (["--hidden_layers", "0,1", "--student_residual", "1"], "expected 1 teacher blocks"),
@@ -245,7 +275,20 @@ def test_a_larger_student_is_warned_about(teacher, capsys):
 
 
 def tune(*argv):
-    train.main(["--dataset_name", "tiny", "--run_name", "tuned", *TINY, "--num_residual", "3", "--num_epochs", "1", *map(str, argv)])
+    train.main(
+        [
+            "--dataset_name",
+            "tiny",
+            "--run_name",
+            "tuned",
+            *TINY,
+            "--num_residual",
+            "3",
+            "--num_epochs",
+            "1",
+            *map(str, argv),
+        ]
+    )
 
 
 def test_init_from_starts_where_the_files_end(teacher, monkeypatch, capsys):
@@ -259,7 +302,20 @@ def test_init_from_starts_where_the_files_end(teacher, monkeypatch, capsys):
     tune("--init_from", files[1])
     assert "G_AB starts new" in capsys.readouterr().out
     assert same(starts[1].nets["G_BA"].state_dict(), load_generator(files[1])[0].state_dict())
-    train.main(["--dataset_name", "tiny", "--run_name", "tuned", *TINY[:4], *CPU, "--n_layers_D", "1", "--init_from", str(files[0])])
+    train.main(
+        [
+            "--dataset_name",
+            "tiny",
+            "--run_name",
+            "tuned",
+            *TINY[:4],
+            *CPU,
+            "--n_layers_D",
+            "1",
+            "--init_from",
+            str(files[0]),
+        ]
+    )
     assert len(starts[2].nets["G_BA"].blocks) == 3  # the recipe comes from the file
 
 
@@ -278,9 +334,24 @@ def test_frozen_parts_do_not_move_and_the_rest_does(teacher, capsys):
                 assert moved == key.startswith(("up", "head")), key
             else:
                 assert not moved or key.startswith(("up", "head"))
-    fresh = train.make_nets(train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, "--num_residual", "3"])), {})
+    fresh = train.make_nets(
+        train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, "--num_residual", "3"])), {}
+    )
     assert same(state["nets"]["D_A"], fresh["D_A"].state_dict())
-    train.main(["--dataset_name", "tiny", "--run_name", "tuned", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
+    train.main(
+        [
+            "--dataset_name",
+            "tiny",
+            "--run_name",
+            "tuned",
+            "--start_from",
+            "latest",
+            "--num_epochs",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     again = load_state(Path("saved_models/tuned/latest.pt"))
     assert torch.equal(again["nets"]["G_AB"]["stem.1.weight"], state["nets"]["G_AB"]["stem.1.weight"])
 
@@ -290,7 +361,10 @@ def test_frozen_parts_do_not_move_and_the_rest_does(teacher, capsys):
     [
         (["--init_from", "no.safetensors"], "no such file"),
         (["--init_from", "saved_models/tiny/G_AB.safetensors", "--ngf", "8"], "its network has ngf 4, not 8"),
-        (["--init_from", "saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_AB.safetensors"], "a second file for G_AB"),
+        (
+            ["--init_from", "saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_AB.safetensors"],
+            "a second file for G_AB",
+        ),
         (["--freeze", "stem,down,blocks,up,head"], "no part of the generators is left"),
         (["--freeze", "tail"], "expected some of stem,down,blocks,up,head,D"),
         (["--init_from", "x", "--start_from", "latest"], "give one of them"),
