@@ -4,7 +4,7 @@
 # make slow    the tests that take longer
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --num_epochs 14
+DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --num_epochs 12
 
 .PHONY: demo smoke test slow clean
 

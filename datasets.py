@@ -27,7 +27,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import InputError, Parser, draw_grid, folder_name, number, picture_to_tensor, save_picture, say, stage, whole
+from utils import (
+    InputError,
+    Parser,
+    draw_grid,
+    folder_name,
+    number,
+    path_name,
+    picture_to_tensor,
+    save_picture,
+    say,
+    stage,
+    whole,
+)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 BAD_SHARE = 0.05  # of a domain's pictures may be unreadable; above this the run stops
@@ -48,12 +60,19 @@ def natural_key(path: Path) -> list:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """All pictures below a folder, by their suffix, in natural order; hidden files are left out."""
+    """All pictures below a folder, by their suffix, in natural order; hidden files are left out.
+
+    raises: OSError if a folder cannot be read (its pictures would be left out unseen)
+    """
     found = []
-    for parent, folders, names in os.walk(folder):
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     return sorted(found, key=natural_key)
 
 
@@ -99,6 +118,26 @@ def read_picture(path: Path, channels: int = 3) -> Image.Image:
             return picture.convert("RGB" if channels == 3 else "L")
         except Exception as error:
             raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+
+
+def load_pictures(
+    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int
+) -> Iterator[tuple[Path, Tensor]]:
+    """Read pictures as load_picture does, one by one, with their paths; unreadable ones are named and left out.
+
+    folder: what the paths belong to, for the message
+    raises: InputError if too many, or all, cannot be read
+    """
+    bad = BadPictures(folder, len(paths))
+    for path in paths:
+        try:
+            yield path, load_picture(path, size, channels)
+        except UnreadablePicture as error:
+            bad.note(path, error)
+    if len(bad.found) == len(paths):
+        raise InputError(
+            f"{folder}: none of its {len(paths)} pictures can be read; expected pictures such as PNG or JPEG"
+        )
 
 
 def load_picture(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
@@ -167,8 +206,8 @@ class BadPictures:
         if path in self.found:
             return
         self.found.add(path)
-        say(f"skipped, unreadable: {path} ({reason})", file=sys.stderr)
-        if len(self.found) > max(1, BAD_SHARE * self.total):
+        say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
+        if len(self.found) > max(1, BAD_SHARE * self.total) or len(self.found) == self.total > 1:
             raise InputError(
                 f"{self.folder}: {len(self.found)} or more of {self.total} pictures are unreadable, "
                 f"more than {BAD_SHARE:.0%}; list them with: python datasets.py check {self.folder.parent.name}"
@@ -233,7 +272,7 @@ class UnpairedDataset(Dataset):
                 return read_picture(path, self.channels)
             except UnreadablePicture as error:
                 bad.append((domain, path, str(error)))
-        raise InputError(f"{paths[0].parent}: none of its {len(paths)} pictures can be read any more")
+        return Image.new("RGB" if self.channels == 3 else "L", (1, 1))  # never learnt from: `bad` ends the run
 
     def _vary(self, picture: Image.Image, rng: random.Random) -> Tensor:
         (height, width), (load_height, load_width) = self.size, self.load_size
@@ -281,9 +320,10 @@ def collate(items: list[dict]) -> dict:
     return batch | {"bad": [bad for item in items for bad in item["bad"]]}
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which saves first and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which saves first and then ends its workers."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -294,7 +334,7 @@ def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: in
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
     )
@@ -401,7 +441,11 @@ def draw_dataset(data_root: Path, size: int = 64) -> Path:
 
 def split_dataset(args: Namespace) -> None:
     """Make the layout of a data set from two plain folders, by copying."""
-    pictures = {}
+    pictures, one, other = {}, args.A.resolve(), args.B.resolve()
+    if one == other:
+        raise InputError(f"--A and --B are the same folder ({args.A}); expected one per domain")
+    if one in other.parents or other in one.parents:
+        raise InputError(f"--A {args.A} and --B {args.B}: one lies inside the other; expected two folders apart")
     for domain, source in (("A", args.A), ("B", args.B)):
         if not source.is_dir():
             raise InputError(f"--{domain} {source}: no such folder; expected a folder with pictures")
@@ -417,8 +461,6 @@ def split_dataset(args: Namespace) -> None:
                 f"--{domain} {source}: {len(paths)} readable picture, expected at least 2: one to train, one to test"
             )
         pictures[domain] = source, paths
-    if args.A.resolve() == args.B.resolve():
-        raise InputError(f"--A and --B are the same folder ({args.A}); expected one per domain")
     folder, unfinished = new_dataset(args.data_root, args.dataset_name)
     try:
         for domain, (source, paths) in pictures.items():
@@ -497,10 +539,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="draw, split, check")
     draw = commands.add_parser("draw", help="draw the demo set")
     draw.add_argument("dataset_name", choices=[DEMO])
-    draw.add_argument("--size", type=whole(16), default=64, help="side of the pictures, px (default: 64)")
+    draw.add_argument("--size", type=whole(16, 4096), default=64, help="side of the pictures, px (default: 64)")
     split = commands.add_parser("split", help="make a data set from two folders of pictures")
-    split.add_argument("--A", type=Path, required=True, metavar="DIR", help="pictures of domain A")
-    split.add_argument("--B", type=Path, required=True, metavar="DIR", help="pictures of domain B")
+    split.add_argument("--A", type=path_name, required=True, metavar="DIR", help="pictures of domain A")
+    split.add_argument("--B", type=path_name, required=True, metavar="DIR", help="pictures of domain B")
     split.add_argument("--dataset_name", type=folder_name, required=True, help="name of the new data set")
     split.add_argument(
         "--test_fraction", type=number(0, 0.9), default=0.1, help="share kept for testing (default: 0.1)"

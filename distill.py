@@ -56,9 +56,10 @@ class Teacher:
     """Frozen generators by name, where they come from, and what was learnt beside them."""
 
     nets: dict[str, nn.Module]  # G_AB, G_BA, D_A, D_B; of a single file, one generator
-    flags: dict  # of its training; {} for a single file
+    flags: object  # of its training, not checked yet; a single file has none
     path: Path
-    size: list[int] | None  # height and width of its training pictures, px
+    single: bool  # one generator alone
+    size: list[int] | None = None  # height and width that a single file records, px
 
     def fingerprint(self) -> dict:
         """What a resumed distillation compares: it must go on with the very same teacher."""
@@ -84,13 +85,12 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
         raise utils.InputError(f"--teacher {name}: no such run or file; {hint}")
     if utils.is_state(path):
         state = utils.load_state(path)
-        nets, flags = weights.networks_of(state, path), state.get("args")
-        teacher = Teacher(nets, flags if isinstance(flags, dict) else {"": None}, path, None)
+        teacher = Teacher(weights.networks_of(state, path), state.get("args"), path, single=False)
     else:
         net, recipe = weights.load_generator(path)
         known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or students[:1]
         utils.say(f"{path}: a single generator, so the other one and the discriminators start new")
-        teacher = Teacher({known[0]: net}, {}, path, recipe["size"])
+        teacher = Teacher({known[0]: net}, None, path, single=True, size=recipe["size"])
     missing = [DIRECTIONS[key] for key in students if key not in teacher.nets]
     if missing:
         present = ", ".join(DIRECTIONS[key] for key in teacher.nets if key in DIRECTIONS)
@@ -207,13 +207,9 @@ def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.devic
 def held_out_pictures(args: argparse.Namespace, domain: str, channels: int, size: Sequence[int]) -> dict[Path, Tensor]:
     """Read the test (else val, else train) pictures of a domain by their name: (1, C, H, W) in [-1, 1]."""
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    split = f"{datasets.held_out_split(dataset)}{domain}"
-    paths = datasets.split_pictures(dataset, split)
-    paths = datasets.BadPictures(dataset / split, len(paths)).readable(paths)
-    return {
-        p.relative_to(dataset / split).with_suffix(""): datasets.load_picture(p, tuple(size), channels)[None]
-        for p in paths
-    }
+    folder = dataset / f"{datasets.held_out_split(dataset)}{domain}"
+    pictures = datasets.load_pictures(folder, datasets.split_pictures(dataset, folder.name), tuple(size), channels)
+    return {path.relative_to(folder).with_suffix(""): picture[None] for path, picture in pictures}
 
 
 @torch.no_grad()
@@ -278,6 +274,11 @@ def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> 
         for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
             row = read_row(run_name, name)
             rows |= {label: row} if row and (label == "student" or run_name != args.run_name) else {}
+        channels = {row.nets[name].config.channels for row in rows.values()}
+        if len(channels) > 1:
+            raise utils.InputError(
+                f"--report: {args.run_name} and its teacher differ in channels; it is no student of {args.teacher}"
+            )
         if "student" not in rows:
             raise utils.InputError(
                 f"--report: no student in saved_models/{args.run_name}; distil one first, without --report"
@@ -340,8 +341,8 @@ def make_parser() -> utils.Parser:
         help="run, checkpoint or generator file (default: the run named --dataset_name)",
     )
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
-    add("--student_residual", type=utils.whole(0), default=3, help="residual blocks of the student")
-    add("--student_ngf", type=utils.whole(1), default=None, help="width of the student (default: its teacher's)")
+    add("--student_residual", type=utils.whole(0, 1000), default=3, help="residual blocks of the student")
+    add("--student_ngf", type=utils.whole(1, 4096), default=None, help="width of the student (default: its teacher's)")
     add(
         "--hidden_layers",
         type=block_list,
@@ -382,8 +383,8 @@ def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
     parser, values = utils.Parser(), vars(args).copy()
     add_inherited_flags(parser)
-    old = vars(utils.recall_flags(parser, teacher.flags, teacher.path) if teacher.flags else parser.parse_args([]))
-    if teacher.size and not teacher.flags:
+    old = vars(parser.parse_args([]) if teacher.single else utils.recall_flags(parser, teacher.flags, teacher.path))
+    if teacher.size:
         old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number, not of the teacher's
@@ -444,7 +445,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
     elif not args.report:
         refuse_second_run(args)
-    teacher = load_teacher(args.teacher, wanted(args))
+    if args.run_name == args.teacher:
+        raise utils.InputError(f"--run_name {args.run_name}: that is the teacher; a student needs a name of its own")
+    teacher = load_teacher(str(args.teacher), wanted(args))
     if not state:
         args = inherit(args, teacher)
     elif state.get("teacher") != teacher.fingerprint():

@@ -8,6 +8,7 @@ python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo
 import argparse
 import html
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,21 +79,12 @@ class Result:
 def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
     """Build the networks of a whole-state file; returns them by name, and a recipe."""
     path = utils.find_checkpoint(folder, epoch, "--epoch")
-    state = utils.load_state(path)
-    try:
-        args = state["args"]
-        recipe = {
-            "size": [args["img_height"], args["img_width"]],
-            "args": args,
-            "epoch": state["epoch"],
-            "step": state["step"],
-        }
-        recipe |= {"dataset_name": args["dataset_name"]}
-    except (KeyError, TypeError) as error:
-        raise utils.InputError(
-            f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
-        ) from error
-    return weights.networks_of(state, path), recipe
+    state, parser = utils.load_state(path), utils.Parser()
+    for add_flags in (utils.add_data_flags, utils.add_loss_flags):
+        add_flags(parser)
+    flags = utils.recall_flags(parser, state.get("args"), path)  # checked as if they had been typed
+    recipe = {"size": [flags.img_height, flags.img_width], "flags": flags, "dataset_name": flags.dataset_name}
+    return weights.networks_of(state, path), recipe | {name: state.get(name) for name in ("epoch", "step")}
 
 
 def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:
@@ -118,9 +110,13 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
     if args.epoch != "latest" or "losses" in args.metrics or not any(path.is_file() for path in files):
         return load_run_state(folder, args.epoch)
     nets, recipe = {}, {}
-    for path in files:
+    for path, direction in zip(files, DIRECTIONS, strict=True):
         if path.is_file():
             nets[path.stem], recipe = weights.load_generator(path)
+            if recipe["direction"] != direction:
+                raise utils.InputError(
+                    f"{path}: its recipe says {recipe['direction']}, its name {direction}; put it right"
+                )
     return nets, recipe
 
 
@@ -198,6 +194,12 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
 def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence[Path]) -> list[Result]:
     """Translate pictures and write what comes out, each under its input's name."""
     results, bad, names = [], datasets.BadPictures(root, len(paths)), output_names(root, paths)
+    folders = [tester.output / f"{kind}_{domain}" for kind in ("real", "fake", "rec") for domain in "AB"]
+    clash = {(folder / name).resolve() for folder in folders for name in names.values()} & {p.resolve() for p in paths}
+    if clash:
+        raise utils.InputError(
+            f"--output {tester.output}: would overwrite the input {min(clash)}; choose another folder"
+        )
     for path in tqdm(paths, desc=direction, unit="picture", mininterval=0.5):
         try:
             pictures = translate_picture(tester, direction, path)
@@ -266,9 +268,9 @@ def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:
 def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     """Read a test folder as the networks were trained: (1, C, H, W) each, at the recipe's size."""
     dataset = datasets.find_dataset(tester.args.data_root, tester.dataset_name)
-    paths = datasets.split_pictures(dataset, f"test{domain}")
-    paths = datasets.BadPictures(dataset / f"test{domain}", len(paths)).readable(paths)[: tester.args.num_test]
-    return [datasets.load_picture(path, tester.size, tester.channels)[None] for path in paths]
+    paths = datasets.split_pictures(dataset, f"test{domain}", tester.args.num_test)
+    pictures = datasets.load_pictures(dataset / f"test{domain}", paths, tester.size, tester.channels)
+    return [picture[None] for _, picture in pictures]
 
 
 def mean_losses(tester: Tester) -> dict[str, float]:
@@ -276,7 +278,7 @@ def mean_losses(tester: Tester) -> dict[str, float]:
 
     Weights and form of the losses are the run's; no older pictures; the shorter domain starts again.
     """
-    flags, sums = tester.recipe["args"], {}
+    flags, sums = vars(tester.recipe["flags"]), {}
     flags = {name: flags[name] for name in ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")}
     G_AB, G_BA, D_A, D_B = (tester.nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
     all_A, all_B = test_tensors(tester, "A"), test_tensors(tester, "B")
@@ -316,13 +318,23 @@ def as_bytes(path: Path, channels: int) -> Tensor:
     return utils.range_to_bytes(datasets.load_picture(path, None, channels))
 
 
+def readable(path: Path) -> bool:
+    """Whether a picture is whole; if not, it is named."""
+    try:
+        datasets.read_picture(path)
+    except datasets.UnreadablePicture as error:
+        utils.say(f"skipped, unreadable: {path} ({error})", file=sys.stderr)
+        return False
+    return True
+
+
 def measure_paired(tester: Tester, source: str, target: str, results: Sequence[Result]) -> dict[str, dict]:
     """Compare the written pictures with those of the same name in the other domain's test folder."""
     dataset, channels = datasets.find_dataset(tester.args.data_root, tester.dataset_name), tester.channels
     folder, inputs = dataset / f"test{target}", dataset / f"test{source}"
     truths = {path.relative_to(folder).with_suffix(""): path for path in datasets.split_pictures(dataset, folder.name)}
     pairs = [(result, truths.get(result.input.relative_to(inputs).with_suffix(""))) for result in results]
-    pairs = [(result, truth) for result, truth in pairs if truth]
+    pairs = [(result, truth) for result, truth in pairs if truth and readable(truth)]
     if not pairs:
         raise utils.InputError(
             f"--metrics paired: no picture in {folder} has the name of one in {inputs}; leave it out for unpaired sets"
@@ -330,18 +342,15 @@ def measure_paired(tester: Tester, source: str, target: str, results: Sequence[R
     if len(pairs) < len(results):
         utils.say(f"{folder}: {len(pairs)} of {len(results)} pictures have their truth there; only these are scored")
     truths = [as_bytes(truth, channels) for _, truth in pairs]
-    train, total = datasets.split_pictures(dataset, f"train{target}"), 0.0
-    train = datasets.BadPictures(dataset / f"train{target}", len(train)).readable(train)
-    for path in train:
-        total = (
-            total
-            + utils.range_to_bytes(datasets.load_picture(path, tester.size or truths[0].shape[-2:], channels)).double()
-        )
+    size, parts = tester.size or truths[0].shape[-2:], datasets.split_pictures(dataset, f"train{target}")
+    count, total = 0, 0.0
+    for _, picture in datasets.load_pictures(dataset / f"train{target}", parts, size, channels):
+        count, total = count + 1, total + utils.range_to_bytes(picture).double()
     return metrics.paired_table(
         [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
         [as_bytes(result.input, channels) for result, _ in pairs],
         truths,
-        total / len(train),
+        total / count,
     )
 
 
@@ -392,7 +401,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="run in saved_models (default: --dataset_name, else horse2zebra)",
     )
     add("--epoch", type=utils.epoch_name, default="latest", help="latest, or the number of a checkpoint")
-    add("--weights", type=Path, default=None, metavar="FILE", help="a generator file, in place of a run")
+    add("--weights", type=utils.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add(
         "--input",
         type=Path,
@@ -439,13 +448,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle(args: argparse.Namespace, present: Sequence[str]) -> list[str]:
+def settle(args: argparse.Namespace, nets: dict[str, nn.Module]) -> list[str]:
     """Return the directions to translate; refuse what these weights cannot do."""
+    present = [d for d, (source, target) in DIRECTIONS.items() if f"G_{source}{target}" in nets]
+    if not present:
+        raise utils.InputError(f"the run {args.run_name} holds no generator; train it first")
     wanted = list(present) if args.direction == "both" else [args.direction]
     if not set(wanted) <= set(present):
         raise utils.InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
     for name in ("losses", "cycle"):
-        if name in args.metrics and len(present) < 2:
+        complete = len(present) == 2 and (name == "cycle" or {"D_A", "D_B"} <= set(nets))
+        if name in args.metrics and not complete:
             raise utils.InputError(
                 f"--metrics {name}: needs the generators of both directions; these weights translate {present[0]} only"
             )
@@ -482,7 +495,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Translate, show, score; returns the scores."""
     args = parse_args(argv)
     tester = make_tester(args)
-    directions = settle(args, [d for d, (source, target) in DIRECTIONS.items() if f"G_{source}{target}" in tester.nets])
+    directions = settle(args, tester.nets)
     results, scores = {}, {}
     for direction, (root, paths) in find_inputs(tester, directions).items():
         results[direction] = translate_folder(tester, direction, root, paths)
@@ -493,7 +506,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for line in table:
         utils.say(line)
     about = {name: tester.recipe.get(name) for name in ("epoch", "step")}
-    title = f"{tester.output.parent.name}: epoch {about['epoch']}, step {about['step']}"
+    title = f"{utils.one_line(tester.output.parent.name)}: epoch {about['epoch']}, step {about['step']}"
     write_gallery(tester, title, results, table)
     write_grid(tester, results)
     if args.metrics:

@@ -35,7 +35,7 @@ NETWORK_FLAGS = (
     *("channels", "generator", "discriminator", "ngf", "ndf", "num_residual", "n_downsampling", "n_layers_D"),
     *("max_mult_D", "upsample", "norm", "norm_output", "pool_D"),
 )
-FIXED_FLAGS = (*NETWORK_FLAGS, "freeze")  # a resumed run keeps them
+FIXED_FLAGS = (*NETWORK_FLAGS, "init", "freeze")  # a resumed run keeps them
 NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
 DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
 PARTS = ("stem", "down", "blocks", "up", "head", "D")  # what --freeze can name
@@ -197,17 +197,10 @@ def load_samples(args: argparse.Namespace, dataset: Path) -> tuple[Tensor, Tenso
     if split == "train":
         utils.say(f"{dataset}: no testA and testB with pictures, so the grids show training pictures")
     for domain in "AB":
-        paths, pictures = datasets.list_pictures(dataset / f"{split}{domain}"), []
-        for path in paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]:
-            try:
-                pictures.append(datasets.load_picture(path, size, args.channels))
-            except datasets.UnreadablePicture as error:
-                utils.say(f"skipped, unreadable: {path} ({error})")
-        if not pictures:
-            raise utils.InputError(
-                f"{dataset / split}{domain}: none of the pictures tried can be read; mend or remove the folder"
-            )
-        samples.append(torch.stack(pictures))
+        paths = datasets.list_pictures(dataset / f"{split}{domain}")
+        chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
+        pictures = datasets.load_pictures(dataset / f"{split}{domain}", chosen, size, args.channels)
+        samples.append(torch.stack([picture for _, picture in pictures]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 
@@ -224,7 +217,10 @@ def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
             ) from None
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
-        photos[path.name if path.stem in photos else path.stem] = utils.picture_to_tensor(photo)[None]
+        name = path.stem if path.stem.strip(".") else "photo"
+        while name in photos:
+            name += "_"
+        photos[name] = utils.picture_to_tensor(photo)[None]
     return photos
 
 
@@ -242,8 +238,12 @@ def draw_pictures(run: Run, draw_rows: Callable) -> None:
 
 
 def save_run(run: Run) -> None:
-    """Write latest.pt, the two generator files and, where due, epoch_NNNN.pt."""
+    """Write latest.pt, the two generator files and, where due, epoch_NNNN.pt.
+
+    raises: RunError, before anything is written, if a loss or a weight is not finite
+    """
     args = run.args
+    stop_if_not_finite(run, run.meter.means())
     state = {
         "stage": run.stage,
         "epoch": run.epoch,
@@ -265,7 +265,7 @@ def save_run(run: Run) -> None:
     utils.save_state(run.folder / "latest.pt", state)
     if run.place == 0 and run.epoch % args.checkpoint_interval == 0:
         utils.link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
-        kept = sorted(run.folder.glob("epoch_*.pt"))
+        kept = [path for epoch, path in utils.numbered_checkpoints(run.folder).items() if epoch <= run.epoch]
         for old in kept[: -args.keep_checkpoints] if args.keep_checkpoints else []:
             old.unlink()
     recipe = {
@@ -281,23 +281,46 @@ def save_run(run: Run) -> None:
 
 
 def load_run(run: Run, state: dict, path: Path) -> None:
-    """Put a whole state back, so that the next step is the one that would have followed."""
+    """Put a whole state back, so that the next step is the one that would have followed.
+
+    raises: InputError if anything in it is not what save_run writes
+    """
     try:
         for name, net in run.nets.items():
             weights.load_tensors(net, state["nets"][name], f"{path}, {name}")
         if run.teacher:
             weights.load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
         for name, optim in run.optims.items():
-            optim.load_state_dict(state["optims"][name])
+            load_optim(optim, state["optims"][name])
+        size = (run.args.channels, run.args.img_height, run.args.img_width)
         for domain, buffer in run.buffers.items():
             buffer.load_state_dict(state["buffers"][domain], run.device)
+            if any(image.shape != size for image in buffer.images):
+                buffer.images = []
+                utils.say(f"buffer of {domain} starts empty: its pictures have another size")
         run.epoch, run.step, run.place = state["epoch"], state["step"], state["loader"]["place"]
         run.meter.load_state_dict(state["loader"]["meter"], run.device)
+        counts = run.epoch, run.step, run.place, run.meter.count
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"epoch, step, place, count are {counts}")
+        run.meter.means()
         utils.set_rng_state(state["rng"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise utils.InputError(
-            f"{path}: no whole training state ({type(error).__name__}: {error}); use another checkpoint"
-        ) from error
+    except utils.InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise utils.InputError(f"{path}: no whole training state ({reason}); use another checkpoint") from error
+
+
+def load_optim(optim: torch.optim.Optimizer, saved: dict) -> None:
+    """Put back Adam's moments, checked: its fused kernels would run past a tensor that is too short."""
+    own = optim.state_dict()
+    optim.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})  # numbers come from the flags
+    for weight, state in optim.state.items():
+        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        if not all(m.shape == weight.shape and m.dtype == weight.dtype and torch.isfinite(m).all() for m in moments):
+            raise ValueError("a moment of Adam does not fit its weight")
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
 
 
 def resume_args(
@@ -319,11 +342,17 @@ def resume_args(
 
 
 def leftovers(args: argparse.Namespace) -> list[Path]:
-    """List what an earlier run left under this name."""
+    """List what an earlier run left under this name; names that no run writes are not ours."""
     folder, pictures = Path("saved_models") / args.run_name, Path("generated_images") / args.run_name
-    patterns = {folder: ("*.pt", "*.safetensors", "run.json", "losses.csv")}
-    patterns |= {pictures: ("epoch_*.png", "losses.png", "watch", "test")}
-    return [path for parent, names in patterns.items() for name in names for path in sorted(parent.glob(name))]
+    files = [folder / name for name in ("latest.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json", "losses.csv")]
+    files += [
+        *utils.numbered_checkpoints(folder).values(),
+        pictures / "losses.png",
+        pictures / "watch",
+        pictures / "test",
+    ]
+    files += [path for path in sorted(pictures.glob("epoch_*.png")) if path.stem[6:].isdecimal()]
+    return [path for path in files if path.exists()]
 
 
 def refuse_second_run(args: argparse.Namespace) -> None:
@@ -392,8 +421,11 @@ def set_rates(run: Run, factor: float) -> None:
 
 
 def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
-    """End the run when a loss is not a number any more; the last save stays."""
+    """End the run when a loss or a weight is not a number any more; the last save stays."""
     wrong = [name for name, value in means.items() if not math.isfinite(value)]
+    for name, net in run.nets.items():
+        if not all(torch.isfinite(p).all() for p in net.parameters()):
+            wrong.append(f"a weight of {name}")
     if wrong:
         last = run.folder / "latest.pt"
         left = f"the last good state is {last}" if last.exists() else "nothing was saved yet"
@@ -578,8 +610,8 @@ def add_network_flags(parser: utils.Parser) -> None:
     """Shapes of the networks; they travel in every checkpoint, so that no later stage asks again."""
     add = utils.flag_group(parser, "network")
     add("--generator", choices=models.GENERATORS, default="resnet", help="kind of generator")
-    add("--num_residual", type=utils.whole(0), default=9, help="residual blocks of the generator")
-    add("--ngf", type=utils.whole(1), default=64, help="width of the generator's first layer")
+    add("--num_residual", type=utils.whole(0, 1000), default=9, help="residual blocks of the generator")
+    add("--ngf", type=utils.whole(1, 4096), default=64, help="width of the generator's first layer")
     add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in the generator")
     add(
         "--upsample",
@@ -588,14 +620,16 @@ def add_network_flags(parser: utils.Parser) -> None:
         help="transposed convolution, or nearest neighbour and convolution",
     )
     add("--discriminator", choices=models.DISCRIMINATORS, default="patch", help="judge patches or single pixels")
-    add("--ndf", type=utils.whole(1), default=64, help="width of the discriminator's first layer")
+    add("--ndf", type=utils.whole(1, 4096), default=64, help="width of the discriminator's first layer")
     add(
         "--n_layers_D",
-        type=utils.whole(1),
+        type=utils.whole(1, 16),
         default=3,
         help="strided layers of the patch discriminator: 1 to 5 see 16 34 70 142 286 px",
     )
-    add("--max_mult_D", type=utils.whole(1), default=8, help="the discriminator grows to at most this times --ndf")
+    add(
+        "--max_mult_D", type=utils.whole(1, 4096), default=8, help="the discriminator grows to at most this times --ndf"
+    )
     add("--pool_D", action="store_true", help="average the discriminator's answers to one per picture")
     add("--norm", choices=models.NORMS, default="instance", help="norm in all networks")
     add("--norm_output", action="store_true", help="norm before the generator's tanh: stalls learning, kept to show it")
@@ -669,16 +703,21 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
     if state:
         load_run(run, state, checkpoint)
         utils.say(f"going on after epoch {run.epoch}, step {run.step} of {checkpoint}")
+        if run.place >= feed.order.steps:
+            utils.say(f"epochs have {feed.order.steps} steps now, and {run.place} of this one are done: it is finished")
+            run.epoch, run.place = run.epoch + 1, 0
         if run.epoch >= args.num_epochs:
             utils.say(
                 f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs to go on"
             )
             return
-    else:
-        for path in leftovers(args):  # only now, when nothing above can fail any more
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in (run.folder, run.pictures):
         folder.mkdir(parents=True, exist_ok=True)
+    for path in [] if state else leftovers(args):  # only now, when the new run can be written
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "latest.pt":  # stays until the first save takes its place
+            path.unlink()
     describe(run, feed)
     training_loop(run, feed, task)
     grid = run.pictures / f"epoch_{run.epoch:04d}.png"

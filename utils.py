@@ -5,11 +5,13 @@ Nothing here runs when it is imported.
 
 import argparse
 import csv
+import errno
 import functools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -65,11 +67,22 @@ def stage(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> object:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console that cannot write → must not end a training
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except (InputError, RunError) as error:
-            say(f"error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            code, words = error.exit_code, str(error)
+        except OSError as error:
+            code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+            words = f"{error.filename or 'output'}: {error.strerror or error}; check the path, its rights and the space left"
+        except (MemoryError, torch.OutOfMemoryError):
+            code, words = 1, "out of memory; lower --batch_size, or --img_height and --img_width"
+        except KeyboardInterrupt:
+            code, words = 130, "interrupted"
+        say(f"error: {words}", file=sys.stderr)
+        raise SystemExit(code) from None
 
     return run
 
@@ -126,7 +139,8 @@ def recall_flags(
             off = f"--no-{option[2:]}" if isinstance(action, argparse.BooleanOptionalAction) else None
             argv += [option] if value else [off] * bool(off)
         elif isinstance(value, list | tuple):
-            words = list(map(str, value)) if action.nargs else [",".join(map(str, value))]
+            words = [f"./{v}" if str(v).startswith("-") else str(v) for v in value]
+            words = words if action.nargs else [",".join(words)]
             argv += [option, *words] if value else []
         elif value is not None:
             argv.append(f"{option}={value}")
@@ -147,16 +161,17 @@ def plain_flags(args: argparse.Namespace) -> dict:
     return {name: plain(value) for name, value in vars(args).items() if name != "given"}
 
 
-def whole(lowest: int) -> Callable[[str], int]:
-    """Flag type: a whole number of at least `lowest`."""
+def whole(lowest: int, highest: int = 10**7) -> Callable[[str], int]:
+    """Flag type: a whole number from `lowest` to `highest`."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = lowest - 1
-        if not lowest <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"given {text!r}, expected a whole number of at least {lowest}")
+        if not lowest <= value <= highest:
+            limit = f"of at least {lowest}" + (f" and at most {highest}" if value > highest else "")
+            raise argparse.ArgumentTypeError(f"given {text!r}, expected a whole number {limit}")
         return value
 
     return convert
@@ -186,6 +201,13 @@ def folder_name(text: str) -> str:
     return text
 
 
+def path_name(text: str) -> Path:
+    """Flag type: a path that is not empty (an empty one would mean the current folder)."""
+    if not text:
+        raise argparse.ArgumentTypeError("given '', expected a path")
+    return Path(text)
+
+
 def epoch_name(text: str) -> str:
     """Flag type: a count of finished epochs, or the word latest."""
     return text if text == "latest" else str(whole(0)(text))
@@ -196,9 +218,9 @@ def add_data_flags(parser: Parser) -> None:
     add = flag_group(parser, "data")
     add("--dataset_name", type=folder_name, default="horse2zebra", help="folder in --data_root with trainA and trainB")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--batch_size", type=whole(1), default=10, help="pictures of each domain in a step")
-    add("--img_height", type=whole(4), default=256, help="height of the training pictures, px")
-    add("--img_width", type=whole(4), default=256, help="width of the training pictures, px")
+    add("--batch_size", type=whole(1, 65536), default=10, help="pictures of each domain in a step")
+    add("--img_height", type=whole(4, 16384), default=256, help="height of the training pictures, px")
+    add("--img_width", type=whole(4, 16384), default=256, help="width of the training pictures, px")
     add("--channels", type=int, choices=(3, 1), default=3, help="3 colour, 1 grey")
     add("--load_scale", type=number(1, 8), default=1.12, help="resize to this times the size, then crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
@@ -275,7 +297,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--checkpoint_interval", type=whole(1), default=10, help="epochs between two checkpoints that are kept")
     add("--keep_checkpoints", type=whole(0), default=0, help="keep only the newest so many epoch_NNNN.pt; 0: all")
     add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
-    add("--seed", type=whole(0), default=0, help="seed of all random choices")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random choices")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit (a CPU does without)")
 
 
@@ -290,7 +312,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise InputError(f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}") from None
     if device.type == "meta":
@@ -469,9 +491,11 @@ class FakeImageBuffer:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: a name may be as long as the file system allows
     try:
         yield temporary
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -498,7 +522,7 @@ def write_json(path: Path, value: object) -> None:
 
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name without a second copy, where the file system can; `target` is replaced whole."""
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    temporary = target.with_name(f".{os.getpid()}.tmp")
     try:
         os.link(source, temporary)
     except OSError:
@@ -509,7 +533,10 @@ def link_file(source: Path, target: Path) -> None:
 def save_state(path: Path, state: dict) -> None:
     """Write a whole-state file."""
     with atomic_write(path) as temporary:
-        torch.save({"format": STATE_FORMAT, **state}, temporary)
+        try:
+            torch.save({"format": STATE_FORMAT, **state}, temporary)
+        except RuntimeError as error:  # torch's writer does not raise OSError
+            raise RunError(f"{path}: could not be written; is the disk full? The file before it stays") from error
 
 
 def read_archive(path: Path) -> object:
@@ -548,22 +575,28 @@ def load_state(path: Path, stage: str | None = None) -> dict:
     state = read_archive(path)
     if not isinstance(state, dict) or "format" not in state or "nets" not in state:
         raise InputError(f"{path}: holds no training state; expected a file that train.py or distill.py wrote")
-    if state["format"] != STATE_FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != STATE_FORMAT:
         raise InputError(f"{path}: format {state['format']}, expected {STATE_FORMAT}; written by another version")
     if stage and state.get("stage") != stage:
         raise InputError(f"{path}: a state of {state.get('stage')}.py, expected one of {stage}.py")
     return state
 
 
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """The epoch_NNNN.pt files of a run by their epoch, in its order; other names are not ours."""
+    found = {
+        int(p.stem[6:]): p for p in folder.glob("epoch_*.pt") if re.fullmatch(r"[0-9]{4,}", p.stem[6:]) and p.is_file()
+    }
+    return dict(sorted(found.items()))
+
+
 def find_checkpoint(folder: Path, epoch: str, flag: str) -> Path:
     """Return the whole-state file of an epoch ("latest" or a number), or list those that exist."""
     path = folder / ("latest.pt" if epoch == "latest" else f"epoch_{int(epoch):04d}.pt")
     if not path.is_file():
-        found = sorted(int(p.stem[6:]) for p in folder.glob("epoch_*.pt") if p.stem[6:].isdecimal())
-        found += ["latest"] if (folder / "latest.pt").is_file() else []
-        raise InputError(
-            f"{flag} {epoch}: no {path}; expected one of: {', '.join(map(str, found)) or 'none, nothing was saved yet'}"
-        )
+        found = [*numbered_checkpoints(folder), *(["latest"] if (folder / "latest.pt").is_file() else [])]
+        listed = ", ".join(map(str, found)) or "none, nothing was saved yet"
+        raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
     return path
 
 
@@ -572,7 +605,11 @@ class LossLog:
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int):
         self.path, self.columns = path, list(columns)
-        kept = [row for row in read_losses(path) if row["step"] <= last_step] if last_step and path.exists() else []
+        kept = (
+            [row for row in read_losses(path) if row.get("step", math.inf) <= last_step]
+            if last_step and path.exists()
+            else []
+        )
         write_text(path, "".join(f"{line}\n" for line in [",".join(columns), *map(self._line, kept)]))
 
     def _line(self, row: dict) -> str:
@@ -587,7 +624,7 @@ class LossLog:
 def read_losses(path: Path) -> list[dict]:
     """Read losses.csv: epoch and step whole, the rest as numbers. A torn last line is left out."""
     rows = []
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
             try:
                 rows.append({k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()})
@@ -598,6 +635,8 @@ def read_losses(path: Path) -> list[dict]:
 
 def plot_losses(rows: Sequence[dict], path: Path) -> None:
     """Draw a panel per loss and one with all its terms over steps: raw values pale, their running mean strong."""
+    if not rows:
+        return
     terms = [name for name in rows[0] if name not in ("epoch", "step", "lr") and not name.startswith("loss_")]
     panels = [[name] for name in rows[0] if name.startswith("loss_")] + [terms]
     figure = Figure(figsize=(12, 7), layout="constrained")

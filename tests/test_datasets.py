@@ -1,4 +1,5 @@
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -195,7 +196,8 @@ def test_bad_pictures_are_named_once_and_stop_above_five_percent(tmp_path, capsy
     bad = BadPictures(tmp_path / "trainA", 60)
     for i in (0, 0, 1, 2):
         bad.note(tmp_path / f"{i}\n.png", "torn")
-    assert capsys.readouterr().err.count("skipped, unreadable") == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"skipped, unreadable ({i} of 60)" for i in (1, 2, 3)]
     with pytest.raises(InputError, match="4 or more of 60 pictures are unreadable, more than 5%"):
         bad.note(tmp_path / "3.png", "torn")
     lenient = BadPictures(tmp_path, 3)
@@ -239,10 +241,9 @@ def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
     assert "exists already" in refused(datasets.main, "draw", "day2night")
 
 
-def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "draw_scene", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        datasets.main(["draw", "day2night"])
+def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(datasets, "draw_scene", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    assert "disk full" in refused(datasets.main, "draw", "day2night", code=1)
     assert list((tmp_path / "datasets").iterdir()) == []
 
 
@@ -277,6 +278,7 @@ def test_split_refuses_in_one_line(tmp_path, refused):
     replaced = [str(tmp_path / "empty") if word.endswith("faces") else word for word in argv]
     assert "no picture inside" in refused(datasets.main, *replaced)
     assert "no such folder" in refused(datasets.main, *[w.replace("faces", "face") for w in argv])
+    assert "one lies inside the other" in refused(datasets.main, *[w.replace("drawings", "faces/more") for w in argv])
     assert "the same folder" in refused(datasets.main, *[w.replace("drawings", "faces") for w in argv])
     assert "one folder name" in refused(datasets.main, *argv[:-1], "../../elsewhere")
     assert "at most 0.9" in refused(datasets.main, *argv, "--test_fraction", "1.5")
@@ -313,3 +315,30 @@ def test_check_refuses_what_cannot_be_trained_on(tiny, refused):
 
 def test_a_sub_command_is_required(refused):
     assert "required" in refused(datasets.main)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_folders_named_like_pictures_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    noise_picture(0).save(tmp_path / "real.png")
+    assert list_pictures(tmp_path) == [tmp_path / "real.png"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_domain_that_became_unreadable_is_reported_through_the_workers(tiny, workers):
+    paths = list_pictures(tiny / "trainA")
+    loader = make_loader(dataset_of(tiny), EpochSampler((5, 4), 2), workers, pin_memory=False)
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:300])
+    bad = BadPictures(tiny / "trainA", len(paths))
+
+    def read_all():
+        for batch in loader:
+            for _, path, reason in batch["bad"]:
+                bad.note(path, reason)
+
+    with pytest.raises(InputError, match="of 5 pictures are unreadable"):
+        read_all()

@@ -269,3 +269,48 @@ def test_a_state_of_another_shape_is_refused(run, refused):
     del state["config"]
     save_state(path, state)
     assert "no whole training state" in refused(test_stage.main, "--run_name", "tiny", "--metrics", "losses")
+
+
+def test_inputs_are_never_overwritten(run, refused):
+    Path("pics/real_A").mkdir(parents=True)
+    noise_picture(1).save("pics/real_A/x.png")
+    before = Path("pics/real_A/x.png").read_bytes()
+    argv = ["--run_name", "tiny", "--input", "pics/real_A", "--output", "pics", "--direction", "AtoB"]
+    assert "would overwrite the input" in refused(test_stage.main, *argv)
+    assert Path("pics/real_A/x.png").read_bytes() == before
+    Path("file").write_text("mine")
+    assert "file" in refused(test_stage.main, *argv[:4], "--output", "file")
+    assert Path("file").read_text() == "mine"
+
+
+def test_torn_test_pictures_are_left_out_of_every_measure(run, capsys):
+    make_more = Path("datasets/tiny")
+    for split in ("testA", "testB", "trainB"):
+        whole = (make_more / split / "0.png").read_bytes()
+        (make_more / split / "0.png").write_bytes(whole[:400])
+    scores = run("--metrics", "losses,cycle,identity,paired")
+    assert scores["AtoB"]["paired"]["model"]["PSNR"] > 0
+    assert "skipped, unreadable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s["args"].update(img_height="abc"),
+        lambda s: s["args"].update(img_height=10**9),
+        lambda s: s["args"].update(gan_loss="zzz"),
+        lambda s: s["args"].pop("lambda_gan"),
+        lambda s: (s["nets"].pop("D_A"), s["config"].pop("D_A")),
+        lambda s: (s["nets"].clear(), s["config"].clear()),
+    ],
+)
+def test_a_state_edited_by_hand_is_refused(run, refused, spoil):
+    state = load_state(Path("saved_models/tiny/latest.pt"))
+    spoil(state)
+    save_state(Path("saved_models/tiny/latest.pt"), state)
+    refused(test_stage.main, "--run_name", "tiny", "--metrics", "losses")
+
+
+def test_a_generator_under_the_other_ones_name_is_refused(run, refused):
+    shutil.copy("saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_BA.safetensors")
+    assert "its recipe says AtoB, its name BtoA" in refused(test_stage.main, "--run_name", "tiny")

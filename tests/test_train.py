@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,14 +190,15 @@ def test_three_epochs_equal_one_and_two_resumed_bit_for_bit(tiny, workers):
         assert Path("generated_images/whole", name).read_bytes() == Path("generated_images/parts", name).read_bytes()
 
 
-def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monkeypatch):
+@pytest.mark.parametrize("stop_at", [1, 4])  # before the first row of losses.csv; the first step of epoch 2
+def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monkeypatch, stop_at):
     common = ("--num_epochs", 3, "--buffer_size", 3)
     run("--run_name", "whole", *common)
     plain, steps = train.train_step, []
 
     def interrupted(*args):
         steps.append(1)
-        if len(steps) == 4:  # the first step of epoch 2 of 3
+        if len(steps) == stop_at:
             signal.raise_signal(signal.SIGTERM)
         return plain(*args)
 
@@ -205,7 +207,7 @@ def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monk
         run("--run_name", "parts", *common)
     assert exit_.value.code == 143
     state = state_of("parts")
-    assert (state["epoch"], state["step"], state["loader"]["place"]) == (1, 4, 1)
+    assert (state["epoch"], state["step"], state["loader"]["place"]) == (stop_at // 3, stop_at, 1)
     monkeypatch.undo()
     os.chdir(tiny.parents[1])
     run("--run_name", "parts", "--start_from", "latest")
@@ -444,3 +446,111 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tiny, 
     assert "not finite at step" in error
     assert "latest.pt" in error
     assert load_state(Path("saved_models/tiny/latest.pt"))["step"] >= 3
+
+
+@pytest.fixture
+def stopped(tiny, monkeypatch):
+    """A run that was stopped at the fourth of six steps of its first epoch, its buffers full."""
+    plain, steps = train.train_step, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        with pytest.raises(SystemExit):
+            run("--num_epochs", 2, "--steps_per_epoch", 6, "--buffer_size", 4)
+    return ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu"]
+
+
+def test_an_epoch_that_became_shorter_than_what_is_done_is_finished(stopped, capsys):
+    train.main([*stopped, "--steps_per_epoch", "3"])
+    assert "it is finished" in capsys.readouterr().out
+    assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
+
+
+def test_buffers_start_empty_when_the_pictures_change_their_size(stopped, capsys):
+    train.main([*stopped, "--img_height", "20"])
+    assert "buffer of A starts empty" in capsys.readouterr().out
+    assert state_of("tiny")["buffers"]["A"]["images"][0].shape == (3, 20, 16)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s["optims"]["G"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda s: s["optims"]["G"]["state"][0].update(step="x"),
+        lambda s: s["optims"]["G"]["state"][0].pop("exp_avg_sq"),
+        lambda s: s["optims"]["D"]["state"][0]["exp_avg"].fill_(float("nan")),
+        lambda s: s.update(epoch="3"),
+        lambda s: s.update(epoch=-5),
+        lambda s: s.update(step=None),
+        lambda s: s["loader"].update(place=1.5),
+        lambda s: s["loader"]["meter"].update(count="3"),
+        lambda s: s["loader"]["meter"].update(sums={"loss_G": torch.zeros(3)}),
+        lambda s: s["rng"].update(python=()),
+        lambda s: s["buffers"]["A"].update(rng=[2**70]),
+        lambda s: s["buffers"].update(A=None),
+        lambda s: s["args"].update(img_height=10**9),
+        lambda s: s["args"].update(lr="fast"),
+        lambda s: s["args"].pop("ngf"),
+        lambda s: s.update(args=[1]),
+        lambda s: s["nets"].update(G_AB={"stem": "x"}),
+        lambda s: s.update(format=torch.zeros(2)),
+    ],
+)
+def test_a_checkpoint_edited_by_hand_is_refused_in_one_line(stopped, refused, spoil):
+    path = Path("saved_models/tiny/latest.pt")
+    state = load_state(path)
+    spoil(state)
+    torch.save(state, path)
+    assert "saved_models/tiny/latest.pt" in refused(train.main, *stopped)
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_be_written(tiny, refused):
+    run("--num_epochs", 1)
+    kept = {p.name: p.read_bytes() for p in Path("saved_models/tiny").iterdir()}
+    shutil.rmtree("generated_images/tiny")
+    Path("generated_images/tiny").write_text("a file")
+    assert "generated_images/tiny: File exists" in refused(train.main, "--dataset_name", "tiny", *TINY, "--overwrite")
+    assert {p.name: p.read_bytes() for p in Path("saved_models/tiny").iterdir()} == kept
+
+
+def test_only_the_runs_own_checkpoints_are_counted_and_removed(tiny):
+    run("--num_epochs", 1)
+    Path("saved_models/tiny/epoch_best.pt").write_text("mine")
+    Path("saved_models/tiny/epoch_0009.pt").write_text("of an abandoned future")
+    argv = ["--start_from", "latest", "--num_epochs", "3", "--checkpoint_interval", "1", "--keep_checkpoints", "1"]
+    train.main(["--dataset_name", "tiny", "--device", "cpu", *argv])
+    names = sorted(p.name for p in Path("saved_models/tiny").glob("epoch_*"))
+    assert names == ["epoch_0003.pt", "epoch_0009.pt", "epoch_best.pt"]
+
+
+def test_a_spoilt_state_never_replaces_a_good_one(stopped, refused, monkeypatch):
+    before = Path("saved_models/tiny/latest.pt").read_bytes()
+    plain = train.train_step
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert "a weight of G_AB" in refused(train.main, *stopped, "--lr", "1e39", code=1)
+    assert Path("saved_models/tiny/latest.pt").read_bytes() == before
+
+
+def test_photos_of_one_name_and_of_odd_names_are_all_watched(tiny):
+    for name in ("a/x.png", "b/x.png", "c/x.jpg", "...png", "-x.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        noise_picture(name).save(name, format="PNG")
+    run("--num_epochs", 1, "--watch", "a/x.png", "b/x.png", "c/x.jpg", "...png", "./-x.png")
+    assert sorted(p.name for p in Path("generated_images/tiny/watch").iterdir()) == ["-x", "photo", "x", "x_", "x__"]
+    train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tiny, refused):
+    Path("saved_models").write_text("a file")
+    assert "saved_models" in refused(train.main, "--dataset_name", "tiny", *TINY)

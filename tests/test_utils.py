@@ -282,6 +282,26 @@ def test_an_expected_error_is_one_safe_line_and_its_exit_code(capsys, error, cod
     assert capsys.readouterr().err == "error: a\\nb\\x1b[31m\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (FileExistsError(17, "File exists", "runs"), 2, "runs: File exists"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (MemoryError(), 1, "out of memory; lower --batch_size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_too(capsys, error, code, words):
+    @stage
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == code
+    assert words in capsys.readouterr().err
+
+
 def test_one_line_escapes_what_a_terminal_would_obey():
     assert one_line("é 猫 a\nb\r\udcff") == "é 猫 a\\nb\\r\\udcff"
 
