@@ -103,10 +103,11 @@ def paired_table(
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures under their headings, as lines of text."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    margin = max(map(len, rows))
-    lines = [" " * margin + "".join(f"{name:>12}" for name in columns)]
+    widths, margin = {name: max(12, len(name) + 2) for name in columns}, max(map(len, rows))
+    lines = [" " * margin + "".join(f"{name:>{widths[name]}}" for name in columns)]
     for label, row in rows.items():
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in columns)
         lines.append(
-            label.ljust(margin) + "".join(f"{row[name]:>12.4g}" if name in row else " " * 12 for name in columns)
+            label.ljust(margin) + "".join(f"{cell:>{widths[name]}}" for cell, name in zip(cells, columns, strict=True))
         )
     return lines
