@@ -260,7 +260,12 @@ def add_optim_flags(parser: Parser) -> None:
         help="the rate falls linearly to 0 from here (default: half of --num_epochs)",
     )
     add("--lr", type=number(0, above=True), default=2e-4, help="learning rate of Adam")
-    add("--lr_D", type=number(0, above=True), default=None, help="learning rate of the discriminators (default: --lr)")
+    add(
+        "--lr_D",
+        type=number(0, above=True),
+        default=None,
+        help="learning rate of the discriminators (default: --lr; 4 times that is the TTUR of the 64x64 study)",
+    )
     add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
     add("--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import datasets
+import distill
 import test as test_stage
 import train
 from utils import InputError
@@ -21,6 +22,7 @@ ROOMS = {
     "metrics": {"utils"},
     "weights": {"models", "utils"},
     "train": {"models", "utils", "datasets", "metrics", "weights"},
+    "distill": {"models", "utils", "datasets", "metrics", "weights", "train"},
     "test": {"models", "utils", "datasets", "metrics", "weights"},
 }
 
@@ -57,7 +59,7 @@ def commands():
     demo = re.search(r"^DEMO := (.*)$", makefile, re.MULTILINE)[1]
     texts.append(makefile.replace("$(DEMO)", demo).replace("$(BIN)/", "").replace("; \\", "").replace("; fi", ""))
     joined = "\n".join(texts).replace("\\\n", " ")
-    return sorted(set(re.findall(r"python (?:train|test|datasets)\.py[^\n`#|&;]*", joined)))
+    return sorted(set(re.findall(r"python (?:train|distill|test|datasets)\.py[^\n`#|&;]*", joined)))
 
 
 def test_there_are_commands_to_check():
@@ -67,7 +69,9 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_parses(command):
     words = command.split()
-    parse = {"train.py": train, "test.py": test_stage, "datasets.py": datasets}[words[1]].parse_args
+    parse = {"train.py": train, "distill.py": distill, "test.py": test_stage, "datasets.py": datasets}[
+        words[1]
+    ].parse_args
     if "--help" in words or "…" in words:
         return
     try:
@@ -99,7 +103,10 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
         assert f"(default: {default})" in text
 
 
-@pytest.mark.parametrize(("module", "files"), [(train, ["train.py", "utils.py"]), (test_stage, ["test.py"])])
+@pytest.mark.parametrize(
+    ("module", "files"),
+    [(train, ["train.py", "utils.py"]), (distill, ["distill.py", "train.py"]), (test_stage, ["test.py"])],
+)
 def test_every_flag_is_read_somewhere(module, files):
     source = "".join((ROOT / file).read_text() for file in files)
     for name in vars(module.parse_args([])):
