@@ -502,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         scores[direction] = measure(tester, direction, results[direction])
     if "losses" in args.metrics:
         scores["losses"] = mean_losses(tester)
-    table = report(scores)
+    table = report({name: values for name, values in scores.items() if values})
     for line in table:
         utils.say(line)
     about = {name: tester.recipe.get(name) for name in ("epoch", "step")}
