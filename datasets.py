@@ -184,6 +184,18 @@ def split_pictures(folder: Path, split: str, max_images: int | None = None) -> l
     return pictures[:max_images]
 
 
+def named_pictures(folder: Path, size: tuple[int, int], channels: int, most: int | None = None) -> dict[Path, Tensor]:
+    """Read a folder's pictures, or at most so many evenly spread ones, by the name without suffix that pairs share.
+
+    returns: (1, channels, H, W) in [-1, 1] by name; size is (height, width)
+    raises:  InputError as split_pictures and load_pictures do
+    """
+    paths = split_pictures(folder.parent, folder.name)
+    paths = paths[:: math.ceil(len(paths) / most)] if most else paths
+    pictures = load_pictures(folder, paths, size, channels)
+    return {path.relative_to(folder).with_suffix(""): picture[None] for path, picture in pictures}
+
+
 def held_out_split(folder: Path) -> str:
     """Name the part that training may look at but not learn from: test, else val, else train itself."""
     for split in ("test", "val"):

@@ -32,13 +32,13 @@ import utils
 import weights
 from train import (
     DIRECTIONS,
-    TERMS,
     Run,
     Task,
     carry_out,
     check_sizes,
     cyclegan_objective,
     cyclegan_rows,
+    loss_names,
     make_feed,
     make_run,
     refuse_contradictions,
@@ -48,7 +48,7 @@ from train import (
     translate,
 )
 
-COPIED = ("stem", "down", "up", "head")  # all but the residual blocks, whose number differs
+COPIED = ("stem", "down", "position", "leave", "up", "head")  # all but the blocks, whose number differs
 REPEATS = 20  # timed passes; their median is reported
 
 
@@ -111,7 +111,9 @@ def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
 
 def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool) -> nn.Module:
     """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
-    config = dataclasses.replace(teacher.config, num_residual=num_residual, ngf=ngf)
+    resnet = teacher.config.generator == "resnet"
+    smaller = {"num_residual": num_residual, "ngf": ngf} if resnet else {"vit_blocks": num_residual}
+    config = dataclasses.replace(teacher.config, **smaller)
     student = models.build_generator(config)
     if transfer:
         theirs, copied = teacher.state_dict(), {}
@@ -122,7 +124,8 @@ def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool
         parts = [part for part in COPIED if all(n in copied for n in theirs if n.split(".")[0] == part)]
         utils.say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
     ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
-    utils.say(f"student: {num_residual} blocks, ngf {ngf}: {ratio:.1f}x fewer parameters than its teacher")
+    width = f", ngf {ngf}" if resnet else ""
+    utils.say(f"student: {num_residual} blocks{width}: {ratio:.1f}x fewer parameters than its teacher")
     if ratio < 1:
         utils.say("warning: the student is larger than its teacher")
     return student
@@ -134,7 +137,7 @@ def make_adapters(
     """Make a 1x1 convolution per pair of blocks where the widths differ; they learn with the student and are thrown away."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.items():
-        wide, thin = (net.config.ngf * 2**net.config.n_downsampling for net in (teacher, students[name]))
+        wide, thin = (net.config.hidden_width for net in (teacher, students[name]))
         for i in range(len(pairs) if wide != thin else 0):
             adapters[f"{name}_{i}"] = nn.Conv2d(thin, wide, 1)
     return adapters
@@ -205,21 +208,14 @@ def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.devic
     return statistics.median(times[3:])  # the first ones pay for set-up
 
 
-def held_out_pictures(args: argparse.Namespace, domain: str, channels: int, size: Sequence[int]) -> dict[Path, Tensor]:
-    """Read the test (else val, else train) pictures of a domain by their name: (1, C, H, W) in [-1, 1]."""
-    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    folder = dataset / f"{datasets.held_out_split(dataset)}{domain}"
-    pictures = datasets.load_pictures(folder, datasets.split_pictures(dataset, folder.name), tuple(size), channels)
-    return {path.relative_to(folder).with_suffix(""): picture[None] for path, picture in pictures}
-
-
 @torch.no_grad()
 def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], device: torch.device) -> dict:
     """Compare networks of one direction: cost, and quality on the held-out pictures; returns the figures by row."""
     source, target, size = name[2], name[3], rows["student"].size
     precision, channels = utils.pick_precision(args.precision, device), rows["student"].nets[name].config.channels
-    reals = held_out_pictures(args, source, channels, size)
-    truths = held_out_pictures(args, target, channels, size)
+    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
+    folders = (dataset / f"{datasets.held_out_split(dataset)}{domain}" for domain in (source, target))
+    reals, truths = (datasets.named_pictures(folder, size, channels) for folder in folders)
     shown, paired, answers, table = list(reals)[:: max(1, len(reals) // 6)][:6], reals.keys() & truths.keys(), {}, {}
 
     def run(net: nn.Module, pictures: dict[Path, Tensor]) -> dict[Path, Tensor]:
@@ -228,7 +224,7 @@ def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], 
             return {stem: net(x.to(device)).float().cpu() for stem, x in pictures.items()}
 
     def distance(these: dict[Path, Tensor], those: dict[Path, Tensor]) -> float:
-        return statistics.fmean(models.picture_loss(these[stem], those[stem]).item() for stem in reals)
+        return metrics.mean_distance([(these[stem], those[stem]) for stem in reals])
 
     for label, row in rows.items():
         net, back = row.nets[name], row.nets.get(f"G_{target}{source}")
@@ -342,8 +338,13 @@ def make_parser() -> utils.Parser:
         help="run, checkpoint or generator file (default: the run named --dataset_name)",
     )
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
-    add("--student_residual", type=utils.whole(0, 1000), default=3, help="residual blocks of the student")
-    add("--student_ngf", type=utils.whole(1, 4096), default=None, help="width of the student (default: its teacher's)")
+    add("--student_residual", type=utils.whole(0, 1000), default=3, help="blocks of the student")
+    add(
+        "--student_ngf",
+        type=utils.whole(1, 4096),
+        default=None,
+        help="width of a resnet student (default: its teacher's)",
+    )
     add(
         "--hidden_layers",
         type=block_list,
@@ -420,6 +421,10 @@ def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module
     judge = models.DiscriminatorConfig(channels=model.channels)
     deepest = judge.largest_n_layers(min(args.img_height, args.img_width))
     judge = dataclasses.replace(judge, n_layers=max(1, min(judge.n_layers, deepest)))
+    if args.student_ngf and model.generator != "resnet":
+        raise utils.InputError(
+            f"--student_ngf {args.student_ngf}: the teacher is a {model.generator}, whose width is fixed; leave it out"
+        )
     for name in wanted(args):
         ngf = args.student_ngf or teacher.nets[name].config.ngf
         nets[name] = make_student(teacher.nets[name], args.student_residual, ngf, args.transfer)
@@ -463,12 +468,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     dataset, feed = make_feed(args, device)
     nets, teachers = make_nets(args, teacher), {name: teacher.nets[name].to(device) for name in wanted(args)}
-    pairs = choose_pairs(args, next(iter(teachers.values())).config.num_residual)
+    pairs = choose_pairs(args, next(iter(teachers.values())).config.blocks)
     adapters = make_adapters(teachers, nets, pairs)
     run = make_run(args, nets, dataset, device, adapters=adapters, teacher=teacher.fingerprint(), stage="distill")
     objective = functools.partial(distill_objective, teachers=teachers, pairs=pairs)
     terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
-    task = Task(objective, functools.partial(distill_rows, teachers=teachers), (*TERMS, *terms))
+    task = Task(objective, functools.partial(distill_rows, teachers=teachers), (*loss_names(args), *terms))
     carry_out(run, feed, task, state, checkpoint)
 
 

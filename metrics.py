@@ -4,15 +4,20 @@ scores = paired_scores(answers, truths)  # two lists of uint8 pictures, (C, H, W
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils import InputError, read_archive, say
 
 PEAK = 255.0
 PSNR_LIMIT = 100.0  # dB; identical pictures would score infinity and spoil every mean
 DELTAS = (5, 10)  # 8-bit levels
+FEW = 1000  # pictures; below, FID says more about their number than about the model
 
 
 def psnr(answer: Tensor, truth: Tensor) -> float:
@@ -66,6 +71,20 @@ def resized(picture: Tensor, size: Sequence[int]) -> Tensor:
     return wide[0].clamp(0, PEAK).round().to(torch.uint8)
 
 
+def mean_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean over pairs of pictures of their mean absolute difference; in the units of training, [0, 2].
+
+    Of a round trip and its input it is the cycle error, of a picture of the target domain and what
+    the generator makes of it the identity error.
+    """
+    return sum((x.float().cpu() - y.float().cpu()).abs().mean().item() for x, y in pairs) / len(pairs)
+
+
+def mean_row(rows: Sequence[dict]) -> dict[str, float]:
+    """Mean of each named figure over rows that all have it."""
+    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+
+
 def paired_scores(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float]:
     """Score pictures against the truth of the same index: the mean over pictures of each picture's score.
 
@@ -81,8 +100,7 @@ def paired_scores(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[s
         row |= {"PSNR": psnr(answer, truth), "SSIM": ssim(answer, truth)}
         worst = difference.amax(0)  # (H, W), over the channels
         rows.append(row | {f"within_{d}": (worst <= d).double().mean().item() for d in DELTAS})
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return means | {"match@1": match_at_1(answers, truths)}
+    return mean_row(rows) | {"match@1": match_at_1(answers, truths)}
 
 
 def paired_table(
@@ -98,6 +116,75 @@ def paired_table(
         "copy": paired_scores([resized(x, a.shape[-2:]) for x, a in zip(inputs, answers, strict=True)], truths),
         "mean picture": paired_scores([resized(flat, a.shape[-2:]) for a in answers], truths),
     }
+
+
+class Pictures(Dataset):
+    """Files as torch-fidelity wants them: uint8 (3, H, W), all of one size."""
+
+    def __init__(self, paths: Sequence[Path], load: Callable[[Path], Tensor]):
+        self.paths, self.load = paths, load
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.load(self.paths[i])
+
+
+def fid_kid(
+    fakes: Sequence[Path],
+    reals: Sequence[Path],
+    load: Callable[[Path], Tensor],
+    wanted: Sequence[str],
+    weights: Path | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """Distances between the Inception features of two sets of pictures, by torch-fidelity; 0 for equal sets.
+
+    load:    path → uint8 (3, H, W), of one size
+    wanted:  "fid", "kid" or both; weights: Inception's, else they are downloaded
+    returns: FID and KID with the numbers of pictures; both are biased by few pictures, FID heavily
+    raises:  InputError without torch-fidelity or weights, or with fewer than two pictures
+    source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
+    """
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError:
+        remedy = "install it with: pip install -r requirements-metrics.txt"
+        raise InputError(f"--metrics {','.join(wanted)}: torch-fidelity is missing; {remedy}") from None
+    least = min(len(fakes), len(reals))
+    if least < 2:
+        raise InputError(
+            f"--metrics {','.join(wanted)}: {least} picture on one side, expected at least 2, better 1,000"
+        )
+    if least < FEW:
+        say(
+            f"warning: FID and KID of {len(fakes)} against {len(reals)} pictures are biased; compare equal numbers only"
+        )
+    if weights:
+        read_archive(weights)  # torch-fidelity would execute what a hostile file holds
+    try:
+        values = calculate_metrics(
+            input1=Pictures(fakes, load),
+            input2=Pictures(reals, load),
+            **dict.fromkeys(wanted, True),
+            cuda=device.type == "cuda",
+            kid_subset_size=min(FEW, least),
+            feature_extractor_weights_path=str(weights) if weights else None,
+            save_cpu_ram=True,  # no worker processes
+            verbose=False,
+        )
+    except OSError as error:
+        raise InputError(
+            f"Inception's weights cannot be fetched ({error}); give a file: --inception_weights FILE"
+        ) from error
+    except RuntimeError as error:
+        if not weights:
+            raise
+        raise InputError(f"--inception_weights {weights}: not the weights that torch-fidelity takes") from error
+    names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
+    row = {short: values[name] for name, short in names.items() if name in values}
+    return row | {"translated": len(fakes), "real": len(reals)}
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:

@@ -1,9 +1,12 @@
 """The networks of CycleGAN, their recipes and their losses; knows no command line, path or device.
 
 G = build_generator(GeneratorConfig(num_residual=9))
+G = build_generator(GeneratorConfig(generator="unet_vit", vit_size="small"))
 D = build_discriminator(DiscriminatorConfig(n_layers=3))
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GENERATORS = ("resnet",)
+GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
 NORMS = ("instance", "batch", "none")
 UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
 GAN_LOSSES = ("lsgan", "bce", "hinge")
+LOSS_FLAGS = ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")  # what shapes loss_G
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
@@ -25,8 +29,28 @@ INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthog
 
 
 @dataclass(frozen=True)
+class VitSize:
+    """The numbers of a UNet-ViT that no flag changes."""
+
+    widths: tuple[int, ...]  # channels after the stem and after each level; the last are those of a token
+    ffn: int  # width of the feed-forward layers
+    blocks: int
+    heads: int
+    full: bool  # two convolutions and a norm before each, in every level and block; else the leanest that works
+
+
+VIT_SIZES = {
+    "small": VitSize((64, 128, 256), ffn=1024, blocks=4, heads=4, full=False),
+    "uvcgan": VitSize((48, 48, 96, 192, 384), ffn=1536, blocks=12, heads=6, full=True),
+}
+
+
+@dataclass(frozen=True)
 class GeneratorConfig:
-    """Recipe of a generator. Defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px."""
+    """Recipe of a generator. Defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px.
+
+    ngf, num_residual and n_downsampling shape a resnet, vit_size, vit_blocks and vit_heads a unet_vit.
+    """
 
     generator: str = "resnet"
     channels: int = 3
@@ -36,11 +60,51 @@ class GeneratorConfig:
     upsample: str = "deconv"
     norm: str = "instance"
     norm_output: bool = False
+    vit_size: str = "small"
+    vit_blocks: int = 4
+    vit_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
+            raise ValueError(
+                f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}, the width of a token"
+            )
+
+    @property
+    def halvings(self) -> int:
+        """How often height and width are halved."""
+        return self.n_downsampling if self.generator == "resnet" else len(VIT_SIZES[self.vit_size].widths) - 1
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks between the halvings and the doublings; a student has fewer."""
+        return self.num_residual if self.generator == "resnet" else self.vit_blocks
+
+    @property
+    def hidden_width(self) -> int:
+        """Channels of the states between the blocks."""
+        resnet = self.generator == "resnet"
+        return self.ngf * 2**self.n_downsampling if resnet else VIT_SIZES[self.vit_size].widths[-1]
 
     @property
     def smallest_side(self) -> int:
         """Smallest height and width in px: a reflection needs a map larger than its pad."""
-        return max(4, 2 ** (self.n_downsampling + 1))
+        return max(4, 2 ** (self.halvings + 1))
+
+    def tokens(self, height: int, width: int) -> int:
+        """Positions that attend to each other in one picture of (height, width) px; 0 for a resnet."""
+        side = 2**self.halvings
+        return math.ceil(height / side) * math.ceil(width / side) if self.generator == "unet_vit" else 0
+
+    def token_bytes(self, height: int, width: int, blocks: int | None = None) -> int:
+        """Memory that the blocks' states of one picture take in float32, all kept as in training, or of so many blocks.
+
+        Eight vectors of the token's width and two of the feed-forward layer's are held in each; the
+        attention matrix itself is never stored (fused kernels).
+        """
+        size = VIT_SIZES[self.vit_size]
+        vectors = 8 * size.widths[-1] + 2 * size.ffn
+        return 4 * self.tokens(height, width) * vectors * (self.vit_blocks if blocks is None else blocks)
 
 
 @dataclass(frozen=True)
@@ -167,6 +231,132 @@ class ResnetGenerator(nn.Module):
         return (x, hidden) if return_hidden else x
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens: (N, T, width) → (N, T, width) (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
+        )  # (N, heads, T, width / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))  # (N, T, width)
+
+
+class VitBlock(nn.Module):
+    """Attention and a feed-forward layer, each around a skip that one learnt scale, at first 0, lets in.
+
+    source: Dosovitskiy et al. 2020 (the block); Bachlechner et al. 2020, ReZero (the scale)
+    """
+
+    def __init__(self, width: int, size: VitSize, heads: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if size.full else nn.Identity() for _ in range(2))
+        self.attention = Attention(width, heads)
+        self.ffn = nn.Sequential(nn.Linear(width, size.ffn), nn.GELU(), nn.Linear(size.ffn, width))
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale * self.attention(self.norms[0](x))  # (N, T, width)
+        return x + self.scale * self.ffn(self.norms[1](x))
+
+
+class Position(nn.Module):
+    """Tell each token where it lies, from coordinates in [-1, 1], so that a net works at sizes it never saw.
+
+    x: (N, width, H, W) → tokens (N, H * W, width); source: Torbunov et al. 2022, UVCGAN, section 3.1
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.waves, self.mix = nn.Linear(2, width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = (
+            (2 * torch.arange(n, device=x.device, dtype=self.waves.weight.dtype) + 1) / n - 1 for n in x.shape[-2:]
+        )
+        grid = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, 1)  # (H * W, 2), centres of pixels
+        tokens, waves = x.flatten(2).transpose(1, 2), torch.sin(self.waves(grid))
+        return self.mix(torch.cat([tokens, waves.expand(len(x), -1, -1).to(tokens.dtype)], dim=-1))
+
+
+def double_conv(width_in: int, width: int, width_out: int, norm: str) -> nn.Sequential:
+    """Two convolutions with a norm before each, as in every level of UVCGAN's U-Net."""
+    first = [norm_layer(norm, width_in), nn.Conv2d(width_in, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+    second = [norm_layer(norm, width), nn.Conv2d(width, width_out, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+    return nn.Sequential(*first, *second)
+
+
+class UnetVitGenerator(nn.Module):
+    """Translate pictures: a U-Net whose lowest level is a transformer over the pixels of its map.
+
+    x:       (N, channels, H, W) in [-1, 1]; sizes as for ResnetGenerator
+    returns: (N, channels, H, W) in [-1, 1]; with return_hidden also the list of the outputs of all
+             transformer blocks, each (N, config.hidden_width, H / 2**halvings, W / 2**halvings)
+    raises:  ValueError if a side is too small
+    source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557; "uvcgan" has its very layers, with tanh in
+             place of the sigmoid since pictures are in [-1, 1], and config.upsample "resize"; "small"
+             is that of the 64x64 study: a CycleGAN's stem and halvings, skips, four blocks without norm
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config, size, norm = config, VIT_SIZES[config.vit_size], config.norm
+        widths, bias = size.widths, norm != "batch"
+        if size.full:
+            self.stem = nn.Sequential(
+                nn.Conv2d(config.channels, widths[0], 3, padding=1), nn.LeakyReLU(0.2, inplace=True)
+            )
+            head = [nn.Conv2d(widths[0], config.channels, 1)]
+        else:
+            stem = [nn.ReflectionPad2d(3), nn.Conv2d(config.channels, widths[0], 7, bias=bias)]
+            self.stem = nn.Sequential(*stem, norm_layer(norm, widths[0]), nn.ReLU(inplace=True))
+            head = [nn.ReflectionPad2d(3), nn.Conv2d(2 * widths[0], config.channels, 7)]
+        levels = [self._level(wide, thin, i) for i, (thin, wide) in enumerate(itertools.pairwise(widths))]
+        self.down = nn.ModuleList(down for down, _ in levels)
+        self.position = Position(widths[-1])
+        self.blocks = nn.ModuleList(VitBlock(widths[-1], size, config.vit_heads) for _ in range(config.vit_blocks))
+        self.leave = nn.Linear(widths[-1], widths[-1])
+        self.up = nn.ModuleList(up for _, up in reversed(levels))
+        self.head = nn.Sequential(*head, *([norm_layer(norm, config.channels)] if config.norm_output else []))
+
+    def _level(self, wide: int, thin: int, i: int) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """What a level does before its skip is taken and after, on the way down; likewise around the skip on the way up."""
+        norm, upsample = self.config.norm, self.config.upsample
+        if VIT_SIZES[self.config.vit_size].full:
+            down = [double_conv(thin, wide, wide, norm), nn.Conv2d(wide, wide, 2, stride=2)]
+            up = [nn.Sequential(*upsample_layers(upsample, wide, wide, True)), double_conv(2 * wide, wide, thin, norm)]
+        else:
+            bias, below = norm != "batch", wide if i + 1 == self.config.halvings else 2 * wide
+            conv = nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=bias)
+            down = [nn.Identity(), nn.Sequential(conv, norm_layer(norm, wide), nn.ReLU(inplace=True))]
+            layers = upsample_layers(upsample, below, thin, bias)
+            up = [nn.Sequential(*layers, norm_layer(norm, thin), nn.ReLU(inplace=True)), nn.Identity()]
+        return nn.ModuleList(down), nn.ModuleList(up)
+
+    def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        height, width = x.shape[-2:]
+        if min(height, width) < self.config.smallest_side:
+            raise ValueError(f"{width}x{height} px: the generator needs at least {self.config.smallest_side} px a side")
+        x, skips, hidden = self.stem(pad_to_multiple(x, 2**self.config.halvings)), [], []
+        for body, halve in self.down:
+            skips.append(body(x))
+            x = halve(skips[-1])
+        tokens, sides = self.position(x), x.shape[-2:]  # (N, T, F) with T = H * W / 4**halvings
+        for block in self.blocks:
+            tokens = block(tokens)
+            hidden.append(tokens.transpose(1, 2).unflatten(2, sides))
+        x = self.leave(tokens).transpose(1, 2).unflatten(2, sides)
+        for double, body in self.up:
+            x = body(torch.cat([double(x), skips.pop()], dim=1))
+        x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
+        return (x, hidden) if return_hidden else x
+
+
 # ---------------------------------------------------------------------------------------------
 # Discriminators
 
@@ -227,6 +417,7 @@ class PixelDiscriminator(nn.Module):
 def init_weights(net: nn.Module, init: str = "normal") -> None:
     """Set every convolution by `init` and its bias to 0; batch norms to N(1, 0.02), 0.
 
+    The linear layers of a transformer keep torch's start: N(0, 0.02) would flatten its positions.
     source: Radford et al. 2015, N(0, 0.02), is the default of the paper and of its successors
     """
     for module in net.modules():
@@ -250,9 +441,10 @@ def init_weights(net: nn.Module, init: str = "normal") -> None:
 
 def build_generator(config: GeneratorConfig, init: str = "normal") -> nn.Module:
     """Make the generator that `config` describes, freshly initialised."""
-    if config.generator != "resnet":
-        raise ValueError(f"generator {config.generator!r}: expected resnet")
-    net = ResnetGenerator(config)
+    kinds = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}
+    if config.generator not in kinds:
+        raise ValueError(f"generator {config.generator!r}: expected one of {', '.join(kinds)}")
+    net = kinds[config.generator](config)
     init_weights(net, init)
     return net
 
@@ -268,7 +460,7 @@ def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> nn
 
 
 def count_macs(net: nn.Module, height: int, width: int) -> int:
-    """Count the multiply-accumulates of all convolutions for one picture of (height, width) px.
+    """Count the multiply-accumulates of all convolutions, linear layers and attentions for one picture of (height, width) px.
 
     A transposed convolution is counted as it is computed, once per input pixel; published figures
     often count it per output pixel, four times too much for stride 2 (56.8 G in place of 49.5 G).
@@ -277,14 +469,19 @@ def count_macs(net: nn.Module, height: int, width: int) -> int:
 
     def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         nonlocal total
-        pixels = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        total += module.weight.numel() * pixels[0, 0].numel()
+        if isinstance(module, Attention):  # each of T queries meets T keys, then T values
+            total += 2 * output.shape[1] * output[0].numel()
+        elif isinstance(module, nn.Linear):
+            total += module.weight.numel() * output.numel() // output.shape[-1]
+        else:
+            pixels = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            total += module.weight.numel() * pixels[0, 0].numel()
 
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    hooks = [conv.register_forward_hook(count) for conv in convs]
-    weight = convs[0].weight
+    counted = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | Attention)]
+    hooks = [module.register_forward_hook(count) for module in counted]
+    weight = next(net.parameters())
     with torch.no_grad():
-        net(torch.zeros(1, convs[0].in_channels, height, width, device=weight.device, dtype=weight.dtype))
+        net(torch.zeros(1, net.config.channels, height, width, device=weight.device, dtype=weight.dtype))
     for hook in hooks:
         hook.remove()
     return total
@@ -332,6 +529,22 @@ def gan_loss_D(on_real: Tensor, on_fake: Tensor, kind: str = "lsgan") -> Tensor:
     else:
         raise ValueError(f"gan_loss {kind!r}: expected one of {', '.join(GAN_LOSSES)}")
     return loss / 2
+
+
+def gradient_penalty(judge: nn.Module, real: Tensor, fake: Tensor, target: float) -> Tensor:
+    """How far the slope of a discriminator is from `target`, at pictures between real and translated ones.
+
+    real, fake: (N, C, H, W) in [-1, 1]; each pair is mixed at random, so torch's random state moves
+    target:     0 punishes the slope itself; another one its relative distance from it
+    returns:    scalar, with a graph that reaches the discriminator's weights (double backward)
+    source:     Gulrajani et al. 2017; relative to the target as in UVCGAN (0.1 and 100), centred at zero
+                as in UVCGAN2 (0.01 and 0)
+    """
+    share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+    mixed = (share * real + (1 - share) * fake).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(judge(mixed).sum(), mixed, create_graph=True)
+    norms = (slope.flatten(1).square().sum(1) + 1e-12).sqrt()  # (N,); the root of 0 has no gradient
+    return ((norms - target) / (target or 1.0)).square().mean()
 
 
 def picture_loss(picture: Tensor, target: Tensor) -> Tensor:
@@ -386,3 +599,23 @@ def cyclegan_loss(
         terms["identity_B"] = picture_loss(pictures["idt_B"], pictures["real_B"])
         loss = loss + lambda_identity * (terms["identity_A"] + terms["identity_B"])
     return loss, terms
+
+
+def all_losses(
+    nets: dict[str, nn.Module], real_A: Tensor, real_B: Tensor, gan_loss: str = "lsgan", **lambdas: float
+) -> dict[str, Tensor]:
+    """Every loss of a training step on one pair of batches, without older pictures: for watching and testing.
+
+    nets:    G_AB G_BA D_A D_B
+    lambdas: lambda_gan, lambda_cycle, lambda_identity
+    returns: loss_G, loss_D_A, loss_D_B and the terms of cyclegan_loss
+    """
+    G_AB, G_BA, D_A, D_B = (nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
+    fake_B, fake_A = G_AB(real_A), G_BA(real_B)
+    pictures = {"real_A": real_A, "real_B": real_B, "rec_A": G_BA(fake_B), "rec_B": G_AB(fake_A)}
+    pictures |= {"idt_A": G_BA(real_A), "idt_B": G_AB(real_B)}
+    on_fake = {"fake_A": D_A(fake_A), "fake_B": D_B(fake_B)}
+    loss, terms = cyclegan_loss(pictures, on_fake, gan_loss=gan_loss, **lambdas)
+    loss_D_A = gan_loss_D(D_A(real_A), on_fake["fake_A"], gan_loss)
+    loss_D_B = gan_loss_D(D_B(real_B), on_fake["fake_B"], gan_loss)
+    return {"loss_G": loss, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}

@@ -26,7 +26,7 @@ import utils
 import weights
 
 DIRECTIONS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
-MEASURES = ("losses", "cycle", "identity", "paired")
+MEASURES = (*utils.MEASURES, "fid", "kid")
 COLUMNS = 6  # pictures in the grid
 
 
@@ -179,6 +179,10 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
     if size is None and min(picture.size) < net.config.smallest_side:
         wanted = f"the generator needs {net.config.smallest_side} px a side"
         raise datasets.UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
+    height, width = size or picture.size[::-1]
+    if net.config.token_bytes(height, width, blocks=1) > utils.total_memory(tester.device):
+        tokens = f"{net.config.tokens(height, width):,} tokens, more than {tester.device} can hold"
+        raise datasets.UnreadablePicture(f"{width}x{height} px are {tokens}; take --scale train")
     seen = resize_picture(picture, (size[1], size[0])) if size else picture
     real = utils.picture_to_tensor(seen)[None]
     fake = tester(net, real)
@@ -273,44 +277,51 @@ def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     return [picture[None] for _, picture in pictures]
 
 
+@torch.no_grad()
 def mean_losses(tester: Tester) -> dict[str, float]:
     """The training losses on the test pictures: generators and both discriminators, as the 64x64 study reports them.
 
     Weights and form of the losses are the run's; no older pictures; the shorter domain starts again.
     """
-    flags, sums = vars(tester.recipe["flags"]), {}
-    flags = {name: flags[name] for name in ("lambda_gan", "lambda_cycle", "lambda_identity", "gan_loss")}
-    G_AB, G_BA, D_A, D_B = (tester.nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
-    all_A, all_B = test_tensors(tester, "A"), test_tensors(tester, "B")
-    count = max(len(all_A), len(all_B))
-    for i in range(count):
-        real_A, real_B = (pictures[i % len(pictures)].to(tester.device) for pictures in (all_A, all_B))
-        fake_B, fake_A = tester(G_AB, real_A), tester(G_BA, real_B)
-        pictures = {"real_A": real_A, "real_B": real_B, "rec_A": tester(G_BA, fake_B), "rec_B": tester(G_AB, fake_A)}
-        pictures |= {"idt_A": tester(G_BA, real_A), "idt_B": tester(G_AB, real_B)}
-        on_fake = {"fake_A": tester(D_A, fake_A), "fake_B": tester(D_B, fake_B)}
-        loss, terms = models.cyclegan_loss(pictures, on_fake, **flags)
-        loss_D_A = models.gan_loss_D(tester(D_A, real_A), on_fake["fake_A"], flags["gan_loss"])
-        loss_D_B = models.gan_loss_D(tester(D_B, real_B), on_fake["fake_B"], flags["gan_loss"])
-        for name, value in {"loss_G": loss, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    return {name: value / count for name, value in sums.items()}
+    flags, rows = {name: getattr(tester.recipe["flags"], name) for name in models.LOSS_FLAGS}, []
+    both = [test_tensors(tester, domain) for domain in "AB"]
+    for i in range(max(map(len, both))):
+        pair = (pictures[i % len(pictures)].to(tester.device) for pictures in both)
+        with utils.autocast(tester.device, tester.precision):
+            rows.append(models.all_losses(tester.nets, *pair, **flags))
+    return metrics.mean_row(rows)
 
 
 def measure(tester: Tester, direction: str, results: Sequence[Result]) -> dict:
     """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
     (source, target), (net, back), scores = DIRECTIONS[direction], tester.generators(direction), {}
-    if "cycle" in tester.args.metrics:
-        errors = [
-            models.picture_loss(tester(back, tester(net, x)).cpu(), x).item() for x in test_tensors(tester, source)
-        ]
-        scores["cycle"] = sum(errors) / len(errors)
-    if "identity" in tester.args.metrics:
-        errors = [models.picture_loss(tester(net, x).cpu(), x).item() for x in test_tensors(tester, target)]
-        scores["identity"] = sum(errors) / len(errors)
-    if "paired" in tester.args.metrics:
+    wanted = tester.args.metrics
+    if "cycle" in wanted:
+        pairs = [(tester(back, tester(net, x)), x) for x in test_tensors(tester, source)]
+        scores["cycle"] = metrics.mean_distance(pairs)
+    if "identity" in wanted:
+        scores["identity"] = metrics.mean_distance([(tester(net, x), x) for x in test_tensors(tester, target)])
+    if "paired" in wanted:
         scores["paired"] = measure_paired(tester, source, target, results)
+    if {"fid", "kid"} & set(wanted):
+        scores["distribution"] = measure_distribution(tester, target, results)
     return scores
+
+
+def measure_distribution(tester: Tester, target: str, results: Sequence[Result]) -> dict[str, dict]:
+    """Compare the written pictures as a whole with the test and with the training pictures of the target domain."""
+    dataset, tables = datasets.find_dataset(tester.args.data_root, tester.dataset_name), {}
+    size = tester.size or (299, 299)  # px; the second is what Inception sees in any case
+
+    def load(path: Path) -> Tensor:
+        return utils.range_to_bytes(datasets.load_picture(path, size))
+
+    fakes = [tester.output / result.files[f"fake_{target}"] for result in results]
+    for split in (f"test{target}", f"train{target}"):
+        reals = [path for path in datasets.split_pictures(dataset, split) if readable(path)]
+        wanted = [name for name in ("fid", "kid") if name in tester.args.metrics]
+        tables[split] = metrics.fid_kid(fakes, reals, load, wanted, tester.args.inception_weights, tester.device)
+    return tables
 
 
 def as_bytes(path: Path, channels: int) -> Tensor:
@@ -362,25 +373,14 @@ def report(scores: dict) -> list[str]:
             lines += ["losses on the test set", *metrics.format_table({"": values})]
         elif isinstance(values, dict):
             plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
-            lines += [
-                name,
-                *(metrics.format_table({"": plain}) if plain else []),
-                *(metrics.format_table(values["paired"]) if "paired" in values else []),
-            ]
+            tables = [{"": plain}] if plain else []
+            tables += [values[kind] for kind in ("paired", "distribution") if kind in values]
+            lines += [name, *(line for table in tables for line in metrics.format_table(table))]
     return lines
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
-
-
-def comma_words(text: str) -> list[str]:
-    """Flag type: measures, separated by commas."""
-    words = [word for word in text.split(",") if word]
-    wrong = [word for word in words if word not in MEASURES]
-    if wrong:
-        raise argparse.ArgumentTypeError(f"given {wrong[0]!r}, expected some of {','.join(MEASURES)}")
-    return words
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -400,7 +400,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=None,
         help="run in saved_models (default: --dataset_name, else horse2zebra)",
     )
-    add("--epoch", type=utils.epoch_name, default="latest", help="latest, or the number of a checkpoint")
+    add("--epoch", type=utils.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
     add("--weights", type=utils.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add(
         "--input",
@@ -433,10 +433,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--metrics",
-        type=comma_words,
+        type=utils.words_of(MEASURES),
         default=[],
         metavar=",".join(MEASURES),
         help="measures on the test pictures (default: none)",
+    )
+    add(
+        "--inception_weights",
+        type=utils.path_name,
+        default=None,
+        metavar="FILE",
+        help="weights for fid and kid, where they cannot be downloaded",
     )
     utils.add_device_flags(parser)
     args = parser.parse_args(argv)
@@ -444,6 +451,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for one, other in (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name")):
         if one in given and other in given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
+    if args.inception_weights and not {"fid", "kid"} & set(args.metrics):
+        parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
     args.run_name = args.run_name or args.dataset_name or "horse2zebra"
     return args
 

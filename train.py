@@ -6,7 +6,9 @@ python train.py --dataset_name horse2zebra --start_from latest
 """
 
 import argparse
+import copy
 import dataclasses
+import functools
 import math
 import platform
 import shutil
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import datasets
+import metrics
 import models
 import utils
 import weights
@@ -30,8 +33,11 @@ import weights
 LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
 COLUMNS = 6  # pictures in a sample grid
+EVAL_PICTURES = 200  # of each domain, at most, in an evaluation
 TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
+VIT_FLAGS, RESNET_FLAGS = ("vit_size", "vit_blocks", "vit_heads"), ("num_residual", "ngf", "n_downsampling")
 NETWORK_FLAGS = (
+    *VIT_FLAGS,
     *("channels", "generator", "discriminator", "ngf", "ndf", "num_residual", "n_downsampling", "n_layers_D"),
     *("max_mult_D", "upsample", "norm", "norm_output", "pool_D"),
 )
@@ -53,6 +59,8 @@ class Run:
     buffers: dict[str, utils.FakeImageBuffer]
     samples: tuple[Tensor, Tensor]  # fixed pictures for the grids
     photos: dict[str, Tensor]  # watched ones, by name
+    held_out: dict[str, Path]  # folders of the pictures to evaluate on, by domain
+    ema: dict[str, nn.Module] = field(default_factory=dict)  # running averages of the generators, with --ema
     stage: str = "train"
     adapters: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # of a distillation; they learn and are thrown away
     teacher: dict | None = None  # path and sha256 of the file a student learns from
@@ -60,6 +68,11 @@ class Run:
     step: int = 0  # finished steps
     place: int = 0  # finished steps of the epoch under way
     meter: utils.Meter = field(default_factory=utils.Meter)
+
+    @property
+    def shown(self) -> dict[str, nn.Module]:
+        """The networks to look at, test and ship: generators as their averages where these are kept."""
+        return {**self.nets, **self.ema}
 
     @property
     def folder(self) -> Path:
@@ -131,10 +144,7 @@ def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor
         loss, terms = models.cyclegan_loss(
             pictures | {"idt_A": idt_A, "idt_B": idt_B},
             predictions,
-            lambda_gan=args.lambda_gan,
-            lambda_cycle=args.lambda_cycle,
-            lambda_identity=args.lambda_identity,
-            gan_loss=args.gan_loss,
+            **{name: getattr(args, name) for name in models.LOSS_FLAGS},
         )
     return loss, terms, {"fake_A": fake_A, "fake_B": fake_B, "hidden_AB": hidden_AB, "hidden_BA": hidden_BA}
 
@@ -151,8 +161,9 @@ def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
     run.optims["G"].zero_grad(set_to_none=True)
     loss_G.backward()
     run.optims["G"].step()
+    update_averages(run)
 
-    losses_D, learns = {}, "D" in run.optims  # not with --freeze D
+    losses_D, penalties, learns = {}, {}, "D" in run.optims  # not with --freeze D
     for net in discriminators:
         net.requires_grad_(learns)
     for domain, real in (("A", real_A), ("B", real_B)):
@@ -160,11 +171,24 @@ def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
         with utils.autocast(run.device, run.precision):
             on_real, on_fake = together(run.nets[f"D_{domain}"], real, fake)
             losses_D[f"loss_D_{domain}"] = models.gan_loss_D(on_real, on_fake, run.args.gan_loss)
+        if run.args.lambda_gp and learns:  # in float32: a slope of slopes leaves bfloat16 few digits
+            penalties[f"gp_{domain}"] = models.gradient_penalty(run.nets[f"D_{domain}"], real, fake, run.args.gp_target)
     if learns:
         run.optims["D"].zero_grad(set_to_none=True)
-        sum(losses_D.values()).backward()
+        (sum(losses_D.values()) + run.args.lambda_gp * sum(penalties.values())).backward()
         run.optims["D"].step()
-    return {"loss_G": loss_G, **losses_D, **terms}
+    return {"loss_G": loss_G, **losses_D, **terms, **penalties}
+
+
+@torch.no_grad()
+def update_averages(run: Run) -> None:
+    """Move the averages of the generators towards their weights; faster at first, so that the start is soon forgotten."""
+    share = 1 - min(run.args.ema, (1 + run.step) / (10 + run.step))
+    for name, average in run.ema.items():
+        net = run.nets[name]
+        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
+        for own, theirs in zip(average.buffers(), net.buffers(), strict=True):
+            own.copy_(theirs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,7 +208,7 @@ def translate(run: Run, net: nn.Module, pictures: Tensor) -> Tensor:
 
 def cyclegan_rows(run: Run, real_A: Tensor, real_B: Tensor) -> list[tuple[str, Tensor]]:
     """The labelled rows of a sample grid: pictures, translations, round trips."""
-    G_AB, G_BA = run.nets["G_AB"], run.nets["G_BA"]
+    G_AB, G_BA = run.shown["G_AB"], run.shown["G_BA"]
     fake_B, fake_A = translate(run, G_AB, real_A), translate(run, G_BA, real_B)
     rec_A, rec_B = translate(run, G_BA, fake_B), translate(run, G_AB, fake_A)
     rows = {"real_A": real_A, "fake_B": fake_B, "rec_A": rec_A, "real_B": real_B, "fake_A": fake_A, "rec_B": rec_B}
@@ -229,8 +253,77 @@ def draw_pictures(run: Run, draw_rows: Callable) -> None:
     name = f"epoch_{run.epoch + bool(run.place):04d}.png"
     utils.save_picture(utils.draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
     for stem, photo in run.photos.items():
-        rows = [("photo", photo), *((name, translate(run, run.nets[name], photo)) for name in DIRECTIONS)]
+        rows = [("photo", photo), *((name, translate(run, run.shown[name], photo)) for name in DIRECTIONS)]
         utils.save_picture(utils.draw_grid(rows), run.pictures / "watch" / stem / name)
+
+
+def find_held_out(args: argparse.Namespace, dataset: Path) -> dict[str, Path]:
+    """Find the folders to evaluate on: of the val split, where there is one, else of the test split.
+
+    raises: InputError if it has no pictures, or no pairs where --eval_metrics asks for them
+    """
+    if not args.eval_interval:
+        return {}
+    split = "val" if any((dataset / f"val{domain}").is_dir() for domain in "AB") else "test"
+    folders = {domain: dataset / f"{split}{domain}" for domain in "AB"}
+    names = []
+    for folder in folders.values():
+        paths = datasets.split_pictures(dataset, folder.name)
+        names.append({path.relative_to(folder).with_suffix("") for path in paths})
+    if "paired" in args.eval_metrics and not names[0] & names[1]:
+        raise utils.InputError(
+            f"--eval_metrics paired: no picture in {folders['A']} has the name of one in {folders['B']}; "
+            "leave it out for unpaired sets"
+        )
+    return folders
+
+
+@torch.no_grad()
+def measure(run: Run) -> dict[str, float]:
+    """Take the measures of --eval_metrics on the held-out pictures; each name ends in the domain it lives in."""
+    args, row, size = run.args, {}, (run.args.img_height, run.args.img_width)
+    reals = {
+        d: datasets.named_pictures(folder, size, args.channels, EVAL_PICTURES) for d, folder in run.held_out.items()
+    }
+    for source, target in ("AB", "BA"):
+        there = functools.partial(translate, run, run.shown[f"G_{source}{target}"])
+        back = functools.partial(translate, run, run.shown[f"G_{target}{source}"])
+        fakes = {stem: there(x) for stem, x in reals[source].items()}
+        if "cycle" in args.eval_metrics:
+            row[f"cycle_{source}"] = metrics.mean_distance(
+                [(back(fakes[stem]), x) for stem, x in reals[source].items()]
+            )
+        if "identity" in args.eval_metrics:
+            row[f"identity_{target}"] = metrics.mean_distance([(there(x), x) for x in reals[target].values()])
+        stems = sorted(fakes.keys() & reals[target].keys())
+        if "paired" in args.eval_metrics and stems:
+            both = ([utils.range_to_bytes(x[stem][0].cpu()) for stem in stems] for x in (fakes, reals[target]))
+            scores = metrics.paired_scores(*both)
+            row |= {f"{key}_{target}": scores[key] for key in ("PSNR", "SSIM", "match@1")}
+    if "losses" in args.eval_metrics:
+        flags = {name: getattr(args, name) for name in models.LOSS_FLAGS}
+        pairs = zip(*(pictures.values() for pictures in reals.values()), strict=False)
+        with utils.autocast(run.device, run.precision):
+            row |= metrics.mean_row(
+                [models.all_losses(run.shown, *(x.to(run.device) for x in p), **flags) for p in pairs]
+            )
+    return row
+
+
+def evaluate(run: Run) -> bool:
+    """Measure, write the row into measures.csv, and tell whether this epoch is the best so far by --best_by."""
+    row = {"epoch": run.epoch, "step": run.step, **measure(run)}
+    path, best_by = run.folder / "measures.csv", run.args.best_by
+    utils.LossLog(path, list(row), run.step - 1).append(row)
+    utils.say("  ".join([f"epoch {run.epoch}:", *(f"{name} {value:.4g}" for name, value in list(row.items())[2:])]))
+    if not best_by:
+        return False
+    rows = [
+        [v for name, v in r.items() if name.rpartition("_")[0] == best_by or name == best_by]
+        for r in utils.read_losses(path)
+    ]
+    scores = [sum(values) / len(values) for values in rows if values]
+    return scores[-1] == utils.BEST_BY[best_by](scores) and scores.count(scores[-1]) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,7 +349,7 @@ def save_run(run: Run) -> None:
         "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
         "rng": utils.rng_state(),
         "loader": {"place": run.place, "meter": run.meter.state_dict()},
-        "ema": None,
+        "ema": {name: net.state_dict() for name, net in run.ema.items()} or None,
         "scaler": None,
         "range": [-1, 1],
     }
@@ -277,7 +370,7 @@ def save_run(run: Run) -> None:
     }
     for name, direction in DIRECTIONS.items():
         recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
-        weights.save_generator(run.folder / f"{name}.safetensors", run.nets[name], recipe)
+        weights.save_generator(run.folder / f"{name}.safetensors", run.shown[name], recipe)
 
 
 def load_run(run: Run, state: dict, path: Path) -> None:
@@ -288,6 +381,9 @@ def load_run(run: Run, state: dict, path: Path) -> None:
     try:
         for name, net in run.nets.items():
             weights.load_tensors(net, state["nets"][name], f"{path}, {name}")
+        averages = state["ema"] or state["nets"]  # an average that begins now begins with the weights
+        for name, net in run.ema.items():
+            weights.load_tensors(net, averages[name], f"{path}, average of {name}")
         if run.teacher:
             weights.load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
         for name, optim in run.optims.items():
@@ -344,7 +440,8 @@ def resume_args(
 def leftovers(args: argparse.Namespace) -> list[Path]:
     """List what an earlier run left under this name; names that no run writes are not ours."""
     folder, pictures = Path("saved_models") / args.run_name, Path("generated_images") / args.run_name
-    files = [folder / name for name in ("latest.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json", "losses.csv")]
+    files = [folder / name for name in ("latest.pt", "best.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json")]
+    files += [folder / name for name in ("losses.csv", "measures.csv")]
     files += [
         *utils.numbered_checkpoints(folder).values(),
         pictures / "losses.png",
@@ -401,7 +498,11 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                     draw_pictures(run, task.draw_rows)
                 if stop.signum is not None:
                     break
+            due = run.place == 0 and args.eval_interval and run.epoch % args.eval_interval == 0
+            best = bool(due) and evaluate(run)
             save_run(run)
+            if best:
+                utils.link_file(run.folder / "latest.pt", run.folder / "best.pt")
             if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or stop.signum:
                 utils.plot_losses(utils.read_losses(log.path), run.pictures / "losses.png")
                 drawn = time.monotonic()
@@ -410,6 +511,11 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
             f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
         )
         raise SystemExit(128 + stop.signum)
+
+
+def loss_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """Columns of losses.csv."""
+    return (*TERMS, "gp_A", "gp_B") if args.lambda_gp else TERMS
 
 
 def set_rates(run: Run, factor: float) -> None:
@@ -440,16 +546,11 @@ def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
 
 def network_configs(args: argparse.Namespace) -> tuple[models.GeneratorConfig, models.DiscriminatorConfig]:
     """Turn the network flags into recipes, checked against the size of the pictures."""
-    generator = models.GeneratorConfig(
-        generator=args.generator,
-        channels=args.channels,
-        ngf=args.ngf,
-        num_residual=args.num_residual,
-        n_downsampling=args.n_downsampling,
-        upsample=args.upsample,
-        norm=args.norm,
-        norm_output=args.norm_output,
-    )
+    names = (field.name for field in dataclasses.fields(models.GeneratorConfig))
+    try:
+        generator = models.GeneratorConfig(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise utils.InputError(f"--{error}") from error
     discriminator = models.DiscriminatorConfig(
         discriminator=args.discriminator,
         channels=args.channels,
@@ -471,13 +572,25 @@ def check_sizes(
     given = f"pictures of {args.img_width}x{args.img_height} px"
     if side < generator.smallest_side:
         raise utils.InputError(
-            f"{given}: {generator.n_downsampling} downsamplings need at least {generator.smallest_side} px a side; "
+            f"{given}: {generator.halvings} downsamplings need at least {generator.smallest_side} px a side; "
             "raise --img_height and --img_width, or lower --n_downsampling"
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
         remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"
         raise utils.InputError(f"--n_layers_D {discriminator.n_layers}: its answer to {given} would be empty; {remedy}")
+
+
+def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, device: torch.device) -> None:
+    """Raise InputError if the tokens of a unet_vit cannot be held, before anything starts."""
+    size, free = (args.img_height, args.img_width), utils.total_memory(device)
+    wanted = 6 * args.batch_size * generator.token_bytes(*size)  # six pictures of each pair pass a generator in a step
+    if generator.tokens(*size) and wanted > free:
+        raise utils.InputError(
+            f"--generator unet_vit: {generator.tokens(*size):,} tokens a picture at {size[1]}x{size[0]} px take about "
+            f"{wanted / 2**30:.0f} GiB in a step, and {device} has {free / 2**30:.0f}; lower --img_height and --img_width, "
+            "--batch_size or --vit_blocks, or take --vit_size uvcgan (16 times fewer tokens) or --generator resnet"
+        )
 
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
@@ -568,6 +681,7 @@ def make_run(
     args: argparse.Namespace, nets: dict[str, nn.Module], dataset: Path, device: torch.device, **distillation: object
 ) -> Run:
     """Put networks on their device and make all that belongs to them; `distillation` are the fields that it adds."""
+    check_memory(args, nets["G_AB"].config, device)
     learning = nets | {"G_adapters": distillation.get("adapters", nn.ModuleDict())}
     for net in learning.values():
         net.to(device)
@@ -580,6 +694,8 @@ def make_run(
         buffers={domain: utils.FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
         samples=load_samples(args, dataset),
         photos=load_watched(args),
+        held_out=find_held_out(args, dataset),
+        ema={name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS if args.ema},
         **distillation,
     )
 
@@ -610,9 +726,27 @@ def add_network_flags(parser: utils.Parser) -> None:
     """Shapes of the networks; they travel in every checkpoint, so that no later stage asks again."""
     add = utils.flag_group(parser, "network")
     add("--generator", choices=models.GENERATORS, default="resnet", help="kind of generator")
-    add("--num_residual", type=utils.whole(0, 1000), default=9, help="residual blocks of the generator")
-    add("--ngf", type=utils.whole(1, 4096), default=64, help="width of the generator's first layer")
-    add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in the generator")
+    add("--num_residual", type=utils.whole(0, 1000), default=9, help="residual blocks of a resnet")
+    add("--ngf", type=utils.whole(1, 4096), default=64, help="width of the first layer of a resnet")
+    add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in a resnet")
+    add(
+        "--vit_size",
+        choices=models.VIT_SIZES,
+        default="small",
+        help="numbers of a unet_vit: of the 64x64 study, or of UVCGAN",
+    )
+    add(
+        "--vit_blocks",
+        type=utils.whole(0, 1000),
+        default=None,
+        help="transformer blocks of a unet_vit (default: 4 in small, 12 in uvcgan)",
+    )
+    add(
+        "--vit_heads",
+        type=utils.whole(1, 4096),
+        default=None,
+        help="attention heads of a unet_vit (default: 4 in small, 6 in uvcgan)",
+    )
     add(
         "--upsample",
         choices=models.UPSAMPLES,
@@ -636,15 +770,6 @@ def add_network_flags(parser: utils.Parser) -> None:
     add("--init", choices=models.INITS, default="normal", help="how weights start")
 
 
-def parts(text: str) -> list[str]:
-    """Flag type: parts of the networks, separated by commas."""
-    words = [word for word in text.split(",") if word]
-    wrong = [word for word in words if word not in PARTS]
-    if wrong:
-        raise argparse.ArgumentTypeError(f"given {wrong[0]!r}, expected some of {','.join(PARTS)}")
-    return words
-
-
 def add_transfer_flags(parser: utils.Parser) -> None:
     """Starting from weights that exist."""
     add = utils.flag_group(parser, "transfer")
@@ -656,7 +781,13 @@ def add_transfer_flags(parser: utils.Parser) -> None:
         metavar="FILE",
         help="generator files to start from, one per direction",
     )
-    add("--freeze", type=parts, default=[], metavar=",".join(PARTS), help="parts that do not learn (default: none)")
+    add(
+        "--freeze",
+        type=utils.words_of(PARTS),
+        default=[],
+        metavar=",".join(PARTS),
+        help="parts that do not learn (default: none)",
+    )
 
 
 def make_parser() -> utils.Parser:
@@ -675,6 +806,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.given = utils.given_flags(parser, argv)
     args.run_name = args.run_name or args.dataset_name
     refuse_contradictions(parser, args)
+    strange = args.given & set(VIT_FLAGS if args.generator == "resnet" else RESNET_FLAGS)
+    if strange and args.start_from == "0" and not args.init_from:
+        parser.error(f"--{min(strange)}: has no meaning for --generator {args.generator}: leave it out")
+    size = models.VIT_SIZES[args.vit_size]
+    args.vit_blocks = size.blocks if args.vit_blocks is None else args.vit_blocks
+    args.vit_heads = args.vit_heads or size.heads
     return args
 
 
@@ -687,7 +824,15 @@ def refuse_contradictions(parser: utils.Parser, args: argparse.Namespace) -> Non
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill the default that depends on another flag, and refuse a decay after the end."""
+    """Fill the default that depends on another flag, and refuse flags that need another one."""
+    if "gp_target" in args.given and not args.lambda_gp:
+        raise utils.InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
+    if "best_by" in args.given and args.best_by:
+        needed = {"PSNR": "paired", "SSIM": "paired", "loss_G": "losses"}.get(args.best_by, args.best_by)
+        if not args.eval_interval or needed not in args.eval_metrics:
+            raise utils.InputError(
+                f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
+            )
     if args.decay_epoch is None:
         return argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
     if "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
@@ -743,7 +888,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = utils.pick_device(args.device)
     dataset, feed = make_feed(args, device)
     run = make_run(args, make_nets(args, pretrained), dataset, device)
-    carry_out(run, feed, Task(cyclegan_objective, cyclegan_rows, TERMS), state, checkpoint)
+    carry_out(run, feed, Task(cyclegan_objective, cyclegan_rows, loss_names(args)), state, checkpoint)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 STATE_FORMAT = 1  # of the whole-state files; raised when an old reader could not follow
+MEASURES = ("losses", "cycle", "identity", "paired")  # cheap enough to be taken during training
+BEST_BY = {"PSNR": max, "SSIM": max, "cycle": min, "identity": min, "loss_G": min}  # and which value is best
 CELL = 128  # px; smaller pictures are enlarged to this side in grids, by a whole factor
 
 
@@ -126,14 +128,17 @@ def recall_flags(
 ) -> argparse.Namespace:
     """Read the flags of a checkpoint as if they had been typed, so that each is checked again.
 
-    raises: InputError if one is missing or would be refused on the command line
+    raises: InputError if there are none, or one would be refused on the command line
     """
-    argv = []
+    argv, unknown = [], []
+    if not isinstance(saved, dict) or not saved:
+        raise InputError(f"{what}: does not say its flags; written by another version, or no checkpoint")
     for action in parser._actions:
         if action.dest in skip or not action.option_strings or action.dest == "help":
             continue
-        if not isinstance(saved, dict) or action.dest not in saved:
-            raise InputError(f"{what}: does not say --{action.dest}; written by another version, or no checkpoint")
+        if action.dest not in saved:  # a flag that came later than the checkpoint has its default there
+            unknown.append(f"--{action.dest}")
+            continue
         value, option = saved[action.dest], action.option_strings[0]
         if isinstance(value, bool) or action.nargs == 0:
             off = f"--no-{option[2:]}" if isinstance(action, argparse.BooleanOptionalAction) else None
@@ -144,6 +149,8 @@ def recall_flags(
             argv += [option, *words] if value else []
         elif value is not None:
             argv.append(f"{option}={value}")
+    if unknown:
+        say(f"{what}: older than {', '.join(unknown)}; these have their defaults")
     try:
         return parser.parse_args(argv)
     except InputError as error:
@@ -208,9 +215,22 @@ def path_name(text: str) -> Path:
     return Path(text)
 
 
+def words_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Flag type: some of the choices, separated by commas."""
+
+    def convert(text: str) -> list[str]:
+        words = [word for word in text.split(",") if word]
+        wrong = [word for word in words if word not in choices]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"given {wrong[0]!r}, expected some of {','.join(choices)}")
+        return words
+
+    return convert
+
+
 def epoch_name(text: str) -> str:
-    """Flag type: a count of finished epochs, or the word latest."""
-    return text if text == "latest" else str(whole(0)(text))
+    """Flag type: a count of finished epochs, or one of the words latest and best."""
+    return text if text in ("latest", "best") else str(whole(0)(text))
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -247,6 +267,18 @@ def add_loss_flags(parser: Parser) -> None:
     add("--lambda_gan", type=number(0), default=1.0, help="weight of the adversarial loss")
     add("--gan_loss", choices=("lsgan", "bce", "hinge"), default="lsgan", help="form of the adversarial loss")
     add("--buffer_size", type=whole(0), default=50, help="translated pictures kept to train the discriminators")
+    add(
+        "--lambda_gp",
+        type=number(0),
+        default=0.0,
+        help="weight of the discriminators' gradient penalty; 0 leaves it out",
+    )
+    add(
+        "--gp_target",
+        type=number(0),
+        default=100.0,
+        help="slope that the penalty aims at; UVCGAN has --lambda_gp 0.1 and 100, UVCGAN2 0.01 and 0",
+    )
 
 
 def add_optim_flags(parser: Parser) -> None:
@@ -268,6 +300,12 @@ def add_optim_flags(parser: Parser) -> None:
     )
     add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
     add("--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment")
+    add(
+        "--ema",
+        type=number(0, 0.999999),
+        default=0.0,
+        help="decay of the generators' running average, which is then what is shown, tested and shipped; 0: none",
+    )
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -301,6 +339,20 @@ def add_run_flags(parser: Parser) -> None:
     )
     add("--checkpoint_interval", type=whole(1), default=10, help="epochs between two checkpoints that are kept")
     add("--keep_checkpoints", type=whole(0), default=0, help="keep only the newest so many epoch_NNNN.pt; 0: all")
+    add(
+        "--eval_interval",
+        type=whole(0),
+        default=0,
+        help="epochs between two evaluations on the val (else test) split; 0: none",
+    )
+    add(
+        "--eval_metrics",
+        type=words_of(MEASURES),
+        default=["cycle", "identity"],
+        metavar=",".join(MEASURES),
+        help="what is evaluated, into measures.csv (default: cycle,identity)",
+    )
+    add("--best_by", choices=BEST_BY, default=None, help="keep the epoch that evaluates best by this as best.pt")
     add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random choices")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit (a CPU does without)")
@@ -343,6 +395,16 @@ def pick_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Compute the networks in bfloat16 where `precision` says so; weights stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def total_memory(device: torch.device) -> float:
+    """Memory of a device in bytes; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -596,10 +658,11 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, epoch: str, flag: str) -> Path:
-    """Return the whole-state file of an epoch ("latest" or a number), or list those that exist."""
-    path = folder / ("latest.pt" if epoch == "latest" else f"epoch_{int(epoch):04d}.pt")
+    """Return the whole-state file of an epoch ("latest", "best" or a number), or list those that exist."""
+    path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     if not path.is_file():
-        found = [*numbered_checkpoints(folder), *(["latest"] if (folder / "latest.pt").is_file() else [])]
+        words = (word for word in ("latest", "best") if (folder / f"{word}.pt").is_file())
+        found = [*numbered_checkpoints(folder), *words]
         listed = ", ".join(map(str, found)) or "none, nothing was saved yet"
         raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
     return path

@@ -23,6 +23,7 @@ from models import (
     GENERATORS,
     NORMS,
     UPSAMPLES,
+    VIT_SIZES,
     DiscriminatorConfig,
     GeneratorConfig,
     build_discriminator,
@@ -33,9 +34,13 @@ from utils import InputError, atomic_write, one_line, read_archive, say
 RECIPE_FORMAT = 1
 LIMITS = {  # beyond: not a network but an attack on the memory
     **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
-    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096)},
+    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
 }
-WORDS = {"generator": GENERATORS, "discriminator": DISCRIMINATORS, "upsample": UPSAMPLES, "norm": NORMS}
+WORDS = {
+    **{"generator": GENERATORS, "discriminator": DISCRIMINATORS, "upsample": UPSAMPLES, "norm": NORMS},
+    "vit_size": tuple(VIT_SIZES),
+}
+LATER = {"vit_size", "vit_blocks", "vit_heads"}  # files from before these came do not have them
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
@@ -88,7 +93,7 @@ def read_config(kind: type[Config], values: object, what: object) -> Config:
     raises: InputError with the first value that is unknown, missing or out of range
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or values.keys() != fields.keys():
+    if not isinstance(values, dict) or not fields.keys() - LATER <= values.keys() <= fields.keys():
         raise InputError(f"{what}: its recipe is no {kind.__name__}; expected {', '.join(fields)}")
     for name, value in values.items():
         good = type(value) is type(fields[name].default)
@@ -98,7 +103,10 @@ def read_config(kind: type[Config], values: object, what: object) -> Config:
             good = good and LIMITS[name][0] <= value <= LIMITS[name][1]
         if not good:
             raise InputError(f"{what}: its recipe says {name} = {one_line(value)[:40]}, which no network has")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise InputError(f"{what}: its recipe says {error}") from error
 
 
 def save_generator(path: Path, net: nn.Module, recipe: dict) -> None:
@@ -322,13 +330,16 @@ def load_generator(path: Path) -> tuple[nn.Module, dict]:
 
 
 def networks_of(state: dict, path: Path) -> dict[str, nn.Module]:
-    """Build the networks of a whole-state file, by name; nothing in it is trusted.
+    """Build the networks of a whole-state file, by name, generators from their averages where it has them.
 
-    raises: InputError if a config or its tensors do not fit
+    raises: InputError if a config or its tensors do not fit; nothing in the file is trusted
     """
     nets: dict[str, nn.Module] = {}
-    configs, tensors = state.get("config"), state.get("nets")
-    if not isinstance(configs, dict) or not isinstance(tensors, dict) or not configs.keys() == tensors.keys():
+    configs, tensors, averages = state.get("config"), state.get("nets"), state.get("ema") or {}
+    plain = all(isinstance(value, dict) for value in (configs, tensors, averages))
+    if plain:
+        tensors = {**tensors, **averages}
+    if not plain or not configs.keys() == tensors.keys():
         raise InputError(
             f"{path}: no whole training state (its networks and their configs differ); use another checkpoint"
         )
