@@ -809,9 +809,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     strange = args.given & set(VIT_FLAGS if args.generator == "resnet" else RESNET_FLAGS)
     if strange and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(strange)}: has no meaning for --generator {args.generator}: leave it out")
-    size = models.VIT_SIZES[args.vit_size]
-    args.vit_blocks = size.blocks if args.vit_blocks is None else args.vit_blocks
-    args.vit_heads = args.vit_heads or size.heads
     return args
 
 
@@ -824,7 +821,7 @@ def refuse_contradictions(parser: utils.Parser, args: argparse.Namespace) -> Non
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill the default that depends on another flag, and refuse flags that need another one."""
+    """Fill the defaults that depend on another flag, and refuse flags that need another one."""
     if "gp_target" in args.given and not args.lambda_gp:
         raise utils.InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
     if "best_by" in args.given and args.best_by:
@@ -833,13 +830,16 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             raise utils.InputError(
                 f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
             )
-    if args.decay_epoch is None:
-        return argparse.Namespace(**{**vars(args), "decay_epoch": args.num_epochs // 2})
-    if "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
+    if args.decay_epoch is not None and "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
         raise utils.InputError(
             f"--decay_epoch {args.decay_epoch}: beyond --num_epochs {args.num_epochs}; expected at most that"
         )
-    return args
+    defaults = {"decay_epoch": args.num_epochs // 2}
+    if hasattr(args, "vit_size"):  # a distillation takes them from its teacher
+        size = models.VIT_SIZES[args.vit_size]
+        defaults |= {"vit_blocks": size.blocks, "vit_heads": size.heads}
+    unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    return argparse.Namespace(**{**vars(args), **unset})
 
 
 def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: Path | None) -> None:

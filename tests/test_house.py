@@ -105,7 +105,11 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
 
 @pytest.mark.parametrize(
     ("module", "files"),
-    [(train, ["train.py", "utils.py", "models.py"]), (distill, ["distill.py", "train.py", "models.py"]), (test_stage, ["test.py"])],
+    [
+        (train, ["train.py", "utils.py", "models.py"]),
+        (distill, ["distill.py", "train.py", "models.py"]),
+        (test_stage, ["test.py"]),
+    ],
 )
 def test_every_flag_is_read_somewhere(module, files):
     source = "".join((ROOT / file).read_text() for file in files)

@@ -6,13 +6,19 @@ from torch import nn
 
 from models import (
     INITS,
+    VIT_SIZES,
+    Attention,
     DiscriminatorConfig,
     GeneratorConfig,
+    Position,
+    VitSize,
     build_discriminator,
     build_generator,
+    count_macs,
     cyclegan_loss,
     gan_loss_D,
     gan_loss_G,
+    gradient_penalty,
     picture_loss,
 )
 
@@ -230,3 +236,120 @@ def test_losses_are_computed_in_float32_from_half_precision():
 def test_picture_loss_refuses_what_would_broadcast():
     with pytest.raises(ValueError, match="shapes differ"):
         picture_loss(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+
+
+# -- UNet-ViT --------------------------------------------------------------------------------
+
+
+def vit(**flags):
+    return GeneratorConfig(generator="unet_vit", **flags)
+
+
+@pytest.fixture
+def tiny_vits(monkeypatch):
+    """The two named sizes with few channels."""
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 8, 12), ffn=24, blocks=12, heads=6, full=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        ({"vit_size": "uvcgan", "vit_blocks": 12, "vit_heads": 6}, 31_360_239),  # as published
+        ({"vit_size": "uvcgan", "vit_blocks": 6, "vit_heads": 6}, 20_713_449),
+        ({"vit_size": "uvcgan", "vit_blocks": 6, "vit_heads": 6, "upsample": "resize"}, 20_713_449),
+        ({}, 4_192_711),
+    ],
+)
+def test_unet_vit_parameter_counts_are_those_of_uvcgan(flags, parameters):
+    with torch.device("meta"):
+        assert count(build_generator(vit(**flags))) == parameters
+
+
+@pytest.mark.parametrize("flags", [{}, {"vit_size": "uvcgan", "vit_blocks": 2, "vit_heads": 3}])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("upsample", ["deconv", "resize"])
+@pytest.mark.parametrize("size", [(64, 64), (96, 128), (100, 70), (33, 32)])
+def test_one_unet_vit_translates_pictures_of_any_size(tiny_vits, flags, norm, upsample, size):
+    config = vit(channels=1, norm=norm, upsample=upsample, **flags)
+    net = build_generator(config)
+    x = torch.rand(2, 1, *size) * 2 - 1
+    answer, hidden = net(x, return_hidden=True)
+    assert answer.shape == x.shape
+    assert answer.abs().max() <= 1
+    side = 2**config.halvings
+    shape = (2, config.hidden_width, math.ceil(size[0] / side), math.ceil(size[1] / side))
+    assert [state.shape for state in hidden] == [shape] * config.vit_blocks
+    assert config.tokens(*size) == shape[2] * shape[3]
+    with pytest.raises(ValueError, match=f"at least {config.smallest_side} px"):
+        net(x[..., : config.smallest_side - 1])
+
+
+def test_attention_equals_a_naive_softmax():
+    attention, x = Attention(32, 4), torch.randn(2, 9, 32)
+    q, k, v = attention.qkv(x).split(32, dim=-1)
+    heads = []
+    for head in range(4):
+        a, b, c = (part[..., 8 * head : 8 * head + 8] for part in (q, k, v))
+        weights = (a @ b.transpose(1, 2) / math.sqrt(8)).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ c)
+    expected = attention.out(torch.cat(heads, dim=-1))
+    assert torch.allclose(attention(x), expected, atol=1e-5)
+
+
+def test_transformer_blocks_begin_as_the_identity_and_then_mix_all_positions(tiny_vits):
+    block, x = build_generator(vit()).blocks[0], torch.randn(1, 6, 16)
+    assert torch.equal(block(x), x)
+    torch.nn.init.ones_(block.scale)
+    other = x.clone()
+    other[:, 5] += 1
+    assert not torch.allclose(block(x)[:, 0], block(other)[:, 0])
+
+
+def test_a_token_knows_where_it_lies_at_every_size():
+    position = Position(8)
+    flat = position(torch.zeros(1, 8, 3, 3))  # nothing to see, so all that differs is the place
+    assert len({tuple(token.tolist()) for token in flat[0]}) == 9
+    finer = position(torch.zeros(1, 8, 9, 9)).unflatten(1, (9, 9))
+    assert torch.allclose(finer[0, 4, 4], flat.unflatten(1, (3, 3))[0, 1, 1])  # the middle is the middle
+    assert torch.allclose(finer[0, 1, 7], flat.unflatten(1, (3, 3))[0, 0, 2], atol=1e-6)
+
+
+def test_multiply_accumulates_of_a_transformer_by_hand(tiny_vits):
+    macs = {blocks: count_macs(build_generator(vit(vit_blocks=blocks)), 16, 16) for blocks in (0, 1)}
+    tokens, width = 16, 16
+    linear = tokens * (3 * width * width + width * width + 2 * width * 32)
+    assert macs[1] - macs[0] == linear + 2 * tokens * tokens * width
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="divisor of 256"):
+        vit(vit_heads=7)
+
+
+# -- gradient penalty ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "expected"), [(0.0, 25.0), (10.0, 0.25), (5.0, 0.0)])
+def test_gradient_penalty_of_a_known_slope(target, expected):
+    judge = nn.Linear(2, 1, bias=False)
+    judge.weight.data = torch.tensor([[3.0, 4.0]])  # slope 5 everywhere
+    penalty = gradient_penalty(
+        nn.Sequential(nn.Flatten(), judge), torch.rand(3, 2, 1, 1), torch.rand(3, 2, 1, 1), target
+    )
+    assert penalty.item() == pytest.approx(expected, abs=1e-5)
+    penalty.backward()
+    assert (judge.weight.grad.abs().max() > 0) == (target != 5)
+
+
+def test_gradient_penalty_looks_between_real_and_translated_pictures():
+    seen = []
+
+    def judge(x):
+        seen.append(x.detach())
+        return x.square().sum()
+
+    gradient_penalty(judge, torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2), 0.0)
+    shares = seen[0].flatten(1)
+    assert torch.equal(shares.amin(1), shares.amax(1))  # one share for each picture
+    assert 0 < shares.min() < shares.max() < 1
