@@ -288,7 +288,7 @@ def test_fid_of_a_folder_against_itself_is_zero_and_rises_with_blur(tmp_path, in
     real = make_dataset(tmp_path / "pictures", (12, 1, 1, 1), (64, 64)) / "trainA"
     paths = sorted(real.iterdir())
     values = []
-    for strength in (0, 1, 2, 4):
+    for strength in (0, 1, 4):
         blurred = []
         for path in paths:
             blurred.append(tmp_path / f"{strength}-{path.name}")
