@@ -1,0 +1,114 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, noise_picture
+from PIL import Image
+
+import export
+import test as test_stage
+import train
+from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
+from weights import load_generator, save_generator
+
+onnxruntime = pytest.importorskip("onnxruntime")
+ROOT = Path(export.__file__).parent
+
+
+def write_generator(path=Path("G_AB.safetensors"), direction="AtoB", **flags):
+    torch.manual_seed(1)
+    net = build_generator(GeneratorConfig(**flags), "kaiming")
+    for name, value in net.named_parameters():
+        if name.endswith("scale"):
+            torch.nn.init.constant_(value, 0.5)  # at 0 a transformer block would do nothing
+    save_generator(path, net, {"direction": direction, "size": [20, 24], "dataset_name": "tiny"})
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"ngf": 2, "num_residual": 1},
+        {"ngf": 2, "num_residual": 1, "upsample": "resize", "norm": "batch", "channels": 1, "n_downsampling": 3},
+        {"generator": "unet_vit", "vit_blocks": 1},
+        {"generator": "unet_vit", "vit_size": "uvcgan", "vit_blocks": 1, "vit_heads": 3, "norm": "none"},
+    ],
+)
+def test_an_onnx_file_answers_as_pytorch_does_at_any_size_and_batch(flags, monkeypatch):
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 12), ffn=24, blocks=12, heads=6, full=True))
+    net = write_generator(**flags)
+    assert export.main(["--weights", "G_AB.safetensors"]) == Path("G_AB.onnx")
+    session = onnxruntime.InferenceSession("G_AB.onnx", providers=["CPUExecutionProvider"])
+    assert [session.get_inputs()[0].name, session.get_outputs()[0].name] == ["real_A", "fake_B"]
+    for n, height, width in ((1, 32, 32), (3, 33, 50), (2, 64, 47)):
+        pictures = torch.rand(n, net.config.channels, height, width) * 2 - 1
+        (answer,) = session.run(None, {"real_A": pictures.numpy()})
+        with torch.no_grad():
+            assert np.abs(answer - net(pictures).numpy()).max() < 1e-4
+    facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert (facts["range"], facts["direction"], facts["size"]) == ([-1, 1], "AtoB", [20, 24])
+    assert facts["channels"] == net.config.channels
+
+
+def test_answers_that_differ_are_not_written(refused, monkeypatch):
+    write_generator(ngf=2, num_residual=1)
+    run = export.open_session
+    monkeypatch.setattr(export, "open_session", lambda model: lambda x: run(model)(x) + 2e-3)
+    assert "differ from PyTorch's by more than 0.001" in refused(export.main, "--weights", "G_AB.safetensors", code=1)
+    assert not Path("G_AB.onnx").exists()
+
+
+def test_a_run_is_exported_and_the_example_translates_without_torch(tiny, monkeypatch):
+    train.main(
+        ["--dataset_name", "tiny", *TINY, "--num_epochs", "2", "--checkpoint_interval", "1", "--img_width", "24"]
+    )
+    assert export.main(["--run_name", "tiny", "--direction", "BtoA"]) == Path("saved_models/tiny/G_BA.onnx")
+    noise_picture(3, (30, 20)).save("photo.png")
+    monkeypatch.setattr(sys, "argv", ["onnx_translate.py", "saved_models/tiny/G_BA.onnx", "photo.png", "answer.png"])
+    runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"), run_name="__main__")
+    test_stage.main(
+        ["--run_name", "tiny", "--input", "photo.png", "--direction", "BtoA", "--device", "cpu", "--precision", "fp32"]
+    )
+    answers = [Image.open(p) for p in ("answer.png", "generated_images/tiny/test/fake_A/photo.png")]
+    ours, theirs = (np.asarray(answer).astype(int) for answer in answers)
+    assert np.abs(ours - theirs).max() <= 1
+    first = export.main(["--run_name", "tiny", "--epoch", "1", "--output", "first.onnx"])
+    assert first.read_bytes() != Path("saved_models/tiny/G_BA.onnx").read_bytes()
+
+
+def test_the_junyanz_layout_goes_out_and_comes_back(capsys):
+    net = write_generator(ngf=2, num_residual=2, direction="BtoA", path=Path("G_BA.safetensors"))
+    path = export.main(["--weights", "G_BA.safetensors", "--to", "junyanz"])
+    assert path == Path("latest_net_G_B.pth")
+    back, recipe = load_generator(path)
+    assert recipe["direction"] == "BtoA"
+    for name, value in back.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--run_name", "none"], "runs found: none"),
+        (["--weights", "G_AB.safetensors", "--epoch", "3"], "contradict each other"),
+        (["--weights", "G_AB.safetensors", "--direction", "BtoA"], "translates AtoB; leave the flag out"),
+        (["--weights", "G_AB.safetensors", "--output", "a.pth"], "expected a file that ends in .onnx"),
+        (["--weights", "G_AB.safetensors", "--output", "no/a.onnx"], "make it first"),
+        (["--weights", "none.safetensors"], "no such file"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(refused, given, words):
+    write_generator(ngf=2, num_residual=1)
+    assert words in refused(export.main, *given)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(refused, monkeypatch):
+    write_generator(ngf=2, num_residual=1)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    words = refused(export.main, "--weights", "G_AB.safetensors")
+    assert "onnxscript is missing; install it with: pip install -r requirements-export.txt" in words
