@@ -300,7 +300,8 @@ class UnetVitGenerator(nn.Module):
     raises:  ValueError if a side is too small
     source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557; "uvcgan" has its very layers, with tanh in
              place of the sigmoid since pictures are in [-1, 1], and config.upsample "resize"; "small"
-             is that of the 64x64 study: a CycleGAN's stem and halvings, skips, four blocks without norm
+             is that of the 64x64 study: a CycleGAN's stem and halvings, skips, four blocks without norm; a
+             1x1 convolution behind each skip is ours
     """
 
     def __init__(self, config: GeneratorConfig):
@@ -315,8 +316,8 @@ class UnetVitGenerator(nn.Module):
         else:
             stem = [nn.ReflectionPad2d(3), nn.Conv2d(config.channels, widths[0], 7, bias=bias)]
             self.stem = nn.Sequential(*stem, norm_layer(norm, widths[0]), nn.ReLU(inplace=True))
-            head = [nn.ReflectionPad2d(3), nn.Conv2d(2 * widths[0], config.channels, 7)]
-        levels = [self._level(wide, thin, i) for i, (thin, wide) in enumerate(itertools.pairwise(widths))]
+            head = [nn.ReflectionPad2d(3), nn.Conv2d(widths[0], config.channels, 7)]
+        levels = [self._level(thin, wide) for thin, wide in itertools.pairwise(widths)]
         self.down = nn.ModuleList(down for down, _ in levels)
         self.position = Position(widths[-1])
         self.blocks = nn.ModuleList(VitBlock(widths[-1], size, config.vit_heads) for _ in range(config.vit_blocks))
@@ -324,18 +325,20 @@ class UnetVitGenerator(nn.Module):
         self.up = nn.ModuleList(up for _, up in reversed(levels))
         self.head = nn.Sequential(*head, *([norm_layer(norm, config.channels)] if config.norm_output else []))
 
-    def _level(self, wide: int, thin: int, i: int) -> tuple[nn.ModuleList, nn.ModuleList]:
+    def _level(self, thin: int, wide: int) -> tuple[nn.ModuleList, nn.ModuleList]:
         """What a level does before its skip is taken and after, on the way down; likewise around the skip on the way up."""
         norm, upsample = self.config.norm, self.config.upsample
         if VIT_SIZES[self.config.vit_size].full:
             down = [double_conv(thin, wide, wide, norm), nn.Conv2d(wide, wide, 2, stride=2)]
             up = [nn.Sequential(*upsample_layers(upsample, wide, wide, True)), double_conv(2 * wide, wide, thin, norm)]
         else:
-            bias, below = norm != "batch", wide if i + 1 == self.config.halvings else 2 * wide
+            bias = norm != "batch"
             conv = nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=bias)
             down = [nn.Identity(), nn.Sequential(conv, norm_layer(norm, wide), nn.ReLU(inplace=True))]
-            layers = upsample_layers(upsample, below, thin, bias)
-            up = [nn.Sequential(*layers, norm_layer(norm, thin), nn.ReLU(inplace=True)), nn.Identity()]
+            double = [*upsample_layers(upsample, wide, thin, bias), norm_layer(norm, thin), nn.ReLU(inplace=True)]
+            # without a nonlinearity behind the skip, colours of the input show through whatever stands there
+            merge = [nn.Conv2d(2 * thin, thin, 1, bias=bias), norm_layer(norm, thin), nn.ReLU(inplace=True)]
+            up = [nn.Sequential(*double), nn.Sequential(*merge)]
         return nn.ModuleList(down), nn.ModuleList(up)
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
