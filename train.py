@@ -678,7 +678,7 @@ def make_nets(args: argparse.Namespace, pretrained: dict[str, nn.Module]) -> dic
 
 
 def make_run(
-    args: argparse.Namespace, nets: dict[str, nn.Module], dataset: Path, device: torch.device, **distillation: object
+    args: argparse.Namespace, nets: dict[str, nn.Module], dataset: Path | None, device: torch.device, **distillation: object
 ) -> Run:
     """Put networks on their device and make all that belongs to them; `distillation` are the fields that it adds."""
     check_memory(args, nets["G_AB"].config, device)
@@ -692,7 +692,7 @@ def make_run(
         nets=nets,
         optims=make_optims(learning, args, device),
         buffers={domain: utils.FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
-        samples=load_samples(args, dataset),
+        samples=load_samples(args, dataset) if dataset else (),
         photos=load_watched(args),
         held_out=find_held_out(args, dataset),
         ema={name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS if args.ema},
