@@ -302,11 +302,19 @@ class EpochSampler:
 
     An epoch lasts until the larger domain was seen, or `steps`; the smaller one starts again.
     Set `epoch` and `first_step` before each pass: they are read in the main process, where
-    persistent workers cannot freeze them.
+    persistent workers cannot freeze them. `share` is the part of each batch that is handed out:
+    a rank's own.
     """
 
-    def __init__(self, counts: tuple[int, int], batch_size: int, steps: int | None = None, seed: int = 0):
-        self.counts, self.batch_size, self.seed = counts, batch_size, seed
+    def __init__(
+        self,
+        counts: tuple[int, int],
+        batch_size: int,
+        steps: int | None = None,
+        seed: int = 0,
+        share: slice = slice(None),
+    ):
+        self.counts, self.batch_size, self.seed, self.share = counts, batch_size, seed, share
         self.steps = steps or math.ceil(max(counts) / batch_size)
         self.epoch, self.first_step = 0, 0
 
@@ -320,7 +328,7 @@ class EpochSampler:
         order_A, order_B = (self._order(domain, count) for domain, count in zip("AB", self.counts, strict=True))
         for step in range(self.first_step, self.steps):
             pictures = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures]
+            yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures[self.share]]
 
     def __len__(self) -> int:
         return self.steps - self.first_step

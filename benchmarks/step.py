@@ -310,7 +310,9 @@ def main(argv: list[str] | None = None) -> None:
         print_own_memory(config, device, args.memory_of)
         return
     peaks = {name: peak_flops(device, name) for name in ("fp32", "bf16")}
-    print(f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution:", end=" ")
+    print(
+        f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution:", end=" "
+    )
     print(", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.items()))
     rows = []
     for size in args.sizes:
