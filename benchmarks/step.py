@@ -135,13 +135,15 @@ class Reference:
 
 
 class Ours:
-    def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool):
+    def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = ""):
         words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
         words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
         argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
         argv += ["--precision", precision] + ["--compile"] * compiled
         args = train.settle(train.parse_args(argv))
         self.run = train.make_run(args, train.make_nets(args, {}), None, device)
+        for net in self.run.nets.values() if layout else ():
+            net.to(memory_format={"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout])
 
     def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
         return train.train_step(self.run, real_A, real_B, train.cyclegan_objective)
@@ -154,6 +156,8 @@ def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str,
         variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
         if config.compile:
             variants[f"{precision} compiled"] = lambda precision=precision: Ours(config, device, precision, True)
+        for layout in ("nchw", "nhwc") if config.layouts else ():
+            variants[f"{precision} {layout}"] = lambda p=precision, x=layout: Ours(config, device, p, False, x)
     return variants
 
 
@@ -287,6 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="what --precision is given")
     parser.add_argument("--compile", action="store_true", help="also measure with --compile")
+    parser.add_argument("--layouts", action="store_true", help="also measure both memory formats of our networks")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
