@@ -46,7 +46,6 @@ NETWORK_FLAGS = (
 FIXED_FLAGS = (*NETWORK_FLAGS, "init", "freeze")  # a resumed run keeps them
 NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
 DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
-WIDE = 64  # first layer from which channels_last is faster on a CPU in bfloat16 (benchmarks/NOTES.md)
 PARTS = ("stem", "down", "blocks", "up", "head", "D")  # what --freeze can name
 
 
@@ -692,6 +691,7 @@ def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, de
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the pictures, drawing the demo set when it is missing, and make their loader."""
+    share = utils.own_share(args.batch_size)
     with utils.one_by_one():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
             datasets.draw_dataset(args.data_root)
@@ -701,7 +701,6 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Fee
         bad[domain] = datasets.BadPictures(dataset / f"train{domain}", len(found))
         paths[domain] = bad[domain].readable(found)
     counts = {domain: len(found) for domain, found in paths.items()}
-    share = utils.own_share(args.batch_size)
     order = datasets.EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed, share)
     size = (args.img_height, args.img_width)
     pictures = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
@@ -788,10 +787,13 @@ def make_run(
     dataset: None where nothing is looked at, as in benchmarks
     """
     check_memory(args, nets["G_AB"].config, device)
+    if nets["G_AB"].config.norm == "batch" and args.micro_batch != "auto":
+        words = "a batch norm would see the pieces, not the batch"
+        raise utils.InputError(f"--micro_batch {args.micro_batch}: {words}; leave it out, or lower --batch_size")
     learning = nets | {"G_adapters": distillation.get("adapters", nn.ModuleDict())}
     precision = utils.pick_precision(args.precision, device)
     for net in learning.values():
-        net.to(device, memory_format=memory_format(net, device, precision))
+        net.to(device)
     compiled = compile_nets(nets, device) if args.compile else {}
     torch.manual_seed(args.seed + utils.rank())  # equal weights, then numbers of one's own
     return Run(
@@ -813,16 +815,6 @@ def make_run(
         ema={name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS if args.ema},
         **distillation,
     )
-
-
-def memory_format(net: nn.Module, device: torch.device, precision: str) -> torch.memory_format:
-    """How a network's tensors lie in memory: as benchmarks/NOTES.md measured it to be faster, else as usual.
-
-    A rule and not a timing at the start: a resumed run has to choose the same.
-    """
-    wide = next((p.shape[0] for p in net.parameters()), 0) >= WIDE
-    pays = device.type == "cpu" and precision == "bf16" and wide
-    return torch.channels_last if pays else torch.contiguous_format
 
 
 def compile_nets(nets: dict[str, nn.Module], device: torch.device) -> dict[str, Callable]:

@@ -135,7 +135,9 @@ class Reference:
 
 
 class Ours:
-    def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = ""):
+    def __init__(
+        self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = ""
+    ):
         words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
         words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
         argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]

@@ -126,18 +126,19 @@ def test_a_rank_that_falls_silent_is_given_up_by_the_others(tiny):
     ranks = []
     for rank in range(2):
         env = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
-        ranks.append(subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        with Path(f"rank_{rank}.txt").open("w") as file:
+            ranks.append(subprocess.Popen(argv, env=env, stdout=file, stderr=file))
     try:
         while not Path("saved_models/tiny/latest.pt").exists():
-            assert ranks[0].poll() is None, ranks[0].communicate()
+            assert ranks[0].poll() is None, Path("rank_0.txt").read_text()
             time.sleep(0.1)
         ranks[1].send_signal(signal.SIGSTOP)  # its connections stay open
-        _, err = ranks[0].communicate(timeout=60)
+        ranks[0].wait(timeout=60)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
-    assert "rank 0: rank 1 has given no sign of life for 3 s" in err
+    assert "rank 0: rank 1 has given no sign of life for 3 s" in Path("rank_0.txt").read_text()
     assert ranks[0].returncode == 1
 
 
