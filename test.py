@@ -163,11 +163,6 @@ def output_names(root: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     return names
 
 
-def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to (width, height), unless it has that size."""
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
-
-
 def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, Image.Image]:
     """Translate one picture and back again; returns input, translation and round trip by folder name.
 
@@ -183,7 +178,7 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
     if net.config.token_bytes(height, width, blocks=1) > utils.total_memory(tester.device):
         tokens = f"{net.config.tokens(height, width):,} tokens, more than {tester.device} can hold"
         raise datasets.UnreadablePicture(f"{width}x{height} px are {tokens}; take --scale train")
-    seen = resize_picture(picture, (size[1], size[0])) if size else picture
+    seen = datasets.resize_picture(picture, (size[1], size[0])) if size else picture
     real = utils.picture_to_tensor(seen)[None]
     fake = tester(net, real)
     shown = {f"fake_{target}": fake}
@@ -191,7 +186,7 @@ def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, I
         shown[f"rec_{source}"] = tester(back, fake)
     final = picture if tester.args.output_size == "input" else seen
     return {f"real_{source}": final} | {
-        folder: resize_picture(utils.tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
+        folder: datasets.resize_picture(utils.tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
     }
 
 

@@ -705,6 +705,8 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Fee
     size = (args.img_height, args.img_width)
     pictures = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
     workers = args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
+    if args.cache != "none":
+        pictures.caches = datasets.make_caches(args.cache, paths, pictures.load_size, args.channels, dataset, workers)
     loader = datasets.make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
     utils.say(
         f"{dataset}: {counts['A']} pictures in trainA, {counts['B']} in trainB; {order.steps} steps of {args.batch_size} an epoch"

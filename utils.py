@@ -391,6 +391,12 @@ def add_data_flags(parser: Parser) -> None:
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
     add("--num_workers", type=whole(0), default=None, help="processes that read pictures (default: 0 on a CPU, else 4)")
     add(
+        "--cache",
+        choices=("none", "ram", "disk"),
+        default="none",
+        help="keep pictures decoded and resized: in memory, or in .cache beside the data set, which you may delete",
+    )
+    add(
         "--max_images",
         type=whole(1),
         default=None,
@@ -580,6 +586,15 @@ def total_memory(device: torch.device) -> float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def free_memory() -> float:
+    """Memory that programs can still take, in bytes; infinity where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
         return math.inf
 
 
