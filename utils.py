@@ -759,13 +759,17 @@ class FakeImageBuffer:
 # Files: every write is a temporary name, flush, fsync, rename
 
 
+UMASK = threading.Lock()  # to read it is to change it, for all threads
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: a name may be as long as the file system allows
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
     try:
         yield temporary
-        os.umask(mask := os.umask(0))
+        with UMASK:
+            os.umask(mask := os.umask(0))
         temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
