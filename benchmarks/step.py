@@ -223,10 +223,10 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
     variants = {name: make() for name, make in make_variants(config, device).items()}
     real_A, real_B = make_batch(config, device)
     times, rows = {name: [] for name in variants}, []
-    for i in range(config.rounds + 2):
+    for i in range(config.rounds + config.warm):
         for name, variant in variants.items():
             taken = seconds(lambda variant=variant: variant.step(real_A, real_B), device)
-            if i >= 2:  # the first ones pay for set-up and compilation
+            if i >= config.warm:  # the first ones pay for set-up and compilation
                 times[name].append(taken)
     with FlopCounterMode(display=False) as counter:
         next(v for n, v in variants.items() if n == config.precisions[0]).step(real_A, real_B)
@@ -295,6 +295,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also measure with --compile")
     parser.add_argument("--layouts", action="store_true", help="also measure both memory formats of our networks")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
+    parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each variant")
