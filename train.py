@@ -680,7 +680,11 @@ def check_sizes(
 def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, device: torch.device) -> None:
     """Raise InputError if the tokens of a unet_vit cannot be held, before anything starts."""
     size, free = (args.img_height, args.img_width), utils.total_memory(device)
-    wanted = 6 * args.batch_size * generator.token_bytes(*size)  # six pictures of each pair pass a generator in a step
+    share = args.batch_size // utils.world()
+    smallest = args.micro_batch if args.micro_batch != "auto" else 1 if device.type == "cuda" else share
+    wanted = (
+        6 * min(share, smallest) * generator.token_bytes(*size)
+    )  # six pictures of each pair pass a generator in a step
     if generator.tokens(*size) and wanted > free:
         raise utils.InputError(
             f"--generator unet_vit: {generator.tokens(*size):,} tokens a picture at {size[1]}x{size[0]} px take about "
