@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import warnings
+import zlib
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from utils import (
     Parser,
     draw_grid,
     folder_name,
+    free_memory,
     number,
     path_name,
     picture_to_tensor,
@@ -39,6 +41,7 @@ from utils import (
     say,
     stage,
     whole,
+    world,
 )
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -120,6 +123,11 @@ def read_picture(path: Path, channels: int = 3) -> Image.Image:
             raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
 
 
+def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (width, height), unless it has that size."""
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
 def load_pictures(
     folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int
 ) -> Iterator[tuple[Path, Tensor]]:
@@ -143,9 +151,7 @@ def load_pictures(
 def load_picture(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
     """Read a picture as (channels, H, W) in [-1, 1]; size is (height, width), None keeps its own."""
     picture = read_picture(path, channels)
-    if size and picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
-    return picture_to_tensor(picture)
+    return picture_to_tensor(resize_picture(picture, size[::-1]) if size else picture)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,6 +254,81 @@ class BadPictures:
 # Batches
 
 
+class PictureCache:
+    """Pictures of one size, decoded and resized once: bytes in memory that the workers share, or in a file.
+
+    A picture counts as there when its checksum says so: half-written ones, and two runs that fill
+    one file at a time, do no harm. The file's name follows from the pictures' names, sizes and
+    times, so that a changed data set gets a new one.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None, shared: bool):
+        """folder: of the file; None keeps the pictures in memory, `shared` with worker processes."""
+        length = math.prod(size) * channels
+        total = len(paths) * (length + 8)
+        if folder:
+            facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+            name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
+            values = torch.from_file(str(reserve(folder / f"{name}.uint8", total)), True, total, dtype=torch.uint8)
+        else:
+            values = torch.zeros(total, dtype=torch.uint8)
+            values = values.share_memory_() if shared else values
+        self.sums = values[: 8 * len(paths)].view(torch.int64)  # a picture's CRC32 + 1; 0 where there is none
+        self.pixels = values[8 * len(paths) :].view(len(paths), *size, channels)
+
+    def get(self, i: int) -> Image.Image | None:
+        """The picture at a place, if it is there, whole."""
+        expected = self.sums[i].item()
+        pixels = self.pixels[i].numpy() if expected else None
+        if pixels is None or zlib.crc32(pixels) + 1 != expected:
+            return None
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)  # copies
+
+    def put(self, i: int, picture: Image.Image) -> None:
+        """Keep a picture of the cache's size."""
+        pixels = np.array(picture).reshape(self.pixels.shape[1:])
+        self.pixels[i] = torch.from_numpy(pixels)
+        self.sums[i] = zlib.crc32(pixels) + 1
+
+
+def reserve(path: Path, size: int) -> Path:
+    """Make sure that a file of `size` bytes exists and has its place on the disk, new parts zero; returns its path.
+
+    raises: InputError if the disk has less left (writing to it through memory would end in a bus error)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        wanted, free = size - file.tell(), shutil.disk_usage(path.parent).free
+        if wanted > free:
+            words = f"needs {wanted / 2**30:.1f} GiB in {path.parent}, which has {free / 2**30:.1f} left"
+            raise InputError(f"--cache disk: {words}; lower --max_images, or leave it out")
+        if wanted > 0 and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        elif wanted > 0:
+            file.truncate(size)
+    return path
+
+
+def make_caches(
+    kind: str, paths: dict[str, list[Path]], size: tuple[int, int], channels: int, dataset: Path, num_workers: int
+) -> dict[str, PictureCache]:
+    """Make the caches of --cache, by domain: none, ram, or disk.
+
+    size:   of the kept pictures: height and width
+    raises: InputError if memory does not suffice
+    """
+    total = sum(map(len, paths.values())) * (math.prod(size) * channels + 8)
+    total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1  # of the ranks on this machine
+    free, where = free_memory(), "memory"
+    if num_workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < free:
+        free, where = shutil.disk_usage("/dev/shm").free, "/dev/shm, through which workers share memory,"
+    if kind == "ram" and total > free:
+        words = f"needs {total / 2**30:.2f} GiB, and {where} has {free / 2**30:.2f} left"
+        raise InputError(f"--cache ram: {words}; take --cache disk, or lower --max_images or --load_scale")
+    folder = dataset / ".cache" if kind == "disk" else None
+    return {d: PictureCache(found, size, channels, folder, num_workers > 0) for d, found in paths.items()}
+
+
 class UnpairedDataset(Dataset):
     """Pictures of two domains, drawn independently; an item is asked for by (epoch, i, index_A, index_B).
 
@@ -267,6 +348,7 @@ class UnpairedDataset(Dataset):
     ):
         self.paths, self.size, self.channels, self.flip, self.seed = (paths, size, channels, flip, seed)
         self.load_size = tuple(round(side * load_scale) for side in size)
+        self.caches: dict[str, PictureCache] = {}  # by domain; filled as pictures are read
 
     def __getitem__(self, key: tuple[int, int, int, int]) -> dict:
         epoch, i, *indices = key
@@ -277,19 +359,24 @@ class UnpairedDataset(Dataset):
         return item
 
     def _read(self, domain: str, index: int, bad: list) -> Image.Image:
-        paths = self.paths[domain]
-        for offset in range(len(paths)):
-            path = paths[(index + offset) % len(paths)]
+        paths, cache = self.paths[domain], self.caches.get(domain)
+        for place in (*range(index, len(paths)), *range(index)):
+            picture = cache.get(place) if cache else None
+            if picture:
+                return picture
             try:
-                return read_picture(path, self.channels)
+                picture = resize_picture(read_picture(paths[place], self.channels), self.load_size[::-1])
             except UnreadablePicture as error:
-                bad.append((domain, path, str(error)))
-        return Image.new("RGB" if self.channels == 3 else "L", (1, 1))  # never learnt from: `bad` ends the run
+                bad.append((domain, paths[place], str(error)))
+                continue
+            if cache:
+                cache.put(place, picture)
+            return picture
+        blank = self.load_size[::-1]  # never learnt from: `bad` ends the run
+        return Image.new("RGB" if self.channels == 3 else "L", blank)
 
     def _vary(self, picture: Image.Image, rng: random.Random) -> Tensor:
         (height, width), (load_height, load_width) = self.size, self.load_size
-        if picture.size != (load_width, load_height):
-            picture = picture.resize((load_width, load_height), Image.Resampling.BICUBIC)
         top, left = rng.randint(0, load_height - height), rng.randint(0, load_width - width)
         picture = picture.crop((left, top, left + width, top + height))
         if self.flip and rng.random() < 0.5:
@@ -302,11 +389,19 @@ class EpochSampler:
 
     An epoch lasts until the larger domain was seen, or `steps`; the smaller one starts again.
     Set `epoch` and `first_step` before each pass: they are read in the main process, where
-    persistent workers cannot freeze them.
+    persistent workers cannot freeze them. `share` is the part of each batch that is handed out:
+    a rank's own.
     """
 
-    def __init__(self, counts: tuple[int, int], batch_size: int, steps: int | None = None, seed: int = 0):
-        self.counts, self.batch_size, self.seed = counts, batch_size, seed
+    def __init__(
+        self,
+        counts: tuple[int, int],
+        batch_size: int,
+        steps: int | None = None,
+        seed: int = 0,
+        share: slice = slice(None),
+    ):
+        self.counts, self.batch_size, self.seed, self.share = counts, batch_size, seed, share
         self.steps = steps or math.ceil(max(counts) / batch_size)
         self.epoch, self.first_step = 0, 0
 
@@ -320,7 +415,7 @@ class EpochSampler:
         order_A, order_B = (self._order(domain, count) for domain, count in zip("AB", self.counts, strict=True))
         for step in range(self.first_step, self.steps):
             pictures = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures]
+            yield [(self.epoch, i, order_A[i], order_B[i]) for i in pictures[self.share]]
 
     def __len__(self) -> int:
         return self.steps - self.first_step

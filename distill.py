@@ -366,7 +366,7 @@ def make_parser() -> utils.Parser:
         if action.dest in inherited_names():
             action.default, action.help = None, f"{action.help.split(' (default')[0]} (default: the teacher's)"
     utils.add_run_flags(parser)
-    utils.add_device_flags(parser)
+    utils.add_speed_flags(parser)
     return parser
 
 

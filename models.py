@@ -91,6 +91,14 @@ class GeneratorConfig:
         """Smallest height and width in px: a reflection needs a map larger than its pad."""
         return max(4, 2 ** (self.halvings + 1))
 
+    @property
+    def receptive_field(self) -> float:
+        """Side of the square of input px on which an output pixel depends, not counting what norms see of all of them."""
+        if self.generator == "unet_vit":
+            return math.inf  # attention looks everywhere
+        side = 2**self.n_downsampling
+        return 13 + 4 * (side - 1) + 4 * side * self.num_residual
+
     def tokens(self, height: int, width: int) -> int:
         """Positions that attend to each other in one picture of (height, width) px; 0 for a resnet."""
         side = 2**self.halvings

@@ -6,10 +6,15 @@ python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo
 """
 
 import argparse
+import functools
 import html
+import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -27,6 +32,8 @@ import weights
 
 DIRECTIONS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
 MEASURES = (*utils.MEASURES, "fid", "kid")
+BATCH, BATCH_PIXELS = 16, 2**20  # pictures that pass a network together, and how many pixels at most
+THREADS = 4  # that read and write
 COLUMNS = 6  # pictures in the grid
 
 
@@ -41,6 +48,7 @@ class Tester:
     precision: str
     dataset_name: str
     output: Path
+    busy: float = 0.0  # seconds in the networks
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -58,9 +66,19 @@ class Tester:
 
     @torch.no_grad()
     def __call__(self, net: nn.Module, pictures: Tensor) -> Tensor:
-        """Run a network on (N, C, H, W); the answer is float32."""
-        with utils.autocast(self.device, self.precision):
-            return net(pictures.to(self.device)).float()
+        """Run a network on (N, C, H, W), in tiles where --tile says so; the answer is float32."""
+        start, tile = time.perf_counter(), self.args.tile
+
+        def answer(x: Tensor) -> Tensor:
+            with utils.autocast(self.device, self.precision):
+                return net(x.to(self.device)).float()
+
+        tiled = tile and max(pictures.shape[-2:]) > tile
+        x = blend_tiles(answer, pictures.cpu(), tile) if tiled else answer(pictures)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.busy += time.perf_counter() - start
+        return x
 
 
 @dataclass
@@ -163,59 +181,127 @@ def output_names(root: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     return names
 
 
-def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to (width, height), unless it has that size."""
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin, so that they overlap by a quarter at least and the last one ends at the edge."""
+    count = math.ceil((length - tile // 4) / (tile - tile // 4)) if length > tile else 1
+    return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
 
 
-def translate_picture(tester: Tester, direction: str, path: Path) -> dict[str, Image.Image]:
-    """Translate one picture and back again; returns input, translation and round trip by folder name.
+def blend_tiles(answer: Callable, pictures: Tensor, tile: int) -> Tensor:
+    """Translate (N, C, H, W) in overlapping tiles and blend them, each fading out linearly towards its edges.
 
-    raises: UnreadablePicture, also for a picture that is too small for the generator
+    Seams vanish, but not what an instance norm does: it sees a tile's statistics, not the picture's.
     """
-    (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
-    picture = datasets.read_picture(path, tester.channels)
+    height, width = pictures.shape[-2:]
+
+    def fade(length: int) -> Tensor:
+        edge = torch.arange(length) + 0.5
+        return torch.minimum(edge, edge.flip(0)).div(max(1, tile // 4)).clamp(max=1)
+
+    window = torch.outer(fade(min(tile, height)), fade(min(tile, width)))
+    blended, total = torch.zeros_like(pictures), torch.zeros(height, width)
+    for top in tile_starts(height, tile):
+        for left in tile_starts(width, tile):
+            rows, columns = slice(top, top + tile), slice(left, left + tile)
+            blended[..., rows, columns] += window * answer(pictures[..., rows, columns]).cpu()
+            total[rows, columns] += window
+    return blended.div_(total)
+
+
+def read_seen(tester: Tester, net: nn.Module, path: Path) -> tuple[Path, Image.Image | None, object]:
+    """Read a picture; returns its path, the picture, and it as the network shall see it, or None and what is wrong."""
+    try:
+        picture = datasets.read_picture(path, tester.channels)
+    except datasets.UnreadablePicture as error:
+        return path, None, error
     size = tester.size if tester.args.scale == "train" else None
     if size is None and min(picture.size) < net.config.smallest_side:
         wanted = f"the generator needs {net.config.smallest_side} px a side"
-        raise datasets.UnreadablePicture(f"{picture.width}x{picture.height} px, {wanted}")
+        return path, None, f"{picture.width}x{picture.height} px, {wanted}"
     height, width = size or picture.size[::-1]
-    if net.config.token_bytes(height, width, blocks=1) > utils.total_memory(tester.device):
+    most = tester.args.tile or math.inf
+    if net.config.token_bytes(min(height, most), min(width, most), blocks=1) > utils.total_memory(tester.device):
         tokens = f"{net.config.tokens(height, width):,} tokens, more than {tester.device} can hold"
-        raise datasets.UnreadablePicture(f"{width}x{height} px are {tokens}; take --scale train")
-    seen = resize_picture(picture, (size[1], size[0])) if size else picture
-    real = utils.picture_to_tensor(seen)[None]
-    fake = tester(net, real)
-    shown = {f"fake_{target}": fake}
-    if back:
-        shown[f"rec_{source}"] = tester(back, fake)
-    final = picture if tester.args.output_size == "input" else seen
-    return {f"real_{source}": final} | {
-        folder: resize_picture(utils.tensor_to_picture(x[0]), final.size) for folder, x in shown.items()
-    }
+        return path, None, f"{width}x{height} px are {tokens}; take --scale train"
+    return path, picture, datasets.resize_picture(picture, (size[1], size[0])) if size else picture
+
+
+def in_batches(tester: Tester, pictures: Iterable[tuple]) -> Iterator[list[tuple]]:
+    """Group what read_seen answered into batches of equal size, in order; whatever is wrong comes alone."""
+    batch = []
+    for item in pictures:
+        fits = batch and item[1] and batch[0][1] and item[2].size == batch[0][2].size
+        if batch and not (fits and len(batch) < BATCH and (len(batch) + 1) * math.prod(item[2].size) <= BATCH_PIXELS):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
+    """Yield function(item) in order, while threads work on the next ones; few are held at a time."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * BATCH:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence[Path]) -> list[Result]:
-    """Translate pictures and write what comes out, each under its input's name."""
-    results, bad, names = [], datasets.BadPictures(root, len(paths)), output_names(root, paths)
+    """Translate pictures and write what comes out, each under its input's name; reads and writes in threads."""
+    (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
+    bad, names = datasets.BadPictures(root, len(paths)), output_names(root, paths)
+    kinds = [f"real_{source}", f"fake_{target}", *([f"rec_{source}"] if back else [])]
     folders = [tester.output / f"{kind}_{domain}" for kind in ("real", "fake", "rec") for domain in "AB"]
     clash = {(folder / name).resolve() for folder in folders for name in names.values()} & {p.resolve() for p in paths}
     if clash:
         raise utils.InputError(
             f"--output {tester.output}: would overwrite the input {min(clash)}; choose another folder"
         )
-    for path in tqdm(paths, desc=direction, unit="picture", mininterval=0.5):
-        try:
-            pictures = translate_picture(tester, direction, path)
-        except datasets.UnreadablePicture as error:
-            bad.note(path, error)
-            continue
-        for folder, picture in pictures.items():
-            utils.save_picture(picture, tester.output / folder / names[path])
-        results.append(Result(path, names[path], {folder: Path(folder) / names[path] for folder in pictures}))
-    if not results:
+    files = {path: {kind: Path(kind) / names[path] for kind in kinds} for path in paths}
+    there = {
+        p for p in paths if tester.args.skip_existing and all((tester.output / f).exists() for f in files[p].values())
+    }
+    if tester.args.tile and tester.args.tile < net.config.receptive_field:
+        needed = f"{net.config.receptive_field} px" if net.config.tokens(1, 1) == 0 else "the whole picture"
+        words = f"a pixel depends on {needed} around it, so tiles will not quite fit together"
+        utils.say(f"warning: --tile {tester.args.tile}: {words}", file=sys.stderr)
+    start, busy = time.perf_counter(), tester.busy
+    bar = tqdm(total=len(paths) - len(there), desc=direction, unit="picture", mininterval=0.5)
+
+    def translated(pictures: Iterable[tuple]) -> Iterator[tuple]:
+        for batch in in_batches(tester, pictures):
+            bar.update(len(batch))
+            if batch[0][1] is None:
+                bad.note(batch[0][0], batch[0][2])
+                continue
+            fakes = tester(net, torch.stack([utils.picture_to_tensor(seen) for _, _, seen in batch]))
+            answers = [fakes.cpu(), *([tester(back, fakes).cpu()] if back else [])]
+            for i, (path, picture, seen) in enumerate(batch):
+                yield path, picture if tester.args.output_size == "input" else seen, [x[i] for x in answers]
+
+    def write(item: tuple[Path, Image.Image, list[Tensor]]) -> Path:
+        path, picture, answers = item
+        shown = [datasets.resize_picture(utils.tensor_to_picture(x), picture.size) for x in answers]
+        for file, result in zip(files[path].values(), [picture, *shown], strict=True):
+            utils.save_picture(result, tester.output / file)
+        return path
+
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        read = functools.partial(read_seen, tester, net)
+        done = set(ahead(pool, write, translated(ahead(pool, read, (path for path in paths if path not in there)))))
+    if not done | there:
         raise utils.InputError(f"{root}: no picture could be translated (see above)")
-    return results
+    taken, kept = time.perf_counter() - start, f"; {len(there)} were there already" if there else ""
+    share = (tester.busy - busy) / taken
+    speed = (
+        f"{len(done)} pictures in {taken:.1f} s, {len(done) / taken:.1f} a second, {share:.0%} of it in the networks"
+    )
+    utils.say(f"{direction}: {speed}{kept}")
+    return [Result(path, names[path], files[path]) for path in paths if path in done | there]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,6 +496,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pictures of one domain, in place of a data set",
     )
     add("--direction", choices=("both", "AtoB", "BtoA"), default="both", help="which generator to use")
+    add(
+        "--skip_existing",
+        action="store_true",
+        help="leave pictures alone whose results are there, whatever they were made with",
+    )
     add("--num_test", type=utils.whole(1), default=None, help="translate at most so many pictures (default: all)")
     add = utils.flag_group(parser, "how")
     add(
@@ -417,6 +508,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("train", "native"),
         default="train",
         help="size at which the network sees a picture: as in training, or its own",
+    )
+    add(
+        "--tile",
+        type=utils.whole(16, 2**16),
+        default=None,
+        metavar="PIXELS",
+        help="translate larger pictures in overlapping tiles of so many px a side; norms see a tile's statistics, "
+        "not the picture's (default: whole)",
     )
     add(
         "--output_size",

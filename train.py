@@ -12,7 +12,9 @@ import functools
 import math
 import platform
 import shutil
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +69,15 @@ class Run:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps
     place: int = 0  # finished steps of the epoch under way
+    piece: int = 0  # pictures of a domain that are worked off at once; 0: all of a batch
+    compiled: dict[str, Callable] = field(default_factory=dict)  # networks' calls by name, with --compile
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))  # for fp16
     meter: utils.Meter = field(default_factory=utils.Meter)
+
+    @property
+    def calls(self) -> dict[str, Callable]:
+        """What the objective runs: the networks, compiled where that was asked for."""
+        return {**self.nets, **self.compiled}
 
     @property
     def shown(self) -> dict[str, nn.Module]:
@@ -134,13 +144,13 @@ def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor
                     generators' hidden states as lists, hidden_AB and hidden_BA
     source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
     """
-    G_AB, G_BA, args = run.nets["G_AB"], run.nets["G_BA"], run.args
-    with_identity = args.lambda_identity > 0
+    G_AB, G_BA, D_A, D_B = (run.calls[name] for name in ("G_AB", "G_BA", "D_A", "D_B"))
+    args, with_identity = run.args, run.args.lambda_identity > 0
     with utils.autocast(run.device, run.precision):
         fake_B, idt_B, hidden_AB = first_pass(G_AB, real_A, real_B if with_identity else None)
         fake_A, idt_A, hidden_BA = first_pass(G_BA, real_B, real_A if with_identity else None)
         pictures = {"real_A": real_A, "rec_A": G_BA(fake_B), "real_B": real_B, "rec_B": G_AB(fake_A)}
-        predictions = {"fake_A": run.nets["D_A"](fake_A), "fake_B": run.nets["D_B"](fake_B)}
+        predictions = {"fake_A": D_A(fake_A), "fake_B": D_B(fake_B)}
         loss, terms = models.cyclegan_loss(
             pictures | {"idt_A": idt_A, "idt_B": idt_B},
             predictions,
@@ -149,35 +159,84 @@ def cyclegan_objective(run: Run, real_A: Tensor, real_B: Tensor) -> tuple[Tensor
     return loss, terms, {"fake_A": fake_A, "fake_B": fake_B, "hidden_AB": hidden_AB, "hidden_BA": hidden_BA}
 
 
-def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) -> dict[str, Tensor]:
-    """One step of Zhu et al. 2017: both generators jointly, then both discriminators on buffered pictures.
+def judge(run: Run, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminators' side of a step, for one of them; returns what it minimises, and its loss and penalty by name."""
+    with utils.autocast(run.device, run.precision):
+        on_real, on_fake = together(run.calls[f"D_{domain}"], real, fake)
+        loss = models.gan_loss_D(on_real, on_fake, run.args.gan_loss)
+    values = {f"loss_D_{domain}": loss}
+    if run.args.lambda_gp and "D" in run.optims:  # in float32: a slope of slopes leaves bfloat16 few digits
+        penalty = models.gradient_penalty(run.nets[f"D_{domain}"], real, fake, run.args.gp_target)
+        loss, values = loss + run.args.lambda_gp * penalty, values | {f"gp_{domain}": penalty}
+    return loss, values
 
-    returns: losses and terms by name, on the device
-    """
-    discriminators = [run.nets["D_A"], run.nets["D_B"]]
+
+def accumulate(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) -> dict[str, Tensor]:
+    """Compute the gradients of a batch, piece by piece; returns its losses and terms by name, on the device."""
+    size, losses, fakes = run.piece or len(real_A), defaultdict(float), {"A": [], "B": []}
+    discriminators, learns = [run.nets["D_A"], run.nets["D_B"]], "D" in run.optims  # not with --freeze D
+    for optim in run.optims.values():
+        optim.zero_grad(set_to_none=True)
+
+    def learn(loss: Tensor, values: dict[str, Tensor], count: int) -> None:
+        share = count / len(real_A)
+        if loss.requires_grad:
+            run.scaler.scale(share * loss).backward()
+        for name, value in values.items():
+            losses[name] = losses[name] + share * value.detach()
+
     for net in discriminators:
         net.requires_grad_(False)  # they only judge here; their weights need no gradient
-    loss_G, terms, seen = objective(run, real_A, real_B)
-    run.optims["G"].zero_grad(set_to_none=True)
-    loss_G.backward()
-    run.optims["G"].step()
-    update_averages(run)
-
-    losses_D, penalties, learns = {}, {}, "D" in run.optims  # not with --freeze D
+    for piece_A, piece_B in zip(real_A.split(size), real_B.split(size), strict=True):
+        loss, terms, seen = objective(run, piece_A, piece_B)
+        learn(loss, {"loss_G": loss, **terms}, len(piece_A))
+        for domain, found in fakes.items():
+            found.append(
+                seen[f"fake_{domain}"].detach().clone()
+            )  # a CUDA graph's answer is overwritten by its next run
+        del loss, terms, seen  # the next piece shall not have to fit beside them
     for net in discriminators:
         net.requires_grad_(learns)
     for domain, real in (("A", real_A), ("B", real_B)):
-        fake = run.buffers[domain].exchange(seen[f"fake_{domain}"].to(real.dtype))
-        with utils.autocast(run.device, run.precision):
-            on_real, on_fake = together(run.nets[f"D_{domain}"], real, fake)
-            losses_D[f"loss_D_{domain}"] = models.gan_loss_D(on_real, on_fake, run.args.gan_loss)
-        if run.args.lambda_gp and learns:  # in float32: a slope of slopes leaves bfloat16 few digits
-            penalties[f"gp_{domain}"] = models.gradient_penalty(run.nets[f"D_{domain}"], real, fake, run.args.gp_target)
-    if learns:
-        run.optims["D"].zero_grad(set_to_none=True)
-        (sum(losses_D.values()) + run.args.lambda_gp * sum(penalties.values())).backward()
-        run.optims["D"].step()
-    return {"loss_G": loss_G, **losses_D, **terms, **penalties}
+        fake = run.buffers[domain].exchange(torch.cat(fakes[domain]).to(real.dtype))
+        for piece, fake_piece in zip(real.split(size), fake.split(size), strict=True):
+            learn(*judge(run, domain, piece, fake_piece), len(piece))
+    return dict(losses)
+
+
+def train_step(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) -> dict[str, Tensor]:
+    """One step of Zhu et al. 2017: both generators jointly, then both discriminators on buffered pictures.
+
+    Out of memory, it begins again with pieces half as large, from the same random state; neither
+    weights nor optimisers have changed by then.
+    returns: losses and terms by name, on the device
+    """
+    if run.args.compile:
+        torch.compiler.cudagraph_mark_step_begin()
+    marks, random_state = [buffer.mark() for buffer in run.buffers.values()], utils.rng_state()
+    while True:
+        try:
+            losses = accumulate(run, real_A, real_B, objective)
+            break
+        except torch.OutOfMemoryError:
+            piece = run.piece or len(real_A)
+            if piece == 1 or run.args.micro_batch != "auto" or run.nets["G_AB"].config.norm == "batch":
+                raise
+        run.piece = math.ceil(piece / 2)  # outside of `except`, which holds on to what was computed
+        torch.cuda.empty_cache()
+        words = f"the batch of {len(real_A)} is worked off in pieces of {run.piece} from now on"
+        utils.say(f"out of memory: {words}", file=sys.stderr)
+        for buffer, mark in zip(run.buffers.values(), marks, strict=True):
+            buffer.back_to(mark)
+        utils.set_rng_state(random_state)
+    learning = [p for optim in run.optims.values() for group in optim.param_groups for p in group["params"]]
+    statistics = [x for net in run.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
+    utils.average([*(p.grad for p in learning if p.grad is not None), *statistics])
+    for optim in run.optims.values():
+        run.scaler.step(optim)
+    run.scaler.update()
+    update_averages(run)
+    return losses
 
 
 @torch.no_grad()
@@ -201,7 +260,9 @@ def translate(run: Run, net: nn.Module, pictures: Tensor) -> Tensor:
     was_training = net.training
     net.eval()
     with utils.autocast(run.device, run.precision):
-        answer = net(pictures.to(run.device)).float()
+        answer = net.forward(
+            pictures.to(run.device)
+        ).float()  # never the compiled call: sizes vary, graphs reuse memory
     net.train(was_training)
     return answer
 
@@ -248,6 +309,7 @@ def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
     return photos
 
 
+@utils.first_rank
 def draw_pictures(run: Run, draw_rows: Callable) -> None:
     """Write the sample grid of the epoch under way or just finished, and the watched photos."""
     name = f"epoch_{run.epoch + bool(run.place):04d}.png"
@@ -310,6 +372,7 @@ def measure(run: Run) -> dict[str, float]:
     return row
 
 
+@utils.first_rank
 def evaluate(run: Run) -> bool:
     """Measure, write the row into measures.csv, and tell whether this epoch is the best so far by --best_by."""
     row = {"epoch": run.epoch, "step": run.step, **measure(run)}
@@ -337,6 +400,15 @@ def save_run(run: Run) -> None:
     """
     args = run.args
     stop_if_not_finite(run, run.meter.means())
+    own = utils.gather(
+        {
+            "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
+            "rng": utils.rng_state(),
+            "meter": run.meter.state_dict(),
+        }
+    )
+    if not own:
+        return
     state = {
         "stage": run.stage,
         "epoch": run.epoch,
@@ -346,11 +418,12 @@ def save_run(run: Run) -> None:
         "nets": {name: net.state_dict() for name, net in run.nets.items()},
         "optims": {name: optim.state_dict() for name, optim in run.optims.items()},
         "schedules": {"num_epochs": args.num_epochs, "decay_epoch": args.decay_epoch},
-        "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
-        "rng": utils.rng_state(),
-        "loader": {"place": run.place, "meter": run.meter.state_dict()},
+        "buffers": own[0]["buffers"],
+        "rng": own[0]["rng"],
+        "loader": {"place": run.place, "meter": own[0]["meter"], "piece": run.piece},
+        "other_ranks": own[1:],
         "ema": {name: net.state_dict() for name, net in run.ema.items()} or None,
-        "scaler": None,
+        "scaler": run.scaler.state_dict() or None,
         "range": [-1, 1],
     }
     if run.teacher:
@@ -388,24 +461,42 @@ def load_run(run: Run, state: dict, path: Path) -> None:
             weights.load_tensors(run.adapters, state["adapters"], f"{path}, adapters")
         for name, optim in run.optims.items():
             load_optim(optim, state["optims"][name])
-        size = (run.args.channels, run.args.img_height, run.args.img_width)
+        size, own = (run.args.channels, run.args.img_height, run.args.img_width), own_state(run, state)
         for domain, buffer in run.buffers.items():
-            buffer.load_state_dict(state["buffers"][domain], run.device)
+            if own["buffers"]:
+                buffer.load_state_dict(own["buffers"][domain], run.device)
             if any(image.shape != size for image in buffer.images):
                 buffer.images = []
                 utils.say(f"buffer of {domain} starts empty: its pictures have another size")
         run.epoch, run.step, run.place = state["epoch"], state["step"], state["loader"]["place"]
-        run.meter.load_state_dict(state["loader"]["meter"], run.device)
-        counts = run.epoch, run.step, run.place, run.meter.count
+        run.piece = state["loader"].get("piece", 0)
+        run.meter.load_state_dict(own["meter"], run.device)
+        counts = run.epoch, run.step, run.place, run.piece, run.meter.count
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"epoch, step, place, count are {counts}")
+            raise ValueError(f"epoch, step, place, piece, count are {counts}")
         run.meter.means()
-        utils.set_rng_state(state["rng"])
+        utils.set_rng_state(own["rng"])
+        if state["scaler"] and run.scaler.is_enabled():
+            run.scaler.load_state_dict(state["scaler"])
     except utils.InputError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise utils.InputError(f"{path}: no whole training state ({reason}); use another checkpoint") from error
+
+
+def own_state(run: Run, state: dict) -> dict:
+    """What of a state is this rank's alone: buffers, random numbers, sums of losses; says what another world changes."""
+    first = {"buffers": state["buffers"], "rng": state["rng"], "meter": state["loader"]["meter"]}
+    found = [first, *state.get("other_ranks", [])]
+    if len(found) == utils.world():
+        return found[utils.rank()]
+    utils.say(
+        f"saved by {len(found)} ranks, going on with {utils.world()}: the batches stay the same; buffers of pictures "
+        "and random numbers of ranks that were not there start anew, so the numbers will differ from an unbroken run's"
+    )
+    new = {"buffers": None, "rng": utils.rng_state(), "meter": first["meter"]}
+    return found[utils.rank()] | {"meter": first["meter"]} if utils.rank() < len(found) else new
 
 
 def load_optim(optim: torch.optim.Optimizer, saved: dict) -> None:
@@ -417,6 +508,8 @@ def load_optim(optim: torch.optim.Optimizer, saved: dict) -> None:
         if not all(m.shape == weight.shape and m.dtype == weight.dtype and torch.isfinite(m).all() for m in moments):
             raise ValueError("a moment of Adam does not fit its weight")
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
+        for key in ("exp_avg", "exp_avg_sq"):  # its fused kernels also take for granted that strides are the weight's
+            state[key] = torch.empty_like(weight).copy_(state[key])
 
 
 def resume_args(
@@ -471,9 +564,10 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
     args, order, drawn = run.args, feed.order, -PLOT_SECONDS
     log = utils.LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
     total, done = args.num_epochs * order.steps, run.epoch * order.steps + run.place
-    bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02)
+    bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02, disable=utils.rank() > 0)
     with utils.StopRequest() as stop, bar:
-        while run.epoch < args.num_epochs and stop.signum is None:
+        signum = 0
+        while run.epoch < args.num_epochs and not signum:
             factor = utils.linear_decay(run.epoch, args.num_epochs, args.decay_epoch)
             set_rates(run, factor)
             order.epoch, order.first_step = run.epoch, run.place
@@ -496,21 +590,23 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                     run.epoch, run.place = run.epoch + 1, 0
                 if ended or run.step % args.sample_interval == 0:
                     draw_pictures(run, task.draw_rows)
-                if stop.signum is not None:
+                signum = stop.agreed()
+                if signum:
                     break
             due = run.place == 0 and args.eval_interval and run.epoch % args.eval_interval == 0
             best = bool(due) and evaluate(run)
             save_run(run)
             if best:
                 utils.link_file(run.folder / "latest.pt", run.folder / "best.pt")
-            if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or stop.signum:
+            if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or signum:
                 utils.plot_losses(utils.read_losses(log.path), run.pictures / "losses.png")
                 drawn = time.monotonic()
-    if stop.signum is not None:
+    if signum:
         utils.say(
             f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
         )
-        raise SystemExit(128 + stop.signum)
+        utils.leave_ranks()
+        raise SystemExit(128 + signum)
 
 
 def loss_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -584,7 +680,11 @@ def check_sizes(
 def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, device: torch.device) -> None:
     """Raise InputError if the tokens of a unet_vit cannot be held, before anything starts."""
     size, free = (args.img_height, args.img_width), utils.total_memory(device)
-    wanted = 6 * args.batch_size * generator.token_bytes(*size)  # six pictures of each pair pass a generator in a step
+    share = args.batch_size // utils.world()
+    smallest = args.micro_batch if args.micro_batch != "auto" else 1 if device.type == "cuda" else share
+    wanted = (
+        6 * min(share, smallest) * generator.token_bytes(*size)
+    )  # six pictures of each pair pass a generator in a step
     if generator.tokens(*size) and wanted > free:
         raise utils.InputError(
             f"--generator unet_vit: {generator.tokens(*size):,} tokens a picture at {size[1]}x{size[0]} px take about "
@@ -595,18 +695,22 @@ def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, de
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the pictures, drawing the demo set when it is missing, and make their loader."""
-    if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
-        datasets.draw_dataset(args.data_root)
+    share = utils.own_share(args.batch_size)
+    with utils.one_by_one():
+        if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
+            datasets.draw_dataset(args.data_root)
     dataset, paths, bad = datasets.find_dataset(args.data_root, args.dataset_name), {}, {}
     for domain in "AB":
         found = datasets.split_pictures(dataset, f"train{domain}", args.max_images)
         bad[domain] = datasets.BadPictures(dataset / f"train{domain}", len(found))
         paths[domain] = bad[domain].readable(found)
     counts = {domain: len(found) for domain, found in paths.items()}
-    order = datasets.EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed)
+    order = datasets.EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed, share)
     size = (args.img_height, args.img_width)
     pictures = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
     workers = args.num_workers if args.num_workers is not None else (0 if device.type == "cpu" else 4)
+    if args.cache != "none":
+        pictures.caches = datasets.make_caches(args.cache, paths, pictures.load_size, args.channels, dataset, workers)
     loader = datasets.make_loader(pictures, order, workers, pin_memory=device.type == "cuda")
     utils.say(
         f"{dataset}: {counts['A']} pictures in trainA, {counts['B']} in trainB; {order.steps} steps of {args.batch_size} an epoch"
@@ -678,26 +782,55 @@ def make_nets(args: argparse.Namespace, pretrained: dict[str, nn.Module]) -> dic
 
 
 def make_run(
-    args: argparse.Namespace, nets: dict[str, nn.Module], dataset: Path, device: torch.device, **distillation: object
+    args: argparse.Namespace,
+    nets: dict[str, nn.Module],
+    dataset: Path | None,
+    device: torch.device,
+    **distillation: object,
 ) -> Run:
-    """Put networks on their device and make all that belongs to them; `distillation` are the fields that it adds."""
+    """Put networks on their device and make all that belongs to them; `distillation` are the fields that it adds.
+
+    dataset: None where nothing is looked at, as in benchmarks
+    """
     check_memory(args, nets["G_AB"].config, device)
+    if nets["G_AB"].config.norm == "batch" and args.micro_batch != "auto":
+        words = "a batch norm would see the pieces, not the batch"
+        raise utils.InputError(f"--micro_batch {args.micro_batch}: {words}; leave it out, or lower --batch_size")
     learning = nets | {"G_adapters": distillation.get("adapters", nn.ModuleDict())}
+    precision = utils.pick_precision(args.precision, device)
     for net in learning.values():
         net.to(device)
+    compiled = compile_nets(nets, device) if args.compile else {}
+    torch.manual_seed(args.seed + utils.rank())  # equal weights, then numbers of one's own
     return Run(
         args=args,
         device=device,
-        precision=utils.pick_precision(args.precision, device),
+        precision=precision,
         nets=nets,
+        compiled=compiled,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        piece=0 if args.micro_batch == "auto" else args.micro_batch,
         optims=make_optims(learning, args, device),
-        buffers={domain: utils.FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}") for domain in "AB"},
-        samples=load_samples(args, dataset),
+        buffers={
+            domain: utils.FakeImageBuffer(args.buffer_size, f"{args.seed}-buffer-{domain}{utils.rank() or ''}")
+            for domain in "AB"
+        },
+        samples=load_samples(args, dataset) if dataset else (),
         photos=load_watched(args),
         held_out=find_held_out(args, dataset),
         ema={name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS if args.ema},
         **distillation,
     )
+
+
+def compile_nets(nets: dict[str, nn.Module], device: torch.device) -> dict[str, Callable]:
+    """Compile the networks, into CUDA graphs, as second names, so that those in a state stay as they are.
+
+    raises: InputError on anything but CUDA
+    """
+    if device.type != "cuda":
+        raise utils.InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
+    return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
 
 
 def describe(run: Run, feed: Feed) -> None:
@@ -710,7 +843,12 @@ def describe(run: Run, feed: Feed) -> None:
         "pillow": PIL.__version__,
     }
     facts = {"flags": utils.plain_flags(run.args), "versions": versions, "pictures": feed.counts, "parameters": counts}
-    facts |= {"device": str(run.device), "precision": run.precision, "threads": torch.get_num_threads()}
+    facts |= {
+        "device": str(run.device),
+        "precision": run.precision,
+        "threads": torch.get_num_threads(),
+        "ranks": utils.world(),
+    }
     utils.write_json(run.folder / "run.json", facts)
     utils.say(
         f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}; {run.device}, {run.precision}"
@@ -794,7 +932,7 @@ def make_parser() -> utils.Parser:
     """Declare all flags of this stage."""
     parser = utils.Parser(prog="train.py", description=__doc__)
     groups = (utils.add_data_flags, add_network_flags, utils.add_loss_flags, utils.add_optim_flags)
-    for add_flags in (*groups, add_transfer_flags, utils.add_run_flags, utils.add_device_flags):
+    for add_flags in (*groups, add_transfer_flags, utils.add_run_flags, utils.add_speed_flags):
         add_flags(parser)
     return parser
 
@@ -858,11 +996,12 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
             return
     for folder in (run.folder, run.pictures):
         folder.mkdir(parents=True, exist_ok=True)
-    for path in [] if state else leftovers(args):  # only now, when the new run can be written
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "latest.pt":  # stays until the first save takes its place
-            path.unlink()
+    with utils.one_by_one():
+        for path in [] if state or utils.rank() else leftovers(args):  # only now, when the new run can be written
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "latest.pt":  # stays until the first save takes its place
+                path.unlink()
     describe(run, feed)
     training_loop(run, feed, task)
     grid = run.pictures / f"epoch_{run.epoch:04d}.png"

@@ -16,15 +16,18 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -59,7 +62,9 @@ def one_line(text: object) -> str:
 
 
 def say(text: object, file: object = None) -> None:
-    """Print one line without tearing a progress bar apart."""
+    """Print one line without tearing a progress bar apart; of many ranks the first speaks, errors come from all."""
+    if rank() > 0 and file is not sys.stderr:
+        return
     tqdm.write(one_line(text), file=file or sys.stdout)
     (file or sys.stdout).flush()
 
@@ -73,7 +78,10 @@ def stage(main: Callable) -> Callable:
             if hasattr(stream, "reconfigure"):  # a console that cannot write → must not end a training
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return main(argv)
+            join_ranks()
+            answer = main(argv)
+            leave_ranks()
+            return answer
         except (InputError, RunError) as error:
             code, words = error.exit_code, str(error)
         except OSError as error:
@@ -83,10 +91,147 @@ def stage(main: Callable) -> Callable:
             code, words = 1, "out of memory; lower --batch_size, or --img_height and --img_width"
         except KeyboardInterrupt:
             code, words = 130, "interrupted"
+        if rank() > 0:  # what stops all ranks is said by the first; torchrun then ends the others during this wait
+            time.sleep(3)
+            words = f"rank {rank()}: {words}"
         say(f"error: {words}", file=sys.stderr)
         raise SystemExit(code) from None
 
     return run
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks: the processes that torchrun started, each with its share of every batch. A world of one is the ordinary case.
+# Gradients are averaged by hand, in one message a step, and not by DistributedDataParallel: so a rank may work its
+# share off in pieces, or again after it ran out of memory, while the others wait.
+
+BEAT = 3  # seconds between two signs of life
+SILENCE = 40  # seconds without one, after which a rank is taken for dead
+
+
+def rank() -> int:
+    """Number of this process among those of the run; 0 writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes work on the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks() -> None:
+    """Meet the other processes, if torchrun started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the first rank may draw or test for long
+    threading.Thread(target=watch_ranks, daemon=True).start()
+
+
+def leave_ranks() -> None:
+    """Wait until all ranks are done, the first with its writing, too."""
+    if dist.is_initialized():
+        agree(0)
+        dist.destroy_process_group()
+
+
+def watch_ranks() -> None:
+    """Give signs of life, look for those of the others, and end this process when one fell silent.
+
+    Needed beside torchrun, whose agents look after their own machine only, and beside the collectives: on a GPU
+    they wait for hours.
+    """
+    me, heard = rank(), dict.fromkeys(range(world()), (0, time.monotonic()))
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        while dist.is_initialized():
+            store.add(f"beat-{me}", 1)
+            for other, (beats, since) in heard.items():
+                now = store.add(f"beat-{other}", 0)
+                heard[other] = (now, time.monotonic()) if now != beats else (beats, since)
+            silent = [other for other, (_, since) in heard.items() if time.monotonic() - since > SILENCE]
+            if silent:
+                give_up(f"rank {silent[0]} has given no sign of life for {SILENCE} s")
+            time.sleep(BEAT)
+    except RuntimeError as error:  # torch raises it, also for a lost connection
+        if dist.is_initialized():
+            give_up(f"the first machine cannot be reached ({str(error).splitlines()[0][:80]})")
+
+
+def give_up(reason: str) -> None:
+    """End this process at once: its main thread may wait for a dead rank without end."""
+    say(f"error: rank {rank()}: {reason}; go on from the last save with --start_from latest", file=sys.stderr)
+    os._exit(1)
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Turn torch's error about a lost rank into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:100]
+        raise RunError(f"lost another rank ({reason}); go on from the last save with --start_from latest") from error
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors (of one type, on one device) by their means over the ranks, in one message."""
+    if world() == 1 or not tensors:
+        return
+    flat = torch.cat([x.detach().reshape(-1) for x in tensors])
+    with collective():
+        dist.all_reduce(flat)
+    flat /= world()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.detach().copy_(mean.view_as(x))
+
+
+def agree(number: int) -> int:
+    """The largest of the ranks' numbers; all ranks have to ask."""
+    largest = torch.tensor(number)
+    if world() > 1:
+        with collective():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather(value: object) -> list:
+    """The values of all ranks in their order, at the first; elsewhere an empty list."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    with collective():
+        dist.gather_object(value, values)
+    return values or []
+
+
+def first_rank(function: Callable) -> Callable:
+    """Decorate what writes: only the first rank runs it."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        return function(*args, **kwargs) if rank() == 0 else None
+
+    return call
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Let the first rank run a block before the others, which then find its work done."""
+    if rank() > 0:
+        agree(0)
+    yield
+    if rank() == 0:
+        agree(0)
+
+
+def own_share(batch_size: int) -> slice:
+    """The part of every batch that is this rank's."""
+    if batch_size % world():
+        fitting = max(1, round(batch_size / world())) * world()
+        raise InputError(f"--batch_size {batch_size}: cannot be shared by {world()} ranks; expected such as {fitting}")
+    share = batch_size // world()
+    return slice(rank() * share, (rank() + 1) * share)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,13 +383,19 @@ def add_data_flags(parser: Parser) -> None:
     add = flag_group(parser, "data")
     add("--dataset_name", type=folder_name, default="horse2zebra", help="folder in --data_root with trainA and trainB")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--batch_size", type=whole(1, 65536), default=10, help="pictures of each domain in a step")
+    add("--batch_size", type=whole(1, 65536), default=10, help="pictures of each domain in a step, over all ranks")
     add("--img_height", type=whole(4, 16384), default=256, help="height of the training pictures, px")
     add("--img_width", type=whole(4, 16384), default=256, help="width of the training pictures, px")
     add("--channels", type=int, choices=(3, 1), default=3, help="3 colour, 1 grey")
     add("--load_scale", type=number(1, 8), default=1.12, help="resize to this times the size, then crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
     add("--num_workers", type=whole(0), default=None, help="processes that read pictures (default: 0 on a CPU, else 4)")
+    add(
+        "--cache",
+        choices=("none", "ram", "disk"),
+        default="none",
+        help="keep pictures decoded and resized: in memory, or in .cache beside the data set, which you may delete",
+    )
     add(
         "--max_images",
         type=whole(1),
@@ -314,10 +465,28 @@ def add_device_flags(parser: Parser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto: bf16 where the device computes it natively",
+        help="auto: bf16 where the device computes it natively, fp16 on older GPUs with tensor cores, else fp32",
     )
+
+
+def pieces(text: str) -> int | str:
+    """Flag type: how many pictures are worked off at once, or the word auto."""
+    return text if text == "auto" else whole(1)(text)
+
+
+def add_speed_flags(parser: Parser) -> None:
+    """Where and how to train."""
+    add_device_flags(parser)
+    add = parser._action_groups[-1].add_argument
+    add(
+        "--micro_batch",
+        type=pieces,
+        default="auto",
+        help="pictures of each domain that are worked off at once, gradients added up; auto: as many as fit (default: auto)",
+    )
+    add("--compile", action="store_true", help="compile the networks into CUDA graphs; the first steps take minutes")
 
 
 def add_run_flags(parser: Parser) -> None:
@@ -363,9 +532,11 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a flag into a device that exists; auto takes the first CUDA GPU, else the CPU."""
+    """Turn a flag into a device that exists; auto takes a CUDA GPU, each rank its own, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -374,6 +545,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}") from None
     if device.type == "meta":
         raise InputError("--device meta: holds no pictures; expected auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL and graphs work on the current one
     return device
 
 
@@ -388,13 +561,22 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision auto for a device."""
-    return ("bf16" if has_native_bf16(device) else "fp32") if name == "auto" else name
+    """Resolve --precision auto for a device.
+
+    raises: InputError for fp16 where there is no loss scaling, or no gain: on anything but CUDA
+    """
+    best = "bf16" if has_native_bf16(device) else "fp32"
+    if device.type == "cuda" and best == "fp32" and torch.cuda.get_device_capability(device) >= (7, 0):
+        best = "fp16"  # tensor cores since Volta
+    if name == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
+    return best if name == "auto" else name
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Compute the networks in bfloat16 where `precision` says so; weights stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Compute the networks in half precision where `precision` says so; weights stay in float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def total_memory(device: torch.device) -> float:
@@ -404,6 +586,15 @@ def total_memory(device: torch.device) -> float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def free_memory() -> float:
+    """Memory that programs can still take, in bytes; infinity where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
         return math.inf
 
 
@@ -454,9 +645,13 @@ class StopRequest:
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is not None and world() == 1:  # torchrun hands Ctrl-C on to ranks that had it already
             raise SystemExit(128 + signum)
         self.signum = signum
+
+    def agreed(self) -> int:
+        """The signal that this rank or another got, or 0; all ranks have to ask."""
+        return agree(self.signum or 0)
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
@@ -542,6 +737,15 @@ class FakeImageBuffer:
             answer.append(image)
         return torch.stack(answer)
 
+    def mark(self) -> tuple:
+        """Note the present state, cheaply; pictures are replaced, never changed."""
+        return list(self.images), self._rng.getstate()
+
+    def back_to(self, mark: tuple) -> None:
+        """Return to a noted state."""
+        self.images = list(mark[0])
+        self._rng.setstate(mark[1])
+
     def state_dict(self) -> dict:
         return {"images": [x.cpu() for x in self.images], "rng": self._rng.getstate()}
 
@@ -555,13 +759,17 @@ class FakeImageBuffer:
 # Files: every write is a temporary name, flush, fsync, rename
 
 
+UMASK = threading.Lock()  # to read it is to change it, for all threads
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: a name may be as long as the file system allows
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
     try:
         yield temporary
-        os.umask(mask := os.umask(0))
+        with UMASK:
+            os.umask(mask := os.umask(0))
         temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -576,6 +784,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.close(folder)
 
 
+@first_rank
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as temporary:
@@ -684,6 +893,7 @@ class LossLog:
         values = (row.get(name, math.nan) for name in self.columns)  # nan: not computed
         return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)
 
+    @first_rank
     def append(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(self._line(row) + "\n")
@@ -701,6 +911,7 @@ def read_losses(path: Path) -> list[dict]:
     return rows
 
 
+@first_rank
 def plot_losses(rows: Sequence[dict], path: Path) -> None:
     """Draw a panel per loss and one with all its terms over steps: raw values pale, their running mean strong."""
     if not rows:
@@ -740,8 +951,10 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self) -> dict[str, float]:
-        """Read the means; waits for the device."""
-        return {name: value.item() / max(1, self.count) for name, value in self.sums.items()}
+        """Read the means, over all ranks; waits for the device."""
+        sums = {name: value.detach().clone() for name, value in self.sums.items()}
+        average(list(sums.values()))
+        return {name: value.item() / max(1, self.count) for name, value in sums.items()}
 
     def state_dict(self) -> dict:
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "count": self.count}

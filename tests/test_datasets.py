@@ -1,5 +1,6 @@
 import hashlib
 import os
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from datasets import (
     held_out_split,
     list_pictures,
     load_picture,
+    make_caches,
     make_loader,
     read_picture,
 )
@@ -342,3 +344,69 @@ def test_a_domain_that_became_unreadable_is_reported_through_the_workers(tiny, w
 
     with pytest.raises(InputError, match="of 5 pictures are unreadable"):
         read_all()
+
+
+# -- the cache ---------------------------------------------------------------------------------
+
+
+def cached(dataset, root, kind, workers=0):
+    dataset.caches = make_caches(kind, dataset.paths, dataset.load_size, dataset.channels, root, workers)
+    return dataset
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers, monkeypatch):
+    def passes(dataset):
+        order, found = EpochSampler((5, 4), 2), []
+        loader = make_loader(dataset, order, workers, pin_memory=False)
+        for epoch in range(3):
+            order.epoch = epoch
+            found += [batch[domain].clone() for batch in loader for domain in "AB"]
+        return found
+
+    plain, dataset = passes(dataset_of(tiny)), cached(dataset_of(tiny), tiny, kind, workers)
+    assert all(map(torch.equal, plain, passes(dataset)))
+    monkeypatch.setattr(datasets, "read_picture", None)  # whoever reads now, fails
+    assert all(map(torch.equal, plain, passes(dataset)))
+    if kind == "disk":
+        assert all(map(torch.equal, plain, passes(cached(dataset_of(tiny), tiny, kind, workers))))
+
+
+def test_a_damaged_cache_is_read_anew_and_a_changed_picture_gets_a_new_one(tiny):
+    key = (0, 0, 2, 1)
+    before = cached(dataset_of(tiny), tiny, "disk")[key]
+    (file, other) = sorted((tiny / ".cache").iterdir())
+    for path in (file, other):
+        path.write_bytes(b"\1" * (path.stat().st_size // 2))  # half-written
+    assert torch.equal(cached(dataset_of(tiny), tiny, "disk")[key]["A"], before["A"])
+    noise_picture("new").save(tiny / "trainA" / "2.png")
+    changed = cached(dataset_of(tiny), tiny, "disk")[key]
+    assert torch.equal(changed["A"], dataset_of(tiny)[key]["A"])
+    assert not torch.equal(changed["A"], before["A"])
+    assert torch.equal(changed["B"], before["B"])
+
+
+def test_an_unreadable_picture_is_never_kept(tiny):
+    (tiny / "trainA" / "1.png").write_bytes(b"torn")
+    dataset = cached(dataset_of(tiny), tiny, "ram")
+    for _ in range(2):
+        assert [path.name for _, path, _ in dataset[0, 0, 1, 0]["bad"]] == ["1.png"]
+
+
+def test_grey_pictures_are_cached_too(tiny):
+    dataset = cached(dataset_of(tiny, channels=1), tiny, "ram")
+    first = dataset[0, 0, 1, 1]["A"]
+    assert first.shape == (1, 16, 14)
+    assert torch.equal(dataset[0, 0, 1, 1]["A"], first)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny, monkeypatch):
+    monkeypatch.setattr(datasets, "free_memory", lambda: 2**20)
+    paths = {"A": [tiny] * 1000, "B": [tiny]}
+    with pytest.raises(InputError, match=r"--cache ram: needs 0\.18 GiB, and memory has 0\.00 left; take --cache disk"):
+        make_caches("ram", paths, (256, 256), 3, tiny, 0)
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with pytest.raises(InputError, match="--cache disk: needs"):
+        make_caches("disk", {"A": [tiny] * 9, "B": [tiny]}, (256, 256), 3, tiny, 0)

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -314,3 +315,86 @@ def test_a_state_edited_by_hand_is_refused(run, refused, spoil):
 def test_a_generator_under_the_other_ones_name_is_refused(run, refused):
     shutil.copy("saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_BA.safetensors")
     assert "its recipe says AtoB, its name BtoA" in refused(test_stage.main, "--run_name", "tiny")
+
+
+# -- many pictures, large pictures --------------------------------------------------------------
+
+
+def numbers(path):
+    return np.asarray(opened(path)).astype(int)
+
+
+def test_pictures_of_several_sizes_come_out_as_they_do_one_by_one(run, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        noise_picture(i, (20, 18) if i % 7 else (24, 16)).save(tmp_path / "in" / f"{i:02d}.png")
+    run("--input", "in", "--scale", "native", "--output", "many")
+    monkeypatch.setattr(test_stage, "BATCH", 1)
+    run("--input", "in", "--scale", "native", "--output", "single")
+    names = sorted(p.relative_to("many") for p in Path("many").rglob("*.png") if p.name != "grid.png")
+    assert len(names) > 200
+    for name in names:
+        assert np.abs(numbers(Path("many", name)) - numbers(Path("single", name))).max() <= 1, name
+
+
+def test_what_is_there_is_skipped_and_what_is_missing_is_finished(run, capsys):
+    run()
+    folder = Path("generated_images/tiny/test")
+    Path(folder / "fake_B/0.png").unlink()
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if p.name != "grid.png"}
+    capsys.readouterr()
+    run("--skip_existing")
+    out = capsys.readouterr().out
+    assert "AtoB: 1 pictures in" in out
+    assert "2 were there already" in out
+    changed = {str(p.relative_to(folder)) for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert changed == {"real_A/0.png", "rec_A/0.png"}
+    assert (folder / "fake_B/0.png").exists()
+    assert (folder / "index.html").read_text().count("<figure>") == 18
+
+
+def test_tiles_cover_a_picture_overlap_and_leave_what_does_not_depend_on_them():
+    for length, tile in ((100, 32), (64, 64), (65, 64), (40, 64), (1000, 96)):
+        starts = test_stage.tile_starts(length, tile)
+        assert starts[0] == 0
+        assert starts[-1] + min(tile, length) == length
+        assert all(0 < b - a <= tile - tile // 4 for a, b in pairwise(starts))
+    pictures = torch.rand(2, 3, 50, 131) * 2 - 1
+    assert torch.allclose(test_stage.blend_tiles(lambda x: x * 2, pictures, 32), pictures * 2, atol=1e-6)
+
+
+def test_a_picture_in_tiles_equals_the_whole_where_no_norm_looks_further_than_the_network():
+    config = GeneratorConfig(ngf=4, num_residual=1, n_downsampling=1, norm="none")
+    net = build_generator(config, "kaiming").eval()
+    picture, inner = torch.rand(1, 3, 120, 100) * 2 - 1, []
+
+    def answer(x):
+        y = net(x)
+        inner.append(x.shape)
+        return y
+
+    with torch.no_grad():
+        whole, tiled = net(picture), test_stage.blend_tiles(answer, picture, 80)
+    assert inner == [(1, 3, 80, 80)] * 4
+    assert (whole - tiled).abs().mean() < 0.02 * whole.abs().mean()  # a tile's border is padded by reflection
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("upsample", ["deconv", "resize"])
+def test_the_receptive_field_is_where_an_output_pixel_looks(blocks, upsample):
+    config = GeneratorConfig(ngf=4, num_residual=blocks, norm="none", upsample=upsample)
+    net = build_generator(config, "kaiming").double()
+    picture = torch.rand(1, 3, 160, 160, dtype=torch.float64, requires_grad=True)
+    sides = []
+    for place in range(78, 84):  # the field varies with the place on the grid of the halvings
+        (slope,) = torch.autograd.grad(net(picture)[0, :, place, place].sum(), picture)
+        seen = slope[0].abs().sum(0).nonzero()
+        sides.append((seen.amax(0) - seen.amin(0) + 1).max().item())
+    assert max(sides) <= config.receptive_field <= max(sides) + 4
+
+
+def test_a_tile_smaller_than_the_receptive_field_is_warned_about(run, capsys):
+    run("--tile", "16", "--scale", "native")
+    assert "warning: --tile 16: a pixel depends on 41 px around it" in capsys.readouterr().err
+    picture = numbers(Path("generated_images/tiny/test/fake_B/0.png"))
+    assert picture.shape == (18, 20, 3)

@@ -1,0 +1,340 @@
+"""Our training step against the plain one of the paper, in one process, turn by turn.
+
+python benchmarks/step.py --sizes 64 --batches 4 --threads 2
+python benchmarks/step.py --sizes 256 --batches 1 10 --device cuda --compile
+python benchmarks/step.py --check
+
+The reference is written here from Zhu et al. 2017 and shares no code with the product: float32, eager, six separate
+calls of the generators, an optimiser for each discriminator, framework defaults. As in PyTorch-GAN, the generators'
+loss also computes (and throws away) gradients of the discriminators' weights. Prints medians over the rounds; writes
+step.csv and step.png into --output. --check compares the losses of 20 steps in float64.
+"""
+
+import argparse
+import csv
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+import utils
+
+BUFFER_SIZE = 50
+
+
+# ---------------------------------------------------------------------------------------------
+# The reference
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        layers = []
+        for _ in range(2):
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def plain_generator(ngf: int, blocks: int) -> nn.Module:
+    """c7s1-64, d128, d256, R256 x 9, u128, u64, c7s1-3."""
+    layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), nn.InstanceNorm2d(ngf), nn.ReLU()]
+    for width in (ngf, 2 * ngf):
+        layers += [nn.Conv2d(width, 2 * width, 3, 2, 1), nn.InstanceNorm2d(2 * width), nn.ReLU()]
+    layers += [PlainBlock(4 * ngf) for _ in range(blocks)]
+    for width in (4 * ngf, 2 * ngf):
+        layers += [nn.ConvTranspose2d(width, width // 2, 3, 2, 1, 1), nn.InstanceNorm2d(width // 2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh())
+
+
+def plain_discriminator(ndf: int, n_layers: int) -> nn.Module:
+    """C64, C128, C256, C512 and one answer per patch."""
+    layers, width = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
+    for i in range(1, n_layers + 1):
+        wider = ndf * min(2**i, 8)
+        layers += [nn.Conv2d(width, wider, 4, 2 if i < n_layers else 1, 1), nn.InstanceNorm2d(wider), nn.LeakyReLU(0.2)]
+        width = wider
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+
+
+class PlainPool:
+    """Keeps 50 translated pictures; a new one is, half of the time, exchanged for an old one."""
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def query(self, pictures: Tensor) -> Tensor:
+        answer = []
+        for picture in pictures:
+            if len(self.kept) < BUFFER_SIZE:
+                self.kept.append(picture)
+            elif random.random() < 0.5:
+                i = random.randrange(BUFFER_SIZE)
+                picture, self.kept[i] = self.kept[i], picture
+            answer.append(picture)
+        return torch.stack(answer)
+
+
+class Reference:
+    """The step of the paper, said as plainly as it can be."""
+
+    def __init__(self, config: argparse.Namespace, device: torch.device):
+        self.nets = {name: plain_generator(config.ngf, config.blocks) for name in ("G_AB", "G_BA")}
+        self.nets |= {name: plain_discriminator(config.ngf, config.n_layers_D) for name in ("D_A", "D_B")}
+        for net in self.nets.values():
+            net.to(device)
+        self.pools = {"A": PlainPool(), "B": PlainPool()}
+        self.make_optims()
+
+    def make_optims(self) -> None:
+        generators = [*self.nets["G_AB"].parameters(), *self.nets["G_BA"].parameters()]
+        self.optim_G = torch.optim.Adam(generators, 2e-4, (0.5, 0.999))
+        self.optims_D = {
+            domain: torch.optim.Adam(self.nets[f"D_{domain}"].parameters(), 2e-4, (0.5, 0.999)) for domain in "AB"
+        }
+
+    def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        G_AB, G_BA, D_A, D_B = self.nets.values()
+        fake_B, fake_A = G_AB(real_A), G_BA(real_B)
+        rec_A, rec_B = G_BA(fake_B), G_AB(fake_A)
+        idt_A, idt_B = G_BA(real_A), G_AB(real_B)
+        on_A, on_B = D_A(fake_A), D_B(fake_B)
+        loss_G = F.mse_loss(on_A, torch.ones_like(on_A)) + F.mse_loss(on_B, torch.ones_like(on_B))
+        loss_G = loss_G + 10 * (F.l1_loss(rec_A, real_A) + F.l1_loss(rec_B, real_B))
+        loss_G = loss_G + 5 * (F.l1_loss(idt_A, real_A) + F.l1_loss(idt_B, real_B))
+        self.optim_G.zero_grad()
+        loss_G.backward()
+        self.optim_G.step()
+        losses = {"loss_G": loss_G.detach()}
+        for domain, D, real, fake in (("A", D_A, real_A, fake_A), ("B", D_B, real_B, fake_B)):
+            self.optims_D[domain].zero_grad()
+            on_real, on_fake = D(real), D(self.pools[domain].query(fake.detach()))
+            loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(on_fake, torch.zeros_like(on_fake))
+            loss = loss / 2
+            loss.backward()
+            self.optims_D[domain].step()
+            losses[f"loss_D_{domain}"] = loss.detach()
+        return losses
+
+
+# ---------------------------------------------------------------------------------------------
+# Ours
+
+
+class Ours:
+    def __init__(
+        self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = ""
+    ):
+        words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
+        words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
+        argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+        argv += ["--precision", precision] + ["--compile"] * compiled
+        args = train.settle(train.parse_args(argv))
+        self.run = train.make_run(args, train.make_nets(args, {}), None, device)
+        for net in self.run.nets.values() if layout else ():
+            net.to(memory_format={"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout])
+
+    def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        return train.train_step(self.run, real_A, real_B, train.cyclegan_objective)
+
+
+def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
+    """What is compared, by name; each is a function that builds it."""
+    variants = {"reference": lambda: Reference(config, device)}
+    for precision in config.precisions:
+        variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
+        if config.compile:
+            variants[f"{precision} compiled"] = lambda precision=precision: Ours(config, device, precision, True)
+        for layout in ("nchw", "nhwc") if config.layouts else ():
+            variants[f"{precision} {layout}"] = lambda p=precision, x=layout: Ours(config, device, p, False, x)
+    return variants
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+def make_batch(config: argparse.Namespace, device: torch.device) -> Tensor:
+    """Noise (2, N, 3, H, W) in [-1, 1]: real_A and real_B."""
+    return torch.rand(2, config.batch, 3, config.size, config.size, device=device) * 2 - 1
+
+
+def seconds(function: Callable, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Operations a second (a multiply-add is two) of a large convolution, forward: 256 → 256 channels, 3x3, 8x64x64."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    conv = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    x = torch.randn(8, 256, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        times = [seconds(lambda: conv(x), device) for _ in range(12)]
+    return 2 * 9 * 256 * 256 * 8 * 64 * 64 / min(times)
+
+
+def peak_memory(config: argparse.Namespace, device: torch.device, name: str) -> float:
+    """MB that two steps need at most: of the GPU, or of a fresh process (with all of torch, which is the smaller part)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        variant, (real_A, real_B) = make_variants(config, device)[name](), make_batch(config, device)
+        for _ in range(2):
+            variant.step(real_A, real_B)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    argv = [sys.executable, __file__, "--sizes", config.size, "--batches", config.batch, "--ngf", config.ngf]
+    argv += ["--blocks", config.blocks, "--threads", config.threads, "--precisions", *config.precisions]
+    argv += ["--compile"] * config.compile + ["--memory_of", name]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_own_memory(config: argparse.Namespace, device: torch.device, name: str) -> None:
+    import resource
+
+    variant, (real_A, real_B) = make_variants(config, device)[name](), make_batch(config, device)
+    for _ in range(2):
+        variant.step(real_A, real_B)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, float]) -> list[dict]:
+    """Time all variants at one size and batch, turn by turn; returns a row of figures for each."""
+    variants = {name: make() for name, make in make_variants(config, device).items()}
+    real_A, real_B = make_batch(config, device)
+    times, rows = {name: [] for name in variants}, []
+    for i in range(config.rounds + config.warm):
+        for name, variant in variants.items():
+            taken = seconds(lambda variant=variant: variant.step(real_A, real_B), device)
+            if i >= config.warm:  # the first ones pay for set-up and compilation
+                times[name].append(taken)
+    with FlopCounterMode(display=False) as counter:
+        next(v for n, v in variants.items() if n == config.precisions[0]).step(real_A, real_B)
+    work = counter.get_total_flops()  # of the step as we compute it: nothing in it is thrown away
+    del variants
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        word = "fp32" if name == "reference" else utils.pick_precision(name.split()[0], device)
+        rows.append(
+            {
+                **{"size": config.size, "batch": config.batch, "variant": name, "precision": word},
+                **{"s/step": round(median, 4), "steps/s": round(1 / median, 3)},
+                "pictures/s": round(2 * config.batch / median, 2),
+                "ratio": round(medians["reference"] / median, 2),
+                "share of peak": round(work / median / peaks[word], 3),
+                "peak MB": round(peak_memory(config, device, name)) if config.memory else "",
+            }
+        )
+        print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
+    return rows
+
+
+def check(config: argparse.Namespace) -> float:
+    """Largest difference between our losses and the reference's over 20 steps in float64."""
+    device, worst = torch.device("cpu"), 0.0
+    ours, plain = Ours(config, device, "fp32", False), Reference(config, device)
+    for name, net in ours.run.nets.items():
+        net.double()
+        plain.nets[name].double()
+        for target, source in zip(plain.nets[name].parameters(), net.parameters(), strict=True):
+            target.data.copy_(source.data)
+    ours.run.optims = train.make_optims(ours.run.nets, ours.run.args, device)
+    plain.make_optims()
+    for step in range(20):
+        torch.manual_seed(step)
+        real_A, real_B = make_batch(config, device).double()
+        theirs, mine = plain.step(real_A, real_B), ours.step(real_A, real_B)
+        worst = max(worst, *((theirs[name] - mine[name]).abs().item() for name in theirs))
+    return worst
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars: the ratio to the reference, by size and batch."""
+    groups = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    axes = Figure(figsize=(1.5 + 2.2 * len(groups), 4), layout="constrained").subplots()
+    for k, name in enumerate(names):
+        values = {(row["size"], row["batch"]): row["ratio"] for row in rows if row["variant"] == name}
+        places = [i + 0.8 * (k + 0.5) / len(names) - 0.4 for i in range(len(groups))]
+        bars = axes.bar(places, [values[group] for group in groups], 0.8 / len(names), label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.set_xticks(range(len(groups)), [f"{size} px, batch {batch}" for size, batch in groups])
+    axes.set_ylabel("times the speed of the plain step")
+    axes.legend()
+    axes.figure.savefig(path, dpi=100)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="side of the pictures, px")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4], help="pictures of each domain in a step")
+    parser.add_argument("--ngf", type=int, default=64, help="width of all networks")
+    parser.add_argument("--blocks", type=int, default=9, help="residual blocks")
+    parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="what --precision is given")
+    parser.add_argument("--compile", action="store_true", help="also measure with --compile")
+    parser.add_argument("--layouts", action="store_true", help="also measure both memory formats of our networks")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
+    parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each variant")
+    parser.add_argument("--memory_of", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="compare losses in float64, at a tiny size")
+    parser.add_argument("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    config = argparse.Namespace(**vars(args), size=args.sizes[0], batch=args.batches[0])
+    if args.check:
+        config = argparse.Namespace(**{**vars(config), "size": 16, "batch": 2, "ngf": 4, "blocks": 1, "n_layers_D": 1})
+        print(f"largest difference of a loss over 20 steps in float64: {check(config):.1e}")
+        return
+    device = utils.pick_device(args.device)
+    if args.memory_of:
+        print_own_memory(config, device, args.memory_of)
+        return
+    peaks = {name: peak_flops(device, name) for name in ("fp32", "bf16")}
+    print(
+        f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution:", end=" "
+    )
+    print(", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.items()))
+    rows = []
+    for size in args.sizes:
+        for batch in args.batches:
+            config = argparse.Namespace(**{**vars(config), "size": size, "batch": batch})
+            rows += measure(config, device, peaks)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, args.output / "step.png")
+    print(f"written to {args.output}/step.csv and step.png")
+
+
+if __name__ == "__main__":
+    main()
