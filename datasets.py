@@ -6,6 +6,7 @@ python datasets.py check face2caricature --sheet
 """
 
 import difflib
+import functools
 import hashlib
 import math
 import os
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from utils import (
     InputError,
     Parser,
+    add_pixel_flag,
     draw_grid,
     folder_name,
     free_memory,
@@ -44,9 +46,11 @@ from utils import (
     world,
 )
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 BAD_SHARE = 0.05  # of a domain's pictures may be unreadable; above this the run stops
 DEMO = "day2night"
+max_pixels = 178e6  # of one picture; set by limit_pixels
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,18 +69,29 @@ def natural_key(path: Path) -> list:
 def list_pictures(folder: Path) -> list[Path]:
     """All pictures below a folder, by their suffix, in natural order; hidden files are left out.
 
-    raises: OSError if a folder cannot be read (its pictures would be left out unseen)
+    A sub-folder that cannot be read, and a link that leads nowhere or in a circle, are listed too:
+    who reads them names them as unreadable pictures.
+    raises: OSError if the folder itself cannot be read
     """
     found = []
 
     def unreadable(error: OSError) -> None:
-        raise error
+        if Path(error.filename) == folder:
+            raise error
+        found.append(Path(error.filename))
 
     for parent, folders, names in os.walk(folder, onerror=unreadable if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+        paths = (path for path in paths if path.suffix.lower() in SUFFIXES)
+        found += [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
     return sorted(found, key=natural_key)
+
+
+def limit_pixels(pixels: float) -> None:
+    """Set above how many pixels this process calls a picture unreadable, in place of Pillow's limit of 179 million."""
+    global max_pixels
+    max_pixels, Image.MAX_IMAGE_PIXELS = pixels, None  # Pillow's would also stop crops, and warn at half of it
 
 
 def to_8_bit(picture: Image.Image) -> Image.Image:
@@ -94,14 +109,18 @@ def to_8_bit(picture: Image.Image) -> Image.Image:
 def open_picture(path: Path) -> Image.Image:
     """Open a picture; only its header is read.
 
-    raises: UnreadablePicture, also for headers that claim more pixels than Pillow's limit against bombs
+    raises: UnreadablePicture, also for headers that claim more pixels than max_pixels
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on odd tags and large pictures
-            return Image.open(path)
+            picture = Image.open(path, formats=FORMATS)
     except Exception as error:  # Pillow's plug-ins raise a dozen kinds on hostile files
         raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+    if picture.width * picture.height > max_pixels:
+        picture.close()
+        raise UnreadablePicture(f"{picture.width}x{picture.height} px; if it is no bomb, raise --max_megapixels")
+    return picture
 
 
 def read_picture(path: Path, channels: int = 3) -> Image.Image:
@@ -129,14 +148,15 @@ def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def load_pictures(
-    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int
+    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int, on_bad: str
 ) -> Iterator[tuple[Path, Tensor]]:
     """Read pictures as load_picture does, one by one, with their paths; unreadable ones are named and left out.
 
     folder: what the paths belong to, for the message
+    on_bad: "skip" or "stop" at the first unreadable one
     raises: InputError if too many, or all, cannot be read
     """
-    bad = BadPictures(folder, len(paths))
+    bad = BadPictures(folder, len(paths), on_bad)
     for path in paths:
         try:
             yield path, load_picture(path, size, channels)
@@ -190,7 +210,9 @@ def split_pictures(folder: Path, split: str, max_images: int | None = None) -> l
     return pictures[:max_images]
 
 
-def named_pictures(folder: Path, size: tuple[int, int], channels: int, most: int | None = None) -> dict[Path, Tensor]:
+def named_pictures(
+    folder: Path, size: tuple[int, int], channels: int, on_bad: str, most: int | None = None
+) -> dict[Path, Tensor]:
     """Read a folder's pictures, or at most so many evenly spread ones, by the name without suffix that pairs share.
 
     returns: (1, channels, H, W) in [-1, 1] by name; size is (height, width)
@@ -198,7 +220,7 @@ def named_pictures(folder: Path, size: tuple[int, int], channels: int, most: int
     """
     paths = split_pictures(folder.parent, folder.name)
     paths = paths[:: math.ceil(len(paths) / most)] if most else paths
-    pictures = load_pictures(folder, paths, size, channels)
+    pictures = load_pictures(folder, paths, size, channels, on_bad)
     return {path.relative_to(folder).with_suffix(""): picture[None] for path, picture in pictures}
 
 
@@ -211,19 +233,21 @@ def held_out_split(folder: Path) -> str:
 
 
 class BadPictures:
-    """Names each unreadable picture of a domain once, and ends the run when they are too many."""
+    """Names each unreadable picture of a domain once, and ends the run when they are too many, or at the first."""
 
-    def __init__(self, folder: Path, total: int):
-        self.folder, self.total, self.found = folder, total, set()
+    def __init__(self, folder: Path, total: int, on_bad: str = "skip"):
+        self.folder, self.total, self.on_bad, self.found = folder, total, on_bad, set()
 
     def note(self, path: Path, reason: object) -> None:
         """Take down one unreadable picture.
 
-        raises: InputError when more than BAD_SHARE of the domain (and more than one) are unreadable
+        raises: InputError when more than BAD_SHARE of the domain (and more than one) are unreadable; with "stop" always
         """
         if path in self.found:
             return
         self.found.add(path)
+        if self.on_bad == "stop":
+            raise InputError(f"{path}: unreadable ({reason}); mend or remove it, or take --on_bad_image skip")
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
         if len(self.found) > max(1, BAD_SHARE * self.total) or len(self.found) == self.total > 1:
             raise InputError(
@@ -427,10 +451,12 @@ def collate(items: list[dict]) -> dict:
     return batch | {"bad": [bad for item in items for bad in item["bad"]]}
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which saves first and then ends its workers."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def start_worker(worker: int, pixels: float) -> None:
+    """Leave signals to the main process, which saves first and then ends its workers; keep its limit of pixels."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    limit_pixels(pixels)
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -441,7 +467,7 @@ def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: in
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=functools.partial(start_worker, pixels=max_pixels),
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
     )
@@ -523,6 +549,7 @@ def new_dataset(data_root: Path, dataset_name: str) -> tuple[Path, Path]:
     folder, unfinished = data_root / dataset_name, data_root / f".{os.getpid()}.{dataset_name}"
     if folder.exists():
         raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
     unfinished.mkdir(parents=True)
     return folder, unfinished
 
@@ -670,6 +697,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
             "--data_root", type=Path, default=Path("datasets"), help="folder of the data sets (default: datasets)"
         )
         command.set_defaults(run=run)
+    for command in (split, check):
+        add_pixel_flag(command.add_argument)
     return parser.parse_args(argv)
 
 
@@ -677,6 +706,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one sub-command."""
     args = parse_args(argv)
+    if "max_megapixels" in args:
+        limit_pixels(1e6 * args.max_megapixels)
     args.run(args)
 
 

@@ -77,15 +77,16 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
     students: names of the generators that shall get one
     raises:   InputError if there is no such teacher, or it lacks one of these generators
     """
-    folder, path = Path("saved_models") / name, Path(name)
+    folder, path, state = Path("saved_models") / name, Path(name), None
     if folder.is_dir() and not path.is_file():
-        path = utils.find_checkpoint(folder, "latest", f"--teacher {name}, epoch")
+        state, path = utils.load_checkpoint(folder, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
         runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
         hint = f"runs found: {runs}; train one with: python train.py"
         raise utils.InputError(f"--teacher {name}: no such run or file; {hint}")
-    if utils.is_state(path):
+    if not state and utils.is_state(path):
         state = utils.load_state(path)
+    if state:
         teacher = Teacher(weights.networks_of(state, path), state.get("args"), path, single=False)
     else:
         net, recipe = weights.load_generator(path)
@@ -215,7 +216,7 @@ def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], 
     precision, channels = utils.pick_precision(args.precision, device), rows["student"].nets[name].config.channels
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     folders = (dataset / f"{datasets.held_out_split(dataset)}{domain}" for domain in (source, target))
-    reals, truths = (datasets.named_pictures(folder, size, channels) for folder in folders)
+    reals, truths = (datasets.named_pictures(folder, size, channels, args.on_bad_image) for folder in folders)
     shown, paired, answers, table = list(reals)[:: max(1, len(reals) // 6)][:6], reals.keys() & truths.keys(), {}, {}
 
     def run(net: nn.Module, pictures: dict[Path, Tensor]) -> dict[Path, Tensor]:
@@ -263,6 +264,7 @@ def read_row(run_name: str, name: str) -> Row | None:
 
 def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a picture: teacher, student, and the student from scratch if its run exists."""
+    datasets.limit_pixels(1e6 * args.max_megapixels)
     tables, folder = {}, Path("generated_images") / args.run_name
     about = f"{device}, {torch.get_num_threads()} threads, {utils.pick_precision(args.precision, device)}"
     for name in wanted(args):
@@ -319,11 +321,16 @@ def add_inherited_flags(parser: utils.Parser) -> None:
         add_flags(parser)
 
 
-def inherited_names() -> set[str]:
-    """Names of the flags that a distillation can inherit."""
+def plain_parser() -> utils.Parser:
+    """The inherited flags alone, with the defaults of train.py."""
     parser = utils.Parser()
     add_inherited_flags(parser)
-    return {action.dest for action in parser._actions if action.dest != "help"}
+    return parser
+
+
+def inherited_names() -> set[str]:
+    """Names of the flags that a distillation can inherit."""
+    return {action.dest for action in plain_parser()._actions if action.dest != "help"}
 
 
 def make_parser() -> utils.Parser:
@@ -383,8 +390,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
-    parser, values = utils.Parser(), vars(args).copy()
-    add_inherited_flags(parser)
+    parser, values = plain_parser(), vars(args).copy()
     old = vars(parser.parse_args([]) if teacher.single else utils.recall_flags(parser, teacher.flags, teacher.path))
     if teacher.size:
         old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
@@ -445,10 +451,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Distil, from the start or from a checkpoint; or report."""
     args, state, checkpoint = parse_args(argv), None, None
     if args.start_from != "0":
-        checkpoint = utils.find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
-        state = utils.load_state(checkpoint, "distill")
+        folder = Path("saved_models") / args.run_name
+        state, checkpoint = utils.load_checkpoint(folder, args.start_from, "--start_from", "distill")
+        plain = vars(utils.recall_flags(plain_parser(), state.get("args"), checkpoint))
         fixed = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
         args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
+        unset = {
+            name: value for name, value in plain.items() if getattr(args, name) is None
+        }  # newer than the checkpoint
+        args = argparse.Namespace(**{**vars(args), **unset})
     elif not args.report:
         refuse_second_run(args)
     if args.run_name == args.teacher:

@@ -96,8 +96,7 @@ class Result:
 
 def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
     """Build the networks of a whole-state file; returns them by name, and a recipe."""
-    path = utils.find_checkpoint(folder, epoch, "--epoch")
-    state, parser = utils.load_state(path), utils.Parser()
+    (state, path), parser = utils.load_checkpoint(folder, epoch, "--epoch"), utils.Parser()
     for add_flags in (utils.add_data_flags, utils.add_loss_flags):
         add_flags(parser)
     flags = utils.recall_flags(parser, state.get("args"), path)  # checked as if they had been typed
@@ -127,7 +126,7 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
     files = [folder / f"G_{a}{b}.safetensors" for a, b in DIRECTIONS.values()]
     if args.epoch != "latest" or "losses" in args.metrics or not any(path.is_file() for path in files):
         return load_run_state(folder, args.epoch)
-    nets, recipe = {}, {}
+    nets, recipe, steps = {}, {}, []
     for path, direction in zip(files, DIRECTIONS, strict=True):
         if path.is_file():
             nets[path.stem], recipe = weights.load_generator(path)
@@ -135,6 +134,10 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
                 raise utils.InputError(
                     f"{path}: its recipe says {recipe['direction']}, its name {direction}; put it right"
                 )
+            steps.append(recipe.get("step"))
+    if steps[0] != steps[-1] and (folder / "latest.pt").is_file():
+        utils.say(f"{folder}: the generator files are of two saves, the second one unfinished; latest.pt is used")
+        return load_run_state(folder, "latest")
     return nets, recipe
 
 
@@ -164,7 +167,8 @@ def find_inputs(tester: Tester, directions: Sequence[str]) -> dict[str, tuple[Pa
             raise utils.InputError(
                 f"--input {args.input}: no such file or folder; expected a picture or a folder of pictures"
             )
-        found[direction] = root, datasets.BadPictures(root, len(paths)).readable(paths)[: args.num_test]
+        bad = datasets.BadPictures(root, len(paths), args.on_bad_image)
+        found[direction] = root, bad.readable(paths)[: args.num_test]
     return found
 
 
@@ -253,7 +257,7 @@ def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
 def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence[Path]) -> list[Result]:
     """Translate pictures and write what comes out, each under its input's name; reads and writes in threads."""
     (source, target), (net, back) = DIRECTIONS[direction], tester.generators(direction)
-    bad, names = datasets.BadPictures(root, len(paths)), output_names(root, paths)
+    bad, names = datasets.BadPictures(root, len(paths), tester.args.on_bad_image), output_names(root, paths)
     kinds = [f"real_{source}", f"fake_{target}", *([f"rec_{source}"] if back else [])]
     folders = [tester.output / f"{kind}_{domain}" for kind in ("real", "fake", "rec") for domain in "AB"]
     clash = {(folder / name).resolve() for folder in folders for name in names.values()} & {p.resolve() for p in paths}
@@ -359,7 +363,9 @@ def test_tensors(tester: Tester, domain: str) -> list[Tensor]:
     """Read a test folder as the networks were trained: (1, C, H, W) each, at the recipe's size."""
     dataset = datasets.find_dataset(tester.args.data_root, tester.dataset_name)
     paths = datasets.split_pictures(dataset, f"test{domain}", tester.args.num_test)
-    pictures = datasets.load_pictures(dataset / f"test{domain}", paths, tester.size, tester.channels)
+    pictures = datasets.load_pictures(
+        dataset / f"test{domain}", paths, tester.size, tester.channels, tester.args.on_bad_image
+    )
     return [picture[None] for _, picture in pictures]
 
 
@@ -441,7 +447,9 @@ def measure_paired(tester: Tester, source: str, target: str, results: Sequence[R
     truths = [as_bytes(truth, channels) for _, truth in pairs]
     size, parts = tester.size or truths[0].shape[-2:], datasets.split_pictures(dataset, f"train{target}")
     count, total = 0, 0.0
-    for _, picture in datasets.load_pictures(dataset / f"train{target}", parts, size, channels):
+    for _, picture in datasets.load_pictures(
+        dataset / f"train{target}", parts, size, channels, tester.args.on_bad_image
+    ):
         count, total = count + 1, total + utils.range_to_bytes(picture).double()
     return metrics.paired_table(
         [as_bytes(tester.output / result.files[f"fake_{target}"], channels) for result, _ in pairs],
@@ -544,6 +552,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="weights for fid and kid, where they cannot be downloaded",
     )
+    utils.add_reading_flags(add)
     utils.add_device_flags(parser)
     args = parser.parse_args(argv)
     given = utils.given_flags(parser, argv)
@@ -602,6 +611,7 @@ def plain_name(value: object) -> str | None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Translate, show, score; returns the scores."""
     args = parse_args(argv)
+    datasets.limit_pixels(1e6 * args.max_megapixels)
     tester = make_tester(args)
     directions = settle(args, tester.nets)
     results, scores = {}, {}

@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import json
 import math
 import platform
 import shutil
@@ -36,6 +37,7 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
 COLUMNS = 6  # pictures in a sample grid
 EVAL_PICTURES = 200  # of each domain, at most, in an evaluation
+STUCK_SHARE = 0.02  # answers that differ less than this times the inputs do not depend on them
 TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 VIT_FLAGS, RESNET_FLAGS = ("vit_size", "vit_blocks", "vit_heads"), ("num_residual", "ngf", "n_downsampling")
 NETWORK_FLAGS = (
@@ -65,6 +67,9 @@ class Run:
     ema: dict[str, nn.Module] = field(default_factory=dict)  # running averages of the generators, with --ema
     stage: str = "train"
     adapters: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # of a distillation; they learn and are thrown away
+    replaces: Sequence[Path] = ()  # states of an overwritten run; they go when the first of this one is saved
+    saved_at: float = field(default_factory=time.monotonic)  # when a save was last tried, s
+    unsaved: str = ""  # why the last save failed
     teacher: dict | None = None  # path and sha256 of the file a student learns from
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps
@@ -284,7 +289,7 @@ def load_samples(args: argparse.Namespace, dataset: Path) -> tuple[Tensor, Tenso
     for domain in "AB":
         paths = datasets.list_pictures(dataset / f"{split}{domain}")
         chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
-        pictures = datasets.load_pictures(dataset / f"{split}{domain}", chosen, size, args.channels)
+        pictures = datasets.load_pictures(dataset / f"{split}{domain}", chosen, size, args.channels, args.on_bad_image)
         samples.append(torch.stack([picture for _, picture in pictures]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
@@ -309,11 +314,26 @@ def load_watched(args: argparse.Namespace) -> dict[str, Tensor]:
     return photos
 
 
+def warn_if_stuck(rows: dict[str, Tensor]) -> None:
+    """Say so when a generator answers (nearly) the same picture whatever it is shown.
+
+    rows: a sample grid; a single picture tells nothing
+    """
+    spread = {label: pictures.float().std(0, correction=0).mean() for label, pictures in rows.items()}
+    pairs = {"G_AB": ("real_A", "fake_B"), "G_BA": ("real_B", "fake_A")}
+    stuck = [name for name, (asked, answer) in pairs.items() if spread[answer] < STUCK_SHARE * spread[asked]]
+    if stuck:
+        words = "draws the same picture whatever it is shown; go on from an earlier epoch, with --start_from N, at a lower --lr"
+        utils.say(f"warning: {', '.join(stuck)}: {words}", file=sys.stderr)
+
+
 @utils.first_rank
 def draw_pictures(run: Run, draw_rows: Callable) -> None:
     """Write the sample grid of the epoch under way or just finished, and the watched photos."""
-    name = f"epoch_{run.epoch + bool(run.place):04d}.png"
-    utils.save_picture(utils.draw_grid(draw_rows(run, *run.samples)), run.pictures / name)
+    name, rows = f"epoch_{run.epoch + bool(run.place):04d}.png", draw_rows(run, *run.samples)
+    if not run.place:
+        warn_if_stuck(dict(rows))
+    utils.save_picture(utils.draw_grid(rows), run.pictures / name)
     for stem, photo in run.photos.items():
         rows = [("photo", photo), *((name, translate(run, run.shown[name], photo)) for name in DIRECTIONS)]
         utils.save_picture(utils.draw_grid(rows), run.pictures / "watch" / stem / name)
@@ -345,7 +365,8 @@ def measure(run: Run) -> dict[str, float]:
     """Take the measures of --eval_metrics on the held-out pictures; each name ends in the domain it lives in."""
     args, row, size = run.args, {}, (run.args.img_height, run.args.img_width)
     reals = {
-        d: datasets.named_pictures(folder, size, args.channels, EVAL_PICTURES) for d, folder in run.held_out.items()
+        d: datasets.named_pictures(folder, size, args.channels, args.on_bad_image, EVAL_PICTURES)
+        for d, folder in run.held_out.items()
     }
     for source, target in ("AB", "BA"):
         there = functools.partial(translate, run, run.shown[f"G_{source}{target}"])
@@ -377,7 +398,8 @@ def evaluate(run: Run) -> bool:
     """Measure, write the row into measures.csv, and tell whether this epoch is the best so far by --best_by."""
     row = {"epoch": run.epoch, "step": run.step, **measure(run)}
     path, best_by = run.folder / "measures.csv", run.args.best_by
-    utils.LossLog(path, list(row), run.step - 1).append(row)
+    if utils.attempt(lambda: utils.LossLog(path, list(row), run.step - 1).append(row)):
+        return False
     utils.say("  ".join([f"epoch {run.epoch}:", *(f"{name} {value:.4g}" for name, value in list(row.items())[2:])]))
     if not best_by:
         return False
@@ -393,22 +415,52 @@ def evaluate(run: Run) -> bool:
 # Saving and resuming
 
 
-def save_run(run: Run) -> None:
-    """Write latest.pt, the two generator files and, where due, epoch_NNNN.pt.
+def save_run(run: Run, feed: Feed, log: utils.LossLog, best: bool = False) -> None:
+    """Save all that the run needs to go on; what fails now is said, kept in run.unsaved and tried again next time.
 
+    best: the state shall also be kept as best.pt
     raises: RunError, before anything is written, if a loss or a weight is not finite
     """
+    stop_if_not_finite(run, feed, run.meter.means())
+    own = utils.gather(own_parts(run))
+    run.unsaved, run.saved_at = utils.attempt(write_run, run, log, own, best), time.monotonic()
+
+
+@utils.first_rank
+def write_run(run: Run, log: utils.LossLog, own: Sequence[dict], best: bool) -> None:
+    """Write the generator files, losses.csv and latest.pt, in which all counts as saved; where due epoch_NNNN.pt."""
     args = run.args
-    stop_if_not_finite(run, run.meter.means())
-    own = utils.gather(
-        {
-            "buffers": {domain: buffer.state_dict() for domain, buffer in run.buffers.items()},
-            "rng": utils.rng_state(),
-            "meter": run.meter.state_dict(),
-        }
-    )
-    if not own:
-        return
+    recipe = {
+        "stage": run.stage,
+        "run_name": args.run_name,
+        "dataset_name": args.dataset_name,
+        "epoch": run.epoch,
+        "step": run.step,
+    }
+    for name, direction in DIRECTIONS.items():
+        recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
+        weights.save_generator(run.folder / f"{name}.safetensors", run.shown[name], recipe)
+    log.flush()
+    due = run.place == 0 and run.epoch % args.checkpoint_interval == 0
+    also = [run.folder / f"epoch_{run.epoch:04d}.pt"] * due + [run.folder / "best.pt"] * best
+    utils.save_latest(run.folder, state_of(run, own), also)
+    for path in {*run.replaces} - {*also}:
+        path.unlink(missing_ok=True)
+    run.replaces = ()
+    kept = [path for epoch, path in utils.numbered_checkpoints(run.folder).items() if epoch <= run.epoch]
+    for old in kept[: -args.keep_checkpoints] if due and args.keep_checkpoints else []:
+        old.unlink()
+
+
+def own_parts(run: Run) -> dict:
+    """What of a state each rank has to itself."""
+    buffers = {domain: buffer.state_dict() for domain, buffer in run.buffers.items()}
+    return {"buffers": buffers, "rng": utils.rng_state(), "meter": run.meter.state_dict()}
+
+
+def state_of(run: Run, own: Sequence[dict]) -> dict:
+    """Everything that load_run puts back, as plain values and tensors; own: own_parts of each rank."""
+    args = run.args
     state = {
         "stage": run.stage,
         "epoch": run.epoch,
@@ -428,22 +480,7 @@ def save_run(run: Run) -> None:
     }
     if run.teacher:
         state |= {"adapters": run.adapters.state_dict(), "teacher": run.teacher}
-    utils.save_state(run.folder / "latest.pt", state)
-    if run.place == 0 and run.epoch % args.checkpoint_interval == 0:
-        utils.link_file(run.folder / "latest.pt", run.folder / f"epoch_{run.epoch:04d}.pt")
-        kept = [path for epoch, path in utils.numbered_checkpoints(run.folder).items() if epoch <= run.epoch]
-        for old in kept[: -args.keep_checkpoints] if args.keep_checkpoints else []:
-            old.unlink()
-    recipe = {
-        "stage": run.stage,
-        "run_name": args.run_name,
-        "dataset_name": args.dataset_name,
-        "epoch": run.epoch,
-        "step": run.step,
-    }
-    for name, direction in DIRECTIONS.items():
-        recipe |= {"direction": direction, "size": [args.img_height, args.img_width]}
-        weights.save_generator(run.folder / f"{name}.safetensors", run.shown[name], recipe)
+    return state
 
 
 def load_run(run: Run, state: dict, path: Path) -> None:
@@ -533,8 +570,8 @@ def resume_args(
 def leftovers(args: argparse.Namespace) -> list[Path]:
     """List what an earlier run left under this name; names that no run writes are not ours."""
     folder, pictures = Path("saved_models") / args.run_name, Path("generated_images") / args.run_name
-    files = [folder / name for name in ("latest.pt", "best.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json")]
-    files += [folder / name for name in ("losses.csv", "measures.csv")]
+    names = ("latest.pt", "previous.pt", "best.pt", "G_AB.safetensors", "G_BA.safetensors")
+    files = [folder / name for name in (*names, "run.json", "losses.csv", "measures.csv")]
     files += [
         *utils.numbered_checkpoints(folder).values(),
         pictures / "losses.png",
@@ -545,13 +582,25 @@ def leftovers(args: argparse.Namespace) -> list[Path]:
     return [path for path in files if path.exists()]
 
 
+def flag_changes(args: argparse.Namespace) -> str:
+    """Say in which flags a new start differs from the run that is in its folder, as far as its run.json tells."""
+    try:
+        there = json.loads((Path("saved_models") / args.run_name / "run.json").read_text(encoding="utf-8"))["flags"]
+        now = {name: value for name, value in utils.plain_flags(args).items() if name not in NEVER_INHERITED}
+        pairs = [(name, there[name], value) for name, value in now.items() if value is not None and name in there]
+    except (OSError, ValueError, TypeError, KeyError):
+        return "with flags that its run.json does not tell"
+    changes = [f"--{name} {str(old)[:60]} → {str(new)[:60]}" for name, old, new in pairs if old != new]
+    return f"with other flags: {', '.join(changes)}" if changes else "with the same flags"
+
+
 def refuse_second_run(args: argparse.Namespace) -> None:
     """Refuse to start where a run is, unless with --overwrite."""
     left = leftovers(args)
     if left and not args.overwrite:
         raise utils.InputError(
-            f"{left[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, "
-            "or delete it with --overwrite"
+            f"{left[0].parent} holds a run already, {flag_changes(args)}; go on with --start_from latest, "
+            "choose another --run_name, or delete it with --overwrite"
         )
 
 
@@ -582,25 +631,27 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                 ended = run.place == order.steps
                 if run.meter.count == LOG_EVERY or ended:
                     means = run.meter.means()
-                    stop_if_not_finite(run, means)
+                    stop_if_not_finite(run, feed, means)
                     log.append({"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means})
                     bar.set_postfix({name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False)
                     run.meter = utils.Meter()
                 if ended:
                     run.epoch, run.place = run.epoch + 1, 0
                 if ended or run.step % args.sample_interval == 0:
-                    draw_pictures(run, task.draw_rows)
+                    utils.attempt(draw_pictures, run, task.draw_rows)
                 signum = stop.agreed()
                 if signum:
                     break
+                if not ended and utils.agree(0 < 60 * args.save_minutes < time.monotonic() - run.saved_at):
+                    save_run(run, feed, log)
             due = run.place == 0 and args.eval_interval and run.epoch % args.eval_interval == 0
-            best = bool(due) and evaluate(run)
-            save_run(run)
-            if best:
-                utils.link_file(run.folder / "latest.pt", run.folder / "best.pt")
+            save_run(run, feed, log, best=bool(due) and evaluate(run))
             if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or signum:
-                utils.plot_losses(utils.read_losses(log.path), run.pictures / "losses.png")
+                utils.attempt(plot_run, run)
                 drawn = time.monotonic()
+    feed.loader = None  # its workers end now; when the program exits, it would wait up to 5 s for each
+    if utils.agree(bool(run.unsaved)):
+        raise utils.RunError(f"{run.unsaved}; the last save failed, {last_state(run)}; free the disk and go on from it")
     if signum:
         utils.say(
             f"stopped and saved after step {run.step}; go on with: --run_name {args.run_name} --start_from latest"
@@ -622,17 +673,34 @@ def set_rates(run: Run, factor: float) -> None:
             group["lr"], group["betas"] = rates[name] * factor, (run.args.beta1, run.args.beta2)
 
 
-def stop_if_not_finite(run: Run, means: dict[str, float]) -> None:
+@utils.first_rank
+def plot_run(run: Run) -> None:
+    """Draw losses.csv."""
+    utils.plot_losses(utils.read_losses(run.folder / "losses.csv"), run.pictures / "losses.png")
+
+
+def last_state(run: Run) -> str:
+    """Say where a run that ends badly can go on."""
+    last = run.folder / "latest.pt"  # of an overwritten run until the first save
+    return f"the last good state is {last}" if last.exists() and not run.replaces else "nothing was saved yet"
+
+
+def stop_if_not_finite(run: Run, feed: Feed, means: dict[str, float]) -> None:
     """End the run when a loss or a weight is not a number any more; the last save stays."""
-    wrong = [name for name, value in means.items() if not math.isfinite(value)]
+    wrong = []
     for name, net in run.nets.items():
         if not all(torch.isfinite(p).all() for p in net.parameters()):
             wrong.append(f"a weight of {name}")
-    if wrong:
-        last = run.folder / "latest.pt"
-        left = f"the last good state is {last}" if last.exists() else "nothing was saved yet"
+    if wrong or not all(map(math.isfinite, means.values())):
+        terms, ago = run.meter.first_not_finite()
+        feed.order.first_step = (run.place or feed.order.steps) - 1 - ago
+        keys, paths = next(iter(feed.order)), feed.loader.dataset.paths
+        pictures = [str(paths[domain][key[i]]) for domain, i in (("A", 2), ("B", 3)) for key in keys]
+        found = utils.gather((bool(terms), ago, terms, pictures))  # the rank that met it first knows more
+        _, ago, terms, pictures = max(found, default=(False, ago, terms, pictures))
         raise utils.RunError(
-            f"{', '.join(wrong)} not finite at step {run.step}; {left}; try a smaller --lr or --precision fp32"
+            f"{', '.join(terms or wrong)} not finite at step {run.step - ago}, pictures {' '.join(pictures)}; "
+            f"{last_state(run)}; try a smaller --lr or --precision fp32"
         )
 
 
@@ -695,6 +763,7 @@ def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, de
 
 def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the pictures, drawing the demo set when it is missing, and make their loader."""
+    datasets.limit_pixels(1e6 * args.max_megapixels)
     share = utils.own_share(args.batch_size)
     with utils.one_by_one():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
@@ -702,7 +771,7 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, Fee
     dataset, paths, bad = datasets.find_dataset(args.data_root, args.dataset_name), {}, {}
     for domain in "AB":
         found = datasets.split_pictures(dataset, f"train{domain}", args.max_images)
-        bad[domain] = datasets.BadPictures(dataset / f"train{domain}", len(found))
+        bad[domain] = datasets.BadPictures(dataset / f"train{domain}", len(found), args.on_bad_image)
         paths[domain] = bad[domain].readable(found)
     counts = {domain: len(found) for domain, found in paths.items()}
     order = datasets.EpochSampler(tuple(counts.values()), args.batch_size, args.steps_per_epoch, args.seed, share)
@@ -980,6 +1049,19 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **unset})
 
 
+def clear(args: argparse.Namespace) -> list[Path]:
+    """Delete what an earlier run left, but not its states and generators; returns the states that shall go later."""
+    refuse_second_run(args)  # again, now that no other process can start here
+    left = leftovers(args)
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.suffix not in (".pt", ".safetensors"):
+            path.unlink()
+    folder = Path("saved_models") / args.run_name
+    return [folder / "previous.pt", folder / "best.pt", *utils.numbered_checkpoints(folder).values()]
+
+
 def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: Path | None) -> None:
     """Put a checkpoint back, if there is one, and run the loop to its end."""
     args = run.args
@@ -996,14 +1078,16 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
             return
     for folder in (run.folder, run.pictures):
         folder.mkdir(parents=True, exist_ok=True)
-    with utils.one_by_one():
-        for path in [] if state or utils.rank() else leftovers(args):  # only now, when the new run can be written
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != "latest.pt":  # stays until the first save takes its place
-                path.unlink()
-    describe(run, feed)
-    training_loop(run, feed, task)
+    with utils.sole_process(run.folder, run.pictures):
+        with utils.one_by_one():
+            if utils.rank() == 0 and not state:
+                run.replaces = clear(args)
+            elif (
+                utils.rank() == 0 and checkpoint.name == "previous.pt"
+            ):  # else the next save would put the damaged one there
+                utils.link_file(checkpoint, run.folder / "latest.pt")
+        describe(run, feed)
+        training_loop(run, feed, task)
     grid = run.pictures / f"epoch_{run.epoch:04d}.png"
     utils.say(
         f"done: {run.epoch} epochs, {run.step} steps; see {grid}, then: python test.py --run_name {args.run_name}"
@@ -1016,8 +1100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     state, checkpoint, pretrained = None, None, {}
     if args.start_from != "0":
-        checkpoint = utils.find_checkpoint(Path("saved_models") / args.run_name, args.start_from, "--start_from")
-        state = utils.load_state(checkpoint, "train")
+        folder = Path("saved_models") / args.run_name
+        state, checkpoint = utils.load_checkpoint(folder, args.start_from, "--start_from", "train")
         args = resume_args(make_parser(), args, state.get("args"), checkpoint)
     else:
         refuse_second_run(args)

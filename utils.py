@@ -20,7 +20,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -34,9 +34,15 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
 STATE_FORMAT = 1  # of the whole-state files; raised when an old reader could not follow
 MEASURES = ("losses", "cycle", "identity", "paired")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": max, "SSIM": max, "cycle": min, "identity": min, "loss_G": min}  # and which value is best
+MOST_VALUES = 10**5  # in a whole-state file; the largest network has thousands
 CELL = 128  # px; smaller pictures are enlarged to this side in grids, by a whole factor
 
 
@@ -69,6 +75,19 @@ def say(text: object, file: object = None) -> None:
     (file or sys.stdout).flush()
 
 
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit with 143 on which unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread() or "TORCHELASTIC_RUN_ID" in os.environ:
+        yield  # elsewhere Python takes no signals; and torchrun must be able to end ranks that wait for each other
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def stage(main: Callable) -> Callable:
     """Decorate a stage's main: expected errors end in one line on stderr and their exit code."""
 
@@ -78,10 +97,11 @@ def stage(main: Callable) -> Callable:
             if hasattr(stream, "reconfigure"):  # a console that cannot write → must not end a training
                 stream.reconfigure(errors="backslashreplace")
         try:
-            join_ranks()
-            answer = main(argv)
-            leave_ranks()
-            return answer
+            with exit_on_sigterm():
+                join_ranks()
+                answer = main(argv)
+                leave_ranks()
+                return answer
         except (InputError, RunError) as error:
             code, words = error.exit_code, str(error)
         except OSError as error:
@@ -89,6 +109,13 @@ def stage(main: Callable) -> Callable:
             words = f"{error.filename or 'output'}: {error.strerror or error}; check the path, its rights and the space left"
         except (MemoryError, torch.OutOfMemoryError):
             code, words = 1, "out of memory; lower --batch_size, or --img_height and --img_width"
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason, code = str(error).strip().splitlines()[0], 1
+            words = (
+                f"a process that reads pictures died ({reason}); is the memory full? Lower --num_workers, then resume"
+            )
         except KeyboardInterrupt:
             code, words = 130, "interrupted"
         if rank() > 0:  # what stops all ranks is said by the first; torchrun then ends the others during this wait
@@ -188,7 +215,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def agree(number: int) -> int:
     """The largest of the ranks' numbers; all ranks have to ask."""
-    largest = torch.tensor(number)
+    largest = torch.tensor(int(number))
     if world() > 1:
         with collective():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -294,6 +321,8 @@ def recall_flags(
             argv += [option, *words] if value else []
         elif value is not None:
             argv.append(f"{option}={value}")
+        elif action.default is not None:
+            raise InputError(f"{what}: says --{action.dest} None; written by another program, or edited")
     if unknown:
         say(f"{what}: older than {', '.join(unknown)}; these have their defaults")
     try:
@@ -407,6 +436,24 @@ def add_data_flags(parser: Parser) -> None:
         type=whole(1),
         default=None,
         help="steps in an epoch (default: until the larger domain was seen)",
+    )
+    add_reading_flags(add)
+
+
+def add_pixel_flag(add: Callable) -> None:
+    """Declare --max_megapixels, which every stage that reads pictures has."""
+    words = "larger pictures count as unreadable: a file of a few kB may claim any size; million pixels"
+    add("--max_megapixels", type=number(0, 10**6, above=True), default=178.0, help=f"{words} (default: 178)")
+
+
+def add_reading_flags(add: Callable) -> None:
+    """What to do about pictures that cannot be read."""
+    add_pixel_flag(add)
+    add(
+        "--on_bad_image",
+        choices=("skip", "stop"),
+        default="skip",
+        help="name an unreadable picture and go on (more than 5 %% of a domain end the run), or stop at the first",
     )
 
 
@@ -522,6 +569,7 @@ def add_run_flags(parser: Parser) -> None:
         help="what is evaluated, into measures.csv (default: cycle,identity)",
     )
     add("--best_by", choices=BEST_BY, default=None, help="keep the epoch that evaluates best by this as best.pt")
+    add("--save_minutes", type=number(0), default=10.0, help="minutes between two saves; 0: only after each epoch")
     add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random choices")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit (a CPU does without)")
@@ -632,7 +680,10 @@ def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:
 
 
 class StopRequest:
-    """Turn Ctrl-C and SIGTERM into a wish that the loop reads between two steps; a second one is obeyed at once."""
+    """Turn Ctrl-C, SIGTERM and a lost terminal into a wish that the loop reads between two steps.
+
+    A second one is obeyed at once. nohup's choice to ignore the loss of the terminal is kept.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -640,7 +691,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+            ignored = signal.getsignal(hangup) == signal.SIG_IGN
+            for signum in {signal.SIGINT, signal.SIGTERM, *([] if ignored else [hangup])}:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
@@ -766,6 +819,7 @@ UMASK = threading.Lock()  # to read it is to change it, for all threads
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
     temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
+    temporary.unlink(missing_ok=True)  # of a killed process with our number it may be a second name of a good file
     try:
         yield temporary
         with UMASK:
@@ -773,11 +827,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
+    except OSError as error:
+        if error.errno:
+            error.filename, error.filename2 = str(path), None  # what the user knows, not the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself survives a power cut only when its folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename, so that also after a power cut the target is the old file or the new one."""
+    source.replace(target)
+    if os.name == "posix":  # the new name is on the disk when its folder is
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -798,21 +861,98 @@ def write_json(path: Path, value: object) -> None:
 
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name without a second copy, where the file system can; `target` is replaced whole."""
-    temporary = target.with_name(f".{os.getpid()}.tmp")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with atomic_write(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def save_state(path: Path, state: dict) -> None:
     """Write a whole-state file."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save({"format": STATE_FORMAT, **state}, temporary)
-        except RuntimeError as error:  # torch's writer does not raise OSError
-            raise RunError(f"{path}: could not be written; is the disk full? The file before it stays") from error
+            torch.save({"format": STATE_FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's writer hides what the file said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
+    """Write latest.pt; the one before becomes previous.pt, and `also` are further names of the new one.
+
+    The last rename is what counts: interrupted anywhere before it, the run goes on from the latest.pt that was.
+    """
+    fresh = folder / ".latest.tmp"
+    try:
+        save_state(fresh, state)
+        if (folder / "latest.pt").is_file():
+            link_file(folder / "latest.pt", folder / "previous.pt")
+        for path in also:
+            link_file(fresh, path)
+        replace(fresh, folder / "latest.pt")
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def attempt(write: Callable, *args: object) -> str:
+    """Call what writes files and can be done later: returns "", or why it failed, which is said in one line."""
+    try:
+        write(*args)
+    except OSError as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+        say(f"warning: {reason}; what was there stays, the run goes on and tries again next time", file=sys.stderr)
+        return reason
+    return ""
+
+
+@contextmanager
+def sole_process(folder: Path, *others: Path) -> Iterator[None]:
+    """Lock a folder until the block or this process ends, whatever ends it; children do not inherit the lock.
+
+    What a killed process left half written there, and in `others`, is removed.
+    raises: InputError if another process holds the lock
+    """
+    if rank() > 0:
+        yield
+        return
+    with (folder / ".lock").open("a+b", buffering=0) as file:
+        file.seek(0)
+        try:
+            if os.name == "nt":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked workers
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it")
+            else:
+                owner = "another process" if os.name == "nt" else f"process {one_line(file.read(20).decode('latin-1'))}"
+                words = "is training there; wait for its end, stop it, or choose another --run_name"
+                raise InputError(f"{folder}: {owner} {words}") from None
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        for place in (folder, *others):
+            for path in place.glob(".*.tmp"):
+                path.unlink()
+        yield
+
+
+def count_values(value: object) -> int:
+    """Count nested plain values; a small file can hold copies of copies that no loop would come to the end of.
+
+    raises: ValueError beyond MOST_VALUES, and for whole numbers that are too long to be printed
+    """
+    waiting, count = [value], 0
+    while waiting:
+        x, count = waiting.pop(), count + 1
+        if count > MOST_VALUES or (isinstance(x, int) and x.bit_length() > 128):
+            raise ValueError("more in it than a checkpoint has")
+        if isinstance(x, dict):
+            waiting += [*x.keys(), *x.values()]
+        elif isinstance(x, list | tuple | set):
+            waiting += x
+    return count
 
 
 def read_archive(path: Path) -> object:
@@ -825,12 +965,16 @@ def read_archive(path: Path) -> object:
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
+                if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it would unpack to more than its own size")  # torch never compresses
                 damaged = archive.testzip()
             if damaged:
                 raise InputError(f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's reader, about what a hostile file claims to be
-            return torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        count_values(value)
+        return value
     except InputError:
         raise
     except Exception as error:
@@ -852,9 +996,10 @@ def load_state(path: Path, stage: str | None = None) -> dict:
     if not isinstance(state, dict) or "format" not in state or "nets" not in state:
         raise InputError(f"{path}: holds no training state; expected a file that train.py or distill.py wrote")
     if not isinstance(state["format"], int) or state["format"] != STATE_FORMAT:
-        raise InputError(f"{path}: format {state['format']}, expected {STATE_FORMAT}; written by another version")
+        found = one_line(state["format"])[:40]
+        raise InputError(f"{path}: format {found}, expected {STATE_FORMAT}; written by another version")
     if stage and state.get("stage") != stage:
-        raise InputError(f"{path}: a state of {state.get('stage')}.py, expected one of {stage}.py")
+        raise InputError(f"{path}: a state of {one_line(state.get('stage'))[:40]}.py, expected one of {stage}.py")
     return state
 
 
@@ -877,11 +1022,28 @@ def find_checkpoint(folder: Path, epoch: str, flag: str) -> Path:
     return path
 
 
+def load_checkpoint(folder: Path, epoch: str, flag: str, stage: str | None = None) -> tuple[dict, Path]:
+    """Read the whole-state file of an epoch; in place of a latest.pt that is damaged or gone, previous.pt."""
+    previous = folder / "previous.pt"
+    try:
+        path = find_checkpoint(folder, epoch, flag)
+        return load_state(path, stage), path
+    except InputError as error:
+        if epoch != "latest" or not previous.is_file():
+            raise
+        try:
+            state = load_state(previous, stage)
+        except InputError:
+            raise error from None
+        say(f"warning: {error}; using {previous}, step {one_line(state.get('step'))[:40]}", file=sys.stderr)
+        return state, previous
+
+
 class LossLog:
     """losses.csv: one row per interval, cut back when a run resumes from an earlier step."""
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int):
-        self.path, self.columns = path, list(columns)
+        self.path, self.columns, self._waiting = path, list(columns), ""
         kept = (
             [row for row in read_losses(path) if row.get("step", math.inf) <= last_step]
             if last_step and path.exists()
@@ -895,8 +1057,28 @@ class LossLog:
 
     @first_rank
     def append(self, row: dict) -> None:
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(self._line(row) + "\n")
+        """Add a row; one that the disk does not take waits for the next, and for `flush`."""
+        self._waiting += self._line(row) + "\n"
+        with suppress(OSError):
+            self._write()
+
+    def flush(self) -> None:
+        """Bring all rows to the disk; raises OSError if that is impossible."""
+        self._write()
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def _write(self) -> None:
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(self._waiting.encode()) < len(self._waiting):
+                    file.truncate(end)  # no torn line, to which the next would be glued
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        self._waiting = ""
 
 
 def read_losses(path: Path) -> list[dict]:
@@ -943,12 +1125,21 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums, self.count = {}, 0
+        self.recent: list[dict[str, Tensor]] = []  # what was added; not saved, since what was saved was finite
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
-        for name, value in values.items():
-            value = value.detach()
+        self.recent.append({name: value.detach() for name, value in values.items()})
+        for name, value in self.recent[-1].items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def first_not_finite(self) -> tuple[list[str], int]:
+        """Name the values that were the first not to be finite, and how many additions ago."""
+        for ago, values in reversed(list(enumerate(reversed(self.recent)))):
+            names = [name for name, value in values.items() if not torch.isfinite(value)]
+            if names:
+                return names, ago
+        return [], 0
 
     def means(self) -> dict[str, float]:
         """Read the means, over all ranks; waits for the device."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import (
@@ -118,7 +118,7 @@ def save_generator(path: Path, net: nn.Module, recipe: dict) -> None:
     recipe = {"format": RECIPE_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **recipe}
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {"recipe": json.dumps(recipe)})
+        temporary.write_bytes(save(tensors, {"recipe": json.dumps(recipe)}))  # save_file hides why a disk refuses
 
 
 def sketch(config: GeneratorConfig) -> nn.Module:

@@ -50,7 +50,8 @@ def test_a_run_leaves_what_the_design_promises(tiny):
     run("--num_epochs", 2, "--checkpoint_interval", 2, "--watch", "cat.jpg")
     saved, pictures = Path("saved_models/tiny"), Path("generated_images/tiny")
     assert {p.name for p in saved.iterdir()} == {
-        *("latest.pt", "epoch_0002.pt", "G_AB.safetensors", "G_BA.safetensors", "run.json", "losses.csv")
+        *("latest.pt", "previous.pt", "epoch_0002.pt", "G_AB.safetensors", "G_BA.safetensors"),
+        *("run.json", "losses.csv", ".lock"),
     }
     files = {str(p.relative_to(pictures)) for p in pictures.rglob("*") if p.is_file()}
     assert files == {
@@ -216,6 +217,7 @@ def test_old_checkpoints_are_removed_when_only_some_are_kept(tiny):
         "epoch_0003.pt",
         "epoch_0004.pt",
         "latest.pt",
+        "previous.pt",
     ]
 
 
