@@ -1,6 +1,7 @@
 """Unpaired pictures: folders → batches; and the makers and checkers of such folders.
 
 python datasets.py draw day2night --size 64
+python datasets.py download horse2zebra
 python datasets.py split --A faces --B caricatures --dataset_name face2caricature
 python datasets.py check face2caricature --sheet
 """
@@ -8,6 +9,7 @@ python datasets.py check face2caricature --sheet
 import difflib
 import functools
 import hashlib
+import http.client
 import math
 import os
 import random
@@ -15,12 +17,16 @@ import re
 import shutil
 import signal
 import sys
+import urllib.error
+import urllib.parse
+import urllib.request
 import warnings
+import zipfile
 import zlib
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -32,11 +38,13 @@ from tqdm import tqdm
 from utils import (
     InputError,
     Parser,
+    RunError,
     add_pixel_flag,
     draw_grid,
     folder_name,
     free_memory,
     number,
+    one_line,
     path_name,
     picture_to_tensor,
     save_picture,
@@ -570,6 +578,124 @@ def draw_dataset(data_root: Path, size: int = 64) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------
+# Downloading
+
+ADDRESS = "http://efrosgans.eecs.berkeley.edu/cyclegan/datasets"  # of the authors; a mirror is given with --url
+OFFICIAL = (
+    *("ae_photos", "apple2orange", "cezanne2photo", "facades", "horse2zebra", "iphone2dslr_flower", "maps"),
+    *("monet2photo", "summer2winter_yosemite", "ukiyoe2photo", "vangogh2photo"),
+)
+MOST_BYTES = 30 * 2**30  # unpacked; the largest official set has 3 GiB
+WAIT = 30  # seconds without a byte
+FOLDERS = {f"{part}{domain}" for part in ("train", "val", "test") for domain in "AB"}
+
+
+def fetch(url: str, part: Path) -> None:
+    """Download a file, going on where an earlier attempt broke off.
+
+    raises: InputError if there is no such file, or no connection; RunError if it breaks off (run it again)
+    """
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as answer:
+            if done and answer.status != 206:  # the server starts again, so do we
+                done = 0
+            total = done + int(answer.headers.get("Content-Length") or 0)
+            if shutil.disk_usage(part.parent).free < total - done:
+                raise RunError(
+                    f"{part.parent}: {total / 1e6:,.0f} MB do not fit on the disk; make room and run it again"
+                )
+            bar = tqdm(total=total or None, initial=done, unit="B", unit_scale=True, desc=part.stem.lstrip("."))
+            with part.open("ab" if done else "wb") as file, bar:
+                while block := answer.read(2**16):
+                    file.write(block)
+                    bar.update(len(block))
+            done = part.stat().st_size
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left to send
+            return
+        raise InputError(
+            f"{url}: the server answers {error.code} {error.reason}; check the name, or give a mirror: --url"
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason, kept = getattr(error, "reason", None) or error, part.stat().st_size if part.exists() else 0
+        if kept:
+            raise RunError(f"{url}: broke off after {kept / 1e6:.1f} MB ({reason}); run it again to go on") from error
+        raise InputError(
+            f"{url}: cannot be reached ({reason}); check the connection, give a mirror with --url, "
+            f"or start with what needs none: python datasets.py draw {DEMO}"
+        ) from error
+    if done < total:
+        raise RunError(f"{url}: broke off after {done / 1e6:.1f} of {total / 1e6:.1f} MB; run it again to go on")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the pictures of trainA, trainB, testA, … from a zip into `folder`, whatever lies around them.
+
+    raises: InputError if it is damaged, wants to write elsewhere, or is far larger than any data set
+    """
+    with zipfile.ZipFile(archive) as file:
+        entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        names = {entry: PurePosixPath(entry.filename.replace("\\", "/")) for entry in entries}
+        strange = [
+            e for e, name in names.items() if name.is_absolute() or ".." in name.parts or e.external_attr >> 28 == 0xA
+        ]
+        if strange:
+            raise InputError(
+                f"{archive}: wants to write outside its folder ({one_line(strange[0].filename)[:80]}); not unpacked"
+            )
+        size = sum(entry.file_size for entry in entries)
+        if size > min(MOST_BYTES, shutil.disk_usage(folder).free):
+            raise InputError(f"{archive}: claims {size / 2**30:.1f} GiB of pictures, more than fit; not unpacked")
+        for entry, name in tqdm(names.items(), desc="unpacking", leave=False):
+            place = next((i for i, part in enumerate(name.parts[:-1]) if part in FOLDERS), None)
+            if place is None or name.suffix.lower() not in SUFFIXES or name.name.startswith("."):
+                continue
+            target = folder.joinpath(*name.parts[place:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(entry) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+def download_dataset(args: Namespace) -> None:
+    """Fetch one of the official sets, or any zip with their layout, and check what came."""
+    url = args.url or f"{ADDRESS}/{args.dataset_name}.zip"
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise InputError(f"--url {url}: expected an address that begins with http:// or https://")
+    if not args.url and args.dataset_name not in OFFICIAL:
+        raise InputError(
+            f"{args.dataset_name}: no official set; expected one of {', '.join(OFFICIAL)}, or a zip elsewhere: --url"
+        )
+    part = args.data_root / f".{args.dataset_name}.zip.part"
+    folder, unfinished = new_dataset(args.data_root, args.dataset_name)
+    try:
+        say(f"fetching {url}")
+        fetch(url, part)
+        try:
+            unpack(part, unfinished)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+            part.unlink()
+            raise InputError(
+                f"{url}: sent no whole zip ({one_line(error)[:80]}); deleted; try again, or another --url"
+            ) from error
+        except InputError:
+            part.unlink()
+            raise
+        counts = {
+            name: len(list_pictures(unfinished / name)) for name in sorted(FOLDERS) if (unfinished / name).is_dir()
+        }
+        if not (counts.get("trainA") and counts.get("trainB")):
+            part.unlink()
+            raise InputError(f"{url}: holds no trainA and trainB with pictures (found: {counts or 'none'}); deleted")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    part.unlink()
+    say(f"{folder}: {', '.join(f'{count} pictures in {name}' for name, count in counts.items())}")
+
+
+# ---------------------------------------------------------------------------------------------
 # Sub-commands
 
 
@@ -670,10 +796,13 @@ def check_dataset(args: Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line of the sub-commands."""
     parser = Parser(prog="datasets.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="draw, split, check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="draw, download, split, check")
     draw = commands.add_parser("draw", help="draw the demo set")
     draw.add_argument("dataset_name", choices=[DEMO])
     draw.add_argument("--size", type=whole(16, 4096), default=64, help="side of the pictures, px (default: 64)")
+    download = commands.add_parser("download", help="fetch one of the sets of the paper, or a zip with their layout")
+    download.add_argument("dataset_name", type=folder_name, help=", ".join(OFFICIAL))
+    download.add_argument("--url", help="address of a zip, in place of the authors'")
     split = commands.add_parser("split", help="make a data set from two folders of pictures")
     split.add_argument("--A", type=path_name, required=True, metavar="DIR", help="pictures of domain A")
     split.add_argument("--B", type=path_name, required=True, metavar="DIR", help="pictures of domain B")
@@ -690,6 +819,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     check.add_argument("--sheet", action="store_true", help="also write a contact sheet per part into generated_images")
     for command, run in (
         (draw, lambda args: draw_dataset(args.data_root, args.size)),
+        (download, download_dataset),
         (split, split_dataset),
         (check, check_dataset),
     ):

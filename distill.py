@@ -346,12 +346,7 @@ def make_parser() -> utils.Parser:
     )
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
     add("--student_residual", type=utils.whole(0, 1000), default=3, help="blocks of the student")
-    add(
-        "--student_ngf",
-        type=utils.whole(1, 4096),
-        default=None,
-        help="width of a resnet student (default: its teacher's)",
-    )
+    add("--student_ngf", type=utils.whole(1, 4096), help="width of a resnet student (default: its teacher's)")
     add(
         "--hidden_layers",
         type=block_list,
@@ -361,12 +356,7 @@ def make_parser() -> utils.Parser:
     )
     add("--lambda_hidden", type=utils.number(0), default=1.0, help="weight of the distance between hidden states")
     add("--lambda_output", type=utils.number(0), default=10.0, help="weight of the distance to the teacher's picture")
-    add(
-        "--transfer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start from the teacher's stem, down, up and head",
-    )
+    add("--transfer", action=argparse.BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
     add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
     add_inherited_flags(parser)
     for action in parser._actions:

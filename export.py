@@ -173,13 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weights", type=utils.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add("--direction", choices=("AtoB", "BtoA"), default=None, help="which generator (default: AtoB, or the file's)")
     add("--to", choices=("onnx", "junyanz"), default="onnx", help="an ONNX model, or weights under junyanz's names")
-    add(
-        "--output",
-        type=utils.path_name,
-        default=None,
-        metavar="FILE",
-        help="where it goes (default: beside the weights)",
-    )
+    add("--output", type=utils.path_name, metavar="FILE", help="where it goes (default: beside the weights)")
     args, given = parser.parse_args(argv), utils.given_flags(parser, argv)
     for flag in ("run_name", "epoch"):
         if args.weights and flag in given:

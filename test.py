@@ -481,34 +481,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = utils.Parser(prog="test.py", description=__doc__)
     add = utils.flag_group(parser, "what")
-    add(
-        "--dataset_name",
-        type=utils.folder_name,
-        default=None,
-        help="data set whose test pictures are translated (default: the run's)",
-    )
+    add("--dataset_name", type=utils.folder_name, help="set whose test pictures are translated (default: the run's)")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add(
-        "--run_name",
-        type=utils.folder_name,
-        default=None,
-        help="run in saved_models (default: --dataset_name, else horse2zebra)",
-    )
+    add("--run_name", type=utils.folder_name, help="run in saved_models (default: --dataset_name, else horse2zebra)")
     add("--epoch", type=utils.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
     add("--weights", type=utils.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
-    add(
-        "--input",
-        type=Path,
-        default=None,
-        metavar="FILE_OR_FOLDER",
-        help="pictures of one domain, in place of a data set",
-    )
+    add("--input", type=Path, metavar="FILE_OR_FOLDER", help="pictures of one domain, in place of a data set")
     add("--direction", choices=("both", "AtoB", "BtoA"), default="both", help="which generator to use")
-    add(
-        "--skip_existing",
-        action="store_true",
-        help="leave pictures alone whose results are there, whatever they were made with",
-    )
+    add("--skip_existing", action="store_true", help="leave pictures out whose results are there already")
     add("--num_test", type=utils.whole(1), default=None, help="translate at most so many pictures (default: all)")
     add = utils.flag_group(parser, "how")
     add(
@@ -531,13 +511,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="input",
         help="size of the results: the input's, or the network's",
     )
-    add(
-        "--output",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="where results go (default: generated_images/<run>/test)",
-    )
+    add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run>/test)")
     add(
         "--metrics",
         type=utils.words_of(MEASURES),

@@ -936,24 +936,9 @@ def add_network_flags(parser: utils.Parser) -> None:
     add("--num_residual", type=utils.whole(0, 1000), default=9, help="residual blocks of a resnet")
     add("--ngf", type=utils.whole(1, 4096), default=64, help="width of the first layer of a resnet")
     add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the picture in a resnet")
-    add(
-        "--vit_size",
-        choices=models.VIT_SIZES,
-        default="small",
-        help="numbers of a unet_vit: of the 64x64 study, or of UVCGAN",
-    )
-    add(
-        "--vit_blocks",
-        type=utils.whole(0, 1000),
-        default=None,
-        help="transformer blocks of a unet_vit (default: 4 in small, 12 in uvcgan)",
-    )
-    add(
-        "--vit_heads",
-        type=utils.whole(1, 4096),
-        default=None,
-        help="attention heads of a unet_vit (default: 4 in small, 6 in uvcgan)",
-    )
+    add("--vit_size", choices=models.VIT_SIZES, default="small", help="unet_vit of the 64x64 study, or UVCGAN's")
+    add("--vit_blocks", type=utils.whole(0, 1000), help="blocks of a unet_vit (default: 4 in small, 12 in uvcgan)")
+    add("--vit_heads", type=utils.whole(1, 4096), help="heads of a unet_vit (default: 4 in small, 6 in uvcgan)")
     add(
         "--upsample",
         choices=models.UPSAMPLES,
@@ -962,12 +947,7 @@ def add_network_flags(parser: utils.Parser) -> None:
     )
     add("--discriminator", choices=models.DISCRIMINATORS, default="patch", help="judge patches or single pixels")
     add("--ndf", type=utils.whole(1, 4096), default=64, help="width of the discriminator's first layer")
-    add(
-        "--n_layers_D",
-        type=utils.whole(1, 16),
-        default=3,
-        help="strided layers of the patch discriminator: 1 to 5 see 16 34 70 142 286 px",
-    )
+    add("--n_layers_D", type=utils.whole(1, 16), default=3, help="strided layers of D: 1 to 5 see 16 34 70 142 286 px")
     add(
         "--max_mult_D", type=utils.whole(1, 4096), default=8, help="the discriminator grows to at most this times --ndf"
     )

@@ -425,18 +425,8 @@ def add_data_flags(parser: Parser) -> None:
         default="none",
         help="keep pictures decoded and resized: in memory, or in .cache beside the data set, which you may delete",
     )
-    add(
-        "--max_images",
-        type=whole(1),
-        default=None,
-        help="use only the first so many pictures of each domain (default: all)",
-    )
-    add(
-        "--steps_per_epoch",
-        type=whole(1),
-        default=None,
-        help="steps in an epoch (default: until the larger domain was seen)",
-    )
+    add("--max_images", type=whole(1), help="use only the first so many pictures of each domain (default: all)")
+    add("--steps_per_epoch", type=whole(1), help="steps in an epoch (default: until the larger domain was seen)")
     add_reading_flags(add)
 
 
@@ -465,37 +455,17 @@ def add_loss_flags(parser: Parser) -> None:
     add("--lambda_gan", type=number(0), default=1.0, help="weight of the adversarial loss")
     add("--gan_loss", choices=("lsgan", "bce", "hinge"), default="lsgan", help="form of the adversarial loss")
     add("--buffer_size", type=whole(0), default=50, help="translated pictures kept to train the discriminators")
-    add(
-        "--lambda_gp",
-        type=number(0),
-        default=0.0,
-        help="weight of the discriminators' gradient penalty; 0 leaves it out",
-    )
-    add(
-        "--gp_target",
-        type=number(0),
-        default=100.0,
-        help="slope that the penalty aims at; UVCGAN has --lambda_gp 0.1 and 100, UVCGAN2 0.01 and 0",
-    )
+    add("--lambda_gp", type=number(0), default=0.0, help="weight of the discriminators' gradient penalty; 0: none")
+    add("--gp_target", type=number(0), default=100.0, help="slope it aims at; UVCGAN: 0.1 and 100, UVCGAN2: 0.01 and 0")
 
 
 def add_optim_flags(parser: Parser) -> None:
     """Adam and its schedule."""
     add = flag_group(parser, "optimiser")
     add("--num_epochs", type=whole(1), default=200, help="epochs in all")
-    add(
-        "--decay_epoch",
-        type=whole(0),
-        default=None,
-        help="the rate falls linearly to 0 from here (default: half of --num_epochs)",
-    )
+    add("--decay_epoch", type=whole(0), help="from here the rate falls to 0 (default: half of --num_epochs)")
     add("--lr", type=number(0, above=True), default=2e-4, help="learning rate of Adam")
-    add(
-        "--lr_D",
-        type=number(0, above=True),
-        default=None,
-        help="learning rate of the discriminators (default: --lr; 4 times that is the TTUR of the 64x64 study)",
-    )
+    add("--lr_D", type=number(0, above=True), help="rate of the discriminators (default: --lr; TTUR: 4 times)")
     add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
     add("--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment")
     add(
@@ -540,12 +510,7 @@ def add_run_flags(parser: Parser) -> None:
     """Names, intervals, seeds."""
     add = flag_group(parser, "run")
     add("--start_from", type=epoch_name, default="0", help="0: new; N: go on after epoch_N.pt; latest: after latest.pt")
-    add(
-        "--run_name",
-        type=folder_name,
-        default=None,
-        help="folder in saved_models and generated_images (default: --dataset_name)",
-    )
+    add("--run_name", type=folder_name, help="folder in saved_models and generated_images (default: --dataset_name)")
     add("--overwrite", action="store_true", help="delete what an earlier run left under this name")
     add(
         "--sample_interval",
