@@ -33,9 +33,15 @@ def write_generator(path=Path("G_AB.safetensors"), direction="AtoB", **flags):
     "flags",
     [
         {"ngf": 2, "num_residual": 1},
-        {"ngf": 2, "num_residual": 1, "upsample": "resize", "norm": "batch", "channels": 1, "n_downsampling": 3},
-        {"generator": "unet_vit", "vit_blocks": 1},
-        {"generator": "unet_vit", "vit_size": "uvcgan", "vit_blocks": 1, "vit_heads": 3, "norm": "none"},
+        pytest.param(
+            {"ngf": 2, "num_residual": 1, "upsample": "resize", "norm": "batch", "channels": 1, "n_downsampling": 3},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"generator": "unet_vit", "vit_blocks": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"generator": "unet_vit", "vit_size": "uvcgan", "vit_blocks": 1, "vit_heads": 3, "norm": "none"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_onnx_file_answers_as_pytorch_does_at_any_size_and_batch(flags, monkeypatch):
@@ -63,6 +69,7 @@ def test_answers_that_differ_are_not_written(refused, monkeypatch):
     assert not Path("G_AB.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_the_example_translates_without_torch(tiny, monkeypatch):
     train.main(
         ["--dataset_name", "tiny", *TINY, "--num_epochs", "2", "--checkpoint_interval", "1", "--img_width", "24"]
