@@ -446,9 +446,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plain = vars(utils.recall_flags(plain_parser(), state.get("args"), checkpoint))
         fixed = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
         args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
-        unset = {
-            name: value for name, value in plain.items() if getattr(args, name) is None
-        }  # newer than the checkpoint
+        # what is still unset is newer than the checkpoint
+        unset = {name: value for name, value in plain.items() if getattr(args, name) is None}
         args = argparse.Namespace(**{**vars(args), **unset})
     elif not args.report:
         refuse_second_run(args)

@@ -247,10 +247,8 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
-        )  # (N, heads, T, width / heads)
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).flatten(2))  # (N, T, width)
 

@@ -195,10 +195,8 @@ def accumulate(run: Run, real_A: Tensor, real_B: Tensor, objective: Callable) ->
     for piece_A, piece_B in zip(real_A.split(size), real_B.split(size), strict=True):
         loss, terms, seen = objective(run, piece_A, piece_B)
         learn(loss, {"loss_G": loss, **terms}, len(piece_A))
-        for domain, found in fakes.items():
-            found.append(
-                seen[f"fake_{domain}"].detach().clone()
-            )  # a CUDA graph's answer is overwritten by its next run
+        for domain, found in fakes.items():  # cloned, for a CUDA graph overwrites its answer in its next run
+            found.append(seen[f"fake_{domain}"].detach().clone())
         del loss, terms, seen  # the next piece shall not have to fit beside them
     for net in discriminators:
         net.requires_grad_(learns)
@@ -1062,10 +1060,8 @@ def carry_out(run: Run, feed: Feed, task: Task, state: dict | None, checkpoint: 
         with utils.one_by_one():
             if utils.rank() == 0 and not state:
                 run.replaces = clear(args)
-            elif (
-                utils.rank() == 0 and checkpoint.name == "previous.pt"
-            ):  # else the next save would put the damaged one there
-                utils.link_file(checkpoint, run.folder / "latest.pt")
+            elif utils.rank() == 0 and checkpoint.name == "previous.pt":
+                utils.link_file(checkpoint, run.folder / "latest.pt")  # or the next save keeps the damaged one
         describe(run, feed)
         training_loop(run, feed, task)
     grid = run.pictures / f"epoch_{run.epoch:04d}.png"
