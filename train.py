@@ -262,10 +262,8 @@ def translate(run: Run, net: nn.Module, pictures: Tensor) -> Tensor:
     """Run pictures (N, C, H, W) through a generator as testing will: eval mode, no gradient, float32 out."""
     was_training = net.training
     net.eval()
-    with utils.autocast(run.device, run.precision):
-        answer = net.forward(
-            pictures.to(run.device)
-        ).float()  # never the compiled call: sizes vary, graphs reuse memory
+    with utils.autocast(run.device, run.precision):  # never the compiled call: sizes vary, graphs reuse memory
+        answer = net(pictures.to(run.device)).float()
     net.train(was_training)
     return answer
 
