@@ -140,13 +140,22 @@ class DiscriminatorConfig:
 # Building blocks
 
 
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """Instance norm without weights: (N, C, H, W) → (N, C, H, W); on a CPU as a group norm, the same sum in less time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.is_contiguous() and x.shape[2] * x.shape[3] > 1 and not torch.compiler.is_exporting():
+            return F.group_norm(x, x.shape[1], eps=self.eps)
+        return super().forward(x)
+
+
 def norm_layer(norm: str, width: int) -> nn.Module:
     """Make the norm that follows a convolution of `width` output channels.
 
     Instance norm keeps no running statistics: training and testing then compute the same.
     """
     if norm == "instance":
-        return nn.InstanceNorm2d(width)
+        return InstanceNorm2d(width)
     return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
 
 
@@ -159,6 +168,27 @@ def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) ->
     if upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
     return [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
+
+
+class ThinConv2d(nn.Conv2d):
+    """A convolution to the few channels of a picture, twice to three times as fast on a CPU; stride 1, no padding.
+
+    x: (N, in_channels, H, W) → (N, out_channels, H - k + 1, W - k + 1)
+
+    A CPU computes 16 output channels at a time, so that 3 waste most of it. Here the k rows of the kernel become
+    channels of their own, 3k of them, whose results are added after a shift of a row each: the same sum.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or torch.compiler.is_exporting():
+            return super().forward(x)
+        thin, wide, k, _ = self.weight.shape
+        height = x.shape[2]
+        x = F.conv2d(x, self.weight.transpose(1, 2).reshape(thin * k, wide, 1, k))  # (N, thin * k, H, W - k + 1)
+        # k rows more, and a view that is one row longer than the map, move map i up by i rows without a copy of each
+        x = F.pad(x.reshape(len(x), thin, k * height, -1), (0, 0, 0, k)).unflatten(2, (k, height + 1))
+        x = x[:, :, :, : height - k + 1]
+        return x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype) + self.bias[:, None, None]
 
 
 class ResnetBlock(nn.Module):
@@ -220,7 +250,7 @@ class ResnetGenerator(nn.Module):
             layers = upsample_layers(config.upsample, width, width // 2, bias)
             width //= 2
             self.up.append(nn.Sequential(*layers, norm_layer(norm, width), nn.ReLU(inplace=True)))
-        self.head = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(width, config.channels, 7))
+        self.head = nn.Sequential(nn.ReflectionPad2d(3), ThinConv2d(width, config.channels, 7))
         if config.norm_output:
             self.head.append(norm_layer(norm, config.channels))
 
@@ -322,7 +352,7 @@ class UnetVitGenerator(nn.Module):
         else:
             stem = [nn.ReflectionPad2d(3), nn.Conv2d(config.channels, widths[0], 7, bias=bias)]
             self.stem = nn.Sequential(*stem, norm_layer(norm, widths[0]), nn.ReLU(inplace=True))
-            head = [nn.ReflectionPad2d(3), nn.Conv2d(widths[0], config.channels, 7)]
+            head = [nn.ReflectionPad2d(3), ThinConv2d(widths[0], config.channels, 7)]
         levels = [self._level(thin, wide) for thin, wide in itertools.pairwise(widths)]
         self.down = nn.ModuleList(down for down, _ in levels)
         self.position = Position(widths[-1])
