@@ -311,19 +311,6 @@ def translate_folder(tester: Tester, direction: str, root: Path, paths: Sequence
 # ---------------------------------------------------------------------------------------------
 # The gallery
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 15px system-ui, sans-serif; margin: 2em; color: #222; background: #fafafa }}
-.row {{ display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 26px }}
-figure {{ margin: 0 }} figcaption {{ color: #666; padding-top: 3px }}
-img {{ display: block; width: 256px; max-width: 90vw; image-rendering: auto; border-radius: 4px }}
-pre {{ background: #eee; padding: 1em; overflow-x: auto }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
-
 
 def write_gallery(tester: Tester, title: str, results: dict[str, list[Result]], table: Sequence[str]) -> None:
     """Write index.html: input, translation and round trip of every picture; opens from disk."""
@@ -334,11 +321,9 @@ def write_gallery(tester: Tester, title: str, results: dict[str, list[Result]], 
             figures = []
             for folder, file in result.files.items():
                 address = quote(os.fsencode(file.as_posix()))
-                figures.append(
-                    f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{folder}</figcaption></figure>'
-                )
+                figures.append(utils.figure(address, address, folder))
             body.append(f'<p>{html.escape(utils.one_line(result.name))}</p><div class="row">{"".join(figures)}</div>')
-    utils.write_text(tester.output / "index.html", PAGE.format(title=html.escape(title), body="\n".join(body)))
+    utils.write_page(tester.output / "index.html", title, body)
 
 
 def write_grid(tester: Tester, results: dict[str, list[Result]]) -> None:

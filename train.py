@@ -6,6 +6,7 @@ python train.py --dataset_name horse2zebra --start_from latest
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -78,6 +79,7 @@ class Run:
     compiled: dict[str, Callable] = field(default_factory=dict)  # networks' calls by name, with --compile
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))  # for fp16
     meter: utils.Meter = field(default_factory=utils.Meter)
+    board: utils.Board = field(default_factory=lambda: utils.Board(None, 0))  # with --log tensorboard
 
     @property
     def calls(self) -> dict[str, Callable]:
@@ -329,10 +331,13 @@ def draw_pictures(run: Run, draw_rows: Callable) -> None:
     name, rows = f"epoch_{run.epoch + bool(run.place):04d}.png", draw_rows(run, *run.samples)
     if not run.place:
         warn_if_stuck(dict(rows))
-    utils.save_picture(utils.draw_grid(rows), run.pictures / name)
+    drawn = {Path(): utils.draw_grid(rows)}
     for stem, photo in run.photos.items():
-        rows = [("photo", photo), *((name, translate(run, run.shown[name], photo)) for name in DIRECTIONS)]
-        utils.save_picture(utils.draw_grid(rows), run.pictures / "watch" / stem / name)
+        rows = [("photo", photo), *((net, translate(run, run.shown[net], photo)) for net in DIRECTIONS)]
+        drawn[Path("watch") / stem] = utils.draw_grid(rows)
+    for folder, picture in drawn.items():
+        utils.save_picture(picture, run.pictures / folder / name)
+    run.board.add(run.step, {}, {folder.as_posix() if folder.name else "grid": p for folder, p in drawn.items()})
 
 
 def find_held_out(args: argparse.Namespace, dataset: Path) -> dict[str, Path]:
@@ -394,6 +399,7 @@ def evaluate(run: Run) -> bool:
     """Measure, write the row into measures.csv, and tell whether this epoch is the best so far by --best_by."""
     row = {"epoch": run.epoch, "step": run.step, **measure(run)}
     path, best_by = run.folder / "measures.csv", run.args.best_by
+    run.board.add(run.step, {f"measures/{name}": value for name, value in list(row.items())[2:]})
     if utils.attempt(lambda: utils.LossLog(path, list(row), run.step - 1).append(row)):
         return False
     utils.say("  ".join([f"epoch {run.epoch}:", *(f"{name} {value:.4g}" for name, value in list(row.items())[2:])]))
@@ -570,11 +576,13 @@ def leftovers(args: argparse.Namespace) -> list[Path]:
     files = [folder / name for name in (*names, "run.json", "losses.csv", "measures.csv")]
     files += [
         *utils.numbered_checkpoints(folder).values(),
+        folder / "tensorboard",
+        pictures / "index.html",
         pictures / "losses.png",
         pictures / "watch",
         pictures / "test",
     ]
-    files += [path for path in sorted(pictures.glob("epoch_*.png")) if path.stem[6:].isdecimal()]
+    files += utils.sample_pictures(pictures)
     return [path for path in files if path.exists()]
 
 
@@ -610,7 +618,8 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
     log = utils.LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
     total, done = args.num_epochs * order.steps, run.epoch * order.steps + run.place
     bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02, disable=utils.rank() > 0)
-    with utils.StopRequest() as stop, bar:
+    run.board = utils.Board(run.folder / "tensorboard" if args.log == "tensorboard" else None, run.step)
+    with utils.StopRequest() as stop, bar, contextlib.closing(run.board):
         signum = 0
         while run.epoch < args.num_epochs and not signum:
             factor = utils.linear_decay(run.epoch, args.num_epochs, args.decay_epoch)
@@ -629,12 +638,16 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
                     means = run.meter.means()
                     stop_if_not_finite(run, feed, means)
                     log.append({"epoch": run.epoch + 1, "step": run.step, "lr": args.lr * factor, **means})
+                    run.board.add(run.step, {"lr": args.lr * factor, **{f"losses/{k}": v for k, v in means.items()}})
                     bar.set_postfix({name: f"{means[name]:.3f}" for name in task.terms[:3]}, refresh=False)
                     run.meter = utils.Meter()
                 if ended:
                     run.epoch, run.place = run.epoch + 1, 0
                 if ended or run.step % args.sample_interval == 0:
                     utils.attempt(draw_pictures, run, task.draw_rows)
+                    if not ended and time.monotonic() - drawn > PLOT_SECONDS:
+                        utils.attempt(show_progress, run, total)
+                        drawn = time.monotonic()
                 signum = stop.agreed()
                 if signum:
                     break
@@ -643,7 +656,7 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
             due = run.place == 0 and args.eval_interval and run.epoch % args.eval_interval == 0
             save_run(run, feed, log, best=bool(due) and evaluate(run))
             if time.monotonic() - drawn > PLOT_SECONDS or run.epoch == args.num_epochs or signum:
-                utils.attempt(plot_run, run)
+                utils.attempt(show_progress, run, total)
                 drawn = time.monotonic()
     feed.loader = None  # its workers end now; when the program exits, it would wait up to 5 s for each
     if utils.agree(bool(run.unsaved)):
@@ -670,9 +683,16 @@ def set_rates(run: Run, factor: float) -> None:
 
 
 @utils.first_rank
-def plot_run(run: Run) -> None:
-    """Draw losses.csv."""
+def show_progress(run: Run, total: int) -> None:
+    """Draw losses.csv, and write the page that shows where the run is; total: steps of all epochs."""
+    args, measures = run.args, run.folder / "measures.csv"
     utils.plot_losses(utils.read_losses(run.folder / "losses.csv"), run.pictures / "losses.png")
+    done = f"{run.epoch} of {args.num_epochs} epochs" + f" and {run.place} steps of the next" * bool(run.place)
+    facts = f"{done}; step {run.step:,}; written {time.strftime('%H:%M:%S')}"
+    rows = utils.read_losses(measures)[-12:] if measures.is_file() else []
+    table = metrics.format_table({f"epoch {row['epoch']}": dict(list(row.items())[2:]) for row in rows}) if rows else []
+    share = min(1.0, run.epoch / args.num_epochs + run.place / total)
+    utils.write_progress(run.pictures, args.run_name, facts, share, table)
 
 
 def last_state(run: Run) -> str:
@@ -1013,6 +1033,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             raise utils.InputError(
                 f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
             )
+    if args.log == "tensorboard":
+        utils.need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
     if args.decay_epoch is not None and "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
         raise utils.InputError(
             f"--decay_epoch {args.decay_epoch}: beyond --num_epochs {args.num_epochs}; expected at most that"

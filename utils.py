@@ -4,9 +4,13 @@ Nothing here runs when it is imported.
 """
 
 import argparse
+import base64
 import csv
 import errno
 import functools
+import html
+import importlib.util
+import io
 import json
 import math
 import os
@@ -24,6 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -536,6 +541,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--best_by", choices=BEST_BY, default=None, help="keep the epoch that evaluates best by this as best.pt")
     add("--save_minutes", type=number(0), default=10.0, help="minutes between two saves; 0: only after each epoch")
     add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
+    add("--log", choices=("none", "tensorboard"), default="none", help="also log into saved_models/RUN/tensorboard")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random choices")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit (a CPU does without)")
 
@@ -1083,6 +1089,114 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
             axes.legend(loc="upper right", fontsize="small", ncols=2 if len(names) > 4 else 1)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
+
+
+# ---------------------------------------------------------------------------------------------
+# The live view: a page that opens from disk, and TensorBoard
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 15px system-ui, sans-serif; margin: 2em; color: #222; background: #fafafa }}
+.row {{ display: flex; flex-wrap: wrap; gap: 12px; margin: 0 0 26px }}
+figure {{ margin: 0 }} figcaption {{ color: #666; padding-top: 3px }}
+img {{ display: block; width: 256px; max-width: 90vw; border-radius: 4px }} .wide img {{ width: 900px }} .small img {{ width: 150px }}
+pre {{ background: #eee; padding: 1em; overflow-x: auto }} progress {{ width: 900px; max-width: 90vw; height: 1.2em }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+REFRESH = "<script>if (self === top) setTimeout(() => location.reload(), 15000)</script>"  # ms; not inside a notebook
+MOMENTS = 8  # of a watched photo, from the first epoch to the newest
+PAGE_SIDE = 900  # px; larger pictures are reduced in the page and open at full size
+
+
+def write_page(path: Path, title: str, body: Sequence[str]) -> None:
+    """Write a page of HTML; `body` is HTML already, the title is not."""
+    write_text(path, PAGE.format(title=html.escape(title), body="\n".join(body)))
+
+
+def figure(address: str, source: str, words: object) -> str:
+    """HTML of a picture that links to its file; addresses are quoted already."""
+    words = html.escape(one_line(words))
+    return f'<figure><a href="{address}"><img loading="lazy" src="{source}" alt=""></a><figcaption>{words}</figcaption></figure>'
+
+
+def embedded(folder: Path, path: Path, words: object) -> str:
+    """HTML of a picture below `folder`: pixels inside, so that a notebook or a mail shows the page too; a link to the file."""
+    with Image.open(path) as picture, io.BytesIO() as data:
+        picture = picture.convert("RGB")
+        picture.thumbnail((PAGE_SIDE, 4 * PAGE_SIDE))
+        picture.save(data, format="jpeg", quality=88, subsampling=0)
+        source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return figure(quote(os.fsencode(path.relative_to(folder).as_posix())), source, words)
+
+
+def sample_pictures(folder: Path) -> list[Path]:
+    """The grids epoch_NNNN.png of a folder, oldest first."""
+    found = [path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[6:]))
+
+
+@first_rank
+def write_progress(folder: Path, title: str, facts: str, share: float, measures: Sequence[str]) -> None:
+    """Write index.html of a run: how far it is, curves, newest grids, and how the watched photos changed.
+
+    share: of the steps that are done, in [0, 1]; below 1 the page loads itself anew every 15 s
+    measures: lines of a table
+    """
+    body = [REFRESH] if share < 1 else []
+    body.append(f'<p>{html.escape(facts)}</p><p><progress value="{share:.4f}"></progress></p>')
+    if (folder / "test" / "index.html").is_file():
+        body.append('<p><a href="test/index.html">translated test pictures</a></p>')
+    grids = sample_pictures(folder)[::-1]
+    wide = [(grids[0], grids[0].stem)] if grids else []
+    wide += [(folder / "losses.png", "losses")] if (folder / "losses.png").is_file() else []
+    body += [f'<div class="wide">{embedded(folder, path, words)}</div>' for path, words in wide]
+    body += [f"<pre>{html.escape(chr(10).join(measures))}</pre>"] if measures else []
+    rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
+    for photo in sorted((folder / "watch").glob("*")):
+        moments, last = sample_pictures(photo), MOMENTS - 1
+        chosen = {round(k * (len(moments) - 1) / last) for k in range(MOMENTS)} if moments else ()
+        rows.append((photo.name, "row small", [moments[i] for i in sorted(chosen)]))
+    for words, kind, paths in rows:
+        pictures = "".join(embedded(folder, path, path.stem) for path in paths)
+        body.append(f'<h2>{html.escape(one_line(words))}</h2><div class="{kind}">{pictures}</div>')
+    write_page(folder / "index.html", title, body)
+
+
+def need_package(name: str, flag: str, command: str) -> None:
+    """Refuse, in one line with the remedy, what needs an optional package that is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"{flag}: the package {name} is missing; install it with: {command}")
+
+
+class Board:
+    """TensorBoard's log of a run, if there is to be one; it goes on where a resumed run goes on."""
+
+    def __init__(self, folder: Path | None, step: int):
+        self.writer = None
+        if folder and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def add(self, step: int, values: dict[str, float], pictures: dict[str, Image.Image] | None = None) -> None:
+        """Log numbers (those that are finite) and pictures by name; what the disk does not take is said, no more."""
+        if self.writer:
+            attempt(self._write, step, values, pictures or {})
+
+    def _write(self, step: int, values: dict[str, float], pictures: dict[str, Image.Image]) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer:
+            attempt(self.writer.close)
 
 
 class Meter:
