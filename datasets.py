@@ -219,7 +219,7 @@ def split_pictures(folder: Path, split: str, max_images: int | None = None) -> l
 
 
 def named_pictures(
-    folder: Path, size: tuple[int, int], channels: int, on_bad: str, most: int | None = None
+    folder: Path, size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
 ) -> dict[Path, Tensor]:
     """Read a folder's pictures, or at most so many evenly spread ones, by the name without suffix that pairs share.
 

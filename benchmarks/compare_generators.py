@@ -114,7 +114,7 @@ def draw_rows(args, families, path):
     """Draw the same test pictures as each family translates them."""
     dataset, rows = datasets.find_dataset(args.data_root, args.dataset_name), []
     for source, target in ("AB", "BA"):
-        real = list(datasets.named_pictures(dataset / f"test{source}", (64, 64), 3, COLUMNS).values())[:COLUMNS]
+        real = list(datasets.named_pictures(dataset / f"test{source}", (64, 64), 3, most=COLUMNS).values())[:COLUMNS]
         rows.append((f"real_{source}", torch.cat(real)))
         for family in families:
             net, _ = weights.load_generator(Path(f"saved_models/compare_{family}/G_{source}{target}.safetensors"))

@@ -1,0 +1,437 @@
+"""Train, score and picture the rows of docs/results.md again.
+
+python benchmarks/reproduce.py day2night
+python benchmarks/reproduce.py mnist2usps daisy2sunflower --data_root DATA
+python benchmarks/reproduce.py --list
+
+A task's runs are trained one after the other (a run that was stopped goes on where it was), scored on the test split
+and written into docs/results.json, from which the task's table in docs/results.md is made; its picture goes to
+docs/results_TASK.png. The demo set is drawn; the others must lie in --data_root.
+"""
+
+import io
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import digit_score
+
+import datasets
+import distill
+import models
+import test as test_stage
+import train
+import utils
+import weights
+
+ROOT = Path(__file__).parents[1]
+STORE, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
+RUNS, PICTURES = Path("saved_models"), Path("generated_images")
+COLUMNS = 6  # pictures in a row of a task's picture
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: every flag that is not a default, in one place
+
+DEMO = "--dataset_name day2night --img_height 64 --img_width 64 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip"
+SMALL = f"{DEMO} --num_residual 3 --ngf 32"
+TEACHER = f"{DEMO} --num_residual 9 --ngf 32 --ema 0.999 --eval_interval 1 --eval_metrics paired"
+DIGITS = (
+    "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 32 --ndf 32"
+)
+DIGITS += " --n_layers_D 2 --batch_size 4 --lambda_identity 0 --ema 0.999"
+FLOWERS = (
+    "--dataset_name daisy2sunflower --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
+)
+FLOWERS += " --batch_size 1 --num_epochs 4"
+MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
+
+
+@dataclass
+class Task:
+    """A table of docs/results.md: runs, how they are scored, what is drawn."""
+
+    title: str
+    runs: dict[str, str]  # name → stage and flags
+    score: Callable  # (run, dataset) → cells by column
+    before: Callable  # (dataset, run) → rows that need no training
+    drawn: tuple[str, ...] = ()  # runs in the picture; () for all
+    curve: bool = False  # the picture shows PSNR over minutes, not translations
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def translate(run: str, dataset: Path, *more: str) -> dict:
+    """Run test.py on a data set; returns its scores."""
+    return test_stage.main(
+        ["--run_name", run, "--data_root", str(dataset.parent), "--dataset_name", dataset.name, *more]
+    )
+
+
+def paired_cells(run: str, dataset: Path) -> dict[str, str]:
+    """PSNR, SSIM and match@1 of both directions on the test pairs."""
+    scores = translate(run, dataset, "--metrics", "paired,cycle")
+    rows = [scores[direction]["paired"]["model"] for direction in ("AtoB", "BtoA")]
+    cells = {
+        f"{key} A→B / B→A": " / ".join(f"{row[key]:.{digits}f}" for row in rows)
+        for key, digits in (("PSNR", 2), ("SSIM", 3), ("match@1", 2))
+    }
+    return cells | {"cycle A / B": " / ".join(f"{scores[d]['cycle']:.3f}" for d in ("AtoB", "BtoA"))}
+
+
+def maps_cells(run: str, dataset: Path) -> dict[str, str]:
+    """Root mean square error and share of pixels within 5 and 10 levels, aerial photo → map."""
+    row = translate(run, dataset, "--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]["model"]
+    return {key: f"{value:.3f}" for key, value in row.items() if key != "match@1"}
+
+
+def paired_baselines(dataset: Path, run: str) -> dict[str, dict[str, str]]:
+    """What needs no network: the input itself, and the mean picture of the domain."""
+    scores = json.loads((PICTURES / run / "test" / "metrics.json").read_text())
+    rows = {}
+    for name in scores["AtoB"]["paired"]:
+        if name != "model":
+            both = [scores[direction]["paired"][name] for direction in ("AtoB", "BtoA") if direction in scores]
+            rows[name] = {"PSNR A→B / B→A": " / ".join(f"{row['PSNR']:.2f}" for row in both)}
+    return rows
+
+
+def digit_cells(run: str, dataset: Path) -> dict[str, str]:
+    """Share of translated test digits that a classifier, trained on real digits of that domain, reads as their label."""
+    output, cells = PICTURES / run / "digits", {}
+    for source, target in ("AB", "BA"):
+        inputs, direction = str(dataset / f"test{source}"), f"{source}to{target}"
+        argv = ["--run_name", run, "--input", inputs, "--direction", direction, "--output_size", "net"]
+        test_stage.main([*argv, "--output", str(output)])
+        reader = digit_score.classifier(*digit_score.read_folder(dataset / f"train{target}"))
+        found = digit_score.accuracy(reader, *digit_score.read_folder(output / f"fake_{target}"))
+        cells[f"read as their label {source}→{target}"] = f"{found:.3f}"
+    return cells
+
+
+def digit_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
+    """The same for untranslated digits, and for real ones of the target domain: the ceiling."""
+    rows = {"untranslated": {}, "real digits of the target": {}}
+    for source, target in ("AB", "BA"):
+        reader = digit_score.classifier(*digit_score.read_folder(dataset / f"train{target}"))
+        for name, domain in zip(rows, (source, target), strict=True):
+            found = digit_score.accuracy(reader, *digit_score.read_folder(dataset / f"test{domain}"))
+            rows[name][f"read as their label {source}→{target}"] = f"{found:.3f}"
+    return rows
+
+
+def domain_reader(dataset: Path, size: int = 64, epochs: int = 6) -> nn.Module:
+    """A small CNN that tells domain A (0) from B (1), fitted to the training pictures and their mirror images."""
+    torch.manual_seed(0)
+    pictures = [torch.cat(list(datasets.named_pictures(dataset / f"train{d}", (size, size), 3).values())) for d in "AB"]
+    x, y = torch.cat(pictures), torch.tensor([0.0] * len(pictures[0]) + [1.0] * len(pictures[1]))
+    layers = []
+    for thin, wide in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(thin, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 1))
+    optim = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(32):
+            batch = x[rows].flip(3) if torch.rand(()) < 0.5 else x[rows]
+            optim.zero_grad()
+            F.binary_cross_entropy_with_logits(net(batch)[:, 0], y[rows]).backward()
+            optim.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def taken_for(reader: nn.Module, folder: Path, target: str) -> float:
+    """Share of a folder's pictures that the reader takes for the target domain."""
+    pictures = torch.cat(list(datasets.named_pictures(folder, (64, 64), 3).values()))
+    says_b = reader(pictures)[:, 0] > 0
+    return (says_b == (target == "B")).float().mean().item()
+
+
+def flower_cells(run: str, dataset: Path) -> dict[str, str]:
+    """Cycle error, and the share of translations that a classifier takes for the target domain."""
+    scores, reader = translate(run, dataset, "--metrics", "cycle"), domain_reader(dataset)
+    shares = [taken_for(reader, PICTURES / run / "test" / f"fake_{target}", target) for target in "BA"]
+    return {
+        "cycle A / B": " / ".join(f"{scores[d]['cycle']:.3f}" for d in ("AtoB", "BtoA")),
+        "taken for the target A→B / B→A": " / ".join(f"{share:.2f}" for share in shares),
+    }
+
+
+def flower_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
+    """The same share for pictures before translation, and for real ones of the target."""
+    reader, name = domain_reader(dataset), "taken for the target A→B / B→A"
+    shares = {d: {t: taken_for(reader, dataset / f"test{d}", t) for t in "AB"} for d in "AB"}
+    return {
+        "untranslated": {name: f"{shares['A']['B']:.2f} / {shares['B']['A']:.2f}"},
+        "real pictures of the target": {name: f"{shares['B']['B']:.2f} / {shares['A']['A']:.2f}"},
+    }
+
+
+def nyquist(folder: Path) -> float:
+    """Share of the energy (without the mean) at the highest row and column frequency: a checkerboard of 2 px; mean of pictures."""
+    shares = []
+    for picture in datasets.named_pictures(folder, (64, 64), 3).values():
+        energy = torch.fft.fft2(picture[0].double()).abs().square()
+        energy[:, 0, 0] = 0
+        top = energy[:, 32, :].sum() + energy[:, :, 32].sum() - energy[:, 32, 32].sum()
+        shares.append((top / energy.sum()).item())
+    return statistics.fmean(shares)
+
+
+def checkerboard_cells(run: str, dataset: Path) -> dict[str, str]:
+    """The paired scores, and Nyquist energy of the translations against that of real pictures of their domain."""
+    cells = paired_cells(run, dataset)
+    ratios = [
+        nyquist(PICTURES / run / "test" / f"fake_{target}") / nyquist(dataset / f"test{target}") for target in "BA"
+    ]
+    return cells | {"Nyquist energy, times that of real pictures A→B / B→A": " / ".join(f"{r:.1f}" for r in ratios)}
+
+
+def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
+    """The paired scores beside the size of the generator and its multiply-accumulates."""
+    net, _ = weights.load_generator(RUNS / run / "G_AB.safetensors")
+    size = {"parameters": f"{sum(p.numel() for p in net.parameters()):,}"}
+    return size | {"MMACs": f"{models.count_macs(net, 64, 64) / 1e6:,.0f}"} | paired_cells(run, dataset)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def translations(task: Task, dataset: Path) -> Image.Image:
+    """The same test pictures, as each of a task's runs translates them."""
+    rows, digits = [], dataset.name == "mnist2usps"
+    channels, size, folder_name = (1, (32, 32), "digits") if digits else (3, (64, 64), "test")
+    for source, target in ("AB", "BA"):
+        folders = {f"real_{source}": dataset / f"test{source}"}
+        for run in task.drawn or task.runs:
+            folders[run] = PICTURES / run / folder_name / f"fake_{target}"
+        for name, folder in folders.items():
+            paths = datasets.list_pictures(folder)
+            chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
+            rows.append((name, torch.stack([datasets.load_picture(path, size, channels) for path in chosen])))
+    return utils.draw_grid(rows)
+
+
+def curves(task: Task, rows: dict) -> Image.Image:
+    """Mean PSNR of both directions over the minutes that each run has learnt."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name in task.drawn or task.runs:
+        measured = utils.read_losses(RUNS / name / "measures.csv")
+        pace = rows[name]["minutes"] / measured[-1]["step"]
+        values = [statistics.fmean(v for k, v in row.items() if k.startswith("PSNR")) for row in measured]
+        axes.plot([row["step"] * pace for row in measured], values, marker="o", label=name)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("PSNR, mean of both directions, dB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with io.BytesIO() as data:
+        figure.savefig(data, dpi=100, format="png")
+        return Image.open(data).convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks
+
+TASKS = {
+    "day2night": Task(
+        "Day and night: teacher, students, UNet-ViT",
+        {
+            **{f"teacher_{seed}": f"train {TEACHER} --seed {seed}" for seed in range(3)},
+            "student": "distill --teacher teacher_0 --direction both --num_epochs 6",
+            "thin": "distill --teacher teacher_0 --direction both --student_ngf 16 --num_epochs 6",
+            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 12",
+        },
+        size_and_scores,
+        paired_baselines,
+        drawn=("teacher_0", "student", "thin", "unet_vit"),
+    ),
+    "mnist2usps": Task(
+        "MNIST and USPS: do digits stay what they are?",
+        {f"digits_{seed}": f"train {DIGITS} --seed {seed}" for seed in range(3)},
+        digit_cells,
+        digit_baselines,
+        drawn=("digits_0",),
+    ),
+    "daisy2sunflower": Task(
+        "Daisies and sunflowers: what helps 600 photos",
+        {
+            "flowers": f"train {FLOWERS} --ema 0.999",
+            "flowers_no_ema": f"train {FLOWERS}",
+            "flowers_no_flip_no_crop": f"train {FLOWERS} --ema 0.999 --no-flip --load_scale 1",
+            "flowers_identity_0": f"train {FLOWERS} --ema 0.999 --lambda_identity 0",
+        },
+        flower_cells,
+        flower_baselines,
+    ),
+    "checkerboards": Task(
+        "Checkerboards: transposed convolution or resize and convolution",
+        {"deconv": f"train {SMALL}", "resize": f"train {SMALL} --upsample resize"},
+        checkerboard_cells,
+        paired_baselines,
+    ),
+    "distillation": Task(
+        "Distillation: quality over minutes",
+        {
+            "teacher_0": f"train {TEACHER}",
+            "from_teacher": "distill --teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired",
+            "from_scratch": "distill --teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired --no-transfer",
+        },
+        size_and_scores,
+        paired_baselines,
+        curve=True,
+    ),
+    "ablations": Task(
+        "Ablations on day2night: 2,400 steps each",
+        {
+            "reference": f"train {SMALL}",
+            "study_pool_D": f"train {SMALL} --pool_D",
+            "ttur_4x": f"train {SMALL} --lr_D 8e-4",
+            "identity_0": f"train {SMALL} --lambda_identity 0",
+            "bce": f"train {SMALL} --gan_loss bce",
+            "one_downsampling": f"train {SMALL} --n_downsampling 1",
+        },
+        size_and_scores,
+        paired_baselines,
+    ),
+    "maps": Task(
+        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 4"}, maps_cells, paired_baselines
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Running and writing down
+
+
+def commit() -> str:
+    """The commit of the code that ran, with + where files differ from it."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """What the figures were taken on."""
+    names = [line.split(":")[1] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    device = utils.pick_device("auto")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.processor()])[0].strip()
+    return (
+        f"{name}, {torch.get_num_threads()} threads, {utils.pick_precision('auto', device)}, torch {torch.__version__}"
+    )
+
+
+def read_lines(path: str) -> list[str]:
+    """Lines of a file, none where there is no such file."""
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def learn(name: str, recipe: str, data_root: Path) -> float:
+    """Train a run or what is left of it; returns the minutes that it took in all."""
+    stage, *flags = recipe.split()
+    clock = RUNS / name / "minutes.json"
+    before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+    start, main = time.monotonic(), {"train": train.main, "distill": distill.main}[stage]
+    try:
+        if (RUNS / name / "latest.pt").is_file():
+            more = flags[flags.index("--teacher") : flags.index("--teacher") + 2] if "--teacher" in flags else []
+            main(["--run_name", name, "--start_from", "latest", *more])
+        else:
+            root = "datasets" if "day2night" in recipe else str(data_root)
+            main([*flags, "--run_name", name, *(["--data_root", root] if stage == "train" else [])])
+    finally:
+        minutes = before + (time.monotonic() - start) / 60
+        if clock.parent.is_dir():
+            utils.write_json(clock, minutes)
+    return minutes
+
+
+def dataset_of(task: Task, data_root: Path) -> Path:
+    """The data set that a task is about."""
+    flags = next(recipe.split() for recipe in task.runs.values() if "--dataset_name" in recipe)
+    name = flags[flags.index("--dataset_name") + 1]
+    return (Path("datasets") if name == "day2night" else data_root) / name
+
+
+def lay_out(name: str, stored: dict) -> str:
+    """A task's part of docs/results.md."""
+    rows, task = stored["rows"], TASKS[name]
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row["cells"]))
+    lines = [f"| {' | '.join(['', *columns, 'minutes', 'commit'])} |", f"|{'---|' * (len(columns) + 3)}"]
+    for run, row in rows.items():
+        cells = [row["cells"].get(column, "") for column in columns]
+        lines.append(f"| {' | '.join([run, *cells, *(str(row.get(k, '')) for k in ('minutes', 'commit'))])} |")
+    commands = [
+        f"python {r.split()[0]}.py {' '.join(r.split()[1:])} --run_name {n}" for n, r in task.runs.items() if n in rows
+    ]
+    picture = f"![{task.title}](results_{name}.png)"
+    again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
+    return "\n".join([f"## {task.title}", "", again, "", *lines, "", picture, "", "```bash", *commands, "```"])
+
+
+def write_down(name: str, stored: dict) -> None:
+    """Put a task's rows into docs/results.json and its table into docs/results.md, between its two marks."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    text = PAGE.read_text(encoding="utf-8")
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    utils.write_text(PAGE, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
+    everything = json.loads(STORE.read_text()) if STORE.is_file() else {}
+    utils.write_json(STORE, everything | {name: stored})
+
+
+def reproduce(name: str, data_root: Path, only: list[str]) -> None:
+    """Carry out one task; each row is written as soon as it is known."""
+    task, dataset = TASKS[name], dataset_of(TASKS[name], data_root)
+    everything = json.loads(STORE.read_text()) if STORE.is_file() else {}
+    rows = everything.get(name, {}).get("rows", {})
+    for run, recipe in task.runs.items():
+        if only and run not in only:
+            continue
+        minutes = learn(run, recipe, data_root)
+        rows[run] = {"cells": task.score(run, dataset), "minutes": round(minutes, 1), "commit": commit()}
+        rows |= {label: {"cells": cells} for label, cells in task.before(dataset, run).items()}
+        rows = {label: rows[label] for label in [*task.runs, *sorted(rows.keys() - task.runs.keys())] if label in rows}
+        write_down(name, {"machine": processor(), "rows": rows})
+    if all(run in rows and (PICTURES / run).is_dir() for run in task.drawn or task.runs):
+        picture = curves(task, rows) if task.curve else translations(task, dataset)
+        utils.save_picture(picture, PAGE.parent / f"results_{name}.png")
+
+
+@utils.stage
+def main(argv=None):
+    parser = utils.Parser(prog="reproduce.py", description=__doc__)
+    parser.add_argument("task", nargs="*", choices=[*TASKS, []], help="what to reproduce")
+    add = utils.flag_group(parser, "how")
+    add("--data_root", type=Path, default=Path("datasets"), help="folder with mnist2usps, daisy2sunflower and maps")
+    add("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of the tasks (default: all)")
+    add("--list", action="store_true", help="show the runs of every task")
+    args = parser.parse_args(argv)
+    for name in TASKS if args.list else ():
+        utils.say(f"{name}: {', '.join(TASKS[name].runs)}")
+    for name in args.task:
+        reproduce(name, args.data_root, args.runs)
+
+
+if __name__ == "__main__":
+    main()
