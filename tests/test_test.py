@@ -393,6 +393,33 @@ def test_the_receptive_field_is_where_an_output_pixel_looks(blocks, upsample):
     assert max(sides) <= config.receptive_field <= max(sides) + 4
 
 
+def lopsided_picture():
+    """One half nearly flat, the other noise: tiles of very different statistics."""
+    picture = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    picture[..., :48] = 0.01 * picture[..., :48] + 0.5
+    return picture
+
+
+def test_all_tiles_are_normalised_alike_so_that_a_flat_one_does_not_stand_out():
+    net = build_generator(GeneratorConfig(ngf=8, num_residual=2), "normal").eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            torch.nn.init.normal_(module.weight, 0, 0.2)
+    picture = lopsided_picture()
+    with torch.no_grad():
+        whole, alone = net(picture), test_stage.blend_tiles(net, picture, 48)
+        shared = test_stage.translate_tiled(net, net, picture, 48)
+    assert (shared - whole).abs().mean() < 0.6 * (alone - whole).abs().mean()
+    assert all(not module._forward_hooks for module in net.modules())
+
+
+def test_one_tile_that_holds_the_picture_gives_what_the_whole_gives():
+    net = build_generator(GeneratorConfig(ngf=4, num_residual=1), "normal").eval()
+    with torch.no_grad():
+        whole = net(lopsided_picture())
+        assert torch.allclose(test_stage.translate_tiled(net, net, lopsided_picture(), 96), whole, atol=1e-5)
+
+
 def test_a_tile_smaller_than_the_receptive_field_is_warned_about(run, capsys):
     run("--tile", "16", "--scale", "native")
     assert "warning: --tile 16: a pixel depends on 41 px around it" in capsys.readouterr().err
