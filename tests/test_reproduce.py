@@ -1,0 +1,82 @@
+"""benchmarks/reproduce.py: its recipes are valid, and what it writes down replaces only its own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import reproduce
+
+import distill
+import train
+
+ROW = {"cells": {"PSNR": "1 / 2"}, "minutes": 3.0, "commit": "abc"}
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "STORE", tmp_path / "results.json")
+    monkeypatch.setattr(reproduce, "PAGE", tmp_path / "results.md")
+    reproduce.PAGE.write_text("# Results\n\nBy hand.\n")
+    return reproduce.PAGE
+
+
+@pytest.mark.parametrize("task", reproduce.TASKS)
+def test_every_recipe_parses(task):
+    for run, recipe in reproduce.TASKS[task].runs.items():
+        stage, *flags = recipe.split()
+        args = {"train": train, "distill": distill}[stage].parse_args([*flags, "--run_name", run])
+        if stage == "distill":
+            assert str(args.teacher) in {name for task in reproduce.TASKS.values() for name in task.runs}
+
+
+def test_a_row_is_written_with_its_command_and_the_rest_of_the_page_stays(page):
+    reproduce.write_down("maps", {"machine": "one core", "rows": {"maps_64": ROW}})
+    reproduce.write_down("checkerboards", {"machine": "one core", "rows": {"deconv": ROW}})
+    reproduce.write_down("maps", {"machine": "two cores", "rows": {"maps_64": ROW | {"minutes": 4.5}}})
+    text = page.read_text()
+    assert text.startswith("# Results\n\nBy hand.\n")
+    assert text.count("| maps_64 | 1 / 2 | 4.5 | abc |") == 1
+    assert text.count("| deconv | 1 / 2 | 3.0 | abc |") == 1
+    assert "3.0 | abc |" not in text.split("<!-- end of maps -->")[0]
+    assert f"python train.py {reproduce.MAPS} --num_epochs 4 --run_name maps_64" in text
+    assert set(json.loads(reproduce.STORE.read_text())) == {"maps", "checkerboards"}
+
+
+def test_a_checkerboard_has_its_energy_at_the_highest_frequency(tmp_path):
+    import torch
+
+    import utils
+
+    columns = torch.arange(64).expand(64, 64)
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    for name, pattern in (("fine", columns % 2), ("coarse", columns // 8 % 2)):
+        (tmp_path / f"{name}A").mkdir()
+        picture = (0.8 * (pattern * 2.0 - 1) + 0.1 * noise).clamp(-1, 1)
+        utils.save_picture(utils.tensor_to_picture(picture), tmp_path / f"{name}A" / "0.png")
+    assert reproduce.nyquist(tmp_path / "fineA") > 0.95
+    assert reproduce.nyquist(tmp_path / "coarseA") < 0.05
+
+
+def test_minutes_add_up_over_the_parts_of_a_stopped_run(tmp_path, monkeypatch):
+    calls, clock = [], iter([0, 60, 100, 220])
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
+
+    def learn(argv):
+        calls.append(argv)
+        Path("saved_models/run").mkdir(parents=True, exist_ok=True)
+        Path("saved_models/run/latest.pt").touch()
+        if len(calls) == 1:
+            raise SystemExit(130)
+
+    monkeypatch.setattr(reproduce.train, "main", learn)
+    with pytest.raises(SystemExit):
+        reproduce.learn("run", "train --dataset_name maps", Path("data"))
+    assert reproduce.learn("run", "train --dataset_name maps", Path("data")) == 3.0
+    assert calls == [
+        ["--dataset_name", "maps", "--run_name", "run", "--data_root", "data"],
+        ["--run_name", "run", "--start_from", "latest"],
+    ]
