@@ -48,7 +48,8 @@ COLUMNS = 6  # pictures in a row of a task's picture
 # Recipes: every flag that is not a default, in one place
 
 DEMO = "--dataset_name day2night --img_height 64 --img_width 64 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip"
-SMALL = f"{DEMO} --num_residual 3 --ngf 32"
+SMALL = f"{DEMO} --num_residual 3 --ngf 32 --num_epochs 6"
+STUDY = f"{DEMO} --ngf 32 --num_epochs 6"
 TEACHER = f"{DEMO} --num_residual 9 --ngf 32 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 32 --ndf 32"
@@ -299,14 +300,19 @@ TASKS = {
         curve=True,
     ),
     "ablations": Task(
-        "Ablations on day2night: 2,400 steps each",
+        "Ablations on day2night, 2,400 steps each",
         {
             "reference": f"train {SMALL}",
-            "study_pool_D": f"train {SMALL} --pool_D",
             "ttur_4x": f"train {SMALL} --lr_D 8e-4",
             "identity_0": f"train {SMALL} --lambda_identity 0",
             "bce": f"train {SMALL} --gan_loss bce",
+            "slow_D": f"train {SMALL} --lr_D 1e-4",
             "one_downsampling": f"train {SMALL} --n_downsampling 1",
+            # the 64 px study, at half its width: its reference and what it tried
+            "study_reference": f"train {STUDY} --num_residual 9 --n_layers_D 3",
+            "study_a": f"train {STUDY} --num_residual 6 --n_layers_D 2",
+            "study_b": f"train {STUDY} --num_residual 6 --n_downsampling 1 --n_layers_D 3",
+            "study_c": f"train {STUDY} --num_residual 6 --n_downsampling 1 --n_layers_D 1 --max_mult_D 2",
         },
         size_and_scores,
         paired_baselines,
