@@ -223,7 +223,7 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
         look = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # other formats lose
         with gr.Tab("One picture"):
             with gr.Row():
-                photo = gr.Image(type="filepath", height=300, label="input")
+                photo = gr.Image(height=340, label="input")  # with a bar of 40 px
                 fake, rec = (gr.Image(label=x, interactive=False, **look) for x in ("translation", "round trip"))
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
@@ -275,6 +275,7 @@ def refuse_taken(host: str, port: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the page and serve it until Ctrl-C."""
     args = parse_args(argv)
+    refuse_taken(args.host, args.port)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     try:
         import gradio  # noqa: F401
@@ -282,7 +283,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.InputError(
             f"app.py: {error.name} is missing; install it with: pip install -r requirements-app.txt"
         ) from None
-    refuse_taken(args.host, args.port)
     datasets.limit_pixels(1e6 * args.max_megapixels)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
