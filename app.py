@@ -30,7 +30,10 @@ import utils
 NO_RUN = "no run in saved_models yet; train one with make demo, or python train.py --dataset_name NAME, then reload"
 SIZE = [256, 256]  # height and width in px that a network sees whose file does not record it: those of the paper
 REPEATS = 3  # timed passes; their median is shown
-CSS = "img { object-fit: contain !important; width: 100% !important; height: 100% !important }"  # small ones, too
+CSS = """
+img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* small ones, too */
+.caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds stand at its end */
+"""
 FORGET = 3600  # seconds after which an upload is deleted
 
 
@@ -38,9 +41,10 @@ FORGET = 3600  # seconds after which an upload is deleted
 # Runs and their networks
 
 
-def find_runs() -> list[str]:
-    """Names of the runs that have generators, the newest first."""
-    times = {path.parent.name: path.stat().st_mtime for path in Path("saved_models").glob("*/G_??.safetensors")}
+def find_runs(direction: str = "?To?") -> list[str]:
+    """Names of the runs that have generators, or that of a direction, the newest first."""
+    files = Path("saved_models").glob(f"*/G_{direction[0]}{direction[-1]}.safetensors")
+    times = {path.parent.name: path.stat().st_mtime for path in files}
     return sorted(times, key=times.get, reverse=True)
 
 
@@ -62,11 +66,15 @@ def open_run(args: argparse.Namespace, run_name: str | None) -> test.Tester:
     return load_tester(flags, tuple(path.stat().st_mtime_ns for path in files if path.is_file()))
 
 
+def directions(tester: test.Tester) -> list[str]:
+    """The directions that its networks translate."""
+    return [name for name, (source, target) in test.DIRECTIONS.items() if f"G_{source}{target}" in tester.nets]
+
+
 def generators(tester: test.Tester, direction: str) -> tuple[nn.Module, nn.Module | None]:
     """The generator of a direction, and the one that leads back, if there is one."""
-    here = [name for name, (source, target) in test.DIRECTIONS.items() if f"G_{source}{target}" in tester.nets]
-    if direction not in here:
-        raise utils.InputError(f"these weights translate {', '.join(here) or 'nothing'} only; choose that direction")
+    if direction not in directions(tester):
+        raise utils.InputError(f"these weights translate {', '.join(directions(tester))} only; choose that direction")
     return tester.generators(direction)
 
 
@@ -81,13 +89,11 @@ def read_lesson(run_name: str) -> tuple[str | None, str | None]:
 
 def family(run_name: str, direction: str) -> list[str]:
     """A run beside its relatives: the teacher, then all its students in this direction; or the run alone."""
-    lessons = {name: read_lesson(name) for name in find_runs()}
+    lessons = {name: read_lesson(name) for name in find_runs(direction)}
     taught = {name: teacher for name, (teacher, way) in lessons.items() if way in (direction, "both")}
     teacher = taught.get(run_name, run_name)
-    members = [
-        name for name in dict.fromkeys((teacher, *taught)) if name in lessons and teacher in (name, taught.get(name))
-    ]
-    return members or [run_name]
+    students = [name for name in taught if taught[name] == teacher]
+    return [*([teacher] if teacher in lessons else []), *students] or [run_name]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,22 +126,19 @@ def translate(tester: test.Tester, direction: str, path: Path) -> tuple[Image.Im
     return picture, to_picture(fake, picture.size), rec
 
 
-def compare(
-    args: argparse.Namespace, run_name: str | None, direction: str, path: Path
-) -> list[tuple[Image.Image, str]]:
-    """The answers of a run's family to one file, with what each cost; empty for a run without relatives."""
-    names, shown = [] if args.weights or not run_name else family(run_name, direction), []
-    for name in names if len(names) > 1 else []:
-        tester, times = open_run(args, name), []
-        net, _ = generators(tester, direction)
+def compare(testers: dict[str, test.Tester], direction: str, path: Path) -> list[tuple[Image.Image, str]]:
+    """The answers of several runs to one file, each with its name, the median milliseconds in the network and its size."""
+    shown = []
+    for name, tester in testers.items():
+        net, times = generators(tester, direction)[0], []
         picture, seen = read_photo(tester, net, path)
         for _ in range(1 + REPEATS):  # the first pays for set-up
             busy = tester.busy
             fake = tester(net, seen)
             times.append(1000 * (tester.busy - busy))
-        weights = sum(p.numel() for p in net.parameters()) / 1e6
-        cost = f"{statistics.median(times[1:]):.1f} ms, {weights:.2f} M weights"
-        shown.append((to_picture(fake, picture.size), f"{name}: {cost}"))
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        caption = f"{name}: {statistics.median(times[1:]):.1f} ms, {size:.2f} M weights"
+        shown.append((to_picture(fake, picture.size), caption))
     return shown
 
 
@@ -191,9 +194,10 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
     """Lay out the page and say what its buttons do; folder: for the zip."""
     import gradio as gr
 
-    directions = list(test.DIRECTIONS)
-    if args.weights:
-        directions = [d for d, pair in test.DIRECTIONS.items() if "G_{}{}".format(*pair) in open_run(args, None).nets]
+    ways = [
+        (f"{way[0]} → {way[-1]}", way)
+        for way in (directions(open_run(args, None)) if args.weights else test.DIRECTIONS)
+    ]
 
     def refresh() -> list:
         runs = [args.weights.name] if args.weights else find_runs()
@@ -205,8 +209,10 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
         if not photo:
             raise utils.InputError("no picture given; drop one, or take a photo")
         picture, fake, rec = translate(tester, direction, Path(photo))
-        relatives = compare(args, run_name, direction, Path(photo))
-        return [fake, rec, (picture, fake), gr.Gallery(relatives, visible=bool(relatives))]
+        names = [] if args.weights else family(run_name, direction)
+        testers = {name: open_run(args, name) for name in names if len(names) > 1}
+        relatives = gr.Gallery(compare(testers, direction, Path(photo)), visible=bool(testers))
+        return [fake, rec, (picture, fake), relatives]
 
     def pack(run_name: str | None, direction: str, files: list[str] | None) -> list:
         output = folder / f"{direction}.zip"
@@ -218,8 +224,7 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
         notice = gr.Markdown(visible=False)
         with gr.Row():
             run = gr.Dropdown([], label="run")
-            ways = [(f"{way[0]} → {way[-1]}", way) for way in directions]
-            direction = gr.Radio(ways, value=directions[0], label="direction")
+            direction = gr.Radio(ways, value=ways[0][1], label="direction")
         look = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # other formats lose
         with gr.Tab("One picture"):
             with gr.Row():
@@ -233,9 +238,7 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
             files = gr.File(file_count="multiple", file_types=sorted(datasets.SUFFIXES), label="pictures")
             pack_button = gr.Button("Translate into a zip", variant="primary")
             packed, faults = gr.File(label="zip", interactive=False), gr.Markdown()
-        photo.preprocess = lambda upload: (
-            upload and upload.path
-        )  # gradio's own would open it, and fail with a traceback
+        photo.preprocess = lambda upload: upload and upload.path  # gradio's own fails with a traceback
         page.load(refresh, None, [notice, run])
         one = {"concurrency_id": "networks", "concurrency_limit": 1}  # else the milliseconds would count the neighbours
         button.click(in_page(show), [run, direction, photo], [fake, rec, slider, relatives], **one)
@@ -267,7 +270,8 @@ def refuse_taken(host: str, port: int) -> None:
             pass
     except OSError as error:
         hint = f"such as --port {port + 1 if 1024 <= port < 65535 else 7860}"
-        words = f"{error.strerror or error}; expected an address of this machine and a free port, {hint}"
+        reason = str(error.strerror).split(" (while")[0]  # Python names the address once more
+        words = f"{reason}; expected an address of this machine and a free port, {hint}"
         raise utils.InputError(f"--host {host} --port {port}: {words}") from None
 
 

@@ -75,14 +75,13 @@ def test_a_run_that_goes_on_training_shows_its_newest_weights(photo):
     assert not np.array_equal(pixels(app.translate(opened(), "BtoA", photo)[1]), before)
 
 
-def test_one_generator_file_has_no_round_trip_and_no_relatives(photo):
+def test_one_generator_file_has_no_round_trip(photo):
     net = write_run()
     torch.save(to_junyanz(net), "latest_net_G_A.pth")
     tester = opened(None, "--weights", "latest_net_G_A.pth")
     _, fake, rec = app.translate(tester, "AtoB", photo)
     assert (fake.size, rec) == ((30, 20), None)
     assert tester.size == (256, 256)  # not recorded in such files
-    assert app.compare(app.parse_args(["--weights", "latest_net_G_A.pth"]), None, "AtoB", photo) == []
     with pytest.raises(InputError, match="translate AtoB only; choose that direction"):
         app.translate(tester, "BtoA", photo)
 
@@ -96,7 +95,9 @@ def test_without_a_run_the_app_says_how_to_train_one():
 def test_uploads_that_are_no_picture_or_too_large_get_one_line(photo, monkeypatch):
     write_run()
     Path("bad.png").write_text("hello")
-    with pytest.raises(InputError, match=r"^bad\.png: .*cannot identify.*expected a picture such as PNG or JPEG$"):
+    with pytest.raises(
+        InputError, match=r"^bad\.png: [^/]*cannot identify[^/]*expected a picture such as PNG or JPEG$"
+    ):
         app.translate(opened(), "AtoB", Path("bad.png").resolve())
     monkeypatch.setattr(datasets, "max_pixels", 100)
     with pytest.raises(InputError, match="30x20 px"):
@@ -131,6 +132,7 @@ def test_teacher_and_students_stand_beside_each_other_with_milliseconds(photo):
     write_run("thin", teacher="teacher", direction="BtoA")
     write_run("both", teacher="teacher", direction="both")
     write_run("orphan", teacher="gone", direction="AtoB")
+    write_run("one_way", ("BtoA",), teacher="teacher", direction="AtoB")
     write_run("broken")
     Path("saved_models/broken/run.json").write_text('{"flags": 3')
     for run_name in ("teacher", "thin", "both"):
@@ -139,7 +141,7 @@ def test_teacher_and_students_stand_beside_each_other_with_milliseconds(photo):
     assert app.family("teacher", "AtoB") == ["teacher", "both"]
     for run_name, direction in (("thin", "AtoB"), ("alone", "AtoB"), ("orphan", "AtoB"), ("broken", "BtoA")):
         assert app.family(run_name, direction) == [run_name]
-    shown = app.compare(app.parse_args(EXACT), "both", "AtoB", photo)
+    shown = app.compare({name: opened(name) for name in app.family("both", "AtoB")}, "AtoB", photo)
     assert [caption.split(":")[0] for _, caption in shown] == ["teacher", "both"]
     assert all(float(caption.split()[1]) > 0 and " ms, 0.0" in caption for _, caption in shown)
     assert np.array_equal(pixels(shown[0][0]), pixels(app.translate(opened("teacher"), "AtoB", photo)[1]))
