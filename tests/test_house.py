@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import app
 import datasets
 import distill
 import test as test_stage
@@ -24,6 +25,7 @@ ROOMS = {
     "train": {"models", "utils", "datasets", "metrics", "weights"},
     "distill": {"models", "utils", "datasets", "metrics", "weights", "train"},
     "test": {"models", "utils", "datasets", "metrics", "weights"},
+    "app": {"utils", "datasets", "test"},
 }
 
 
@@ -41,6 +43,7 @@ def test_importing_does_nothing(tmp_path):
         "import sys, torch, random, signal; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['--bad'];"
         "before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT);"
         f"import {', '.join(ROOMS)};"
+        "assert 'gradio' not in sys.modules;"
         "assert torch.equal(before[0], torch.get_rng_state());"
         "assert before[1:] == (random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT))"
     )
@@ -59,7 +62,7 @@ def commands():
     demo = re.search(r"^DEMO := (.*)$", makefile, re.MULTILINE)[1]
     texts.append(makefile.replace("$(DEMO)", demo).replace("$(BIN)/", "").replace("; \\", "").replace("; fi", ""))
     joined = "\n".join(texts).replace("\\\n", " ")
-    return sorted(set(re.findall(r"python (?:train|distill|test|datasets)\.py[^\n`#|&;]*", joined)))
+    return sorted(set(re.findall(r"python (?:train|distill|test|datasets|app)\.py[^\n`#|&;]*", joined)))
 
 
 def test_there_are_commands_to_check():
@@ -69,9 +72,8 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_parses(command):
     words = command.split()
-    parse = {"train.py": train, "distill.py": distill, "test.py": test_stage, "datasets.py": datasets}[
-        words[1]
-    ].parse_args
+    stages = {"train.py": train, "distill.py": distill, "test.py": test_stage, "datasets.py": datasets, "app.py": app}
+    parse = stages[words[1]].parse_args
     if "--help" in words or "…" in words:
         return
     try:
@@ -109,6 +111,7 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
         (train, ["train.py", "utils.py", "models.py"]),
         (distill, ["distill.py", "train.py", "models.py"]),
         (test_stage, ["test.py"]),
+        (app, ["app.py"]),
     ],
 )
 def test_every_flag_is_read_somewhere(module, files):

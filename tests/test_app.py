@@ -1,0 +1,258 @@
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_picture
+from PIL import Image
+
+import app
+import datasets
+import test as test_stage
+from models import GeneratorConfig, build_generator
+from utils import InputError
+from weights import save_generator, to_junyanz
+
+ROOT = Path(app.__file__).parent
+EXACT = ["--device", "cpu", "--precision", "fp32"]
+
+
+def write_run(name="tiny", directions=("AtoB", "BtoA"), **lesson):
+    """Generators of a run, and of a student the flags that say so."""
+    folder = Path("saved_models", name)
+    folder.mkdir(parents=True)
+    for seed, direction in enumerate(directions):
+        torch.manual_seed(seed)
+        net = build_generator(GeneratorConfig(ngf=4, num_residual=1), "kaiming")
+        file = folder / f"G_{direction[0]}{direction[-1]}.safetensors"
+        save_generator(file, net, {"direction": direction, "size": [16, 24], "dataset_name": "tiny"})
+    if lesson:
+        (folder / "run.json").write_text(json.dumps({"flags": lesson}))
+    return net
+
+
+def opened(name="tiny", *flags):
+    return app.open_run(app.parse_args([*EXACT, *flags]), name)
+
+
+@pytest.fixture
+def photo():
+    noise_picture(3, (30, 20)).save("photo.png")
+    return Path("photo.png")
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def test_a_photo_is_translated_as_test_py_does_it(photo):
+    write_run()
+    picture, fake, rec = app.translate(opened(), "BtoA", photo)
+    test_stage.main(["--run_name", "tiny", "--input", "photo.png", "--direction", "BtoA", *EXACT])
+    for shown, folder in ((picture, "real_B"), (fake, "fake_A"), (rec, "rec_B")):
+        written = Image.open(f"generated_images/tiny/test/{folder}/photo.png")
+        assert shown.size == (30, 20)
+        assert np.array_equal(pixels(shown), pixels(written))
+    assert not np.array_equal(pixels(fake), pixels(app.translate(opened(), "AtoB", photo)[1]))
+
+
+def test_a_run_that_goes_on_training_shows_its_newest_weights(photo):
+    net = write_run()
+    before = pixels(app.translate(opened(), "BtoA", photo)[1])
+    assert opened() is opened()
+    torch.nn.init.zeros_(net.head[1].weight)
+    save_generator(Path("saved_models/tiny/G_BA.safetensors"), net, {"direction": "BtoA", "size": [16, 24]})
+    assert not np.array_equal(pixels(app.translate(opened(), "BtoA", photo)[1]), before)
+
+
+def test_one_generator_file_has_no_round_trip(photo):
+    net = write_run()
+    torch.save(to_junyanz(net), "latest_net_G_A.pth")
+    tester = opened(None, "--weights", "latest_net_G_A.pth")
+    _, fake, rec = app.translate(tester, "AtoB", photo)
+    assert (fake.size, rec) == ((30, 20), None)
+    assert tester.size == (256, 256)  # not recorded in such files
+    with pytest.raises(InputError, match="translate AtoB only; choose that direction"):
+        app.translate(tester, "BtoA", photo)
+
+
+def test_without_a_run_the_app_says_how_to_train_one():
+    assert app.find_runs() == []
+    with pytest.raises(InputError, match=r"no run in saved_models yet; train one with .*python train\.py"):
+        opened(None)
+
+
+def test_uploads_that_are_no_picture_or_too_large_get_one_line(photo, monkeypatch):
+    write_run()
+    Path("bad.png").write_text("hello")
+    with pytest.raises(
+        InputError, match=r"^bad\.png: [^/]*cannot identify[^/]*expected a picture such as PNG or JPEG$"
+    ):
+        app.translate(opened(), "AtoB", Path("bad.png").resolve())
+    monkeypatch.setattr(datasets, "max_pixels", 100)
+    with pytest.raises(InputError, match="30x20 px"):
+        app.translate(opened(), "AtoB", photo)
+
+
+def test_a_batch_becomes_a_zip_and_what_is_no_picture_is_named(photo):
+    write_run()
+    Path("bad.png").write_text("hello")
+    for name in ("x/photo.jpg", "y/Photo.png"):
+        Path(name).parent.mkdir()
+        noise_picture(name, (12, 40)).save(name)
+    faults = app.translate_batch(
+        opened(), "AtoB", map(Path, ("photo.png", "bad.png", "x/photo.jpg", "y/Photo.png")), Path("out.zip")
+    )
+    assert [fault.split(":")[0] for fault in faults] == ["bad.png"]
+    with zipfile.ZipFile("out.zip") as archive:
+        names = archive.namelist()
+        sizes = [Image.open(io.BytesIO(archive.read(name))).size for name in names]
+        first = Image.open(io.BytesIO(archive.read(names[0])))
+    assert names == ["fake_B/photo.png", "fake_B/photo_.png", "fake_B/Photo__.png"]
+    assert sizes == [(30, 20), (12, 40), (12, 40)]
+    assert np.array_equal(pixels(first), pixels(app.translate(opened(), "AtoB", photo)[1]))
+    for paths, words in (([], "no file given"), ([Path("bad.png")], r"^bad\.png")):
+        with pytest.raises(InputError, match=words):
+            app.translate_batch(opened(), "AtoB", paths, Path("out.zip"))
+
+
+def test_teacher_and_students_stand_beside_each_other_with_milliseconds(photo):
+    for name in ("alone", "teacher"):
+        write_run(name)
+    write_run("thin", teacher="teacher", direction="BtoA")
+    write_run("both", teacher="teacher", direction="both")
+    write_run("orphan", teacher="gone", direction="AtoB")
+    write_run("one_way", ("BtoA",), teacher="teacher", direction="AtoB")
+    write_run("broken")
+    Path("saved_models/broken/run.json").write_text('{"flags": 3')
+    for run_name in ("teacher", "thin", "both"):
+        assert app.family(run_name, "BtoA")[0] == "teacher"
+        assert sorted(app.family(run_name, "BtoA")) == ["both", "teacher", "thin"]
+    assert app.family("teacher", "AtoB") == ["teacher", "both"]
+    for run_name, direction in (("thin", "AtoB"), ("alone", "AtoB"), ("orphan", "AtoB"), ("broken", "BtoA")):
+        assert app.family(run_name, direction) == [run_name]
+    shown = app.compare({name: opened(name) for name in app.family("both", "AtoB")}, "AtoB", photo)
+    assert [caption.split(":")[0] for _, caption in shown] == ["teacher", "both"]
+    assert all(float(caption.split()[1]) > 0 and " ms, 0.0" in caption for _, caption in shown)
+    assert np.array_equal(pixels(shown[0][0]), pixels(app.translate(opened("teacher"), "AtoB", photo)[1]))
+
+
+@pytest.fixture
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_taken_port_and_a_strange_address_are_refused_in_one_line(refused):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        words = refused(app.main, "--port", port)
+        assert f"--port {port}: Address already in use" in words
+        assert "such as --port" in words
+    assert "--host 203.0.113.7" in refused(app.main, "--host", "203.0.113.7")
+    assert "expected a whole number" in refused(app.main, "--port", 70000)
+    assert "above 0" in refused(app.main, "--max_mb", 0)
+
+
+def test_a_missing_gradio_is_named_with_the_command_that_installs_it(refused, monkeypatch, free_port):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    words = refused(app.main, "--port", free_port)
+    assert "gradio is missing; install it with: pip install -r requirements-app.txt" in words
+
+
+def test_only_this_machine_is_let_in_unless_asked_otherwise():
+    assert app.parse_args([]).host == "127.0.0.1"
+
+
+# ---------------------------------------------------------------------------------------------
+# In a browser
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture
+def page(free_port):
+    """A served app in a browser that starts without any run, and the process behind it."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-app.txt")
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r requirements-dev.txt")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    words = [sys.executable, ROOT / "app.py", "--port", str(free_port), "--max_mb", "0.1", *EXACT]
+    with Path("app.log").open("w") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        try:
+            until = time.monotonic() + 120
+            while "Ctrl-C ends it" not in Path("app.log").read_text():
+                assert process.poll() is None, Path("app.log").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            with (
+                driver.sync_playwright() as play,
+                play.chromium.launch(executable_path=browser, args=QUIET) as chromium,
+            ):
+                page = chromium.new_page(viewport={"width": 1000, "height": 900})
+                page.set_default_timeout(60_000)
+                page.process, page.address = process, f"http://127.0.0.1:{free_port}"
+                yield page
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_photo_is_uploaded_translated_and_a_wrong_file_does_no_harm(page, photo):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page.address)
+    page.get_by_text("No run in saved_models yet; train one").wait_for()
+    write_run()
+    page.goto(page.address)
+    upload, button = page.locator("input[type=file]").first, page.get_by_role("button", name="Translate", exact=True)
+
+    def complaint(words):
+        page.locator(".toast-body", has_text=words).wait_for()
+        page.locator(".toast-close").first.click()
+
+    button.click()
+    complaint("no picture given")
+    Path("bad.png").write_text("hello")
+    upload.set_input_files("bad.png")
+    page.locator(f"img[src*='{page.address}']").wait_for(state="attached")
+    button.click()
+    complaint("bad.png: UnidentifiedImageError")
+    page.get_by_label("Clear").first.click()
+    Path("large.png").write_bytes(bytes(200_000))
+    upload.set_input_files("large.png")
+    complaint("exceed the maximum allowed size")
+    upload.set_input_files("photo.png")
+    page.locator(f"img[src*='{page.address}']").wait_for()
+    button.click()
+    page.wait_for_function("document.querySelectorAll('img[src*=\"/file=\"]').length >= 5")
+    sources = [image.get_attribute("src") for image in page.locator("img[src*='/file=']").all()]
+    shown = [Image.open(io.BytesIO(urllib.request.urlopen(source).read())) for source in sources[:3]]
+    for picture, expected in zip(shown, app.translate(opened(), "AtoB", photo), strict=True):
+        assert np.array_equal(pixels(picture), pixels(expected))
+    screen = Image.open(io.BytesIO(page.screenshot(path="page.png", full_page=True)))
+    assert screen.width == 1000
+    page.get_by_role("tab", name="Many pictures").click()
+    page.locator("input[type=file]").last.set_input_files(["photo.png", "bad.png"])
+    page.get_by_role("button", name="Translate into a zip").click()
+    page.get_by_text("left out: bad.png").wait_for()
+    with page.expect_download() as download:
+        page.locator("a[download]").last.click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.namelist() == ["fake_B/photo.png"]
+    assert [url for url in asked if not url.startswith((page.address, "data:", "blob:"))] == []
+    page.process.send_signal(signal.SIGTERM)
+    assert page.process.wait(20) == 143
+    assert "Traceback" not in Path("app.log").read_text()
