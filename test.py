@@ -215,28 +215,27 @@ def translate_tiled(net: nn.Module, answer: Callable, pictures: Tensor, tile: in
     A first pass takes mean and variance over all tiles, each normalised by its own; the second uses them. Close to
     what the whole picture would give, not equal: deeper layers of the first pass saw tiles normalised by themselves.
     """
-    found: dict[nn.Module, list] = {module: [] for module in net.modules() if isinstance(module, nn.InstanceNorm2d)}
-    shared = {}
+    norms = [module for module in net.modules() if isinstance(module, nn.InstanceNorm2d)]
+    sums, tiles = {}, len(tile_starts(pictures.shape[2], tile)) * len(tile_starts(pictures.shape[3], tile))
 
     def collect(module: nn.Module, inputs: tuple, _: Tensor) -> None:
         var, mean = torch.var_mean(inputs[0].float(), (2, 3), correction=0, keepdim=True)
-        found[module].append(torch.stack([mean, var + mean.square()]))
+        both = torch.stack([mean, var + mean.square()]) / tiles
+        sums[module] = sums[module].add_(both) if module in sums else both  # new ones would scatter the free memory
 
     def share(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        mean, square = shared[module]
-        return ((inputs[0].float() - mean) * torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)).to(
-            output.dtype
-        )
+        mean, square = sums[module]
+        scale = torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)
+        return ((inputs[0].float() - mean) * scale).to(output.dtype)
 
-    for hook in (collect, share) if found else ():
-        shared = {module: torch.stack(values).mean(0) for module, values in found.items() if values}
-        handles = [module.register_forward_hook(hook) for module in found]
+    for hook in (collect, share) if norms else ():
+        handles = [module.register_forward_hook(hook) for module in norms]
         try:
             x = blend_tiles(answer, pictures, tile)
         finally:
             for handle in handles:
                 handle.remove()
-    return x if found else blend_tiles(answer, pictures, tile)
+    return x if norms else blend_tiles(answer, pictures, tile)
 
 
 def read_seen(tester: Tester, net: nn.Module, path: Path) -> tuple[Path, Image.Image | None, object]:
