@@ -184,11 +184,12 @@ class ThinConv2d(nn.Conv2d):
             return super().forward(x)
         thin, wide, k, _ = self.weight.shape
         height = x.shape[2]
-        x = F.conv2d(x, self.weight.transpose(1, 2).reshape(thin * k, wide, 1, k))  # (N, thin * k, H, W - k + 1)
+        with torch.autocast("cpu", enabled=False):  # parts of a sum are not to be rounded to bfloat16
+            rows = self.weight.transpose(1, 2).reshape(thin * k, wide, 1, k)
+            x = F.conv2d(x.to(rows.dtype), rows)  # (N, thin * k, H, W - k + 1)
         # k rows more, and a view that is one row longer than the map, move map i up by i rows without a copy of each
         x = F.pad(x.reshape(len(x), thin, k * height, -1), (0, 0, 0, k)).unflatten(2, (k, height + 1))
-        x = x[:, :, :, : height - k + 1]
-        return x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype) + self.bias[:, None, None]
+        return x[:, :, :, : height - k + 1].sum(2) + self.bias[:, None, None]
 
 
 class ResnetBlock(nn.Module):
