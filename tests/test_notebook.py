@@ -4,6 +4,8 @@ import ast
 import json
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,31 @@ def test_every_stage_is_called_with_flags_that_it_knows(trees):
 def evaluate(expression, names):
     """The value of a notebook's string or list; capital names stand for the strings assigned to them above."""
     return eval(compile(ast.Expression(expression), "playground.ipynb", "eval"), {"__builtins__": {}}, names)
+
+
+def first_cell(notebook):
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_first_cell_clones_and_installs_on_colab_only(notebook, tmp_path, monkeypatch):
+    commands = []
+
+    def pretend(words, check):
+        commands.append(words)
+        if words[0] == "git":
+            Path(words[-1]).mkdir()
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    exec(first_cell(notebook), {})
+    assert (commands, sys.path[0]) == ([], str(tmp_path))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    with pytest.raises(AssertionError, match="put the address"):
+        exec(first_cell(notebook), {})
+    exec(first_cell(notebook).replace("OWNER/REPO", "somebody/something"), {})
+    assert [words[:2] for words in commands] == [["git", "clone"], [sys.executable, "-m"]]
+    assert "https://github.com/somebody/something" in commands[0]
+    assert sys.path[0] == str(Path.cwd()) == str(tmp_path / "cyclegan")
 
 
 @pytest.mark.slow
