@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,8 @@ def trees(notebook):
 def test_the_notebook_is_valid_and_its_outputs_are_stripped(notebook):
     nbformat.validate(notebook)
     for cell in notebook.cells:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
-        assert not cell.metadata
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert notebook.metadata.language_info == {"name": "python"}  # no version, which would change with each machine
+        left = cell.get("outputs") or cell.get("execution_count")
+        assert not left, "clear all outputs before the notebook is committed"
 
 
 def test_its_cells_are_short_and_define_no_logic(notebook, trees):
@@ -101,15 +99,17 @@ def test_the_notebook_runs_from_a_fresh_clone_and_shows_what_it_promises(noteboo
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy / name)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(copy)}}).execute()
+    place = {"metadata": {"path": str(copy)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=place, coalesce_streams=True).execute()
     texts = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    promised = [text for text in texts if isinstance(text, str) and text.endswith(".png")]
-    assert len(promised) > 8
+    promised = [text for text in texts if isinstance(text, str) and re.fullmatch(r"generated_images/.+\.png", text)]
+    assert len(promised) > 10
     for path in promised:
         with Image.open(copy / path) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= len(promised) - 1
+    assert sum("image/png" in output.get("data", {}) for output in outputs) > 10
+    assert max(output.get("text", "").count("\n") for output in outputs) < 30  # progress bars overwrite themselves
     assert not [output for output in outputs if output.output_type == "error"]
     scores = json.loads((copy / "generated_images/playground/test/metrics.json").read_text())
     for direction in ("AtoB", "BtoA"):  # better than the mean picture, and each picture its own
