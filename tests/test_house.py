@@ -122,3 +122,8 @@ def test_every_flag_is_read_somewhere(module, files):
 
 def test_no_package_shadows_datasets():
     assert not (ROOT / "datasets" / "__init__.py").exists()
+
+
+def test_the_page_names_no_other_server():
+    for name in ("index.html", "page.js", "package.json", "package-lock.json"):
+        assert "://" not in (ROOT / "examples" / "web" / name).read_text(), name

@@ -1,0 +1,76 @@
+"""Milliseconds for one picture in PyTorch and onnxruntime on the CPU, and how far their answers differ, by generator file.
+
+python benchmarks/latency.py saved_models/day2night/G_AB.safetensors saved_models/day2night_student/G_AB.safetensors
+OMP_NUM_THREADS=1 python benchmarks/latency.py --sides 64 256 --turns 30 teacher.safetensors student.safetensors
+
+Batch 1; medians of passes made in turns, so that a busy machine slows all alike. The difference, in [0, 2], is the largest
+at three sizes, those of export.py. Needs the packages of requirements-export.txt. Prints a table in Markdown.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import export
+import utils
+import weights
+
+CPU = torch.device("cpu")
+
+
+def in_bf16(net):
+    def run(picture):
+        with utils.autocast(CPU, "bf16"):
+            return net(picture)
+
+    return run
+
+
+@torch.no_grad()
+def medians(programs, turns):
+    """Median time in ms of each program: (function, picture) by any key."""
+    times = {key: [] for key in programs}
+    for turn in range(turns + 2):
+        for key, (run, picture) in programs.items():
+            time.sleep(0.02)  # onnxruntime's threads spin on for a while, which would slow the next one
+            start = time.perf_counter()
+            run(picture)
+            if turn > 1:  # the first ones pay for set-up
+                times[key].append(1000 * (time.perf_counter() - start))
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+@utils.stage
+def main(argv=None):
+    parser = utils.Parser(prog="latency.py", description=__doc__)
+    parser.add_argument("files", type=utils.path_name, nargs="+", help="generator files")
+    add = utils.flag_group(parser, "how")
+    add("--sides", type=utils.whole(16), nargs="+", default=[64, 256], help="sides of the timed pictures, px")
+    add("--turns", type=utils.whole(1), default=20, help="timed passes of each")
+    args = parser.parse_args(argv)
+    rows, programs = {}, {}
+    for file in args.files:
+        net, recipe = weights.load_generator(file)
+        model = export.onnx_bytes(net, recipe | {"direction": recipe["direction"] or "AtoB"})
+        runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": export.open_session(model)}
+        difference = max(export.compare(net, runs["onnxruntime"], export.check_sizes(net, recipe)).values())
+        parameters = sum(p.numel() for p in net.parameters())
+        rows[file] = [str(file), f"{parameters:,}", f"{len(model) / 1e6:.1f}", f"{difference:.1e}"]
+        for side in args.sides:
+            picture = torch.rand(1, net.config.channels, side, side) * 2 - 1
+            programs |= {(file, f"{name}, {side} px"): (run, picture) for name, run in runs.items()}
+    found = medians(programs, args.turns)
+    columns = list(dict.fromkeys(column for _, column in programs))
+    native = "" if utils.has_native_bf16(CPU) else "; bf16 is emulated here"
+    print(f"milliseconds on {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}{native}")
+    print(f"| file | parameters | ONNX, MB | difference | {' | '.join(columns)} |\n|{'---|' * (4 + len(columns))}")
+    for file, cells in rows.items():
+        print(f"| {' | '.join(cells + [f'{found[file, column]:.1f}' for column in columns])} |")
+
+
+if __name__ == "__main__":
+    main()
