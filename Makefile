@@ -2,12 +2,13 @@
 # make smoke   a few steps, to see that all is installed
 # make test    lint and the everyday tests
 # make slow    the tests that take longer
+# make browser what the slow tests with a browser need, as root on Debian; without it they are skipped
 # make results train and score every row of docs/results.md again: many hours; DATA=DIR holds the data sets
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --num_epochs 12
 
-.PHONY: demo smoke test slow results clean
+.PHONY: demo smoke test slow browser results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,10 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+browser:
+	command -v chromium || { apt-get update --quiet && apt-get install --yes --quiet chromium; }
+	npm ci --ignore-scripts --prefix examples/web
 
 DATA ?= datasets
 results: .venv/installed
