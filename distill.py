@@ -122,7 +122,8 @@ def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool
             if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
                 copied[name] = theirs[name]
         student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
-        parts = [part for part in COPIED if all(n in copied for n in theirs if n.split(".")[0] == part)]
+        names = {part: [name for name in theirs if name.split(".")[0] == part] for part in COPIED}
+        parts = [part for part in COPIED if names[part] and all(name in copied for name in names[part])]
         utils.say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
     ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
     width = f", ngf {ngf}" if resnet else ""
@@ -280,7 +281,7 @@ def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> 
             )
         if "student" not in rows:
             raise utils.InputError(
-                f"--report: no student in saved_models/{args.run_name}; distil one first, without --report"
+                f"--report: no student in saved_models/{args.run_name}; distil one first, without --report, or name one with --run_name"
             )
         tables[name] = report_direction(args, name, rows, device)
         utils.say(f"{DIRECTIONS[name]} at {'x'.join(map(str, rows['student'].size[::-1]))} px; milliseconds on {about}")

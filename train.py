@@ -618,6 +618,7 @@ def training_loop(run: Run, feed: Feed, task: Task) -> None:
     log = utils.LossLog(run.folder / "losses.csv", ["epoch", "step", "lr", *task.terms], run.step)
     total, done = args.num_epochs * order.steps, run.epoch * order.steps + run.place
     bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5, smoothing=0.02, disable=utils.rank() > 0)
+    utils.attempt(show_progress, run, total)
     run.board = utils.Board(run.folder / "tensorboard" if args.log == "tensorboard" else None, run.step)
     with utils.StopRequest() as stop, bar, contextlib.closing(run.board):
         signum = 0
@@ -938,7 +939,7 @@ def describe(run: Run, feed: Feed) -> None:
     utils.say(
         f"parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items())}; {run.device}, {run.precision}"
     )
-    utils.say(f"watch {run.pictures}/ ; checkpoints go to {run.folder}/")
+    utils.say(f"watch {run.pictures}/index.html ; checkpoints go to {run.folder}/")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -380,3 +380,10 @@ def test_save_generator_needs_no_run(tmp_path):
     net = build_generator(GeneratorConfig(ngf=2, num_residual=0))
     save_generator(tmp_path / "x.safetensors", net, {"direction": "BtoA", "size": [16, 16]})
     assert len(load_generator(tmp_path / "x.safetensors")[0].blocks) == 0
+
+
+@pytest.mark.parametrize(("ngf", "said"), [(8, "stem, down, up, head"), (4, "no whole part: the widths differ")])
+def test_what_a_student_takes_is_said_of_parts_that_it_has(ngf, said, capsys):
+    teacher = build_generator(GeneratorConfig(ngf=8, num_residual=2), "normal")
+    distill.make_student(teacher, 1, ngf, True)
+    assert f"student takes from its teacher: {said}\n" in capsys.readouterr().out
