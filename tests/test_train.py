@@ -55,7 +55,8 @@ def test_a_run_leaves_what_the_design_promises(tiny):
     }
     files = {str(p.relative_to(pictures)) for p in pictures.rglob("*") if p.is_file()}
     assert files == {
-        *("epoch_0001.png", "epoch_0002.png", "losses.png", "watch/cat/epoch_0001.png", "watch/cat/epoch_0002.png")
+        *("index.html", "epoch_0001.png", "epoch_0002.png", "losses.png"),
+        *("watch/cat/epoch_0001.png", "watch/cat/epoch_0002.png"),
     }
     state = state_of("tiny")
     assert {"format", "stage", "epoch", "step", "args", "config", "nets", "optims", "schedules"} <= state.keys()
