@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import socket
-import statistics
 import tempfile
 import time
 import zipfile
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import datasets
+import metrics
 import test  # as distill.py stands on train.py: a page shows what test.py answers
 import utils
 
@@ -130,15 +130,12 @@ def compare(testers: dict[str, test.Tester], direction: str, path: Path) -> list
     """The answers of several runs to one file, each with its name, the median milliseconds in the network and its size."""
     shown = []
     for name, tester in testers.items():
-        net, times = generators(tester, direction)[0], []
+        net, _ = generators(tester, direction)
         picture, seen = read_photo(tester, net, path)
-        for _ in range(1 + REPEATS):  # the first pays for set-up
-            busy = tester.busy
-            fake = tester(net, seen)
-            times.append(1000 * (tester.busy - busy))
+        answer = functools.partial(tester, net, seen)
         size = sum(p.numel() for p in net.parameters()) / 1e6
-        caption = f"{name}: {statistics.median(times[1:]):.1f} ms, {size:.2f} M weights"
-        shown.append((to_picture(fake, picture.size), caption))
+        caption = f"{name}: {metrics.median_ms(answer, REPEATS):.1f} ms, {size:.2f} M weights"
+        shown.append((to_picture(answer(), picture.size), caption))
     return shown
 
 
@@ -281,12 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     refuse_taken(args.host, args.port)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise utils.InputError(
-            f"app.py: {error.name} is missing; install it with: pip install -r requirements-app.txt"
-        ) from None
+    utils.need_package("gradio", "app.py", "pip install -r requirements-app.txt")
     datasets.limit_pixels(1e6 * args.max_megapixels)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder

@@ -16,8 +16,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,6 @@ import models
 import utils
 import weights
 from train import (
-    DIRECTIONS,
     Run,
     Task,
     carry_out,
@@ -47,9 +44,9 @@ from train import (
     settle,
     translate,
 )
+from weights import DIRECTIONS
 
 COPIED = ("stem", "down", "position", "leave", "up", "head")  # all but the blocks, whose number differs
-REPEATS = 20  # timed passes; their median is reported
 
 
 @dataclass
@@ -81,8 +78,7 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
     if folder.is_dir() and not path.is_file():
         state, path = utils.load_checkpoint(folder, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
-        runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
-        hint = f"runs found: {runs}; train one with: python train.py"
+        hint = f"runs found: {utils.found_runs()}; train one with: python train.py"
         raise utils.InputError(f"--teacher {name}: no such run or file; {hint}")
     if not state and utils.is_state(path):
         state = utils.load_state(path)
@@ -197,19 +193,6 @@ class Row:
     size: Sequence[int] | None
 
 
-def seconds_per_picture(net: nn.Module, size: Sequence[int], device: torch.device, precision: str) -> float:
-    """Median time of one picture through a network, batch 1."""
-    picture, times = torch.zeros(1, net.config.channels, *size, device=device), []
-    with torch.no_grad(), utils.autocast(device, precision):
-        for _ in range(REPEATS + 3):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            net(picture).cpu()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])  # the first ones pay for set-up
-
-
 @torch.no_grad()
 def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], device: torch.device) -> dict:
     """Compare networks of one direction: cost, and quality on the held-out pictures; returns the figures by row."""
@@ -220,10 +203,15 @@ def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], 
     reals, truths = (datasets.named_pictures(folder, size, channels, args.on_bad_image) for folder in folders)
     shown, paired, answers, table = list(reals)[:: max(1, len(reals) // 6)][:6], reals.keys() & truths.keys(), {}, {}
 
+    blank = torch.zeros(1, channels, *size)
+
+    def ask(net: nn.Module, picture: Tensor) -> Tensor:
+        with utils.autocast(device, precision):
+            return net(picture.to(device)).float()
+
     def run(net: nn.Module, pictures: dict[Path, Tensor]) -> dict[Path, Tensor]:
         net.to(device).eval()
-        with utils.autocast(device, precision):
-            return {stem: net(x.to(device)).float().cpu() for stem, x in pictures.items()}
+        return {stem: ask(net, x).cpu() for stem, x in pictures.items()}
 
     def distance(these: dict[Path, Tensor], those: dict[Path, Tensor]) -> float:
         return metrics.mean_distance([(these[stem], those[stem]) for stem in reals])
@@ -234,7 +222,7 @@ def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], 
         table[label] = figures = {
             "parameters": sum(p.numel() for p in net.parameters()),
             "MMACs": models.count_macs(net, *size) / 1e6,
-            "ms": 1000 * seconds_per_picture(net, size, device, precision),
+            "ms": metrics.median_ms(lambda net=net: ask(net, blank).cpu()),
             "MB": row.file.stat().st_size / 1e6,
             "L1 to teacher": distance(mine, answers["teacher"]),
         }
@@ -338,23 +326,13 @@ def make_parser() -> utils.Parser:
     """Declare all flags of this stage."""
     parser = utils.Parser(prog="distill.py", description=__doc__)
     add = utils.flag_group(parser, "distillation")
-    add(
-        "--teacher",
-        type=run_or_file,
-        default=None,
-        metavar="RUN_OR_FILE",
-        help="run, checkpoint or generator file (default: the run named --dataset_name)",
-    )
+    words = "run, checkpoint or generator file (default: the run named --dataset_name)"
+    add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
     add("--student_residual", type=utils.whole(0, 1000), default=3, help="blocks of the student")
     add("--student_ngf", type=utils.whole(1, 4096), help="width of a resnet student (default: its teacher's)")
-    add(
-        "--hidden_layers",
-        type=block_list,
-        default=None,
-        metavar="I,J,…",
-        help="teacher block for each student block (default: auto; 1,4,8 for 9 → 3)",
-    )
+    words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
+    add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
     add("--lambda_hidden", type=utils.number(0), default=1.0, help="weight of the distance between hidden states")
     add("--lambda_output", type=utils.number(0), default=10.0, help="weight of the distance to the teacher's picture")
     add("--transfer", action=argparse.BooleanOptionalAction, default=True, help="start from the teacher's outer layers")

@@ -6,10 +6,9 @@ python export.py --run_name horse2zebra --to junyanz
 """
 
 import argparse
+import functools
 import json
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +20,9 @@ import metrics
 import utils
 import weights
 
-NETWORKS = {"AtoB": "G_AB", "BtoA": "G_BA"}
+NETWORKS = {direction: name for name, direction in weights.DIRECTIONS.items()}
 OPSET = 18
 TOLERANCE = 1e-3  # between PyTorch's answers and onnxruntime's, in the range [-1, 1]
-REPEATS = 20  # timed passes; their median is reported
 
 
 def find_generator(args: argparse.Namespace) -> tuple[nn.Module, dict]:
@@ -36,19 +34,11 @@ def find_generator(args: argparse.Namespace) -> tuple[nn.Module, dict]:
                 f"--direction {args.direction}: {args.weights} translates {recipe['direction']}; leave the flag out"
             )
         return net, recipe | {"direction": recipe["direction"] or args.direction or "AtoB"}
-    direction, folder = args.direction or "AtoB", Path("saved_models") / args.run_name
-    if args.epoch == "latest":
-        path = folder / f"{NETWORKS[direction]}.safetensors"
-        if not path.is_file():
-            runs = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
-            raise utils.InputError(f"{path}: no such file; expected the generator of a run; runs found: {runs}")
-        return weights.load_generator(path)
-    path = utils.find_checkpoint(folder, args.epoch, "--epoch")
-    state, parser = utils.load_state(path), utils.Parser()
-    utils.add_data_flags(parser)
-    flags = utils.recall_flags(parser, state.get("args"), path)
-    recipe = {"direction": direction, "size": [flags.img_height, flags.img_width], "dataset_name": flags.dataset_name}
-    return weights.networks_of(state, path)[NETWORKS[direction]].eval(), recipe
+    direction = args.direction or "AtoB"
+    nets, recipe = weights.load_run(args.run_name, args.epoch)
+    if NETWORKS[direction] not in nets:
+        raise utils.InputError(f"--direction {direction}: the run {args.run_name} has no {NETWORKS[direction]}")
+    return nets[NETWORKS[direction]].eval(), recipe | {"direction": direction}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,30 +107,14 @@ def compare(net: nn.Module, run: Callable[[Tensor], Tensor], sizes: Sequence[tup
     return differences
 
 
-def milliseconds(run: Callable[[Tensor], Tensor], picture: Tensor) -> float:
-    """Median time of one picture, batch 1."""
-    times = []
-    for _ in range(REPEATS + 3):
-        start = time.perf_counter()
-        run(picture)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])  # the first ones pay for set-up
-
-
 @torch.no_grad()
 def export_onnx(net: nn.Module, recipe: dict, output: Path) -> dict[str, float]:
     """Write the ONNX file once its answers equal PyTorch's at three sizes; returns the differences.
 
     raises: InputError if a package is missing; RunError if the answers differ, and nothing is written
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise utils.InputError(
-            f"--to onnx: {error.name} is missing; install it with: pip install -r requirements-export.txt"
-        ) from None
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        utils.need_package(package, "--to onnx", "pip install -r requirements-export.txt")
     model = onnx_bytes(net, recipe)
     run, sizes = open_session(model), check_sizes(net, recipe)
     differences = compare(net, run, sizes)
@@ -153,7 +127,8 @@ def export_onnx(net: nn.Module, recipe: dict, output: Path) -> dict[str, float]:
     with utils.atomic_write(output) as temporary:
         temporary.write_bytes(model)
     picture = torch.zeros(1, net.config.channels, *sizes[0])
-    latency = {"PyTorch, fp32": {"ms": milliseconds(net, picture)}, "onnxruntime": {"ms": milliseconds(run, picture)}}
+    programs = {"PyTorch, fp32": net, "onnxruntime": run}
+    latency = {name: {"ms": metrics.median_ms(functools.partial(run, picture))} for name, run in programs.items()}
     utils.say(f"one picture of {sizes[0][1]}x{sizes[0][0]} px on {torch.get_num_threads()} CPU threads:")
     for line in metrics.format_table(latency):
         utils.say(line)

@@ -4,6 +4,8 @@ scores = paired_scores(answers, truths)  # two lists of uint8 pictures, (C, H, W
 """
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import InputError, read_archive, say
+from utils import InputError, need_package, read_archive, say
 
 PEAK = 255.0
 PSNR_LIMIT = 100.0  # dB; identical pictures would score infinity and spoil every mean
@@ -147,11 +149,9 @@ def fid_kid(
     raises:  InputError without torch-fidelity or weights, or with fewer than two pictures
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError:
-        remedy = "install it with: pip install -r requirements-metrics.txt"
-        raise InputError(f"--metrics {','.join(wanted)}: torch-fidelity is missing; {remedy}") from None
+    need_package("torch_fidelity", f"--metrics {','.join(wanted)}", "pip install -r requirements-metrics.txt")
+    from torch_fidelity import calculate_metrics
+
     least = min(len(fakes), len(reals))
     if least < 2:
         raise InputError(
@@ -185,6 +185,16 @@ def fid_kid(
     names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
     row = {short: values[name] for name, short in names.items() if name in values}
     return row | {"translated": len(fakes), "real": len(reals)}
+
+
+def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call in ms, after three that pay for set-up; the call itself must wait for its device."""
+    times = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:

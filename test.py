@@ -94,16 +94,6 @@ class Result:
 # Networks
 
 
-def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
-    """Build the networks of a whole-state file; returns them by name, and a recipe."""
-    (state, path), parser = utils.load_checkpoint(folder, epoch, "--epoch"), utils.Parser()
-    for add_flags in (utils.add_data_flags, utils.add_loss_flags):
-        add_flags(parser)
-    flags = utils.recall_flags(parser, state.get("args"), path)  # checked as if they had been typed
-    recipe = {"size": [flags.img_height, flags.img_width], "flags": flags, "dataset_name": flags.dataset_name}
-    return weights.networks_of(state, path), recipe | {name: state.get(name) for name in ("epoch", "step")}
-
-
 def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]:
     """Find the networks that the flags name: a single file, a run's generator files, or one of its checkpoints."""
     if args.weights:
@@ -117,28 +107,7 @@ def load_networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], dict]
             direction = "AtoB"
             utils.say(f"{args.weights}: does not say its direction; taken for AtoB")
         return {"G_{}{}".format(*DIRECTIONS[direction]): net}, recipe
-    folder = Path("saved_models") / args.run_name
-    if not folder.is_dir():
-        runs = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        raise utils.InputError(
-            f"{folder}: no such run; found: {', '.join(runs) or 'none'}; train one with: python train.py --dataset_name NAME"
-        )
-    files = [folder / f"G_{a}{b}.safetensors" for a, b in DIRECTIONS.values()]
-    if args.epoch != "latest" or "losses" in args.metrics or not any(path.is_file() for path in files):
-        return load_run_state(folder, args.epoch)
-    nets, recipe, steps = {}, {}, []
-    for path, direction in zip(files, DIRECTIONS, strict=True):
-        if path.is_file():
-            nets[path.stem], recipe = weights.load_generator(path)
-            if recipe["direction"] != direction:
-                raise utils.InputError(
-                    f"{path}: its recipe says {recipe['direction']}, its name {direction}; put it right"
-                )
-            steps.append(recipe.get("step"))
-    if steps[0] != steps[-1] and (folder / "latest.pt").is_file():
-        utils.say(f"{folder}: the generator files are of two saves, the second one unfinished; latest.pt is used")
-        return load_run_state(folder, "latest")
-    return nets, recipe
+    return weights.load_run(args.run_name, args.epoch, "losses" in args.metrics)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -502,41 +471,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip_existing", action="store_true", help="leave pictures out whose results are there already")
     add("--num_test", type=utils.whole(1), default=None, help="translate at most so many pictures (default: all)")
     add = utils.flag_group(parser, "how")
-    add(
-        "--scale",
-        choices=("train", "native"),
-        default="train",
-        help="size at which the network sees a picture: as in training, or its own",
-    )
-    add(
-        "--tile",
-        type=utils.whole(16, 2**16),
-        default=None,
-        metavar="PIXELS",
-        help="translate larger pictures in overlapping tiles of so many px a side, in two passes, the first for "
-        "the statistics of the norms (default: whole)",
-    )
-    add(
-        "--output_size",
-        choices=("input", "net"),
-        default="input",
-        help="size of the results: the input's, or the network's",
-    )
+    add("--scale", choices=("train", "native"), default="train", help="the network sees it as in training, or whole")
+    words = "translate larger pictures in overlapping tiles of so many px a side (default: whole)"
+    add("--tile", type=utils.whole(16, 2**16), default=None, metavar="PIXELS", help=words)
+    add("--output_size", choices=("input", "net"), default="input", help="size of the results: input's or network's")
     add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run>/test)")
-    add(
-        "--metrics",
-        type=utils.words_of(MEASURES),
-        default=[],
-        metavar=",".join(MEASURES),
-        help="measures on the test pictures (default: none)",
-    )
-    add(
-        "--inception_weights",
-        type=utils.path_name,
-        default=None,
-        metavar="FILE",
-        help="weights for fid and kid, where they cannot be downloaded",
-    )
+    kinds = {"type": utils.words_of(MEASURES), "default": [], "metavar": ",".join(MEASURES)}
+    add("--metrics", **kinds, help="measures on the test pictures (default: none)")
+    words = "weights for fid and kid, where they cannot be downloaded"
+    add("--inception_weights", type=utils.path_name, default=None, metavar="FILE", help=words)
     utils.add_reading_flags(add)
     utils.add_device_flags(parser)
     args = parser.parse_args(argv)

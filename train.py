@@ -33,6 +33,7 @@ import metrics
 import models
 import utils
 import weights
+from weights import DIRECTIONS
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 PLOT_SECONDS = 30  # at least, between two drawings of losses.png
@@ -48,7 +49,6 @@ NETWORK_FLAGS = (
 )
 FIXED_FLAGS = (*NETWORK_FLAGS, "init", "freeze")  # a resumed run keeps them
 NEVER_INHERITED = ("start_from", "overwrite", "device", "run_name")
-DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
 PARTS = ("stem", "down", "blocks", "up", "head", "D")  # what --freeze can name
 
 
@@ -956,18 +956,11 @@ def add_network_flags(parser: utils.Parser) -> None:
     add("--vit_size", choices=models.VIT_SIZES, default="small", help="unet_vit of the 64x64 study, or UVCGAN's")
     add("--vit_blocks", type=utils.whole(0, 1000), help="blocks of a unet_vit (default: 4 in small, 12 in uvcgan)")
     add("--vit_heads", type=utils.whole(1, 4096), help="heads of a unet_vit (default: 4 in small, 6 in uvcgan)")
-    add(
-        "--upsample",
-        choices=models.UPSAMPLES,
-        default="deconv",
-        help="transposed convolution, or nearest neighbour and convolution",
-    )
+    add("--upsample", choices=models.UPSAMPLES, default="deconv", help="transposed convolution, or resize and convolve")
     add("--discriminator", choices=models.DISCRIMINATORS, default="patch", help="judge patches or single pixels")
     add("--ndf", type=utils.whole(1, 4096), default=64, help="width of the discriminator's first layer")
     add("--n_layers_D", type=utils.whole(1, 16), default=3, help="strided layers of D: 1 to 5 see 16 34 70 142 286 px")
-    add(
-        "--max_mult_D", type=utils.whole(1, 4096), default=8, help="the discriminator grows to at most this times --ndf"
-    )
+    add("--max_mult_D", type=utils.whole(1, 4096), default=8, help="D grows to at most this times --ndf")
     add("--pool_D", action="store_true", help="average the discriminator's answers to one per picture")
     add("--norm", choices=models.NORMS, default="instance", help="norm in all networks")
     add("--norm_output", action="store_true", help="norm before the generator's tanh: stalls learning, kept to show it")
@@ -977,21 +970,10 @@ def add_network_flags(parser: utils.Parser) -> None:
 def add_transfer_flags(parser: utils.Parser) -> None:
     """Starting from weights that exist."""
     add = utils.flag_group(parser, "transfer")
-    add(
-        "--init_from",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="generator files to start from, one per direction",
-    )
-    add(
-        "--freeze",
-        type=utils.words_of(PARTS),
-        default=[],
-        metavar=",".join(PARTS),
-        help="parts that do not learn (default: none)",
-    )
+    files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
+    add("--init_from", **files, help="generator files to start from, one per direction")
+    parts = {"type": utils.words_of(PARTS), "default": [], "metavar": ",".join(PARTS)}
+    add("--freeze", **parts, help="parts that do not learn (default: none)")
 
 
 def make_parser() -> utils.Parser:

@@ -424,12 +424,8 @@ def add_data_flags(parser: Parser) -> None:
     add("--load_scale", type=number(1, 8), default=1.12, help="resize to this times the size, then crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures")
     add("--num_workers", type=whole(0), default=None, help="processes that read pictures (default: 0 on a CPU, else 4)")
-    add(
-        "--cache",
-        choices=("none", "ram", "disk"),
-        default="none",
-        help="keep pictures decoded and resized: in memory, or in .cache beside the data set, which you may delete",
-    )
+    words = "keep pictures decoded and resized: in memory, or in .cache beside the data set, which you may delete"
+    add("--cache", choices=("none", "ram", "disk"), default="none", help=words)
     add("--max_images", type=whole(1), help="use only the first so many pictures of each domain (default: all)")
     add("--steps_per_epoch", type=whole(1), help="steps in an epoch (default: until the larger domain was seen)")
     add_reading_flags(add)
@@ -444,12 +440,8 @@ def add_pixel_flag(add: Callable) -> None:
 def add_reading_flags(add: Callable) -> None:
     """What to do about pictures that cannot be read."""
     add_pixel_flag(add)
-    add(
-        "--on_bad_image",
-        choices=("skip", "stop"),
-        default="skip",
-        help="name an unreadable picture and go on (more than 5 %% of a domain end the run), or stop at the first",
-    )
+    words = "name an unreadable picture and go on (more than 5 %% of a domain end the run), or stop at the first"
+    add("--on_bad_image", choices=("skip", "stop"), default="skip", help=words)
 
 
 def add_loss_flags(parser: Parser) -> None:
@@ -473,24 +465,16 @@ def add_optim_flags(parser: Parser) -> None:
     add("--lr_D", type=number(0, above=True), help="rate of the discriminators (default: --lr; TTUR: 4 times)")
     add("--beta1", type=number(0, 0.999999), default=0.5, help="Adam's decay of the first moment")
     add("--beta2", type=number(0, 0.999999), default=0.999, help="Adam's decay of the second moment")
-    add(
-        "--ema",
-        type=number(0, 0.999999),
-        default=0.0,
-        help="decay of the generators' running average, which is then what is shown, tested and shipped; 0: none",
-    )
+    words = "decay of the generators' running average, which is then what is shown, tested and shipped; 0: none"
+    add("--ema", type=number(0, 0.999999), default=0.0, help=words)
 
 
 def add_device_flags(parser: Parser) -> None:
     """Where and how precisely to compute."""
     add = flag_group(parser, "speed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto: bf16 where the device computes it natively, fp16 on older GPUs with tensor cores, else fp32",
-    )
+    words = "auto: bf16 where the device computes it natively, fp16 on older GPUs with tensor cores, else fp32"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=words)
 
 
 def pieces(text: str) -> int | str:
@@ -502,12 +486,8 @@ def add_speed_flags(parser: Parser) -> None:
     """Where and how to train."""
     add_device_flags(parser)
     add = parser._action_groups[-1].add_argument
-    add(
-        "--micro_batch",
-        type=pieces,
-        default="auto",
-        help="pictures of each domain that are worked off at once, gradients added up; auto: as many as fit (default: auto)",
-    )
+    words = "pictures of each domain that are worked off at once, gradients added up; auto: as many as fit"
+    add("--micro_batch", type=pieces, default="auto", help=f"{words} (default: auto)")
     add("--compile", action="store_true", help="compile the networks into CUDA graphs; the first steps take minutes")
 
 
@@ -517,27 +497,12 @@ def add_run_flags(parser: Parser) -> None:
     add("--start_from", type=epoch_name, default="0", help="0: new; N: go on after epoch_N.pt; latest: after latest.pt")
     add("--run_name", type=folder_name, help="folder in saved_models and generated_images (default: --dataset_name)")
     add("--overwrite", action="store_true", help="delete what an earlier run left under this name")
-    add(
-        "--sample_interval",
-        type=whole(1),
-        default=200,
-        help="steps between two sample grids; there is one at each epoch's end",
-    )
+    add("--sample_interval", type=whole(1), default=200, help="steps between two grids; one is at each epoch's end")
     add("--checkpoint_interval", type=whole(1), default=10, help="epochs between two checkpoints that are kept")
     add("--keep_checkpoints", type=whole(0), default=0, help="keep only the newest so many epoch_NNNN.pt; 0: all")
-    add(
-        "--eval_interval",
-        type=whole(0),
-        default=0,
-        help="epochs between two evaluations on the val (else test) split; 0: none",
-    )
-    add(
-        "--eval_metrics",
-        type=words_of(MEASURES),
-        default=["cycle", "identity"],
-        metavar=",".join(MEASURES),
-        help="what is evaluated, into measures.csv (default: cycle,identity)",
-    )
+    add("--eval_interval", type=whole(0), default=0, help="epochs between two evaluations on val, else test; 0: none")
+    kinds = {"type": words_of(MEASURES), "default": ["cycle", "identity"], "metavar": ",".join(MEASURES)}
+    add("--eval_metrics", **kinds, help="what is evaluated, into measures.csv (default: cycle,identity)")
     add("--best_by", choices=BEST_BY, default=None, help="keep the epoch that evaluates best by this as best.pt")
     add("--save_minutes", type=number(0), default=10.0, help="minutes between two saves; 0: only after each epoch")
     add("--watch", type=Path, nargs="+", default=[], metavar="PHOTO", help="photos to translate after each epoch")
@@ -972,6 +937,11 @@ def load_state(path: Path, stage: str | None = None) -> dict:
     if stage and state.get("stage") != stage:
         raise InputError(f"{path}: a state of {one_line(state.get('stage'))[:40]}.py, expected one of {stage}.py")
     return state
+
+
+def found_runs() -> str:
+    """Name the runs in saved_models, for a message."""
+    return ", ".join(sorted(path.name for path in Path("saved_models").glob("*") if path.is_dir())) or "none"
 
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:

@@ -29,9 +29,22 @@ from models import (
     build_discriminator,
     build_generator,
 )
-from utils import InputError, atomic_write, one_line, read_archive, say
+from utils import (
+    InputError,
+    Parser,
+    add_data_flags,
+    add_loss_flags,
+    atomic_write,
+    found_runs,
+    load_checkpoint,
+    one_line,
+    read_archive,
+    recall_flags,
+    say,
+)
 
 RECIPE_FORMAT = 1
+DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
 LIMITS = {  # beyond: not a network but an attack on the memory
     **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
     **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
@@ -353,3 +366,41 @@ def networks_of(state: dict, path: Path) -> dict[str, nn.Module]:
         load_tensors(net, tensors[name], f"{path}, {name}")
         nets[name] = net
     return nets
+
+
+def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False) -> tuple[dict[str, nn.Module], dict]:
+    """Find the networks of a run: those of its generator files, else, or with discriminators, of a whole-state file.
+
+    epoch:   "latest", "best" or a number
+    returns: networks by name, and a recipe with size, dataset_name, epoch and step; of a state also its flags
+    raises:  InputError if there is no such run or epoch
+    """
+    folder = Path("saved_models") / run_name
+    if not folder.is_dir():
+        hint = f"runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
+        raise InputError(f"{folder}: no such run; {hint}")
+    files = [folder / f"{name}.safetensors" for name in DIRECTIONS]
+    if epoch != "latest" or discriminators or not any(path.is_file() for path in files):
+        return load_run_state(folder, epoch)
+    nets, recipe, steps = {}, {}, []
+    for path in files:
+        if path.is_file():
+            nets[path.stem], recipe = load_generator(path)
+            if recipe["direction"] != DIRECTIONS[path.stem]:
+                words = f"its recipe says {recipe['direction']}, its name {DIRECTIONS[path.stem]}"
+                raise InputError(f"{path}: {words}; put it right")
+            steps.append(recipe.get("step"))
+    if steps[0] != steps[-1] and (folder / "latest.pt").is_file():
+        say(f"{folder}: the generator files are of two saves, the second one unfinished; latest.pt is used")
+        return load_run_state(folder, "latest")
+    return nets, recipe
+
+
+def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
+    """Build the networks of a whole-state file; returns them by name, and a recipe with its flags."""
+    (state, path), parser = load_checkpoint(folder, epoch, "--epoch"), Parser()
+    for add_flags in (add_data_flags, add_loss_flags):
+        add_flags(parser)
+    flags = recall_flags(parser, state.get("args"), path)  # checked as if they had been typed
+    recipe = {"size": [flags.img_height, flags.img_width], "flags": flags, "dataset_name": flags.dataset_name}
+    return networks_of(state, path), recipe | {name: state.get(name) for name in ("epoch", "step")}

@@ -129,7 +129,7 @@ def test_a_damaged_latest_is_said_and_previous_is_used_to_the_same_end(tiny, cap
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     distill.load_teacher("tiny", ["G_AB"])
-    test_stage.load_run_state(SAVED, "latest")
+    weights.load_run_state(SAVED, "latest")
     lines = [line for line in capsys.readouterr().err.splitlines() if "using saved_models/tiny/previous.pt" in line]
     assert len(lines) == 2
     with dies_in_step(1):  # before anything is saved: a good state must be left
@@ -198,7 +198,7 @@ def test_generator_files_of_two_saves_are_not_mixed(tiny, capsys):
     old = (SAVED / "G_BA.safetensors").read_bytes()
     train.main([*RESUME, "--num_epochs", "2"])
     (SAVED / "G_BA.safetensors").write_bytes(old)
-    nets, recipe = test_stage.load_networks(test_stage.parse_args(["--run_name", "tiny"]))
+    nets, recipe = weights.load_run("tiny")
     assert "latest.pt is used" in capsys.readouterr().out
     assert recipe["step"] == 6
     assert differences({n: net.state_dict() for n, net in nets.items()}, state_of("tiny")["nets"]) == []

@@ -221,7 +221,7 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--run_name", "other"], "no such run; found: tiny"),
+        (["--run_name", "other"], "no such run; runs found: tiny"),
         (["--run_name", "../tiny"], "expected one folder name"),
         (["--run_name", "tiny", "--epoch", "9"], "expected one of: 1, 2, latest"),
         (["--run_name", "tiny", "--input", "nowhere"], "no such file or folder"),
@@ -238,7 +238,7 @@ def test_losses_on_the_test_set_equal_those_of_training(run):
             "needs the generators of both directions",
         ),
         (["--run_name", "tiny", "--num_test", "0"], "of at least 1"),
-        ([], "saved_models/horse2zebra: no such run; found: tiny"),
+        ([], "saved_models/horse2zebra: no such run; runs found: tiny"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(run, refused, flags, words):
