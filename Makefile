@@ -45,7 +45,7 @@ browser:
 
 DATA ?= datasets
 results: .venv/installed
-	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations maps --data_root $(DATA)
+	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations fine_tuning pixels maps --data_root $(DATA)
 
 clean:
 	rm -rf .venv

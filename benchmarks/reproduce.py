@@ -48,8 +48,11 @@ COLUMNS = 6  # pictures in a row of a task's picture
 # Recipes: every flag that is not a default, in one place
 
 DEMO = "--dataset_name day2night --img_height 64 --img_width 64 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip"
-SMALL = f"{DEMO} --num_residual 3 --ngf 32 --num_epochs 6"
-STUDY = f"{DEMO} --ngf 32 --num_epochs 6"
+SMALL = f"{DEMO} --num_residual 3 --ngf 32 --num_epochs 4"
+STUDENT = "--teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired"
+TUNED = f"{DEMO} --num_residual 6 --ngf 32 --num_epochs 2"
+OF_FLOWERS = "--init_from saved_models/flowers/G_AB.safetensors saved_models/flowers/G_BA.safetensors"
+STUDY = f"{DEMO} --ngf 32 --num_epochs 4"
 TEACHER = f"{DEMO} --num_residual 9 --ngf 32 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 32 --ndf 32"
@@ -59,6 +62,7 @@ FLOWERS = (
     "--dataset_name daisy2sunflower --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 )
 FLOWERS += " --batch_size 1 --num_epochs 4"
+PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
 
@@ -70,8 +74,9 @@ class Task:
     runs: dict[str, str]  # name → stage and flags
     score: Callable  # (run, dataset) → cells by column
     before: Callable  # (dataset, run) → rows that need no training
-    drawn: tuple[str, ...] = ()  # runs in the picture; () for all
+    drawn: tuple[str, ...] | None = ()  # runs in the picture; () for all, None for no picture
     curve: bool = False  # the picture shows PSNR over minutes, not translations
+    zoom: int = 1  # whole factor by which the pictures are enlarged
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,6 +209,12 @@ def checkerboard_cells(run: str, dataset: Path) -> dict[str, str]:
     return cells | {"Nyquist energy, times that of real pictures A→B / B→A": " / ".join(f"{r:.1f}" for r in ratios)}
 
 
+def pace(run: str, _: Path) -> dict[str, str]:
+    """Seconds a step, loading and a grid at the end included."""
+    _, recipe = weights.load_generator(RUNS / run / "G_AB.safetensors")
+    return {"s/step": f"{60 * json.loads((RUNS / run / 'minutes.json').read_text()) / recipe['step']:.3f}"}
+
+
 def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
     """The paired scores beside the size of the generator and its multiply-accumulates."""
     net, _ = weights.load_generator(RUNS / run / "G_AB.safetensors")
@@ -226,7 +237,8 @@ def translations(task: Task, dataset: Path) -> Image.Image:
         for name, folder in folders.items():
             paths = datasets.list_pictures(folder)
             chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
-            rows.append((name, torch.stack([datasets.load_picture(path, size, channels) for path in chosen])))
+            pictures = torch.stack([datasets.load_picture(path, size, channels) for path in chosen])
+            rows.append((name, pictures.repeat_interleave(task.zoom, 2).repeat_interleave(task.zoom, 3)))
     return utils.draw_grid(rows)
 
 
@@ -256,9 +268,9 @@ TASKS = {
         "Day and night: teacher, students, UNet-ViT",
         {
             **{f"teacher_{seed}": f"train {TEACHER} --seed {seed}" for seed in range(3)},
-            "student": "distill --teacher teacher_0 --direction both --num_epochs 6",
-            "thin": "distill --teacher teacher_0 --direction both --student_ngf 16 --num_epochs 6",
-            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 12",
+            "student": f"distill {STUDENT}",
+            "thin": f"distill {STUDENT} --student_ngf 16",
+            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 6",
         },
         size_and_scores,
         paired_baselines,
@@ -284,23 +296,24 @@ TASKS = {
     ),
     "checkerboards": Task(
         "Checkerboards: transposed convolution or resize and convolution",
-        {"deconv": f"train {SMALL}", "resize": f"train {SMALL} --upsample resize"},
+        {"reference": f"train {SMALL}", "resize": f"train {SMALL} --upsample resize"},
         checkerboard_cells,
         paired_baselines,
+        zoom=3,
     ),
     "distillation": Task(
         "Distillation: quality over minutes",
         {
             "teacher_0": f"train {TEACHER}",
-            "from_teacher": "distill --teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired",
-            "from_scratch": "distill --teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired --no-transfer",
+            "student": f"distill {STUDENT}",
+            "scratch": f"distill {STUDENT} --no-transfer",
         },
         size_and_scores,
         paired_baselines,
         curve=True,
     ),
     "ablations": Task(
-        "Ablations on day2night, 2,400 steps each",
+        "Ablations on day2night",
         {
             "reference": f"train {SMALL}",
             "ttur_4x": f"train {SMALL} --lr_D 8e-4",
@@ -311,14 +324,31 @@ TASKS = {
             # the 64 px study, at half its width: its reference and what it tried
             "study_reference": f"train {STUDY} --num_residual 9 --n_layers_D 3",
             "study_a": f"train {STUDY} --num_residual 6 --n_layers_D 2",
-            "study_b": f"train {STUDY} --num_residual 6 --n_downsampling 1 --n_layers_D 3",
+            "study_b": f"train {STUDY} --num_residual 6 --n_downsampling 1 --ngf 16 --ndf 16 --n_layers_D 3",
             "study_c": f"train {STUDY} --num_residual 6 --n_downsampling 1 --n_layers_D 1 --max_mult_D 2",
         },
         size_and_scores,
         paired_baselines,
     ),
+    "fine_tuning": Task(
+        "Fine-tuning on day2night, from the weights of flowers, 800 steps each",
+        {
+            "new": f"train {TUNED}",
+            "tuned": f"train {TUNED} {OF_FLOWERS}",
+            "tuned_last": f"train {TUNED} {OF_FLOWERS} --freeze stem,down,blocks,up",
+        },
+        paired_cells,
+        paired_baselines,
+    ),
+    "pixels": Task(
+        "The same step at 128 and at 64 px",
+        {f"px_{side}": f"train {PIXELS} --img_height {side} --img_width {side}" for side in (64, 128)},
+        pace,
+        lambda *_: {},
+        drawn=None,
+    ),
     "maps": Task(
-        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 4"}, maps_cells, paired_baselines
+        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 6"}, maps_cells, paired_baselines
     ),
 }
 
@@ -328,12 +358,15 @@ TASKS = {
 
 
 def commit() -> str:
-    """The commit of the code that ran, with + where files differ from it."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+    """The commit of the code that ran, with + where Python files differ from it."""
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("diff", "--name-only", "HEAD", "*.py"))
 
 
 def processor() -> str:
@@ -389,9 +422,14 @@ def lay_out(name: str, stored: dict) -> str:
     commands = [
         f"python {r.split()[0]}.py {' '.join(r.split()[1:])} --run_name {n}" for n, r in task.runs.items() if n in rows
     ]
-    picture = f"![{task.title}](results_{name}.png)"
+    picture = [f"![{task.title}](results_{name}.png)", ""] if task.drawn is not None else []
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
-    return "\n".join([f"## {task.title}", "", again, "", *lines, "", picture, "", "```bash", *commands, "```"])
+    return "\n".join([f"## {task.title}", "", again, "", *lines, "", *picture, "```bash", *commands, "```"])
+
+
+def read_store() -> dict:
+    """All tasks' rows so far."""
+    return json.loads(STORE.read_text()) if STORE.is_file() else {}
 
 
 def write_down(name: str, stored: dict) -> None:
@@ -402,24 +440,23 @@ def write_down(name: str, stored: dict) -> None:
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
     head, tail = text.split(begin)[0], text.split(end)[1]
     utils.write_text(PAGE, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
-    everything = json.loads(STORE.read_text()) if STORE.is_file() else {}
-    utils.write_json(STORE, everything | {name: stored})
+    utils.write_json(STORE, read_store() | {name: stored})
 
 
 def reproduce(name: str, data_root: Path, only: list[str]) -> None:
     """Carry out one task; each row is written as soon as it is known."""
     task, dataset = TASKS[name], dataset_of(TASKS[name], data_root)
-    everything = json.loads(STORE.read_text()) if STORE.is_file() else {}
-    rows = everything.get(name, {}).get("rows", {})
+    rows = read_store().get(name, {}).get("rows", {})
     for run, recipe in task.runs.items():
         if only and run not in only:
             continue
         minutes = learn(run, recipe, data_root)
+        rows = read_store().get(name, {}).get("rows", {})  # another process may have come to one, too
         rows[run] = {"cells": task.score(run, dataset), "minutes": round(minutes, 1), "commit": commit()}
         rows |= {label: {"cells": cells} for label, cells in task.before(dataset, run).items()}
         rows = {label: rows[label] for label in [*task.runs, *sorted(rows.keys() - task.runs.keys())] if label in rows}
         write_down(name, {"machine": processor(), "rows": rows})
-    if all(run in rows and (PICTURES / run).is_dir() for run in task.drawn or task.runs):
+    if task.drawn is not None and all(run in rows and (PICTURES / run).is_dir() for run in task.drawn or task.runs):
         picture = curves(task, rows) if task.curve else translations(task, dataset)
         utils.save_picture(picture, PAGE.parent / f"results_{name}.png")
 

@@ -25,7 +25,7 @@ ROOMS = {
     "train": {"models", "utils", "datasets", "metrics", "weights"},
     "distill": {"models", "utils", "datasets", "metrics", "weights", "train"},
     "test": {"models", "utils", "datasets", "metrics", "weights"},
-    "app": {"utils", "datasets", "test"},
+    "app": {"utils", "datasets", "metrics", "test"},
 }
 
 
