@@ -53,7 +53,9 @@ STUDENT = "--teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1
 TUNED = f"{DEMO} --num_residual 6 --ngf 32 --num_epochs 2"
 OF_FLOWERS = "--init_from saved_models/flowers/G_AB.safetensors saved_models/flowers/G_BA.safetensors"
 STUDY = f"{DEMO} --ngf 32 --num_epochs 4"
-TEACHER = f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
+TEACHER = (
+    f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
+)
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 32 --ndf 32"
 )
