@@ -57,13 +57,13 @@ TEACHER = (
     f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 )
 DIGITS = (
-    "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 32 --ndf 32"
+    "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
 )
-DIGITS += " --n_layers_D 2 --batch_size 4 --lambda_identity 0 --ema 0.999"
+DIGITS += " --n_layers_D 2 --batch_size 4 --lr 4e-4 --lambda_identity 0 --ema 0.999 --num_epochs 30"
 FLOWERS = (
     "--dataset_name daisy2sunflower --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 )
-FLOWERS += " --batch_size 1 --num_epochs 4"
+FLOWERS += " --batch_size 1 --num_epochs 3"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
@@ -272,7 +272,7 @@ TASKS = {
             **{f"teacher_{seed}": f"train {TEACHER} --seed {seed}" for seed in range(3)},
             "student": f"distill {STUDENT}",
             "thin": f"distill {STUDENT} --student_ngf 16",
-            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 6",
+            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 5",
         },
         size_and_scores,
         paired_baselines,
@@ -350,7 +350,7 @@ TASKS = {
         drawn=None,
     ),
     "maps": Task(
-        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 6"}, maps_cells, paired_baselines
+        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 4"}, maps_cells, paired_baselines
     ),
 }
 
