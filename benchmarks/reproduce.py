@@ -376,9 +376,9 @@ def processor() -> str:
     names = [line.split(":")[1] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     device = utils.pick_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.processor()])[0].strip()
-    return (
-        f"{name}, {torch.get_num_threads()} threads, {utils.pick_precision('auto', device)}, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {cores}, {utils.pick_precision('auto', device)}, torch {torch.__version__}"
 
 
 def read_lines(path: str) -> list[str]:
