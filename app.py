@@ -27,7 +27,10 @@ import metrics
 import test  # as distill.py stands on train.py: a page shows what test.py answers
 import utils
 
-NO_RUN = "no run in saved_models yet; train one with make demo, or python train.py --dataset_name NAME, then reload"
+NO_RUN = (
+    "no run in saved_models yet; try --weights examples/day2night.safetensors, or train one with make demo, "
+    "or python train.py --dataset_name NAME, then reload"
+)
 SIZE = [256, 256]  # height and width in px that a network sees whose file does not record it: those of the paper
 REPEATS = 3  # timed passes; their median is shown
 CSS = """

@@ -88,7 +88,9 @@ def test_one_generator_file_has_no_round_trip(photo):
 
 def test_without_a_run_the_app_says_how_to_train_one():
     assert app.find_runs() == []
-    with pytest.raises(InputError, match=r"no run in saved_models yet; train one with .*python train\.py"):
+    with pytest.raises(
+        InputError, match=r"no run in saved_models yet; try --weights examples.*, or train one with .*python train\.py"
+    ):
         opened(None)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import test as test_stage
 import train
-from datasets import load_picture
+from datasets import draw_scene, load_picture
 from models import GeneratorConfig, build_generator
 from utils import load_state, range_to_bytes, save_state
 from weights import load_generator, save_generator, to_junyanz
@@ -99,6 +99,23 @@ def test_one_file_of_weights_and_one_picture_are_enough(run):
     assert [p.name for p in output.rglob("*.png")].count("cat.photo.png") == 2  # the input and its translation
     assert opened(output / "fake_A/cat.photo.png").size == (30, 40)
     assert not (output / "rec_B").exists()
+
+
+def test_the_student_that_comes_with_the_project_turns_day_into_night():
+    examples = Path(test_stage.__file__).parent / "examples"
+    assert (examples / "day2night.safetensors").stat().st_size <= 1.2e6
+    Path("day").mkdir()
+    for seed in range(900_000, 900_004):  # neither trained on nor tested with
+        draw_scene(seed, "day").save(f"day/{seed}.png")
+    shutil.copy(examples / "day.png", "day")
+    argv = ["--weights", examples / "day2night.safetensors", "--input", "day", "--output", "out", *FP32]
+    test_stage.main([*map(str, argv)])
+    errors = [
+        np.square(pixels(f"out/fake_B/{seed}.png") / 255.0 - np.asarray(draw_scene(seed, "night")) / 255.0).mean()
+        for seed in range(900_000, 900_004)
+    ]
+    assert -10 * np.log10(errors).mean() > 20  # dB; the best recolouring of all pictures by one rule has 18.4
+    assert pixels("out/fake_B/day.png").mean() < 0.6 * pixels(examples / "day.png").mean()
 
 
 def test_names_and_sub_folders_are_kept_and_never_collide(run):
