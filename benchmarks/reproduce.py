@@ -272,7 +272,7 @@ TASKS = {
             **{f"teacher_{seed}": f"train {TEACHER} --seed {seed}" for seed in range(3)},
             "student": f"distill {STUDENT}",
             "thin": f"distill {STUDENT} --student_ngf 16",
-            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 5",
+            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 4",
         },
         size_and_scores,
         paired_baselines,
@@ -350,7 +350,7 @@ TASKS = {
         drawn=None,
     ),
     "maps": Task(
-        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 4"}, maps_cells, paired_baselines
+        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 3"}, maps_cells, paired_baselines
     ),
 }
 
