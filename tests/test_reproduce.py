@@ -42,7 +42,8 @@ def test_a_row_is_written_with_its_command_and_the_rest_of_the_page_stays(page):
     assert text.count("| maps_64 | 1 / 2 | 4.5 | abc |") == 1
     assert text.count("| deconv | 1 / 2 | 3.0 | abc |") == 1
     assert "3.0 | abc |" not in text.split("<!-- end of maps -->")[0]
-    assert f"python train.py {reproduce.MAPS} --num_epochs 6 --run_name maps_64" in text
+    recipe = reproduce.TASKS["maps"].runs["maps_64"].removeprefix("train ")
+    assert f"python train.py {recipe} --run_name maps_64" in text
     assert set(json.loads(reproduce.STORE.read_text())) == {"maps", "checkerboards"}
 
 
