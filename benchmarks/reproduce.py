@@ -59,7 +59,7 @@ TEACHER = (
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
 )
-DIGITS += " --n_layers_D 2 --batch_size 4 --lr 4e-4 --lambda_identity 0 --ema 0.999 --num_epochs 30"
+DIGITS += " --n_layers_D 2 --batch_size 4 --lr 4e-4 --lambda_cycle 4 --lambda_identity 0 --ema 0.999 --num_epochs 60"
 FLOWERS = (
     "--dataset_name daisy2sunflower --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 )
