@@ -116,7 +116,8 @@ def paired_baselines(dataset: Path, run: str) -> dict[str, dict[str, str]]:
     for name in scores["AtoB"]["paired"]:
         if name != "model":
             both = [scores[direction]["paired"][name] for direction in ("AtoB", "BtoA") if direction in scores]
-            rows[name] = {"PSNR A→B / B→A": " / ".join(f"{row['PSNR']:.2f}" for row in both)}
+            column = "PSNR A→B / B→A" if len(both) == 2 else "PSNR"
+            rows[name] = {column: " / ".join(f"{row['PSNR']:.2f}" for row in both)}
     return rows
 
 
@@ -236,6 +237,8 @@ def translations(task: Task, dataset: Path) -> Image.Image:
         folders = {f"real_{source}": dataset / f"test{source}"}
         for run in task.drawn or task.runs:
             folders[run] = PICTURES / run / folder_name / f"fake_{target}"
+        if not all(folder.is_dir() for folder in folders.values()):
+            continue  # maps: scored in one direction
         for name, folder in folders.items():
             paths = datasets.list_pictures(folder)
             chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
