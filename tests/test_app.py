@@ -216,7 +216,7 @@ def test_in_a_browser_a_photo_is_uploaded_translated_and_a_wrong_file_does_no_ha
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(page.address)
-    page.get_by_text("No run in saved_models yet; train one").wait_for()
+    page.get_by_text("No run in saved_models yet").wait_for()
     write_run()
     page.goto(page.address)
     upload, button = page.locator("input[type=file]").first, page.get_by_role("button", name="Translate", exact=True)
