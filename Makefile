@@ -1,6 +1,7 @@
 # make demo    train on drawn landscapes, test, and say where the pictures are
 # make smoke   a few steps, to see that all is installed
-# make test    lint and the everyday tests
+# make test    lint, types and the everyday tests
+# make format  let ruff lay out the code
 # make slow    the tests that take longer
 # make browser what the slow tests with a browser need, as root on Debian; without it they are skipped
 # make results train and score every row of docs/results.md again: many hours; DATA=DIR holds the data sets
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --num_epochs 12
 
-.PHONY: demo smoke test slow browser results clean
+.PHONY: demo smoke test format slow browser results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -34,7 +35,12 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/ty check
 	$(BIN)/python -m pytest
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

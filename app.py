@@ -11,21 +11,26 @@ import argparse
 import functools
 import json
 import os
+import secrets
 import socket
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
-import datasets
+import flags
+import images
 import metrics
-import test  # as distill.py stands on train.py: a page shows what test.py answers
 import utils
+from checkpoints import RUNS
+from files import atomic_write
+from inference import DOMAINS, Source, Translator, free_name, load_networks, output_image
+from utils import InputError
 
 NO_RUN = (
     "no run in saved_models yet; try --weights examples/day2night.safetensors, or train one with make demo, "
@@ -37,7 +42,7 @@ CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* small ones, too */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds stand at its end */
 """
-FORGET = 3600  # seconds after which an upload is deleted
+FORGET = 3600  # seconds after which an upload or a zip is deleted
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,46 +51,40 @@ FORGET = 3600  # seconds after which an upload is deleted
 
 def find_runs(direction: str = "?To?") -> list[str]:
     """Names of the runs that have generators, or that of a direction, the newest first."""
-    files = Path("saved_models").glob(f"*/G_{direction[0]}{direction[-1]}.safetensors")
+    files = RUNS.glob(f"*/G_{direction[0]}{direction[-1]}.safetensors")
     times = {path.parent.name: path.stat().st_mtime for path in files}
-    return sorted(times, key=times.get, reverse=True)
+    return sorted(times, key=lambda name: times[name], reverse=True)
 
 
 @functools.lru_cache(maxsize=4)
-def load_tester(flags: tuple[str, ...], stamps: tuple[int, ...]) -> test.Tester:
+def load_translator(
+    weights: Path | None, run_name: str, device: str, precision: str, stamps: tuple[int, ...]
+) -> Translator:
     """Load networks as test.py does; stamps: times of their files, so that a training run shows its newest."""
-    tester = test.make_tester(test.parse_args(flags))
-    tester.recipe["size"] = tester.recipe["size"] or SIZE  # a photo at its own size could fill the memory
-    return tester
+    nets, metadata = load_networks(weights, run_name)
+    size = metadata["size"] or SIZE  # a photo at its own size could fill the memory
+    return Translator(nets, {**metadata, "size": size}, device, precision)
 
 
-def open_run(args: argparse.Namespace, run_name: str | None) -> test.Tester:
+def open_run(args: argparse.Namespace, run_name: str | None) -> Translator:
     """The networks of a run, or those of --weights."""
     if not (args.weights or run_name):
-        raise utils.InputError(NO_RUN)
-    files = [args.weights] if args.weights else sorted(Path("saved_models", run_name).glob("G_??.safetensors"))
-    what = f"--weights={args.weights}" if args.weights else f"--run_name={run_name}"
-    flags = (what, f"--device={args.device}", f"--precision={args.precision}")
-    return load_tester(flags, tuple(path.stat().st_mtime_ns for path in files if path.is_file()))
-
-
-def directions(tester: test.Tester) -> list[str]:
-    """The directions that its networks translate."""
-    return [name for name, (source, target) in test.DIRECTIONS.items() if f"G_{source}{target}" in tester.nets]
-
-
-def generators(tester: test.Tester, direction: str) -> tuple[nn.Module, nn.Module | None]:
-    """The generator of a direction, and the one that leads back, if there is one."""
-    if direction not in directions(tester):
-        raise utils.InputError(f"these weights translate {', '.join(directions(tester))} only; choose that direction")
-    return tester.generators(direction)
+        raise InputError(NO_RUN)
+    paths = [args.weights]
+    try:
+        if run_name and not args.weights:
+            paths = sorted((RUNS / flags.folder_name(run_name)).glob("G_??.safetensors"))
+    except argparse.ArgumentTypeError as error:  # not out of the list in the page
+        raise InputError(f"run: {error}") from None
+    stamps = tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
+    return load_translator(args.weights, run_name or "", args.device, args.precision, stamps)
 
 
 def read_lesson(run_name: str) -> tuple[str | None, str | None]:
     """The teacher of a run and which direction was distilled; None, None of a run that is no student."""
     try:
-        flags = json.loads(Path("saved_models", run_name, "run.json").read_text(encoding="utf-8"))["flags"]
-        return str(flags["teacher"]), str(flags["direction"])
+        saved = json.loads((RUNS / run_name / "run.json").read_text(encoding="utf-8"))["flags"]
+        return str(saved["teacher"]), str(saved["direction"])
     except (OSError, ValueError, KeyError, TypeError):  # without run.json a run can still be shown
         return None, None
 
@@ -95,80 +94,79 @@ def family(run_name: str, direction: str) -> list[str]:
     lessons = {name: read_lesson(name) for name in find_runs(direction)}
     taught = {name: teacher for name, (teacher, way) in lessons.items() if way in (direction, "both")}
     teacher = taught.get(run_name, run_name)
-    students = [name for name in taught if taught[name] == teacher]
-    return [*([teacher] if teacher in lessons else []), *students] or [run_name]
+    relatives = [name for name in taught if taught[name] == teacher]
+    if teacher in lessons:
+        relatives.insert(0, teacher)
+    return relatives or [run_name]
 
 
 # ---------------------------------------------------------------------------------------------
 # Translating
 
 
-def read_photo(tester: test.Tester, net: nn.Module, path: Path) -> tuple[Image.Image, Tensor]:
-    """Read an upload: the picture, and (1, C, H, W) in [-1, 1] as the network shall see it.
+def read_photo(translator: Translator, path: Path) -> Source:
+    """Read an upload.
 
-    raises: InputError if it is no picture, or too large or too small
+    raises: InputError if it is no image, or too large or too small
     """
-    _, picture, seen = test.read_seen(tester, net, path)
-    if picture is None:
-        reason = str(seen).replace(str(path), path.name)
-        raise utils.InputError(f"{path.name}: {reason}; expected a picture such as PNG or JPEG")
-    return picture, utils.picture_to_tensor(seen)[None]
+    source = translator.read_seen(path)
+    if source.fault:
+        reason = str(source.fault).replace(str(path), path.name)
+        raise InputError(f"{path.name}: {reason}; expected an image such as PNG or JPEG")
+    return source
 
 
-def to_picture(answer: Tensor, size: tuple[int, int]) -> Image.Image:
-    """(1, C, H, W) in [-1, 1] → a picture of (width, height)."""
-    return datasets.resize_picture(utils.tensor_to_picture(answer[0]), size)
+def translate(
+    translator: Translator, direction: str, path: Path
+) -> tuple[Image.Image, Image.Image, Image.Image | None]:
+    """Input, translation and round trip of one file, all at the image's own size; no way back: no round trip."""
+    net, back = translator.generators(direction)
+    source = read_photo(translator, path)
+    fake = translator(net, images.image_to_tensor(source.seen)[None])
+    rec = output_image(translator(back, fake)[0], source.image.size) if back else None
+    return source.image, output_image(fake[0], source.image.size), rec
 
 
-def translate(tester: test.Tester, direction: str, path: Path) -> tuple[Image.Image, Image.Image, Image.Image | None]:
-    """Input, translation and round trip of one file, all at the picture's own size; no way back: no round trip."""
-    net, back = generators(tester, direction)
-    picture, seen = read_photo(tester, net, path)
-    fake = tester(net, seen)
-    rec = to_picture(tester(back, fake), picture.size) if back else None
-    return picture, to_picture(fake, picture.size), rec
-
-
-def compare(testers: dict[str, test.Tester], direction: str, path: Path) -> list[tuple[Image.Image, str]]:
-    """The answers of several runs to one file, each with its name, the median milliseconds in the network and its size."""
+def compare(translators: dict[str, Translator], direction: str, path: Path) -> list[tuple[Image.Image, str]]:
+    """What several runs make of one file, each with its name, the median milliseconds in the network and its size."""
     shown = []
-    for name, tester in testers.items():
-        net, _ = generators(tester, direction)
-        picture, seen = read_photo(tester, net, path)
-        answer = functools.partial(tester, net, seen)
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        caption = f"{name}: {metrics.median_ms(answer, REPEATS):.1f} ms, {size:.2f} M weights"
-        shown.append((to_picture(answer(), picture.size), caption))
+    for name, translator in translators.items():
+        net, _ = translator.generators(direction)
+        source = read_photo(translator, path)
+        run = functools.partial(translator, net, images.image_to_tensor(source.seen)[None])
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        caption = f"{name}: {metrics.median_ms(run, REPEATS):.1f} ms, {millions:.2f} M weights"
+        shown.append((output_image(run()[0], source.image.size), caption))
     return shown
 
 
-def translate_batch(tester: test.Tester, direction: str, paths: Iterable[Path], output: Path) -> list[str]:
+def translate_batch(translator: Translator, direction: str, paths: Iterable[Path], output: Path) -> list[str]:
     """Write the translations of files into a zip, each under its input's name; returns what is wrong with the others.
 
-    raises: InputError if none can be translated
+    raises: InputError if none can be translated; there is no zip then
     """
-    net, _ = generators(tester, direction)
-    faults, taken = [], set()
-    with zipfile.ZipFile(output, "w") as archive:  # PNGs cannot be packed any smaller
+    net, _ = translator.generators(direction)
+    folder = f"fake_{DOMAINS[direction][1]}"
+    faults = []
+    taken = set()
+    with atomic_write(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNGs pack no smaller
         for path in paths:
             try:
-                picture, seen = read_photo(tester, net, path)
-            except utils.InputError as error:
+                source = read_photo(translator, path)
+            except InputError as error:
                 faults.append(str(error))
                 continue
-            stem = path.stem
-            while stem.lower() in taken:
-                stem += "_"
-            taken.add(stem.lower())
-            with archive.open(f"fake_{test.DIRECTIONS[direction][1]}/{stem}.png", "w") as file:
-                to_picture(tester(net, seen), picture.size).save(file, format="PNG")
-    if not taken:
-        raise utils.InputError(faults[0] if faults else "no file given; drop some pictures first")
+            name = free_name(Path(path.stem), taken)
+            fake = translator(net, images.image_to_tensor(source.seen)[None])
+            with archive.open(f"{folder}/{name}", "w") as file:
+                output_image(fake[0], source.image.size).save(file, format="PNG")
+        if not taken:
+            raise InputError(faults[0] if faults else "no file given; drop some images first")
     return faults
 
 
 # ---------------------------------------------------------------------------------------------
-# The page
+# What the buttons of the page do
 
 
 def in_page(function: Callable) -> Callable:
@@ -179,70 +177,95 @@ def in_page(function: Callable) -> Callable:
     def run(*inputs: object) -> object:
         try:
             return function(*inputs)
-        except (utils.InputError, utils.RunError) as error:
+        except (InputError, utils.RunError) as error:
             words = error
         except OSError as error:
             words = f"{Path(error.filename or 'output').name}: {error.strerror or error}"
         except (MemoryError, torch.OutOfMemoryError):
-            words = "out of memory; take a smaller picture"
+            words = "out of memory; take a smaller image"
         raise gradio.Error(utils.one_line(words), print_exception=False)
 
     return run
 
 
-def build_page(args: argparse.Namespace, folder: Path) -> object:
-    """Lay out the page and say what its buttons do; folder: for the zip."""
+def refresh(args: argparse.Namespace) -> list:
+    """The notice, which is hidden where there is a run, and the choice of runs."""
     import gradio as gr
 
-    ways = [
-        (f"{way[0]} → {way[-1]}", way)
-        for way in (directions(open_run(args, None)) if args.weights else test.DIRECTIONS)
-    ]
+    runs = [args.weights.name] if args.weights else find_runs()
+    notice = gr.Markdown(f"**{NO_RUN[0].upper()}{NO_RUN[1:]} this page.**", visible=not runs)
+    return [notice, gr.Dropdown(runs, value=runs[0] if runs else None)]
 
-    def refresh() -> list:
-        runs = [args.weights.name] if args.weights else find_runs()
-        notice = gr.Markdown(f"**{NO_RUN[0].upper()}{NO_RUN[1:]} this page.**", visible=not runs)
-        return [notice, gr.Dropdown(runs, value=runs[0] if runs else None)]
 
-    def show(run_name: str | None, direction: str, photo: str | None) -> list:
-        tester = open_run(args, run_name)
-        if not photo:
-            raise utils.InputError("no picture given; drop one, or take a photo")
-        picture, fake, rec = translate(tester, direction, Path(photo))
-        names = [] if args.weights else family(run_name, direction)
-        testers = {name: open_run(args, name) for name in names if len(names) > 1}
-        relatives = gr.Gallery(compare(testers, direction, Path(photo)), visible=bool(testers))
-        return [fake, rec, (picture, fake), relatives]
+def show(args: argparse.Namespace, run_name: str | None, direction: str, photo: str | None) -> list:
+    """Translation, round trip, before and after, and what the relatives of the run make of it."""
+    import gradio as gr
 
-    def pack(run_name: str | None, direction: str, files: list[str] | None) -> list:
-        output = folder / f"{direction}.zip"
-        progress = gr.Progress().tqdm([Path(file) for file in files or []], unit="pictures")
-        faults = translate_batch(open_run(args, run_name), direction, progress, output)
-        return [str(output), "\n".join(f"* left out: {utils.one_line(fault)}" for fault in faults)]
+    translator = open_run(args, run_name)
+    if not photo:
+        raise InputError("no image given; drop one, or take a photo")
+    image, fake, rec = translate(translator, direction, Path(photo))
+    names = family(run_name, direction) if run_name and not args.weights else []
+    translators = {name: open_run(args, name) for name in names if len(names) > 1}
+    relatives = gr.Gallery(compare(translators, direction, Path(photo)), visible=bool(translators))
+    return [fake, rec, (image, fake), relatives]
 
+
+def pack(args: argparse.Namespace, folder: Path, run_name: str | None, direction: str, paths: list[str] | None) -> list:
+    """A zip of many translations, and what was left out.
+
+    It lies where no other visitor overwrites it or guesses its address, below the folder whose files gradio deletes.
+    """
+    import gradio as gr
+
+    output = folder / secrets.token_urlsafe() / f"{direction}.zip"
+    output.parent.mkdir()
+    progress = gr.Progress().tqdm([Path(path) for path in paths or []], unit="images")
+    faults = translate_batch(open_run(args, run_name), direction, progress, output)
+    return [str(output), "\n".join(f"* left out: {utils.one_line(fault)}" for fault in faults)]
+
+
+def build_page(args: argparse.Namespace, folder: Path) -> Any:
+    """Lay out the page and say what its buttons do; folder: for the zips."""
+    import gradio as gr
+
+    directions = open_run(args, None).directions if args.weights else list(DOMAINS)
+    choices = [(f"{direction[0]} → {direction[-1]}", direction) for direction in directions]
     with gr.Blocks(title="CycleGAN", fill_width=True, delete_cache=(FORGET // 6, FORGET)) as page:
         notice = gr.Markdown(visible=False)
         with gr.Row():
             run = gr.Dropdown([], label="run")
-            direction = gr.Radio(ways, value=ways[0][1], label="direction")
-        look = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # other formats lose
-        with gr.Tab("One picture"):
+            direction = gr.Radio(choices, value=directions[0], label="direction")
+        look: dict[str, Any] = {
+            "format": "png",
+            "height": 300,
+            "buttons": ["download", "fullscreen"],
+        }  # other formats lose
+        with gr.Tab("One image"):
             with gr.Row():
                 photo = gr.Image(height=340, label="input")  # with a bar of 40 px
-                fake, rec = (gr.Image(label=x, interactive=False, **look) for x in ("translation", "round trip"))
+                fake = gr.Image(label="translation", interactive=False, **look)
+                rec = gr.Image(label="round trip", interactive=False, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
                 relatives = gr.Gallery(label="teacher and students", visible=False, columns=2, **look)
-        with gr.Tab("Many pictures"):
-            files = gr.File(file_count="multiple", file_types=sorted(datasets.SUFFIXES), label="pictures")
+        with gr.Tab("Many images"):
+            paths = gr.File(file_count="multiple", file_types=sorted(images.SUFFIXES), label="images")
             pack_button = gr.Button("Translate into a zip", variant="primary")
-            packed, faults = gr.File(label="zip", interactive=False), gr.Markdown()
-        photo.preprocess = lambda upload: upload and upload.path  # gradio's own fails with a traceback
-        page.load(refresh, None, [notice, run])
-        one = {"concurrency_id": "networks", "concurrency_limit": 1}  # else the milliseconds would count the neighbours
-        button.click(in_page(show), [run, direction, photo], [fake, rec, slider, relatives], **one)
-        pack_button.click(in_page(pack), [run, direction, files], [packed, faults], **one)
+            packed = gr.File(label="zip", interactive=False)
+            faults = gr.Markdown()
+        photo.preprocess = lambda upload: upload and upload.path  # ty: ignore  # gradio's own fails with a traceback
+        page.load(functools.partial(refresh, args), None, [notice, run], api_name="refresh")
+        one: dict[str, Any] = {
+            "concurrency_id": "networks",
+            "concurrency_limit": 1,
+        }  # else the milliseconds would count the neighbours
+        shown = [fake, rec, slider, relatives]
+        show_it = in_page(functools.partial(show, args))
+        button.click(show_it, [run, direction, photo], shown, api_name="show", **one)
+        pack_them = in_page(functools.partial(pack, args, folder))
+        pack_button.click(pack_them, [run, direction, paths], [packed, faults], api_name="pack", **one)
     return page
 
 
@@ -252,14 +275,14 @@ def build_page(args: argparse.Namespace, folder: Path) -> object:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = utils.Parser(prog="app.py", description=__doc__)
-    add = utils.flag_group(parser, "what")
-    add("--weights", type=utils.path_name, default=None, metavar="FILE", help="a generator file, in place of the runs")
+    parser = flags.Parser(prog="app.py", description=__doc__)
+    add = flags.flag_group(parser, "what")
+    add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of the runs")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network in")
-    add("--port", type=utils.whole(1, 65535), default=7860, help="port to listen at")
-    add("--max_mb", type=utils.number(0, 10**4, above=True), default=20.0, help="largest file to upload, MiB")
-    utils.add_pixel_flag(add)
-    utils.add_device_flags(parser)
+    add("--port", type=flags.int_between(1, 65535), default=7860, help="port to listen at")
+    add("--max_mb", type=flags.float_between(0, 10**4, above=True), default=20.0, help="largest file to upload, MiB")
+    flags.add_pixel_flag(add)
+    flags.add_device_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -272,7 +295,7 @@ def refuse_taken(host: str, port: int) -> None:
         hint = f"such as --port {port + 1 if 1024 <= port < 65535 else 7860}"
         reason = str(error.strerror).split(" (while")[0]  # Python names the address once more
         words = f"{reason}; expected an address of this machine and a free port, {hint}"
-        raise utils.InputError(f"--host {host} --port {port}: {words}") from None
+        raise InputError(f"--host {host} --port {port}: {words}") from None
 
 
 @utils.stage
@@ -282,20 +305,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_taken(args.host, args.port)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     utils.need_package("gradio", "app.py", "pip install -r requirements-app.txt")
-    datasets.limit_pixels(1e6 * args.max_megapixels)
+    images.limit_pixels(1e6 * args.max_megapixels)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(args, Path(folder))
         address = {"server_name": args.host, "server_port": args.port, "max_file_size": round(2**20 * args.max_mb)}
-        alone = {
-            "share": False,
-            "ssr_mode": False,
-            "footer_links": [],
-            "prevent_thread_lock": True,
-            "quiet": True,
-            "css": CSS,
-        }
-        page.launch(**address, **alone)
+        alone = {"share": False, "ssr_mode": False, "footer_links": [], "css": CSS}
+        page.launch(**address, **alone, prevent_thread_lock=True, quiet=True)
         utils.say(f"open http://{args.host}:{args.port} ; Ctrl-C ends it")
         try:
             while True:

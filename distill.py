@@ -5,9 +5,8 @@
     python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
-The student takes its teacher's place in the CycleGAN objective and also learns the teacher's
-hidden states and pictures. The other generator and the discriminators go on from the teacher's.
-The report takes test pictures of the same name for pairs; where they are none, its match@1 is near 0.
+The student takes its teacher's place in the CycleGAN objective and also learns its hidden states and images; the
+other networks go on from the teacher's. The report takes test images of one name for pairs.
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
 
@@ -16,44 +15,117 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
+import cyclegan
 import datasets
+import flags
+import images
 import metrics
 import models
+import train
 import utils
-import weights
-from train import (
-    Run,
-    Task,
-    carry_out,
-    check_sizes,
-    cyclegan_objective,
-    cyclegan_rows,
-    loss_names,
-    make_feed,
-    make_run,
-    refuse_contradictions,
-    refuse_second_run,
-    resume_args,
-    settle,
-    translate,
-)
-from weights import DIRECTIONS
+from checkpoints import IMAGES, RUNS
+from files import write_json
+from inference import check_together, load_run
+from models import DIRECTIONS
+from progress import cyclegan_rows
+from utils import InputError, say
+from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "head")  # all but the blocks, whose number differs
+FIXED_FLAGS = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
+COLUMNS = 6  # images in the report's grid
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective
+
+
+def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean squared error between a student's hidden states and those of its teacher, mean over the pairs.
+
+    hidden, targets: states of equal shapes, pair by pair
+    returns:         scalar, at least 0
+    raises:          ValueError if the shapes or counts differ (mse_loss would broadcast one state over three)
+    """
+    if [x.shape for x in hidden] != [x.shape for x in targets]:
+        raise ValueError("hidden states differ in number or shape")
+    losses: Any = (F.mse_loss(cyclegan.to_float(x), cyclegan.to_float(y)) for x, y in zip(hidden, targets, strict=True))
+    return sum(losses) / len(hidden)
+
+
+def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
+    """Which teacher block each student block imitates: spread evenly, the last with the last; 1, 4, 8 for 9 → 3."""
+    if (teacher_blocks, student_blocks) == (9, 3):
+        return [1, 4, 8]
+    if not teacher_blocks:
+        return []
+    return [max(0, round((i + 1) * teacher_blocks / student_blocks) - 1) for i in range(student_blocks)]
+
+
+@dataclass
+class DistillationLoss:
+    """The CycleGAN objective with students in their teachers' places, plus the distance to their teachers."""
+
+    teachers: models.Nets  # frozen, by the name of the generator that learns from them
+    adapters: nn.ModuleDict  # where widths differ: NAME_i brings block i of a student to its teacher's width
+    pairs: Sequence[int]  # the teacher block that each student block imitates
+    lambda_hidden: float
+    lambda_output: float
+
+    def __call__(
+        self, nets: dict[str, Callable], real_A: Tensor, real_B: Tensor, config: cyclegan.LossConfig
+    ) -> tuple[Tensor, dict[str, Tensor], dict]:
+        """As cyclegan.generator_loss, with the terms hidden_XY and output_XY of each student."""
+        loss, terms, outputs = cyclegan.generator_loss(nets, real_A, real_B, config)
+        for name, teacher in self.teachers.items():
+            letters = name[2:]
+            with torch.no_grad():
+                image, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
+            hidden = outputs[f"hidden_{letters}"]
+            if f"{name}_0" in self.adapters:
+                hidden = [self.adapters[f"{name}_{i}"](state) for i, state in enumerate(hidden)]
+            terms[f"output_{letters}"] = cyclegan.image_loss(outputs[f"fake_{letters[1]}"], image)
+            loss = loss + self.lambda_output * terms[f"output_{letters}"]
+            if self.pairs:
+                terms[f"hidden_{letters}"] = hidden_loss(hidden, [states[block] for block in self.pairs])
+                loss = loss + self.lambda_hidden * terms[f"hidden_{letters}"]
+        return loss, terms, outputs
+
+
+def distillation_rows(
+    model: cyclegan.CycleGAN, real_A: Tensor, real_B: Tensor, teachers: models.Nets
+) -> list[tuple[str, Tensor]]:
+    """The rows of a CycleGAN grid, and under each student's images those of its teacher."""
+    reals = {"A": real_A, "B": real_B}
+    rows = []
+    for label, row in cyclegan_rows(model, real_A, real_B):
+        rows.append((label, row))
+        for name, teacher in teachers.items():
+            if label == f"fake_{name[3]}":
+                taught = cyclegan.translate(teacher, reals[name[2]], model.precision)
+                rows.append((f"teacher_{name[3]}", taught))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Teacher and student
 
 
 @dataclass
 class Teacher:
     """Frozen generators by name, where they come from, and what was learnt beside them."""
 
-    nets: dict[str, nn.Module]  # G_AB, G_BA, D_A, D_B; of a single file, one generator
+    nets: models.Nets  # G_AB, G_BA, D_A, D_B; of a single file, one generator
     flags: object  # of its training, not checked yet; a single file has none
     path: Path
     single: bool  # one generator alone
@@ -64,226 +136,172 @@ class Teacher:
         return {"path": str(self.path), "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
 
-# ---------------------------------------------------------------------------------------------
-# Teacher and student
-
-
 def load_teacher(name: str, students: Sequence[str]) -> Teacher:
     """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's).
 
     students: names of the generators that shall get one
     raises:   InputError if there is no such teacher, or it lacks one of these generators
     """
-    folder, path, state = Path("saved_models") / name, Path(name), None
-    if folder.is_dir() and not path.is_file():
-        state, path = utils.load_checkpoint(folder, "latest", f"--teacher {name}, epoch")
+    path = Path(name)
+    state = None
+    if (RUNS / name).is_dir() and not path.is_file():
+        state, path = checkpoints.load_checkpoint(RUNS / name, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
-        hint = f"runs found: {utils.found_runs()}; train one with: python train.py"
-        raise utils.InputError(f"--teacher {name}: no such run or file; {hint}")
-    if not state and utils.is_state(path):
-        state = utils.load_state(path)
-    if state:
-        teacher = Teacher(weights.networks_of(state, path), state.get("args"), path, single=False)
+        hint = f"runs found: {checkpoints.found_runs()}; train one with: python train.py"
+        raise InputError(f"--teacher {name}: no such run or file; {hint}")
+    if state or checkpoints.is_state(path):
+        state = state or checkpoints.load_state(path)
+        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args"), path, single=False)
     else:
-        net, recipe = weights.load_generator(path)
-        known = [key for key, direction in DIRECTIONS.items() if direction == recipe["direction"]] or students[:1]
-        utils.say(f"{path}: a single generator, so the other one and the discriminators start new")
-        teacher = Teacher({known[0]: net}, None, path, single=True, size=recipe["size"])
+        net, metadata = load_generator(path)
+        name = next((key for key in DIRECTIONS if DIRECTIONS[key] == metadata["direction"]), students[0])
+        say(f"{path}: a single generator, so the other one and the discriminators start new")
+        teacher = Teacher({name: net}, None, path, single=True, size=metadata["size"])
     missing = [DIRECTIONS[key] for key in students if key not in teacher.nets]
     if missing:
         present = ", ".join(DIRECTIONS[key] for key in teacher.nets if key in DIRECTIONS)
-        raise utils.InputError(f"--teacher {path}: translates {present} only, not {missing[0]}; give that --direction")
+        raise InputError(f"--teacher {path}: translates {present} only, not {missing[0]}; give that --direction")
+    check_together(teacher.nets, path, teacher.size)
+    for net in teacher.nets.values():
+        net.requires_grad_(False).eval()
     return teacher
 
 
-def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
-    """Which teacher block each student block imitates: spread evenly, the last with the last; 1, 4, 8 for 9 → 3."""
-    if (teacher_blocks, student_blocks) == (9, 3):
-        return [1, 4, 8]
-    return [
-        max(0, round((i + 1) * teacher_blocks / student_blocks) - 1)
-        for i in range(student_blocks if teacher_blocks else 0)
-    ]
+def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> None:
+    """Start a student from what fits of its teacher, all but the blocks, and say what that is."""
+    theirs = teacher.state_dict()
+    copied = {}
+    for name, value in student.state_dict().items():
+        if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
+            copied[name] = theirs[name]
+    student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
+    changed = {name.split(".")[0] for name in theirs.keys() - copied.keys()}
+    whole = [part for part, _ in teacher.named_children() if part not in changed]
+    say(f"student takes from its teacher: {', '.join(whole) or 'no whole part: the widths differ'}")
 
 
-def make_student(teacher: nn.Module, num_residual: int, ngf: int, transfer: bool) -> nn.Module:
+def make_student(teacher: models.Generator, num_residual: int, ngf: int, transfer: bool) -> models.Generator:
     """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
     resnet = teacher.config.generator == "resnet"
     smaller = {"num_residual": num_residual, "ngf": ngf} if resnet else {"vit_blocks": num_residual}
-    config = dataclasses.replace(teacher.config, **smaller)
-    student = models.build_generator(config)
+    student = models.build_generator(dataclasses.replace(teacher.config, **smaller))
     if transfer:
-        theirs, copied = teacher.state_dict(), {}
-        for name, value in student.state_dict().items():
-            if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
-                copied[name] = theirs[name]
-        student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
-        names = {part: [name for name in theirs if name.split(".")[0] == part] for part in COPIED}
-        parts = [part for part in COPIED if names[part] and all(name in copied for name in names[part])]
-        utils.say(f"student takes from its teacher: {', '.join(parts) or 'no whole part: the widths differ'}")
+        copy_outer_layers(student, teacher)
     ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
-    width = f", ngf {ngf}" if resnet else ""
-    utils.say(f"student: {num_residual} blocks{width}: {ratio:.1f}x fewer parameters than its teacher")
+    say(f"student: {num_residual} blocks{f', ngf {ngf}' if resnet else ''}: {ratio:.1f}x fewer parameters")
     if ratio < 1:
-        utils.say("warning: the student is larger than its teacher")
+        utils.warn("the student is larger than its teacher")
     return student
 
 
-def make_adapters(
-    teachers: dict[str, nn.Module], students: dict[str, nn.Module], pairs: Sequence[int]
-) -> nn.ModuleDict:
-    """Make a 1x1 convolution per pair of blocks where the widths differ; they learn with the student and are thrown away."""
+def make_adapters(teachers: models.Nets, students: models.Nets, pairs: Sequence[int]) -> nn.ModuleDict:
+    """Make a 1x1 convolution per pair of blocks where the widths differ; they learn and are thrown away."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.items():
-        wide, thin = (net.config.hidden_width for net in (teacher, students[name]))
-        for i in range(len(pairs) if wide != thin else 0):
-            adapters[f"{name}_{i}"] = nn.Conv2d(thin, wide, 1)
+        wide = teacher.config.hidden_width
+        thin = students[name].config.hidden_width
+        if wide != thin:
+            for i in range(len(pairs)):
+                adapters[f"{name}_{i}"] = nn.Conv2d(thin, wide, 1)
     return adapters
 
 
-# ---------------------------------------------------------------------------------------------
-# The objective
-
-
-def distill_objective(
-    run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, nn.Module], pairs: Sequence[int]
-) -> tuple[Tensor, dict[str, Tensor], dict]:
-    """The CycleGAN objective with the student in the teacher's place, its teacher's hidden states and pictures.
-
-    returns: as cyclegan_objective, with the terms hidden_XY and output_XY of each student
-    """
-    loss, terms, seen = cyclegan_objective(run, real_A, real_B)
-    for name, teacher in teachers.items():
-        letters = name[2:]
-        with utils.autocast(run.device, run.precision):
-            with torch.no_grad():
-                picture, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
-            own = seen[f"hidden_{letters}"]
-            if f"{name}_0" in run.adapters:
-                own = [run.adapters[f"{name}_{i}"](state) for i, state in enumerate(own)]
-        terms[f"output_{letters}"] = models.picture_loss(seen[f"fake_{letters[1]}"], picture)
-        loss = loss + run.args.lambda_output * terms[f"output_{letters}"]
-        if pairs:
-            terms[f"hidden_{letters}"] = models.hidden_loss(own, [states[block] for block in pairs])
-            loss = loss + run.args.lambda_hidden * terms[f"hidden_{letters}"]
-    return loss, terms, seen
-
-
-def distill_rows(run: Run, real_A: Tensor, real_B: Tensor, teachers: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """The rows of a CycleGAN grid, and under each student's pictures those of its teacher."""
-    rows, reals = [], {"A": real_A, "B": real_B}
-    for label, pictures in cyclegan_rows(run, real_A, real_B):
-        rows.append((label, pictures))
-        for name, teacher in teachers.items():
-            if label == f"fake_{name[3]}":
-                rows.append((f"teacher_{name[3]}", translate(run, teacher, reals[name[2]])))
-    return rows
+def make_nets(args: argparse.Namespace, teacher: Teacher) -> models.Nets:
+    """Put students in their teachers' places; the rest goes on from what the teacher's run learnt, or starts new."""
+    utils.seed_everything(args.seed, args.deterministic)
+    config = teacher.nets[students_of(args)[0]].config
+    config_D = models.DiscriminatorConfig(channels=config.channels)
+    deepest = config_D.largest_n_layers(min(args.img_height, args.img_width))
+    config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
+    if args.student_ngf and config.generator != "resnet":
+        raise InputError(f"--student_ngf {args.student_ngf}: the width of a {config.generator} is fixed; leave it out")
+    nets: models.Nets = {}
+    for name in students_of(args):
+        ngf = args.student_ngf or teacher.nets[name].config.ngf
+        nets[name] = make_student(teacher.nets[name], args.student_residual, ngf, args.transfer)
+    for name in ("G_AB", "G_BA", "D_A", "D_B"):
+        if name not in nets and name in teacher.nets:
+            nets[name] = copy.deepcopy(teacher.nets[name])
+        elif name not in nets:
+            nets[name] = models.build_generator(config) if name in DIRECTIONS else models.build_discriminator(config_D)
+    for net in nets.values():
+        net.requires_grad_(True).train()
+    flags.check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
+    return {name: nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
 
 
 # ---------------------------------------------------------------------------------------------
 # The report
 
 
-@dataclass
-class Row:
-    """One row of the report: a run's generators, the file that would be shipped, the size it was trained at."""
+def report_rows(args: argparse.Namespace, teacher: Teacher, name: str) -> tuple[dict[str, tuple], tuple[int, int]]:
+    """The networks of one direction to compare: teacher, student, and the student from scratch if its run exists.
 
-    nets: dict[str, nn.Module]
-    file: Path
-    size: Sequence[int] | None
+    returns: by label the generators and the file that would be shipped; height and width that the student learnt at
+    """
+    file = teacher.path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
+    rows = {"teacher": (teacher.nets, file if file.is_file() else teacher.path)}
+    sizes = {}
+    for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
+        file = RUNS / run_name / f"{name}.safetensors"
+        if file.is_file() and (label == "student" or run_name != args.run_name):
+            nets, metadata = load_run(run_name)
+            check_together({**nets, "teacher": teacher.nets[name]}, f"--report: {run_name}")
+            rows[label] = (nets, file)
+            sizes[label] = tuple(metadata["size"])
+    if "student" not in rows:
+        words = f"no student in {RUNS / args.run_name}; distil one first, without --report"
+        raise InputError(f"--report: {words}, or name one with --run_name")
+    return rows, sizes["student"]
 
 
-@torch.no_grad()
-def report_direction(args: argparse.Namespace, name: str, rows: dict[str, Row], device: torch.device) -> dict:
-    """Compare networks of one direction: cost, and quality on the held-out pictures; returns the figures by row."""
-    source, target, size = name[2], name[3], rows["student"].size
-    precision, channels = utils.pick_precision(args.precision, device), rows["student"].nets[name].config.channels
+def report_direction(args: argparse.Namespace, teacher: Teacher, name: str, device: torch.device) -> dict:
+    """Compare networks of one direction: cost, and quality on the held-out images; returns the figures by row."""
+    source, target = name[2:]
+    rows, size = report_rows(args, teacher, name)
+    precision = utils.pick_precision(args.precision, device)
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    folders = (dataset / f"{datasets.held_out_split(dataset)}{domain}" for domain in (source, target))
-    reals, truths = (datasets.named_pictures(folder, size, channels, args.on_bad_image) for folder in folders)
-    shown, paired, answers, table = list(reals)[:: max(1, len(reals) // 6)][:6], reals.keys() & truths.keys(), {}, {}
-
-    blank = torch.zeros(1, channels, *size)
-
-    def ask(net: nn.Module, picture: Tensor) -> Tensor:
-        with utils.autocast(device, precision):
-            return net(picture.to(device)).float()
-
-    def run(net: nn.Module, pictures: dict[Path, Tensor]) -> dict[Path, Tensor]:
-        net.to(device).eval()
-        return {stem: ask(net, x).cpu() for stem, x in pictures.items()}
-
-    def distance(these: dict[Path, Tensor], those: dict[Path, Tensor]) -> float:
-        return metrics.mean_distance([(these[stem], those[stem]) for stem in reals])
-
-    for label, row in rows.items():
-        net, back = row.nets[name], row.nets.get(f"G_{target}{source}")
-        mine = answers[label] = run(net, reals)
-        table[label] = figures = {
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "MMACs": models.count_macs(net, *size) / 1e6,
-            "ms": metrics.median_ms(lambda net=net: ask(net, blank).cpu()),
-            "MB": row.file.stat().st_size / 1e6,
-            "L1 to teacher": distance(mine, answers["teacher"]),
-        }
-        if back:
-            figures["cycle"] = distance(run(back, mine), reals)
-        if paired:
-            both = ([utils.range_to_bytes(pictures[stem][0]) for stem in sorted(paired)] for pictures in (mine, truths))
-            scores = metrics.paired_scores(*both)
-            figures |= {key: scores[key] for key in ("PSNR", "SSIM", "match@1")}
-    grid = {f"real_{source}": reals, **answers} | ({f"real_{target}": truths} if set(shown) <= paired else {})
-    picture = utils.draw_grid([(label, torch.cat([x[stem] for stem in shown])) for label, x in grid.items()])
-    utils.save_picture(picture, Path("generated_images") / args.run_name / f"report_{name}.png")
+    split = datasets.held_out_split(dataset)
+    channels = teacher.nets[name].config.channels
+    reals = datasets.named_images(dataset / f"{split}{source}", size, channels, args.on_bad_image)
+    truths = datasets.named_images(dataset / f"{split}{target}", size, channels, args.on_bad_image)
+    chosen = list(reals)[:: max(1, len(reals) // COLUMNS)][:COLUMNS]
+    shown = {f"real_{source}": reals}
+    table = {}
+    taught = {}
+    for label, (nets, file) in rows.items():
+        for net in nets.values():
+            net.to(device)
+        table[label] = metrics.describe_generator(nets[name], nets.get(f"G_{target}{source}"), reals, truths, precision)
+        fakes = {stem: cyclegan.translate(nets[name], x, precision).cpu() for stem, x in reals.items()}
+        taught = taught or fakes
+        table[label]["MB"] = file.stat().st_size / 1e6
+        table[label]["L1 to teacher"] = metrics.mean_distance([(fakes[stem], taught[stem]) for stem in reals])
+        shown[label] = fakes
+    if set(chosen) <= truths.keys():
+        shown[f"real_{target}"] = truths
+    grid = [(label, torch.cat([row[stem] for stem in chosen])) for label, row in shown.items()]
+    images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
+    where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
+    say(f"{DIRECTIONS[name]} at {where}")
+    for line in metrics.format_table(table):
+        say(line)
     return table
 
 
-def read_row(run_name: str, name: str) -> Row | None:
-    """Read a run's generators for the report, if it has the one named."""
-    files = {key: Path("saved_models") / run_name / f"{key}.safetensors" for key in DIRECTIONS}
-    if not files[name].is_file():
-        return None
-    nets, size = {}, None
-    for key, file in files.items():
-        if file.is_file():
-            nets[key], recipe = weights.load_generator(file)
-            size = recipe["size"]
-    return Row(nets, files[name], size)
-
-
 def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> None:
-    """Print and write a table and a picture: teacher, student, and the student from scratch if its run exists."""
-    datasets.limit_pixels(1e6 * args.max_megapixels)
-    tables, folder = {}, Path("generated_images") / args.run_name
-    about = f"{device}, {torch.get_num_threads()} threads, {utils.pick_precision(args.precision, device)}"
-    for name in wanted(args):
-        beside = teacher.path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
-        rows = {"teacher": Row(teacher.nets, beside if beside.is_file() else teacher.path, teacher.size)}
-        for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
-            row = read_row(run_name, name)
-            rows |= {label: row} if row and (label == "student" or run_name != args.run_name) else {}
-        channels = {row.nets[name].config.channels for row in rows.values()}
-        if len(channels) > 1:
-            raise utils.InputError(
-                f"--report: {args.run_name} and its teacher differ in channels; it is no student of {args.teacher}"
-            )
-        if "student" not in rows:
-            raise utils.InputError(
-                f"--report: no student in saved_models/{args.run_name}; distil one first, without --report, or name one with --run_name"
-            )
-        tables[name] = report_direction(args, name, rows, device)
-        utils.say(f"{DIRECTIONS[name]} at {'x'.join(map(str, rows['student'].size[::-1]))} px; milliseconds on {about}")
-        for line in metrics.format_table(tables[name]):
-            utils.say(line)
-    utils.write_json(folder / "report.json", tables)
-    utils.say(f"written to {folder}/report.json, pictures beside it")
+    """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
+    images.limit_pixels(1e6 * args.max_megapixels)
+    tables = {name: report_direction(args, teacher, name, device) for name in students_of(args)}
+    write_json(IMAGES / args.run_name / "report.json", tables)
+    say(f"written to {IMAGES / args.run_name}/report.json, images beside it")
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
 
-def wanted(args: argparse.Namespace) -> list[str]:
+def students_of(args: argparse.Namespace) -> list[str]:
     """Names of the generators that get a student."""
     return [name for name, direction in DIRECTIONS.items() if args.direction in ("both", direction)]
 
@@ -296,53 +314,43 @@ def teacher_name(args: argparse.Namespace) -> str:
 
 def run_or_file(text: str) -> str:
     """Flag type: an existing file, or one plain folder name in saved_models."""
-    return text if Path(text).is_file() else utils.folder_name(text)
+    return text if Path(text).is_file() else flags.folder_name(text)
 
 
 def block_list(text: str) -> list[int] | None:
     """Flag type: teacher blocks, separated by commas, or auto."""
-    return None if text == "auto" else [utils.whole(0)(word) for word in text.split(",")]
+    return None if text == "auto" else [flags.int_between(0)(word) for word in text.split(",")]
 
 
-def add_inherited_flags(parser: utils.Parser) -> None:
-    """The flags that a distillation takes from its teacher unless they are given."""
-    for add_flags in (utils.add_data_flags, utils.add_loss_flags, utils.add_optim_flags):
+def add_inherited_flags(parser: flags.Parser) -> flags.Parser:
+    """Declare the flags that a distillation takes from its teacher unless they are given; returns the parser."""
+    for add_flags in (flags.add_data_flags, flags.add_loss_flags, flags.add_optim_flags):
         add_flags(parser)
-
-
-def plain_parser() -> utils.Parser:
-    """The inherited flags alone, with the defaults of train.py."""
-    parser = utils.Parser()
-    add_inherited_flags(parser)
     return parser
 
 
-def inherited_names() -> set[str]:
-    """Names of the flags that a distillation can inherit."""
-    return {action.dest for action in plain_parser()._actions if action.dest != "help"}
-
-
-def make_parser() -> utils.Parser:
+def make_parser() -> flags.Parser:
     """Declare all flags of this stage."""
-    parser = utils.Parser(prog="distill.py", description=__doc__)
-    add = utils.flag_group(parser, "distillation")
+    parser = flags.Parser(prog="distill.py", description=__doc__)
+    add = flags.flag_group(parser, "distillation")
     words = "run, checkpoint or generator file (default: the run named --dataset_name)"
     add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
     add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
-    add("--student_residual", type=utils.whole(0, 1000), default=3, help="blocks of the student")
-    add("--student_ngf", type=utils.whole(1, 4096), help="width of a resnet student (default: its teacher's)")
+    add("--student_residual", type=flags.int_between(0, 1000), default=3, help="blocks of the student")
+    add("--student_ngf", type=flags.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
     words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
     add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
-    add("--lambda_hidden", type=utils.number(0), default=1.0, help="weight of the distance between hidden states")
-    add("--lambda_output", type=utils.number(0), default=10.0, help="weight of the distance to the teacher's picture")
+    add("--lambda_hidden", type=flags.float_between(0), default=1.0, help="weight of the distance of hidden states")
+    add("--lambda_output", type=flags.float_between(0), default=10.0, help="weight of the distance of images")
     add("--transfer", action=argparse.BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
     add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
     add_inherited_flags(parser)
-    for action in parser._actions:
-        if action.dest in inherited_names():
-            action.default, action.help = None, f"{action.help.split(' (default')[0]} (default: the teacher's)"
-    utils.add_run_flags(parser)
-    utils.add_speed_flags(parser)
+    for name in add_inherited_flags(flags.Parser()).flags:
+        action = parser.flags[name]
+        action.default = None
+        action.help = f"{str(action.help).split(' (default')[0]} (default: the teacher's)"
+    flags.add_run_flags(parser)
+    flags.add_speed_flags(parser)
     return parser
 
 
@@ -350,31 +358,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; args.given names the flags that stand on it, the inherited others are None."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.given = utils.given_flags(parser, argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
-    refuse_contradictions(parser, args)
+    flags.refuse_contradictions(parser, args)
     return args
 
 
 def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
-    parser, values = plain_parser(), vars(args).copy()
-    old = vars(parser.parse_args([]) if teacher.single else utils.recall_flags(parser, teacher.flags, teacher.path))
+    parser = add_inherited_flags(flags.Parser())
+    if teacher.single:
+        old = {name: action.default for name, action in parser.flags.items()}
+    else:
+        old = flags.saved_flags(parser, teacher.flags, teacher.path)
     if teacher.size:
         old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number, not of the teacher's
     channels = next(iter(teacher.nets.values())).config.channels
     if args.channels not in (None, channels):
-        raise utils.InputError(
-            f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out"
-        )
+        raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
     taken = {name: value for name, value in old.items() if name not in args.given}
-    utils.say(
-        f"inherited from {teacher.path}: " + " ".join(f"--{n} {v}" for n, v in sorted(taken.items()) if v is not None)
-    )
-    return argparse.Namespace(**{**values, **taken, "channels": channels})
+    words = " ".join(f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
+    say(f"inherited from {teacher.path}: {words}")
+    return flags.changed(args, **{**taken, "channels": channels})
 
 
 def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
@@ -382,78 +389,60 @@ def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
     if args.hidden_layers is None:
         return pair_blocks(teacher_blocks, args.student_residual)
     if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
-        raise utils.InputError(
-            f"--hidden_layers {','.join(map(str, args.hidden_layers))}: expected {args.student_residual} teacher blocks, "
-            f"one for each student block, from 0 to {teacher_blocks - 1}"
-        )
+        given = ",".join(map(str, args.hidden_layers))
+        words = f"expected {args.student_residual} teacher blocks, one for each student block"
+        raise InputError(f"--hidden_layers {given}: {words}, from 0 to {teacher_blocks - 1}")
     return args.hidden_layers
 
 
-def make_nets(args: argparse.Namespace, teacher: Teacher) -> dict[str, nn.Module]:
-    """Put students in the place of their teachers; the rest goes on from what the teacher's run learnt, or starts new."""
-    utils.seed_everything(args.seed, args.deterministic)
-    model, nets = teacher.nets[wanted(args)[0]].config, {}
-    judge = models.DiscriminatorConfig(channels=model.channels)
-    deepest = judge.largest_n_layers(min(args.img_height, args.img_width))
-    judge = dataclasses.replace(judge, n_layers=max(1, min(judge.n_layers, deepest)))
-    if args.student_ngf and model.generator != "resnet":
-        raise utils.InputError(
-            f"--student_ngf {args.student_ngf}: the teacher is a {model.generator}, whose width is fixed; leave it out"
-        )
-    for name in wanted(args):
-        ngf = args.student_ngf or teacher.nets[name].config.ngf
-        nets[name] = make_student(teacher.nets[name], args.student_residual, ngf, args.transfer)
-    for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        if name not in nets and name in teacher.nets:
-            nets[name] = copy.deepcopy(teacher.nets[name])
-        elif name not in nets:
-            nets[name] = models.build_generator(model) if name in DIRECTIONS else models.build_discriminator(judge)
-    nets = {name: nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
-    for net in nets.values():
-        net.requires_grad_(True).train()
-    check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
-    return nets
+def distil(
+    args: argparse.Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None
+) -> None:
+    """Build the students and what they learn from, and run train.py's loop with their objective."""
+    dataset, feed = train.make_feed(args, device)
+    nets = make_nets(args, teacher)
+    teachers = {name: teacher.nets[name].to(device) for name in students_of(args)}
+    pairs = choose_pairs(args, next(iter(teachers.values())).config.blocks)
+    adapters = make_adapters(teachers, nets, pairs)
+    loss = DistillationLoss(teachers, adapters, pairs, args.lambda_hidden, args.lambda_output)
+    model = train.make_model(args, nets, device, adapters, loss)
+    draw_rows = functools.partial(distillation_rows, teachers=teachers)
+    terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
+    terms = (*cyclegan.loss_names(model.loss_config), *terms)
+    monitor = train.make_monitor(args, dataset, terms, draw_rows)
+    saver = train.make_saver(args, "distill", teacher=teacher.fingerprint())
+    train.run(args, model, feed, saver, monitor, dataset, state, path)
 
 
 @utils.stage
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, from the start or from a checkpoint; or report."""
-    args, state, checkpoint = parse_args(argv), None, None
+    args = parse_args(argv)
+    state = None
+    checkpoint = None
     if args.start_from != "0":
-        folder = Path("saved_models") / args.run_name
-        state, checkpoint = utils.load_checkpoint(folder, args.start_from, "--start_from", "distill")
-        plain = vars(utils.recall_flags(plain_parser(), state.get("args"), checkpoint))
-        fixed = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
-        args = resume_args(make_parser(), args, state.get("args"), checkpoint, fixed)
-        # what is still unset is newer than the checkpoint
-        unset = {name: value for name, value in plain.items() if getattr(args, name) is None}
-        args = argparse.Namespace(**{**vars(args), **unset})
+        state, checkpoint = checkpoints.load_checkpoint(
+            RUNS / args.run_name, args.start_from, "--start_from", "distill"
+        )
+        args = flags.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
+        later = flags.saved_flags(add_inherited_flags(flags.Parser()), state.get("args"), checkpoint)
+        args = flags.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
     elif not args.report:
-        refuse_second_run(args)
-    if args.run_name == args.teacher:
-        raise utils.InputError(f"--run_name {args.run_name}: that is the teacher; a student needs a name of its own")
-    teacher = load_teacher(str(args.teacher), wanted(args))
-    if not state:
+        checkpoints.refuse_second_run(args.run_name, args.overwrite, flags.plain_flags(args))
+    teacher = load_teacher(str(args.teacher), students_of(args))
+    if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():  # however it is named
+        raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
+    if state is None:
         args = inherit(args, teacher)
     elif state.get("teacher") != teacher.fingerprint():
-        raise utils.InputError(
-            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); put that file back"
-        )
-    args, device = settle(args), utils.pick_device(args.device)
-    for net in teacher.nets.values():
-        net.requires_grad_(False).eval()
+        words = f"not the teacher that {checkpoint} learnt from (its content changed)"
+        raise InputError(f"{teacher.path}: {words}; put that file back")
+    flags.check_run_flags(args)
+    device = utils.pick_device(args.device)
     if args.report:
         report(args, teacher, device)
-        return
-    dataset, feed = make_feed(args, device)
-    nets, teachers = make_nets(args, teacher), {name: teacher.nets[name].to(device) for name in wanted(args)}
-    pairs = choose_pairs(args, next(iter(teachers.values())).config.blocks)
-    adapters = make_adapters(teachers, nets, pairs)
-    run = make_run(args, nets, dataset, device, adapters=adapters, teacher=teacher.fingerprint(), stage="distill")
-    objective = functools.partial(distill_objective, teachers=teachers, pairs=pairs)
-    terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
-    task = Task(objective, functools.partial(distill_rows, teachers=teachers), (*loss_names(args), *terms))
-    carry_out(run, feed, task, state, checkpoint)
+    else:
+        distil(args, teacher, device, state, checkpoint)
 
 
 if __name__ == "__main__":

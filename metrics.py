@@ -1,130 +1,345 @@
-"""Scores of translated pictures against the truth, where a data set has one, and beside two baselines.
+"""Scores of images against the truth, where a data set has one, and the one place where networks are measured.
 
-scores = paired_scores(answers, truths)  # two lists of uint8 pictures, (C, H, W)
+scores = paired_scores(outputs, targets)  # two lists of uint8 images, (C, H, W)
+scores = measure_nets(nets, {"A": images_A, "B": images_B}, ("cycle", "paired"), LossConfig(), "fp32")
+
+Networks that are measured do not change: not in their weights, running statistics or modes.
 """
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from utils import InputError, need_package, read_archive, say
+from cyclegan import LossConfig, discriminator_loss, eval_mode, generator_loss, translate
+from images import range_to_bytes
+from models import Generator, Nets
+from utils import InputError, autocast, need_package, rank, warn
 
 PEAK = 255.0
-PSNR_LIMIT = 100.0  # dB; identical pictures would score infinity and spoil every mean
+PSNR_LIMIT = 100.0  # dB; identical images would score infinity and spoil every mean
+WINDOW = 11  # px, side of SSIM's window
+SIGMA = 1.5  # px, of the Gaussian in it
 DELTAS = (5, 10)  # 8-bit levels
-FEW = 1000  # pictures; below, FID says more about their number than about the model
+FEW = 1000  # images; below, FID says more about their number than about the model
+PIXELS_AT_ONCE = 2**16  # values of each image that match_at_1 holds in float64
+PATIENCE = 3.0  # seconds before a progress bar appears
+
+Images = Mapping[Path, Tensor]  # (1, C, H, W) in [-1, 1] by name; read one by one, so it may load them when asked
 
 
-def psnr(answer: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio of one picture in dB, at most PSNR_LIMIT; higher is better."""
-    mse = ((answer.double() - truth.double()) ** 2).mean().item()
+# ---------------------------------------------------------------------------------------------
+# Scores of images
+
+
+def psnr(output: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio of one image in dB, at most PSNR_LIMIT; higher is better."""
+    mse = ((output.double() - target.double()) ** 2).mean().item()
     return min(PSNR_LIMIT, 10 * math.log10(PEAK**2 / mse)) if mse else PSNR_LIMIT
 
 
-def ssim(answer: Tensor, truth: Tensor) -> float:
-    """Structural similarity of one picture, mean over its channels; 1 for equal pictures.
+def blur(maps: Tensor, dim: int) -> Tensor:
+    """Mean of WINDOW neighbours along a dimension, weighted by a Gaussian; borders left out.
 
-    answer, truth: uint8 (C, H, W); below 11 px a side the answer is nan
-    source:        Wang et al. 2004: Gaussian window of 11x11 px with sigma 1.5, borders left out
+    As a sum of shifted maps: torch's convolution is 12 times slower in float64.
     """
-    if min(truth.shape[-2:]) < 11:
+    weights = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2).double() ** 2) / (2 * SIGMA**2))
+    length = maps.shape[dim] - WINDOW + 1
+    blurred = torch.zeros_like(maps.narrow(dim, 0, length))
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        blurred.add_(maps.narrow(dim, i, length), alpha=weight)
+    return blurred
+
+
+def ssim(output: Tensor, target: Tensor) -> float:
+    """Structural similarity of one image, mean over its channels; 1 for equal images.
+
+    output, target: uint8 (C, H, W); below 11 px a side the result is nan
+    source:         Wang et al. 2004: Gaussian window of 11x11 px with sigma 1.5, borders left out
+    """
+    if min(target.shape[-2:]) < WINDOW:
         return math.nan
-    x, y = answer.double()[:, None], truth.double()[:, None]  # (C, 1, H, W)
-    line = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
-    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+    c1 = (0.01 * PEAK) ** 2
+    c2 = (0.03 * PEAK) ** 2
+    means = []
+    for x, y in zip(output.double(), target.double(), strict=True):  # channel by channel: all maps fit into the cache
+        maps = torch.stack([x, y, x * x, y * y, x * y])  # (5, H, W)
+        mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(blur(maps, -2), -1)  # each (H - 10, W - 10)
+        var_x = mean_xx - mean_x**2
+        var_y = mean_yy - mean_y**2
+        cov = mean_xy - mean_x * mean_y
+        index = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+        means.append(index.mean().item())
+    return mean(means)
 
-    def blur(values: Tensor) -> Tensor:
-        return F.conv2d(values, window)  # (C, 1, H - 10, W - 10)
 
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    cov = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-    index = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return index.mean().item()
+def match_at_1(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Fraction of outputs whose nearest target (L2) among all is their own; a model that ignores its input scores 1/N.
 
-
-def match_at_1(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
-    """Share of answers whose nearest truth (L2) among all is their own; a model that ignores its input scores 1/N.
-
-    answers, truths: uint8 (C, H, W), the i-th belong together; differing sizes are compared at that of the first truth
+    outputs, targets: uint8 (C, H, W), the i-th belong together; differing sizes are compared at that of the first
+                      target; of targets at one distance the first counts as nearest
     """
-    size = truths[0].shape[-2:]
-    x, y = (
-        torch.stack([resized(p, size).flatten() for p in pictures]).float() / PEAK - 0.5
-        for pictures in (answers, truths)
-    )
-    nearest = [((row - y) ** 2).sum(1).argmin().item() for row in x]
-    return sum(i == j for i, j in enumerate(nearest)) / len(nearest)
+    size = targets[0].shape[-2:]
+    x = torch.stack([resized(image, size).flatten() for image in outputs])  # (N, C * H * W)
+    y = torch.stack([resized(image, size).flatten() for image in targets])
+    distances = torch.zeros(len(x), len(y), dtype=torch.float64)  # |x - y|² less |x|², which does not matter
+    for x_part, y_part in zip(x.split(PIXELS_AT_ONCE, 1), y.split(PIXELS_AT_ONCE, 1), strict=True):
+        wide = y_part.double()  # sums of integers: exact, so that ties are ties
+        distances += wide.square().sum(1) - 2 * x_part.double() @ wide.T
+    own = torch.arange(len(x))
+    return (distances.argmin(1) == own).sum().item() / len(x)
 
 
-def resized(picture: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a uint8 picture (C, H, W) to (height, width), antialiased."""
-    if tuple(picture.shape[-2:]) == tuple(size):
-        return picture
-    wide = F.interpolate(picture[None].float(), tuple(size), mode="bicubic", antialias=True, align_corners=False)
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a uint8 image (C, H, W) to (height, width), antialiased."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    wide = F.interpolate(image[None].float(), tuple(size), mode="bicubic", antialias=True, align_corners=False)
     return wide[0].clamp(0, PEAK).round().to(torch.uint8)
 
 
-def mean_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over pairs of pictures of their mean absolute difference; in the units of training, [0, 2].
+def distance(x: Tensor, y: Tensor) -> float:
+    """Mean absolute difference of two images; in the units of training, [0, 2]."""
+    return (x.float().cpu() - y.float().cpu()).abs().mean().item()
 
-    Of a round trip and its input it is the cycle error, of a picture of the target domain and what
-    the generator makes of it the identity error.
-    """
-    return sum((x.float().cpu() - y.float().cpu()).abs().mean().item() for x, y in pairs) / len(pairs)
+
+def mean(values: Collection[float]) -> float:
+    """Mean of some numbers, added in their order."""
+    return sum(values) / len(values)
+
+
+def mean_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean over pairs of images of their mean absolute difference; in the units of training, [0, 2]."""
+    return mean([distance(x, y) for x, y in pairs])
 
 
 def mean_row(rows: Sequence[dict]) -> dict[str, float]:
     """Mean of each named figure over rows that all have it."""
-    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+    return {name: mean([float(row[name]) for row in rows]) for name in rows[0]}
 
 
-def paired_scores(answers: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float]:
-    """Score pictures against the truth of the same index: the mean over pictures of each picture's score.
+def paired_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, float]:
+    """Score images against the truth of the same index: the mean over images of each image's score.
 
-    answers, truths: uint8 (C, H, W); a truth of another size is resized to its answer's
-    returns:         L1 and RMSE in 8-bit levels, PSNR in dB, SSIM, the share of pixels whose every
-                     channel is within 5 and 10 levels of the truth, match@1
+    outputs, targets: uint8 (C, H, W); a target of another size is resized to its output's
+    returns:          L1 and RMSE in 8-bit levels, PSNR in dB, SSIM, the fraction of pixels whose every
+                      channel is within 5 and 10 levels of the target, match@1
     """
     rows = []
-    for answer, truth in zip(answers, truths, strict=True):
-        truth = resized(truth, answer.shape[-2:])
-        difference = (answer.double() - truth.double()).abs()
-        row = {"L1": difference.mean().item(), "RMSE": (difference**2).mean().sqrt().item()}
-        row |= {"PSNR": psnr(answer, truth), "SSIM": ssim(answer, truth)}
+    for output, target in zip(outputs, targets, strict=True):
+        target = resized(target, output.shape[-2:])
+        difference = (output.double() - target.double()).abs()
         worst = difference.amax(0)  # (H, W), over the channels
-        rows.append(row | {f"within_{d}": (worst <= d).double().mean().item() for d in DELTAS})
-    return mean_row(rows) | {"match@1": match_at_1(answers, truths)}
+        row = {"L1": difference.mean().item(), "RMSE": (difference**2).mean().sqrt().item()}
+        row |= {"PSNR": psnr(output, target), "SSIM": ssim(output, target)}
+        row |= {f"within_{delta}": (worst <= delta).double().mean().item() for delta in DELTAS}
+        rows.append(row)
+    return mean_row(rows) | {"match@1": match_at_1(outputs, targets)}
 
 
 def paired_table(
-    answers: Sequence[Tensor], inputs: Sequence[Tensor], truths: Sequence[Tensor], mean: Tensor
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor], mean_image: Tensor
 ) -> dict[str, dict]:
-    """Score a model beside two baselines that need no model: the input itself, and the mean picture of the target domain.
+    """Score a model beside two baselines that need no model: the input itself, and the mean image of the target domain.
 
-    mean: float (C, H, W) in [0, 255], of the training pictures, so that no truth is looked at
+    mean_image: float (C, H, W) in [0, 255], of the training images, so that no truth is looked at
     """
-    flat = mean.round().to(torch.uint8)
-    return {
-        "model": paired_scores(answers, truths),
-        "copy": paired_scores([resized(x, a.shape[-2:]) for x, a in zip(inputs, answers, strict=True)], truths),
-        "mean picture": paired_scores([resized(flat, a.shape[-2:]) for a in answers], truths),
+    flat = mean_image.round().to(torch.uint8)
+    copies = [resized(x, output.shape[-2:]) for x, output in zip(inputs, outputs, strict=True)]
+    return {  # the rows of metrics.json, which readers of older ones know by these names
+        "model": paired_scores(outputs, targets),
+        "copy": paired_scores(copies, targets),
+        "mean picture": paired_scores([resized(flat, output.shape[-2:]) for output in outputs], targets),
     }
 
 
-class Pictures(Dataset):
+# ---------------------------------------------------------------------------------------------
+# Networks on held-out images
+
+
+def count_macs(net: Generator, height: int, width: int) -> int:
+    """Count the multiply-accumulates of all convolutions, linear layers and attentions for one image of (height, width) px.
+
+    A transposed convolution is counted as it is computed, once per input pixel; published figures
+    often count it per output pixel, four times too much for stride 2 (56.8 G in place of 49.5 G).
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second, which nobody waits for who counts nothing
+
+    meta = {name: value.to("meta") for name, value in net.state_dict().items()}  # shapes alone, so nothing is computed
+    image = torch.zeros(1, net.config.channels, height, width, device="meta", dtype=next(net.parameters()).dtype)
+    with eval_mode(net), FlopCounterMode(display=False) as counter:
+        functional_call(net, meta, (image,))
+    return counter.get_total_flops() // 2  # it counts a multiplication and an addition as two
+
+
+def all_losses(nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig) -> dict[str, Tensor]:
+    """Every loss of a training step on one pair of batches, without older images: for watching and testing.
+
+    nets:    G_AB G_BA D_A D_B
+    returns: loss_G, loss_D_A, loss_D_B and the terms of generator_loss
+    """
+    with eval_mode(*nets.values()):
+        loss_G, terms, images = generator_loss(nets, real_A, real_B, config)
+        loss_D_A = discriminator_loss(nets["D_A"], real_A, images["fake_A"], config)
+        loss_D_B = discriminator_loss(nets["D_B"], real_B, images["fake_B"], config)
+    return {"loss_G": loss_G, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}
+
+
+def losses_of_pairs(
+    nets: Nets, reals: Mapping[str, Images], pairs: Sequence[tuple[Path, Path]], config: LossConfig, precision: str
+) -> dict[str, float]:
+    """Mean of all_losses over pairs of images, named in `pairs`, on the networks' device."""
+    device = next(nets["G_AB"].parameters()).device
+    rows = []
+    for name_A, name_B in with_bar(pairs, "losses"):
+        real_A = reals["A"][name_A].to(device)
+        real_B = reals["B"][name_B].to(device)
+        with autocast(device, precision):
+            rows.append(all_losses(nets, real_A, real_B, config))
+    return mean_row(rows)
+
+
+def mean_losses(nets: Nets, reals: Mapping[str, Images], config: LossConfig, precision: str) -> dict[str, float]:
+    """The training losses on all images: generators and both discriminators, as the 64x64 study reports them.
+
+    nets:  G_AB G_BA D_A D_B
+    reals: of "A" and "B"; the shorter domain starts again
+    """
+    names_A = list(reals["A"])
+    names_B = list(reals["B"])
+    count = max(len(names_A), len(names_B))
+    pairs = [(names_A[i % len(names_A)], names_B[i % len(names_B)]) for i in range(count)]
+    return losses_of_pairs(nets, reals, pairs, config, precision)
+
+
+def with_bar(items: Collection, title: str) -> Iterable:
+    """Show how far a loop over `items` is, if it takes long; of many ranks the first one's."""
+    return tqdm(items, desc=title, unit="image", leave=False, delay=PATIENCE, disable=rank() > 0)
+
+
+def measure_direction(
+    there: Callable[[Tensor], Tensor],
+    back: Callable[[Tensor], Tensor] | None,
+    sources: Images,
+    targets: Images,
+    wanted: Collection[str],
+) -> dict[str, float]:
+    """Measure one direction on held-out images.
+
+    there, back:      (1, C, H, W) → (1, C, H, W) float32; without `back` there is no "cycle"
+    sources, targets: a source's truth is the target of its name
+    wanted:           some of "cycle" (back(there(x)) against x), "identity" (there(y) against y), and
+                      "paired" (paired_scores of there(x) in 8 bits, where names are shared at all)
+    returns:          the measures by name; cycle and identity in the units of training, [0, 2]
+    """
+    with_cycle = "cycle" in wanted and back is not None
+    pairs = sorted(sources.keys() & targets.keys()) if "paired" in wanted else []
+    cycles = []
+    outputs = {}
+    row = {}
+    for name in with_bar(list(sources) if with_cycle else pairs, "translating"):
+        x = sources[name]
+        fake = there(x)
+        if with_cycle:
+            cycles.append(distance(back(fake), x))
+        if pairs and name in targets:
+            outputs[name] = range_to_bytes(fake[0]).cpu()
+    if cycles:
+        row["cycle"] = mean(cycles)
+    if "identity" in wanted:
+        row["identity"] = mean_distance((there(y), y) for y in with_bar(targets.values(), "identity"))
+    if pairs:
+        truths = [range_to_bytes(targets[name][0]).cpu() for name in pairs]
+        row |= paired_scores([outputs[name] for name in pairs], truths)
+    return row
+
+
+def generator_scores(
+    G: Generator, G_back: Generator | None, sources: Images, targets: Images, wanted: Collection[str], precision: str
+) -> dict[str, float]:
+    """Measure generators by measure_direction, on their device; of the paired scores those that a run is followed by."""
+    there = functools.partial(translate, G, precision=precision)
+    back = functools.partial(translate, G_back, precision=precision) if G_back is not None else None
+    scores = measure_direction(there, back, sources, targets, wanted)
+    return {name: scores[name] for name in ("cycle", "identity", "PSNR", "SSIM", "match@1") if name in scores}
+
+
+def measure_nets(
+    nets: Nets, reals: Mapping[str, Images], wanted: Collection[str], loss_config: LossConfig, precision: str
+) -> dict[str, float]:
+    """Measure both directions on held-out images of domains "A" and "B"; each name ends in the domain it lives in.
+
+    nets:    G_AB G_BA, for "losses" also D_A D_B
+    wanted:  some of "cycle", "identity", "paired", "losses"
+    returns: such as cycle_A, identity_B, PSNR_B, SSIM_B, match@1_B, loss_G; terms of the losses whose name a
+             measure has already are left out
+    """
+    row = {}
+    for source, target in ("AB", "BA"):
+        G = nets[f"G_{source}{target}"]
+        G_back = nets[f"G_{target}{source}"]
+        scores = generator_scores(G, G_back, reals[source], reals[target], wanted, precision)
+        row |= {f"{name}_{source if name == 'cycle' else target}": value for name, value in scores.items()}
+    if "losses" in wanted:
+        losses = losses_of_pairs(nets, reals, list(zip(reals["A"], reals["B"], strict=False)), loss_config, precision)
+        row |= {name: value for name, value in losses.items() if name not in row}
+    return row
+
+
+def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call in ms, after three that pay for set-up; the call itself must wait for its device."""
+    times = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def score_by(best_by: str | None, row: dict[str, float]) -> float | None:
+    """The mean over both directions of one measure out of a row of them; None if it is not there, or no number."""
+    values = [value for name, value in row.items() if best_by in (name, name.rpartition("_")[0])]
+    score = mean(values) if values else math.nan
+    return score if math.isfinite(score) else None
+
+
+def is_better(best_by: str, score: float, before: float) -> bool:
+    """Compare two scores: PSNR and SSIM shall be high, errors and losses low."""
+    return score > before if best_by in ("PSNR", "SSIM") else score < before
+
+
+def describe_generator(
+    net: Generator, back: Generator | None, sources: Images, targets: Images, precision: str
+) -> dict[str, float]:
+    """What a generator costs, and its quality on held-out images: cycle error, and scores where images are pairs."""
+    image = next(iter(sources.values()))
+    figures = {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "MMACs": count_macs(net, *image.shape[-2:]) / 1e6,
+        "ms": median_ms(lambda: translate(net, image, precision).cpu()),
+    }
+    return figures | generator_scores(net, back, sources, targets, ("cycle", "paired"), precision)
+
+
+# ---------------------------------------------------------------------------------------------
+# Distances between sets of images
+
+
+class ImageFiles(Dataset):
     """Files as torch-fidelity wants them: uint8 (3, H, W), all of one size."""
 
     def __init__(self, paths: Sequence[Path], load: Callable[[Path], Tensor]):
-        self.paths, self.load = paths, load
+        self.paths = paths
+        self.load = load
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -141,32 +356,29 @@ def fid_kid(
     weights: Path | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """Distances between the Inception features of two sets of pictures, by torch-fidelity; 0 for equal sets.
+    """Distances between the Inception features of two sets of images, by torch-fidelity; 0 for equal sets.
 
     load:    path → uint8 (3, H, W), of one size
-    wanted:  "fid", "kid" or both; weights: Inception's, else they are downloaded
-    returns: FID and KID with the numbers of pictures; both are biased by few pictures, FID heavily
-    raises:  InputError without torch-fidelity or weights, or with fewer than two pictures
+    wanted:  "fid", "kid" or both
+    weights: Inception's, a file that the caller has read with files.read_archive, for torch-fidelity would
+             execute what a hostile one holds; None: they are downloaded
+    returns: FID and KID with the numbers of images; both are biased by few images, FID heavily
+    raises:  InputError without torch-fidelity or weights, or with fewer than two images
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
-    need_package("torch_fidelity", f"--metrics {','.join(wanted)}", "pip install -r requirements-metrics.txt")
+    flag = f"--metrics {','.join(wanted)}"
+    need_package("torch_fidelity", flag, "pip install -r requirements-metrics.txt")
     from torch_fidelity import calculate_metrics
 
     least = min(len(fakes), len(reals))
     if least < 2:
-        raise InputError(
-            f"--metrics {','.join(wanted)}: {least} picture on one side, expected at least 2, better 1,000"
-        )
+        raise InputError(f"{flag}: {least} image on one side, expected at least 2, better {FEW:,}")
     if least < FEW:
-        say(
-            f"warning: FID and KID of {len(fakes)} against {len(reals)} pictures are biased; compare equal numbers only"
-        )
-    if weights:
-        read_archive(weights)  # torch-fidelity would execute what a hostile file holds
+        warn(f"FID and KID of {len(fakes)} against {len(reals)} images are biased; compare equal numbers only")
     try:
         values = calculate_metrics(
-            input1=Pictures(fakes, load),
-            input2=Pictures(reals, load),
+            input1=ImageFiles(fakes, load),
+            input2=ImageFiles(reals, load),
             **dict.fromkeys(wanted, True),
             cuda=device.type == "cuda",
             kid_subset_size=min(FEW, least),
@@ -174,37 +386,33 @@ def fid_kid(
             save_cpu_ram=True,  # no worker processes
             verbose=False,
         )
-    except OSError as error:
-        raise InputError(
-            f"Inception's weights cannot be fetched ({error}); give a file: --inception_weights FILE"
-        ) from error
-    except RuntimeError as error:
-        if not weights:
+    except (OSError, RuntimeError) as error:
+        if weights:
+            words = f"not the weights that torch-fidelity takes ({str(error)[:100]})"
+            raise InputError(f"--inception_weights {weights}: {words}") from error
+        if isinstance(error, RuntimeError):
             raise
-        raise InputError(f"--inception_weights {weights}: not the weights that torch-fidelity takes") from error
+        words = "give a file: --inception_weights FILE"
+        raise InputError(f"{flag}: Inception's weights cannot be fetched ({error}); {words}") from error
     names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
     row = {short: values[name] for name, short in names.items() if name in values}
     return row | {"translated": len(fakes), "real": len(reals)}
 
 
-def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a call in ms, after three that pay for set-up; the call itself must wait for its device."""
-    times = []
-    for _ in range(3 + repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
+# ---------------------------------------------------------------------------------------------
+# Tables
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures under their headings, as lines of text."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    widths, margin = {name: max(12, len(name) + 2) for name in columns}, max(map(len, rows))
+    widths = {name: max(12, len(name) + 2) for name in columns}
+    margin = max(map(len, rows))
     lines = [" " * margin + "".join(f"{name:>{widths[name]}}" for name in columns)]
     for label, row in rows.items():
-        cells = (f"{row[name]:.4g}" if name in row else "" for name in columns)
-        lines.append(
-            label.ljust(margin) + "".join(f"{cell:>{widths[name]}}" for cell, name in zip(cells, columns, strict=True))
-        )
+        line = label.ljust(margin)
+        for name in columns:
+            cell = f"{row[name]:.4g}" if name in row else ""
+            line += f"{cell:>{widths[name]}}"
+        lines.append(line)
     return lines

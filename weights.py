@@ -1,50 +1,41 @@
-"""Generator files: weights and the recipe that builds their network, and the layouts of other projects.
+"""Generator files: weights with the metadata that builds their network, and the layouts of other projects.
 
 save_generator(Path("G_AB.safetensors"), G_AB, {"direction": "AtoB", "size": [256, 256]})
-G_AB, recipe = load_generator(Path("G_AB.safetensors"))
-G_AB, recipe = load_generator(Path("latest_net_G_A.pth"))  # of pytorch-CycleGAN-and-pix2pix
+G_AB, metadata = load_generator(Path("G_AB.safetensors"))
+G_AB, metadata = load_generator(Path("latest_net_G_A.pth"))  # of pytorch-CycleGAN-and-pix2pix
 torch.save(to_junyanz(G_AB), "latest_net_G_A.pth")
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from files import atomic_write, read_archive
 from models import (
+    DIRECTIONS,
     DISCRIMINATORS,
     GENERATORS,
     NORMS,
     UPSAMPLES,
     VIT_SIZES,
     DiscriminatorConfig,
+    Generator,
     GeneratorConfig,
-    build_discriminator,
+    Nets,
     build_generator,
 )
-from utils import (
-    InputError,
-    Parser,
-    add_data_flags,
-    add_loss_flags,
-    atomic_write,
-    found_runs,
-    load_checkpoint,
-    one_line,
-    read_archive,
-    recall_flags,
-    say,
-)
+from utils import InputError, one_line, say
 
-RECIPE_FORMAT = 1
-DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
+METADATA_FORMAT = 1
+METADATA_KEY = "recipe"  # in the file, where it has been since the first of them
 LIMITS = {  # beyond: not a network but an attack on the memory
     **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
     **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
@@ -58,7 +49,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
 
-def is_state_dict(value: object) -> bool:
+def is_state_dict(value: Any) -> bool:
     """Whether `value` maps names to ordinary tensors, none larger than what the file holds of it."""
     return isinstance(value, dict) and all(
         isinstance(name, str)
@@ -70,7 +61,7 @@ def is_state_dict(value: object) -> bool:
     )
 
 
-def check_tensors(wanted: dict[str, Tensor], tensors: object, what: object) -> None:
+def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
     """Compare a state dict with that of a network before it is loaded, or say in one line what does not fit.
 
     raises: InputError with the first three names that are missing, foreign, of another shape or type, or not finite
@@ -94,7 +85,7 @@ def check_tensors(wanted: dict[str, Tensor], tensors: object, what: object) -> N
         raise InputError(f"{what}: does not fit the network: {'; '.join(faults[:3])}{more}")
 
 
-def load_tensors(net: nn.Module, tensors: object, what: object) -> None:
+def load_tensors(net: nn.Module, tensors: Any, what: object) -> None:
     """Load a state dict strictly; raises InputError as check_tensors does."""
     check_tensors(net.state_dict(), tensors, what)
     net.load_state_dict(tensors, strict=True)
@@ -107,7 +98,7 @@ def read_config(kind: type[Config], values: object, what: object) -> Config:
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(values, dict) or not fields.keys() - LATER <= values.keys() <= fields.keys():
-        raise InputError(f"{what}: its recipe is no {kind.__name__}; expected {', '.join(fields)}")
+        raise InputError(f"{what}: its metadata is no {kind.__name__}; expected {', '.join(fields)}")
     for name, value in values.items():
         good = type(value) is type(fields[name].default)
         if name in WORDS:
@@ -115,54 +106,55 @@ def read_config(kind: type[Config], values: object, what: object) -> Config:
         if name in LIMITS:
             good = good and LIMITS[name][0] <= value <= LIMITS[name][1]
         if not good:
-            raise InputError(f"{what}: its recipe says {name} = {one_line(value)[:40]}, which no network has")
+            raise InputError(f"{what}: its metadata says {name} = {one_line(value)[:40]}, which no network has")
     try:
         return kind(**values)
     except ValueError as error:
-        raise InputError(f"{what}: its recipe says {error}") from error
+        raise InputError(f"{what}: its metadata says {error}") from error
 
 
-def save_generator(path: Path, net: nn.Module, recipe: dict) -> None:
+def save_generator(path: Path, net: Generator, metadata: dict) -> None:
     """Write the weights of a generator and how to build and feed it.
 
-    recipe: direction ("AtoB" or "BtoA"), size (height and width of the training pictures in px),
+    metadata: direction ("AtoB" or "BtoA"), size (height and width of the training images in px),
             stage, run_name, dataset_name, epoch, step; the network's config and the range are added
     """
-    recipe = {"format": RECIPE_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **recipe}
+    metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **metadata}
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, {"recipe": json.dumps(recipe)}))  # save_file hides why a disk refuses
+        temporary.write_bytes(save(tensors, {METADATA_KEY: json.dumps(metadata)}))  # save_file hides why a disk refuses
 
 
-def sketch(config: GeneratorConfig) -> nn.Module:
-    """Build a generator of shapes only: a lying file costs no memory."""
+def meta_network(config: GeneratorConfig) -> Generator:
+    """Build a generator of shapes only, on the meta device: a lying file costs no memory."""
     with torch.device("meta"):
         return build_generator(config)
 
 
 def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a safetensors file of this project: config, state dict, recipe; none of them trusted."""
+    """Read a safetensors file of this project: config, state dict, metadata; none of them trusted."""
     try:
         with safe_open(path, "pt") as file:
-            recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         reason = one_line(error)[:120]
         raise InputError(f"{path}: not a readable safetensors file ({reason})") from error
-    if not isinstance(recipe, dict) or recipe.get("format") != RECIPE_FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != METADATA_FORMAT:
         raise InputError(
-            f"{path}: carries no recipe of this project; expected a file that train.py or distill.py wrote"
+            f"{path}: carries no metadata of this project; expected a file that train.py or distill.py wrote"
         )
-    config, size = read_config(GeneratorConfig, recipe.get("config"), path), recipe.get("size")
+    config = read_config(GeneratorConfig, metadata.get("config"), path)
+    size = metadata.get("size")
     whole_sides = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
     if not (whole_sides and all(config.smallest_side <= side <= 2**16 for side in size)):
-        raise InputError(f"{path}: its recipe says size = {one_line(size)[:40]}, expected [height, width] in px")
-    if recipe.get("direction") not in ("AtoB", "BtoA"):
+        raise InputError(f"{path}: its metadata says size = {one_line(size)[:40]}, expected [height, width] in px")
+    if metadata.get("direction") not in ("AtoB", "BtoA"):
         raise InputError(
-            f"{path}: its recipe says direction = {one_line(recipe.get('direction'))[:40]}, expected AtoB or BtoA"
+            f"{path}: its metadata says direction = {one_line(metadata.get('direction'))[:40]}, expected AtoB or BtoA"
         )
-    check_tensors(sketch(config).state_dict(), tensors, path)
-    return config, tensors, recipe
+    check_tensors(meta_network(config).state_dict(), tensors, path)
+    return config, tensors, metadata
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,20 +187,22 @@ def module_names(config: GeneratorConfig, layout: str, second: int = 5) -> Itera
     yield f"model.{place + 1}", "head.1"
 
 
-def tensor_names(net: nn.Module, layout: str, second: int = 5) -> dict[str, str]:
+def tensor_names(net: Generator, layout: str, second: int = 5) -> dict[str, str]:
     """Name every tensor of a generator of ours in their layout: their name → our name."""
     theirs = {ours: name for name, ours in module_names(net.config, layout, second)}
     split = [name.rpartition(".") for name in net.state_dict()]
     return {f"{theirs[module]}.{leaf}": f"{module}.{leaf}" for module, _, leaf in split}
 
 
-def to_junyanz(net: nn.Module) -> dict[str, Tensor]:
+def to_junyanz(net: Generator) -> dict[str, Tensor]:
     """Return the state dict of a generator as pytorch-CycleGAN-and-pix2pix names it (*_net_G_A.pth).
 
     raises: InputError if that layout cannot hold the network
     """
-    config, tensors, left_out = net.config, net.state_dict(), []
-    if config.norm == "none":  # there only an instance norm lets the convolution before it have a bias
+    config = net.config
+    tensors = net.state_dict()
+    left_out = []
+    if config.norm == "none":  # there only an instance normalisation lets the convolution before it have a bias
         left_out = [name for name in tensors if name.endswith(".bias") and name != "head.1.bias"]
     faults = {
         f"generator {config.generator}": config.generator != "resnet",
@@ -227,7 +221,8 @@ def to_junyanz(net: nn.Module) -> dict[str, Tensor]:
 
 def refuse_stranger(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raise InputError, with what it is, on a file of weights that is no ResNet generator of a known layout."""
-    shapes, found = {name: tuple(x.shape) for name, x in tensors.items()}, None
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    found = None
     if "net.0.weight" in shapes or shapes.get("model.0.weight", ())[2:] == (4, 4):
         found = "a discriminator"
     elif any(name.endswith(".filt") for name in shapes):
@@ -262,7 +257,7 @@ def infer_config(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, str, int]
     else:  # an instance norm has no weights, but the convolution before it has a bias
         norm = "instance" if hints - {f"model.{head}.bias"} else "none"
     upsample, step = ("deconv", 6) if layout == "junyanz" else ("resize", 7)
-    sizes = {"ngf": ngf, "num_residual": len(blocks), "n_downsampling": steps // step}
+    sizes: dict[str, Any] = {"ngf": ngf, "num_residual": len(blocks), "n_downsampling": steps // step}
     sizes = {name: min(max(value, LIMITS[name][0]), LIMITS[name][1]) for name, value in sizes.items()}
     config = GeneratorConfig(channels=1 if channels == 1 else 3, upsample=upsample, norm=norm, **sizes)
     dropout = any(n.endswith("block.6.weight") and x.dim() == 4 for n, x in tensors.items())
@@ -272,13 +267,13 @@ def infer_config(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, str, int]
 def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     """Read a generator file of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, or PyTorch-GAN.
 
-    Running statistics of instance norms, which old files hold, are dropped; missing biases are zeros.
+    Running statistics of instance normalisations, which old files hold, are dropped; missing biases are zeros.
     PyTorch-GAN pads with zeros after upsampling, the network here by reflection: the border differs,
-    and the rest a little, since the norms see the border too.
-    returns: config, state dict in our names, recipe (size None: such files do not record it)
+    and the rest a little, since the normalisation layers see the border too.
+    returns: config, state dict in our names, metadata (size None: such files do not record it)
     raises:  InputError with what the file holds instead, or the first three names that do not fit
     """
-    value = read_archive(path)
+    value: Any = read_archive(path)
     if isinstance(value, dict) and {"format", "nets"} <= value.keys():
         raise InputError(
             f"{path}: holds a whole training state; name it by --run_name and --epoch, or use the G_AB.safetensors or G_BA.safetensors beside it"
@@ -291,43 +286,44 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
     refuse_stranger(path, tensors)
     config, layout, second = infer_config(tensors)
-    net = sketch(config)
+    net = meta_network(config)
     for theirs, ours in module_names(config, layout, second):
         if isinstance(net.get_submodule(ours), nn.InstanceNorm2d):
             for leaf in STATISTICS:
                 tensors.pop(f"{theirs}.{leaf}", None)
-    names, state = tensor_names(net, layout, second), net.state_dict()
+    names = tensor_names(net, layout, second)
+    state = net.state_dict()
     wanted = {theirs: state[ours] for theirs, ours in names.items()}
     optional = ".num_batches_tracked" if config.norm == "batch" else ".bias"
     missing = [n for n in wanted.keys() - tensors.keys() if n.endswith(optional) and names[n] != "head.1.bias"]
     tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
     check_tensors(wanted, tensors, f"{path} ({layout} layout)")
     if missing:
-        without = " and no sign of a norm: read as a network without norms" if config.norm == "none" else ""
+        without = " and no sign of a normalisation: read as a network without one" if config.norm == "none" else ""
         say(f"{path}: missing {min(missing)} ({len(missing)} such tensors){without}; filled with zeros")
     if config.upsample == "resize" and config.n_downsampling:
         say(f"{path}: PyTorch-GAN pads with zeros after upsampling, here it is reflection; borders will differ")
     match = re.search(r"(?<![A-Za-z])(?:net_G_(A|B)|G_(AB|BA))(?![A-Za-z])", path.name)
-    recipe = {
+    metadata = {
         "layout": layout,
         "direction": {"A": "AtoB", "B": "BtoA"}[(match[1] or match[2])[0]] if match else None,
         "size": None,
         "range": [-1, 1],
         "config": dataclasses.asdict(config),
     }
-    return config, {ours: tensors[theirs] for theirs, ours in names.items()}, recipe
+    return config, {ours: tensors[theirs] for theirs, ours in names.items()}, metadata
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading
 
 
-def load_generator(path: Path) -> tuple[nn.Module, dict]:
-    """Read a generator file of this or another project: the network on the CPU in eval mode, and its recipe.
+def load_generator(path: Path) -> tuple[Generator, dict]:
+    """Read a generator file of this or another project: the network on the CPU in eval mode, and its metadata.
 
-    returns: of our files the recipe that save_generator wrote; of others layout, range, config,
+    returns: of our files the metadata that save_generator wrote; of others layout, range, config,
              direction ("AtoB", "BtoA"; None where the file's name tells none) and size None
-    raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own recipe
+    raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
     """
     if not path.is_file():
         raise InputError(
@@ -336,71 +332,30 @@ def load_generator(path: Path) -> tuple[nn.Module, dict]:
     with path.open("rb") as file:
         start = file.read(9)  # of safetensors: the header's length in 8 bytes, then JSON
     own = path.suffix == ".safetensors" or start[8:] == b"{"
-    config, tensors, recipe = read_own(path) if own else read_foreign(path)
+    config, tensors, metadata = read_own(path) if own else read_foreign(path)
     net = build_generator(config)
     net.load_state_dict(tensors, strict=True)
-    return net.eval(), recipe
+    return net.eval(), metadata
 
 
-def networks_of(state: dict, path: Path) -> dict[str, nn.Module]:
-    """Build the networks of a whole-state file, by name, generators from their averages where it has them.
+def load_pair(paths: Sequence[Path]) -> Nets:
+    """Read generator files, one per direction, by the name of their direction; says which starts from which.
 
-    raises: InputError if a config or its tensors do not fit; nothing in the file is trusted
+    raises: InputError as load_generator does, or for a second file of one direction
     """
-    nets: dict[str, nn.Module] = {}
-    configs, tensors, averages = state.get("config"), state.get("nets"), state.get("ema") or {}
-    plain = all(isinstance(value, dict) for value in (configs, tensors, averages))
-    if plain:
-        tensors = {**tensors, **averages}
-    if not plain or not configs.keys() == tensors.keys():
-        raise InputError(
-            f"{path}: no whole training state (its networks and their configs differ); use another checkpoint"
-        )
-    for name, values in configs.items():
-        if name in ("G_AB", "G_BA"):
-            net = build_generator(read_config(GeneratorConfig, values, f"{path}, {name}"))
-        elif name in ("D_A", "D_B"):
-            net = build_discriminator(read_config(DiscriminatorConfig, values, f"{path}, {name}"))
-        else:
-            raise InputError(f"{path}: holds a network {one_line(name)[:40]}; expected G_AB, G_BA, D_A, D_B")
-        load_tensors(net, tensors[name], f"{path}, {name}")
+    nets: Nets = {}
+    names = {direction: name for name, direction in DIRECTIONS.items()}
+    for path in paths:
+        net, metadata = load_generator(path)
+        name = names.get(metadata["direction"])
+        if name is None:
+            name = "G_BA" if "G_AB" in nets else "G_AB"
+            say(f"{path}: does not say its direction; taken for {name}")
+        if name in nets:
+            raise InputError(f"{path}: a second file for {name}; expected one file for each direction")
         nets[name] = net
+        say(f"{name} starts from {path}")
+    if nets:
+        for name in DIRECTIONS.keys() - nets.keys():
+            say(f"{name} starts new: no file is for it")
     return nets
-
-
-def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False) -> tuple[dict[str, nn.Module], dict]:
-    """Find the networks of a run: those of its generator files, else, or with discriminators, of a whole-state file.
-
-    epoch:   "latest", "best" or a number
-    returns: networks by name, and a recipe with size, dataset_name, epoch and step; of a state also its flags
-    raises:  InputError if there is no such run or epoch
-    """
-    folder = Path("saved_models") / run_name
-    if not folder.is_dir():
-        hint = f"runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
-        raise InputError(f"{folder}: no such run; {hint}")
-    files = [folder / f"{name}.safetensors" for name in DIRECTIONS]
-    if epoch != "latest" or discriminators or not any(path.is_file() for path in files):
-        return load_run_state(folder, epoch)
-    nets, recipe, steps = {}, {}, []
-    for path in files:
-        if path.is_file():
-            nets[path.stem], recipe = load_generator(path)
-            if recipe["direction"] != DIRECTIONS[path.stem]:
-                words = f"its recipe says {recipe['direction']}, its name {DIRECTIONS[path.stem]}"
-                raise InputError(f"{path}: {words}; put it right")
-            steps.append(recipe.get("step"))
-    if steps[0] != steps[-1] and (folder / "latest.pt").is_file():
-        say(f"{folder}: the generator files are of two saves, the second one unfinished; latest.pt is used")
-        return load_run_state(folder, "latest")
-    return nets, recipe
-
-
-def load_run_state(folder: Path, epoch: str) -> tuple[dict[str, nn.Module], dict]:
-    """Build the networks of a whole-state file; returns them by name, and a recipe with its flags."""
-    (state, path), parser = load_checkpoint(folder, epoch, "--epoch"), Parser()
-    for add_flags in (add_data_flags, add_loss_flags):
-        add_flags(parser)
-    flags = recall_flags(parser, state.get("args"), path)  # checked as if they had been typed
-    recipe = {"size": [flags.img_height, flags.img_width], "flags": flags, "dataset_name": flags.dataset_name}
-    return networks_of(state, path), recipe | {name: state.get(name) for name in ("epoch", "step")}

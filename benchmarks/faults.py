@@ -3,8 +3,8 @@
 python benchmarks/faults.py kills --count 50
 python benchmarks/faults.py signals
 python benchmarks/faults.py disk
-python benchmarks/faults.py pictures
-python benchmarks/faults.py fuzz --pictures 10000 --files 2000
+python benchmarks/faults.py images
+python benchmarks/faults.py fuzz --images 10000 --files 2000
 python benchmarks/faults.py watchdog
 python benchmarks/faults.py plain
 
@@ -18,12 +18,14 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,15 +36,23 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import datasets  # noqa: E402
+import distill  # noqa: E402
+import flags  # noqa: E402
+import images  # noqa: E402
+import inference  # noqa: E402
+import prepare  # noqa: E402
 import train  # noqa: E402
-import utils  # noqa: E402
 import weights  # noqa: E402
+from checkpoints import Progress, load_state, networks_of, restore  # noqa: E402
+from progress import Meter, read_losses  # noqa: E402
+from utils import InputError  # noqa: E402
 
 SMALL = [
     *("--dataset_name", "day2night", "--img_height", "32", "--img_width", "32", "--num_residual", "1", "--ngf", "8"),
     *("--ndf", "8", "--n_layers_D", "1", "--batch_size", "1", "--precision", "fp32", "--device", "cpu"),
 ]
+SIDE = 32  # px
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 HANG = 10  # s; a file that takes longer counts as a hang
 
 
@@ -96,16 +106,35 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def latest(run_name):
+    """The newest whole state of a run."""
+    return load_state(Path("saved_models") / run_name / "latest.pt")
+
+
 def compare(one, other):
     """Which parts of two finished runs are equal bit for bit."""
-    a, b = (utils.load_state(Path("saved_models") / name / "latest.pt") for name in (one, other))
+    a = latest(one)
+    b = latest(other)
     found = {key: equal(a[key], b[key]) for key in ("nets", "optims", "buffers", "rng", "loader", "step")}
-    csv = [(Path("saved_models") / name / "losses.csv").read_bytes() for name in (one, other)]
-    grids = sorted(p.name for p in (Path("generated_images") / one).glob("epoch_*.png"))
-    same = [
-        len({(Path("generated_images") / name / grid).read_bytes() for name in (one, other)}) == 1 for grid in grids
-    ]
-    return found | {"losses.csv": csv[0] == csv[1], "grids": all(same)}
+    logs = {(Path("saved_models") / name / "losses.csv").read_bytes() for name in (one, other)}
+    grids = sorted(path.name for path in (Path("generated_images") / one).glob("epoch_*.png"))
+    same = []
+    for grid in grids:
+        contents = {(Path("generated_images") / name / grid).read_bytes() for name in (one, other)}
+        same.append(len(contents) == 1)
+    return found | {"losses.csv": len(logs) == 1, "grids": all(same)}
+
+
+def new_model(argv):
+    """Flags, and the fresh model that they describe, on the CPU."""
+    args = flags.with_vit_defaults(train.parse_args([str(word) for word in argv]))
+    flags.check_run_flags(args)
+    return args, train.make_model(args, train.make_nets(args, {}), torch.device("cpu"))
+
+
+def lines_of(log):
+    """What a run said, line by line; a progress bar's states are lines, too."""
+    return Path(log).read_text().replace("\r", "\n").splitlines()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,10 +142,11 @@ def compare(one, other):
 
 def live(pid, folder, rng, longest):
     """Let a process live until a random moment; half of them until a save is under way. The exit code, if it ended."""
-    begun, code = time.time(), None
+    begun = time.time()
+    code = None
     in_save = rng.random() < 0.5
     while code is None and not any(path.stat().st_mtime > begun for path in folder.glob("run.json")):
-        code = wait(pid, 0.005)  # it reads its state and the pictures
+        code = wait(pid, 0.005)  # it reads its state and the images
     if code is None and not in_save:
         return wait(pid, rng.uniform(0, longest))
     while code is None and not any(folder.glob(".*.tmp")):
@@ -124,77 +154,95 @@ def live(pid, folder, rng, longest):
     return wait(pid, rng.uniform(0, 0.02)) if code is None else code
 
 
+def unreadable_states(folder):
+    """How many whole states of a run cannot be read; each is named."""
+    count = 0
+    for path in folder.glob("*.pt"):
+        try:
+            load_state(path)
+        except InputError as error:
+            count += 1
+            print(error)
+    return count
+
+
 def kills(args):
     """SIGKILL at random moments, restart, until the run is finished; then another run."""
-    rng, killed, saving, runs, unreadable, fallbacks = random.Random(0), 0, 0, 0, 0, 0
-    while killed < args.count:
-        flags = [*SMALL, "--num_epochs", "4", "--steps_per_epoch", "30", "--checkpoint_interval", "2", "--seed", runs]
-        finish([*flags, "--run_name", f"whole{runs}", "--save_minutes", "0"])
-        name, code = f"killed{runs}", None
+    rng = random.Random(0)
+    count = Counter()
+    runs = 0
+    while count["killed"] < args.count:
+        words = [*SMALL, "--num_epochs", "4", "--steps_per_epoch", "30", "--checkpoint_interval", "2", "--seed", runs]
+        finish([*words, "--run_name", f"whole{runs}", "--save_minutes", "0"])
+        name = f"killed{runs}"
         folder = Path("saved_models") / name
+        code = None
         while code is None:
             started = any(folder.glob("latest.pt")) or any(folder.glob("previous.pt"))
-            resume = ["--start_from", "latest", "--dataset_name", "day2night"] if started else [*flags, "--overwrite"]
-            last = killed >= args.count
+            resume = ["--start_from", "latest", "--dataset_name", "day2night"] if started else [*words, "--overwrite"]
+            last = count["killed"] >= args.count
             often = ["--save_minutes", "0" if last else "1e-6"]  # after each step: many kills shall hit a save
             pid = spawn([*resume, "--run_name", name, *often, "--device", "cpu"], f"{name}.log")
             code = wait(pid, 3600) if last else live(pid, folder, rng, args.longest)
             if code is None:
                 os.kill(pid, signal.SIGKILL)
-                killed += wait(pid, 60) == -signal.SIGKILL
-                saving += any(folder.glob(".*.tmp"))
-                for path in folder.glob("*.pt"):
-                    try:
-                        utils.load_state(path)
-                    except utils.InputError as error:
-                        unreadable += 1
-                        print(error)
-        fallbacks += Path(f"{name}.log").read_text().count("using saved_models")
+                count["killed"] += wait(pid, 60) == -signal.SIGKILL
+                count["saving"] += any(folder.glob(".*.tmp"))
+                count["unreadable"] += unreadable_states(folder)
+        count["fallbacks"] += Path(f"{name}.log").read_text().count("using saved_models")
         result = compare(f"whole{runs}", name)
-        print(f"run {runs}: exit code {code} after {killed} kills in all; equal: {result}", flush=True)
+        print(f"run {runs}: exit code {code} after {count['killed']} kills in all; equal: {result}", flush=True)
         if code or not all(result.values()):
             raise SystemExit(Path(f"{name}.log").read_text()[-3000:])
         runs += 1
-    print(f"{killed} kills, {saving} of them while a file was being written; {unreadable} unreadable states;")
-    print(f"previous.pt was needed {fallbacks} times; {runs} runs, all ended bit for bit as uninterrupted ones")
+    saving = f"{count['saving']} of them while a file was being written"
+    print(f"{count['killed']} kills, {saving}; {count['unreadable']} unreadable states;")
+    print(
+        f"previous.pt was needed {count['fallbacks']} times; {runs} runs, all ended bit for bit as uninterrupted ones"
+    )
 
 
 def children(pid):
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def steps_done(log, total):
+    """How many of so many steps a progress bar has shown to be done."""
+    return max(map(int, re.findall(rf"(\d+)/{total} \[", Path(log).read_text())), default=0)
+
+
 def signals(args):
     """Ctrl-C, SIGTERM and the loss of the terminal in the middle of an epoch, with 2 workers."""
-    flags = [*SMALL, "--num_epochs", "2", "--steps_per_epoch", "60", "--num_workers", "2"]
-    finish([*flags, "--run_name", "whole"])
+    words = [*SMALL, "--num_epochs", "2", "--steps_per_epoch", "60", "--num_workers", "2"]
+    finish([*words, "--run_name", "whole"])
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         name = signum.name
-        with Path(f"{name}.log").open("w") as log:
-            words = [sys.executable, ROOT / "train.py", *map(str, flags), "--run_name", name]
-            process = subprocess.Popen(words, stdout=log, stderr=log)
-            rows = Path("saved_models") / name / "losses.csv"
-            while not rows.exists() or len(rows.read_text().splitlines()) < 2:  # after step 20 of 60
+        log = Path(f"{name}.log")
+        with log.open("w") as file:
+            command = [sys.executable, ROOT / "train.py", *words, "--run_name", name]
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+            while steps_done(log, 120) < 20 and process.poll() is None:
                 time.sleep(0.05)
             workers = children(process.pid)
             start = time.monotonic()
             process.send_signal(signum)
             sent = time.time()
-            code, seconds = process.wait(60), time.monotonic() - start
+            code = process.wait(60)
+            seconds = time.monotonic() - start
             saved = (Path("saved_models") / name / "latest.pt").stat().st_mtime - sent
         time.sleep(0.2)
         orphans = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-        step = utils.load_state(Path("saved_models") / name / "latest.pt")["step"]
+        step = latest(name)["step"]
         finish(["--dataset_name", "day2night", "--run_name", name, "--start_from", "latest", "--device", "cpu"])
         result = compare("whole", name)
-        print(
-            f"{name}: {len(workers)} workers, saved at step {step} after {saved:.1f} s, ended after {seconds:.1f} s, exit code {code},"
-        )
+        after = f"saved at step {step} after {saved:.1f} s, ended after {seconds:.1f} s"
+        print(f"{name}: {len(workers)} workers, {after}, exit code {code},")
         print(f"  {len(orphans)} orphans; after resuming equal to the uninterrupted run: {result}", flush=True)
 
 
 @contextlib.contextmanager
 def small_disk(folder):
-    """Mount 20 MB there where that is allowed; else this folder is only used as it is, and files cannot grow."""
+    """Mount 20 MB as a folder until the block ends; the program ends where that is not allowed."""
     folder.mkdir(exist_ok=True)
     words = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)]
     if subprocess.run(words, capture_output=True, check=False).returncode:
@@ -205,86 +253,89 @@ def small_disk(folder):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(ballast):
+    """Write a file until the disk is full."""
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(2**14)):
+            pass
+
+
+def run_on_full_disk(words, freed):
+    """Train where the disk fills up after the first save; freed: it has room again after the first failed one."""
+    log = Path("../disk.log")
+    ballast = Path("ballast")
+    folder = Path("saved_models/run")
+    pid = spawn([*words, "--run_name", "run"], log)
+    while not (folder / "latest.pt").exists():
+        time.sleep(0.02)
+    fill(ballast)
+    while "warning: " not in log.read_text():
+        time.sleep(0.02)
+    step = latest("run")["step"]
+    if freed:
+        ballast.unlink()
+    code = wait(pid, 600)
+    lines = [line for line in lines_of(log) if "warning: " in line or "error: " in line]
+    state = latest("run")
+    left = sorted(path.name for path in folder.iterdir() if path.name.endswith(".tmp"))
+    how = "freed" if freed else "full to the end"
+    print(f"{how}: exit code {code}, {len(lines)} lines, such as: {lines[0]}")
+    print(f"  state when it was full: step {step}; at the end: step {state['step']}; half files: {left}")
+    whole = load_state(Path("../saved_models/whole/latest.pt"))
+    if freed:
+        print(f"  weights equal to the uninterrupted run: {equal(whole['nets'], state['nets'])}")
+    else:
+        print(f"  last line: {lines[-1]}")
+        for path in folder.glob("*.safetensors"):
+            weights.load_generator(path)
+        ballast.unlink()
+        finish(["--dataset_name", "day2night", "--run_name", "run", "--start_from", "latest"], log)
+        same = equal(whole["nets"], latest("run")["nets"])
+        print(f"  after freeing and resuming, weights equal: {same}", flush=True)
+    log.unlink()
+
+
 def disk(args):
     """A disk of 20 MB that fills up during the run, and is freed again, or is not."""
-    flags = [*SMALL, "--ngf", "16", "--num_epochs", "6", "--steps_per_epoch", "40", "--save_minutes", "0.02"]
-    finish([*flags, "--run_name", "whole"])
+    words = [*SMALL, "--ngf", "16", "--num_epochs", "6", "--steps_per_epoch", "40", "--save_minutes", "0.02"]
+    finish([*words, "--run_name", "whole"])
     for freed in (True, False):
         with small_disk(Path("disk")):
             (Path("disk") / "datasets").symlink_to(Path("datasets").resolve())
             with contextlib.chdir("disk"):
-                pid, ballast, latest = spawn([*flags, "--run_name", "run"], "../disk.log"), Path("ballast"), None
-                while not (Path("saved_models/run") / "latest.pt").exists():
-                    time.sleep(0.02)
-                with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-                    while file.write(bytes(2**14)):
-                        pass
-                log = Path("../disk.log")
-                while "warning: " not in log.read_text():
-                    time.sleep(0.02)
-                latest = utils.load_state(Path("saved_models/run/latest.pt"))["step"]
-                if freed:
-                    ballast.unlink()
-                code = wait(pid, 600)
-                text = log.read_text().replace("\r", "\n").splitlines()
-                lines = [line for line in text if "warning: " in line or "error: " in line]
-                state = utils.load_state(Path("saved_models/run/latest.pt"))
-                left = sorted(p.name for p in Path("saved_models/run").iterdir() if p.name.endswith(".tmp"))
-                print(
-                    f"{'freed' if freed else 'full to the end'}: exit code {code}, {len(lines)} lines, such as: {lines[0]}"
-                )
-                print(f"  state when it was full: step {latest}; at the end: step {state['step']}; half files: {left}")
-                if freed:
-                    whole = utils.load_state(Path("../saved_models/whole/latest.pt"))
-                    print(f"  weights equal to the uninterrupted run: {equal(whole['nets'], state['nets'])}")
-                else:
-                    print(f"  last line: {lines[-1]}")
-                    for path in Path("saved_models/run").glob("*.safetensors"):
-                        weights.load_generator(path)
-                    ballast.unlink()
-                    finish(
-                        ["--dataset_name", "day2night", "--run_name", "run", "--start_from", "latest"], "../disk.log"
-                    )
-                    state, whole = (
-                        utils.load_state(Path(f"{p}/latest.pt")) for p in ("saved_models/run", "../saved_models/whole")
-                    )
-                    print(
-                        f"  after freeing and resuming, weights equal: {equal(whole['nets'], state['nets'])}",
-                        flush=True,
-                    )
-                log.unlink()
+                run_on_full_disk(words, freed)
 
 
-def pictures(args):
-    """Sets of 200 pictures a domain: 2 % bad train through, 6 % unreadable headers do not start."""
-    for share in (2, 6):
-        name = f"bad{share}"
+def bad_images(args):
+    """Sets of 400 images a domain: 2 % bad train through, 6 % unreadable headers do not start."""
+    for percent in (2, 6):
+        name = f"bad{percent}"
         shutil.copytree("datasets/day2night", f"datasets/{name}")
         for domain in "AB":
-            paths = datasets.list_pictures(Path(f"datasets/{name}/train{domain}"))
-            for i, path in enumerate(paths[: share * len(paths) // 100]):
+            paths = images.list_images(Path(f"datasets/{name}/train{domain}"))
+            for i, path in enumerate(paths[: percent * len(paths) // 100]):
                 data = path.read_bytes()
-                torn = [data[: len(data) // 2], b"", b"GIF89a", data[:-200]] if share == 2 else [data[:10]]
+                torn = [data[:10]]
+                if percent == 2:
+                    torn = [data[: len(data) // 2], b"", b"GIF89a", data[:-200]]
                 path.write_bytes(torn[i % len(torn)])
         log = Path(f"{name}.log")
         pid = spawn([*SMALL, "--dataset_name", name, "--num_epochs", "2", "--save_minutes", "0"], log)
         code = wait(pid, 3600)
-        lines = [
-            x for x in log.read_text().replace("\r", "\n").splitlines() if "skipped, unreadable" in x or "error: " in x
-        ]
-        named = {line.split(": ")[1].split(" (")[0] for line in lines if "skipped" in line}
+        skipped = [line for line in lines_of(log) if "skipped, unreadable" in line]
+        named = {line.split(": ")[1].split(" (")[0] for line in skipped}
         begun = Path(f"saved_models/{name}").exists()
-        skipped = sum("skipped" in line for line in lines)
-        print(
-            f"{share} %: exit code {code}; {skipped} lines name {len(named)} files; a run was begun: {begun}; {lines[-1]}"
-        )
+        last = [line for line in lines_of(log) if "skipped, unreadable" in line or "error: " in line][-1]
+        found = f"{len(skipped)} lines name {len(named)} files"
+        print(f"{percent} %: exit code {code}; {found}; a run was begun: {begun}; {last}")
 
 
 def damage(data, others, rng):
-    """Flip bits, cut, insert, or splice a piece of another file into `data`."""
+    """Flip bits, cut, insert, or splice a part of another file into `data`."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
-        kind, i = rng.randrange(5), rng.randrange(len(data) + 1)
+        kind = rng.randrange(5)
+        i = rng.randrange(len(data) + 1)
         if kind == 0 and data:
             data[i % len(data)] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -312,41 +363,38 @@ class Evil:
         ]
 
 
+def strange_values(value):
+    """What may stand in a damaged state in place of a value."""
+    found = [None, -1, 10**30, 2**70, "x", "", [], {}, (), float("nan"), True, [[]], {"x": 1}, b"x"]
+    if isinstance(value, torch.Tensor):
+        found += [value.flatten()[:0], value.double(), value.long(), value.bool(), value.half(), torch.zeros(())]
+        found += [value.to(torch.complex64), value.float().to_sparse(), value.unsqueeze(0)]
+        found += [torch.full_like(value.float(), float("nan"))]
+    return found
+
+
 def sow(state, rng):
     """Replace a random value deep in a copy of a state by something else."""
     state = copy.deepcopy(state)
-    place, key = state, rng.choice(list(state))
-    while isinstance(place[key], dict | list) and len(place[key]) and rng.random() < 0.9:
-        place = place[key]
-        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-    value, seeds = place[key], [None, -1, 10**30, 2**70, "x", "", [], {}, (), float("nan"), True, [[]], {"x": 1}, b"x"]
-    if isinstance(value, torch.Tensor):
-        seeds += [
-            value.flatten()[:0],
-            value.double(),
-            value.long(),
-            value.bool(),
-            torch.full_like(value.float(), float("nan")),
-        ]
-        seeds += [
-            value.to(torch.complex64),
-            value.half(),
-            torch.zeros(()),
-            value.float().to_sparse(),
-            value.unsqueeze(0),
-        ]
-    if rng.random() < 0.2 and isinstance(place, dict):
-        del place[key]
-    elif rng.random() < 0.2 and isinstance(place, dict):
-        place[rng.choice(("x" * 300, "a\nb", 7, None))] = rng.choice(seeds)
+    parent = state
+    key = rng.choice(list(state))
+    while isinstance(parent[key], dict | list) and len(parent[key]) and rng.random() < 0.9:
+        parent = parent[key]
+        key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+    strange = strange_values(parent[key])
+    if rng.random() < 0.2 and isinstance(parent, dict):
+        del parent[key]
+    elif rng.random() < 0.2 and isinstance(parent, dict):
+        parent[rng.choice(("x" * 300, "a\nb", 7, None))] = rng.choice(strange)
     else:
-        place[key] = rng.choice(seeds)
+        parent[key] = rng.choice(strange)
     return state
 
 
 def tally(what, count, attempt, refusal):
     """Call attempt(i) `count` times; anything but a result or a refusal counts as a traceback. Returns the number of those."""
-    read, refused, failed, slowest = 0, 0, 0, 0.0
+    count_of = Counter()
+    slowest = 0.0
 
     def too_long(*_):
         raise TimeoutError
@@ -357,97 +405,147 @@ def tally(what, count, attempt, refusal):
         start = time.monotonic()
         try:
             attempt(i)
-            read += 1
+            count_of["read"] += 1
         except refusal:
-            refused += 1
+            count_of["refused"] += 1
         except Exception as error:  # noqa: BLE001 (what is counted)
-            failed += 1
+            count_of["failed"] += 1
             print(f"{what} {i}: {type(error).__name__}: {error}", flush=True)
-            if failed < 4:
+            if count_of["failed"] < 4:
                 traceback.print_exc()
         finally:
             signal.alarm(0)
         slowest = max(slowest, time.monotonic() - start)
-    print(
-        f"{count} {what}: {read} read, {refused} refused in one line, {failed} tracebacks or hangs; slowest {slowest:.1f} s"
-    )
-    return failed
+    found = f"{count_of['read']} read, {count_of['refused']} refused in one line"
+    print(f"{count} {what}: {found}, {count_of['failed']} tracebacks or hangs; slowest {slowest:.1f} s")
+    return count_of["failed"]
 
 
-def fuzz(args):
-    """Damaged pictures; damaged, edited and malicious checkpoints and weights."""
-    picture, samples = datasets.draw_scene(0, "day", 48), []
-    for mode in ("RGB", "L", "RGBA", "P", "1"):
-        for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
-            with contextlib.suppress(OSError):
-                buffer = io.BytesIO()
-                picture.convert(mode).save(buffer, kind)
-                samples.append(buffer.getvalue())
-    for kind, options in (("TIFF", {"compression": "tiff_lzw"}), ("JPEG", {"progressive": True}), ("PNG", {"bits": 4})):
-        buffer = io.BytesIO()
-        picture.convert("P" if kind == "PNG" else "RGB").save(buffer, kind, **options)
-        samples.append(buffer.getvalue())
+def sample_images():
+    """A small image in every format and mode that a file can have, as bytes."""
+    image = prepare.draw_scene(0, "day", 48)
+    wanted = [(mode, kind, {}) for mode in ("RGB", "L", "RGBA", "P", "1") for kind in KINDS]
+    wanted += [("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "JPEG", {"progressive": True})]
+    wanted += [("P", "PNG", {"bits": 4})]
+    found = []
+    for mode, kind, options in wanted:
+        with contextlib.suppress(OSError):  # of modes that a format does not know
+            buffer = io.BytesIO()
+            image.convert(mode).save(buffer, kind, **options)
+            found.append(buffer.getvalue())
+    return found
+
+
+def fuzz_images(count):
+    """Read so many damaged images; returns the number of tracebacks and hangs."""
+    samples = sample_images()
     path = Path("fuzzed.png")
 
-    def one_picture(i):
-        rng = random.Random(f"picture-{i}")
+    def read_one(i):
+        rng = random.Random(f"picture-{i}")  # the seed of the figures in docs/reliability.md
         path.write_bytes(damage(rng.choice(samples), samples, rng))
-        datasets.load_picture(path, (16, 16), rng.choice((1, 3)))
+        images.load_image(path, (16, 16), rng.choice((1, 3)))
 
-    failed = tally("fuzzed pictures", args.pictures, one_picture, datasets.UnreadablePicture)
+    return tally("fuzzed images", count, read_one, images.UnreadableImage)
 
+
+class Reader:
+    """Reads a file of weights or a whole state in every way in which a stage would."""
+
+    def __init__(self):
+        self.given = train.parse_args(["--dataset_name", "day2night", "--run_name", "fuzz", "--start_from", "latest"])
+        _, self.model = new_model(SMALL)
+        Path("saved_models/fuzzed").mkdir()
+        self.state = Path("saved_models/fuzzed/latest.pt")
+        self.state.touch()
+
+    def start_from(self):
+        found = load_state(self.state, "train")
+        args = flags.resume_flags(train.make_parser(), self.given, found.get("args"), self.state)
+        args = flags.with_vit_defaults(args)
+        flags.check_run_flags(args)
+        flags.network_configs(args)
+        restore(found, self.state, self.model, Meter(), (3, SIDE, SIDE))
+
+    def run_name(self):
+        inference.load_run("fuzzed")
+
+    def teacher(self):
+        args = distill.parse_args(["--teacher", "fuzzed", "--direction", "both"])
+        distill.inherit(args, distill.load_teacher("fuzzed", ["G_AB", "G_BA"]))
+
+    def weights_file(self):
+        networks_of(load_state(self.state), self.state)
+
+    def read_state(self):
+        """All of the above; raises the first refusal after the last of them."""
+        refusals = []
+        for read in (self.start_from, self.run_name, self.teacher, self.weights_file):
+            try:
+                read()
+            except InputError as error:
+                refusals.append(error)
+        if refusals:
+            raise refusals[0]
+
+
+def all_files():
+    """Every file below this folder, but those that fuzzing writes."""
+    return {path for path in Path().rglob("*") if not path.name.startswith("fuzzed")}
+
+
+def fuzz_files(count):
+    """Read so many damaged, edited and malicious checkpoints and weights.
+
+    returns: the number of tracebacks and hangs, and the files that appeared meanwhile
+    """
+    folder = Path("saved_models/fuzz")
     finish([*SMALL, "--num_epochs", "1", "--steps_per_epoch", "3", "--buffer_size", "2", "--run_name", "fuzz"])
-    folder, words = (
-        Path("saved_models/fuzz"),
-        ["--dataset_name", "day2night", "--run_name", "fuzz", "--start_from", "latest"],
-    )
-    state = utils.load_state(folder / "latest.pt")
+    state = latest("fuzz")
     foreign = weights.to_junyanz(weights.load_generator(folder / "G_AB.safetensors")[0])
     torch.save(foreign, "foreign.pth")
     torch.save(foreign, "old.pth", _use_new_zipfile_serialization=False)
     files = [folder / "latest.pt", folder / "G_AB.safetensors", Path("foreign.pth"), Path("old.pth")]
     contents = [file.read_bytes() for file in files]
-    given = train.parse_args(words)
-    fresh = train.settle(train.parse_args(SMALL))
-    run = train.make_run(fresh, train.make_nets(fresh, {}), Path("datasets/day2night"), torch.device("cpu"))
+    reader = Reader()
 
-    def read_whole(file):
-        """As --start_from, --teacher, --run_name and --weights would read it."""
-        found = utils.load_state(file)
-        train.settle(train.resume_args(train.make_parser(), given, found.get("args"), file))
-        weights.networks_of(found, file)
-        train.load_run(run, found, file)
-
-    def one_file(i):
+    def read_one(i):
         rng = random.Random(f"file-{i}")
         kind = rng.randrange(8)
         if kind < 4:
-            file = Path(f"fuzzed{files[kind].suffix}")
+            file = Path(f"fuzzed{files[kind].suffix}") if kind else reader.state
             file.write_bytes(damage(contents[kind], contents, rng))
         elif kind < 6:
-            file = Path("fuzzed.pt")
+            file = reader.state
             torch.save(sow(state, rng), file)
         elif kind == 6:
             file = Path("fuzzed.pth")
             torch.save(sow(foreign, rng), file)
         else:
-            file, evil = (
-                Path(rng.choice(("fuzzed.pt", "fuzzed.pth", "fuzzed.safetensors"))),
-                Evil("executed" + "!" * rng.randrange(3)),
-            )
+            file = rng.choice((reader.state, Path("fuzzed.pth"), Path("fuzzed.safetensors")))
+            evil = Evil("executed" + "!" * rng.randrange(3))
             if rng.random() < 0.5:
                 file.write_bytes(pickle.dumps({"format": 1, "nets": evil}, protocol=rng.choice((2, 4, 5))))
             else:
                 torch.save({**state, rng.choice(list(state)): evil}, file)
-        read_whole(file) if kind in (0, 4, 5) or (kind == 7 and rng.random() < 0.5) else weights.load_generator(file)
+        if file == reader.state:
+            reader.read_state()
+        else:
+            weights.load_generator(file)
 
+    before = all_files()
+    failed = tally("fuzzed checkpoints and weights", count, read_one, InputError)
+    return failed, all_files() - before
+
+
+def fuzz(args):
+    """Damaged images; damaged, edited and malicious checkpoints and weights."""
+    failed = fuzz_images(args.images)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        before = {p for p in Path().rglob("*") if not p.name.startswith("fuzzed")}
-        count = tally("fuzzed checkpoints and weights", args.files, one_file, utils.InputError)
-        after = {p for p in Path().rglob("*") if not p.name.startswith("fuzzed")}
+        tracebacks, appeared = fuzz_files(args.files)
     print("\n".join(line for line in said.getvalue().splitlines() if "fuzzed checkpoints" in line))
-    print(f"files that appeared: {sorted(map(str, after - before))}")
-    raise SystemExit(bool(failed + count + len(after - before)))
+    print(f"files that appeared: {sorted(map(str, appeared))}")
+    raise SystemExit(bool(failed or tracebacks or appeared))
 
 
 def watchdog(args):
@@ -455,23 +553,34 @@ def watchdog(args):
     if args.demo:
         line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("DEMO := "))
         shutil.rmtree("datasets")
-        datasets.draw_dataset(Path("datasets"))
+        prepare.draw_dataset(Path("datasets"))
         finish(line.removeprefix("DEMO := ").split(), "demo.log")
         print(f"demo: {Path('demo.log').read_text().count('warning: ')} warnings in 12 epochs")
         return
-    plain, flags = train.make_nets, [*SMALL, "--num_epochs", "3", "--steps_per_epoch", "30"]
+    usual = train.make_nets
+    words = [*SMALL, "--num_epochs", "3", "--steps_per_epoch", "30"]
 
     def constant(*given):
-        nets = plain(*given)
+        nets = usual(*given)
         torch.nn.init.zeros_(nets["G_AB"].head[1].weight)
         return nets
 
     for name, more in (("healthy", []), ("lr1", ["--lr", "1.0"]), ("constant", ["--freeze", "head"])):
-        train.make_nets = constant if name == "constant" else plain
-        code = wait(spawn([*flags, *more, "--run_name", name], f"{name}.log"), 3600)
-        lines = Path(f"{name}.log").read_text().replace("\r", "\n").splitlines()
-        lines = [line.strip() for line in lines if "warning: " in line or "error: " in line]
-        print(f"{name}: exit code {code}, {len(lines)} lines in 3 epochs{': ' + lines[0] if lines else ''}", flush=True)
+        train.make_nets = constant if name == "constant" else usual
+        code = wait(spawn([*words, *more, "--run_name", name], f"{name}.log"), 3600)
+        lines = [line.strip() for line in lines_of(f"{name}.log") if "warning: " in line or "error: " in line]
+        first = f": {lines[0]}" if lines else ""
+        print(f"{name}: exit code {code}, {len(lines)} lines in 3 epochs{first}", flush=True)
+
+
+def start_with_weights_only(words, nets):
+    """Save a fresh run whose networks alone are those of another one's state, as a plain script would go on."""
+    args, model = new_model([*words, "--run_name", "weights_only"])
+    for name, net in model.nets.items():
+        net.load_state_dict(nets[name])
+    saver = train.make_saver(args, "train")
+    saver.folder.mkdir()
+    saver.save(model, Progress(), Meter().state_dict(), lambda: None)
 
 
 def plain(args):
@@ -480,61 +589,68 @@ def plain(args):
     Exact resume is shown by the uninterrupted run, to which it is equal bit for bit (see kills and signals).
     """
     train.LOG_EVERY = 10
-    flags = [*SMALL, "--steps_per_epoch", "200", "--num_epochs", "4"]
-    finish([*flags, "--checkpoint_interval", "2", "--run_name", "whole"])
-    half = utils.load_state(Path("saved_models/whole/epoch_0002.pt"))
+    words = [*SMALL, "--steps_per_epoch", "200", "--num_epochs", "4"]
+    finish([*words, "--checkpoint_interval", "2", "--run_name", "whole"])
+    half = load_state(Path("saved_models/whole/epoch_0002.pt"))
     middle = half["step"]
-    fresh = train.settle(train.parse_args([*flags, "--run_name", "weights_only"]))
-    run = train.make_run(fresh, train.make_nets(fresh, {}), Path("datasets/day2night"), torch.device("cpu"))
-    Path("saved_models/weights_only").mkdir()
-    utils.save_state(
-        Path("saved_models/weights_only/latest.pt"),
-        train.state_of(run, [train.own_parts(run)]) | {"nets": half["nets"]},
-    )
+    start_with_weights_only(words, half["nets"])
     argv = ["--dataset_name", "day2night", "--run_name", "weights_only", "--start_from", "latest", "--device", "cpu"]
-    pid, folder = spawn(argv, "log"), Path("saved_models/weights_only")
-    while utils.load_state(folder / "latest.pt")["step"] < middle:
+    pid = spawn(argv, "log")
+    while latest("weights_only")["step"] < middle:
         time.sleep(1)
     os.kill(pid, signal.SIGTERM)
     wait(pid, 600)
-    rows = {name: utils.read_losses(Path(f"saved_models/{name}/losses.csv")) for name in ("whole", "weights_only")}
+    rows = {name: read_losses(Path(f"saved_models/{name}/losses.csv")) for name in ("whole", "weights_only")}
     for row in rows["weights_only"]:
         row["step"] += middle
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss_G", "loss_D_A"), strict=True):
-        for label, colour, words in (
-            ("whole", "tab:blue", "exact resume = uninterrupted"),
-            ("weights_only", "tab:red", "weights only"),
-        ):
-            points = [(r["step"], r[name]) for r in rows[label] if abs(r["step"] - middle) <= 400]
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=words)
-        axes.axvline(middle, color="grey", linewidth=0.8, linestyle="--")
-        axes.set_xlabel("step")
-        axes.set_title(name)
-        axes.grid(alpha=0.3)
-        for label in ("whole", "weights_only"):
-            after = [r[name] for r in rows[label] if middle < r["step"] <= middle + 100]
-            before = [r[name] for r in rows["whole"] if middle - 100 < r["step"] <= middle]
-            highest = max(after)
-            print(
-                f"{name}, {label}: {np.mean(before):.3f} in the 100 steps before, {np.mean(after):.3f} after, highest {highest:.3f}"
-            )
-        recovered = [r["step"] - middle for r in rows["weights_only"] if r[name] <= np.mean(before)]
-        print(f"{name}: first back at its earlier mean after {min(recovered, default=None)} steps")
+        draw_resume(axes, rows, name, middle)
+        print_resume(rows, name, middle)
     axes.legend(fontsize="small")
     figure.savefig("resume.png", dpi=100)
-    picture = Image.open("resume.png").convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
-    picture.save("resume.png", optimize=True)
+    image = Image.open("resume.png").convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+    image.save("resume.png", optimize=True)
     print(f"resume.png: {Path('resume.png').stat().st_size / 1000:.0f} kB")
+
+
+def draw_resume(axes, rows, name, middle):
+    """Draw a loss of both runs around the interruption."""
+    styles = {"whole": ("tab:blue", "exact resume = uninterrupted"), "weights_only": ("tab:red", "weights only")}
+    for label, (colour, words) in styles.items():
+        near = [row for row in rows[label] if abs(row["step"] - middle) <= 400]
+        steps = [row["step"] for row in near]
+        axes.plot(steps, [row[name] for row in near], color=colour, linewidth=1, label=words)
+    axes.axvline(middle, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("step")
+    axes.set_title(name)
+    axes.grid(alpha=0.3)
+
+
+def print_resume(rows, name, middle):
+    """Print the means of a loss before and after the interruption, and when it is back where it was."""
+    before = np.mean([row[name] for row in rows["whole"] if middle - 100 < row["step"] <= middle])
+    for label in ("whole", "weights_only"):
+        after = [row[name] for row in rows[label] if middle < row["step"] <= middle + 100]
+        found = f"{before:.3f} in the 100 steps before, {np.mean(after):.3f} after, highest {max(after):.3f}"
+        print(f"{name}, {label}: {found}")
+    recovered = [row["step"] - middle for row in rows["weights_only"] if row[name] <= before]
+    print(f"{name}: first back at its earlier mean after {min(recovered, default=None)} steps")
+
+
+COMMANDS = {
+    **{"kills": kills, "signals": signals, "disk": disk, "images": bad_images, "fuzz": fuzz},
+    **{"watchdog": watchdog, "plain": plain},
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "signals", "disk", "pictures", "fuzz", "watchdog", "plain"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--folder", type=Path, default=Path("faults"), help="where all happens (default: ./faults)")
     parser.add_argument("--count", type=int, default=50, help="kills (default: 50)")
     parser.add_argument("--longest", type=float, default=3.0, help="longest life after a start, s (default: 3)")
-    parser.add_argument("--pictures", type=int, default=10_000, help="fuzzed pictures (default: 10000)")
+    parser.add_argument("--images", type=int, default=10_000, help="fuzzed images (default: 10000)")
     parser.add_argument("--files", type=int, default=2_000, help="fuzzed checkpoints and weights (default: 2000)")
     parser.add_argument("--demo", action="store_true", help="watchdog: the demo run instead")
     args = parser.parse_args()
@@ -543,8 +659,8 @@ def main():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)
-    datasets.draw_dataset(Path("datasets"), size=32)
-    globals()[args.what](args)
+    prepare.draw_dataset(Path("datasets"), size=SIDE)
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Milliseconds for one picture in PyTorch and onnxruntime on the CPU, and how far their answers differ, by generator file.
+"""Milliseconds for one image in PyTorch and onnxruntime on the CPU, and how far their outputs differ, by generator file.
 
 python benchmarks/latency.py saved_models/day2night/G_AB.safetensors saved_models/day2night_student/G_AB.safetensors
 OMP_NUM_THREADS=1 python benchmarks/latency.py --sides 64 256 --turns 30 teacher.safetensors student.safetensors
@@ -16,29 +16,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import export
+import flags
 import utils
-import weights
+from weights import load_generator
 
 CPU = torch.device("cpu")
 
 
 def in_bf16(net):
-    def run(picture):
+    def run(image):
         with utils.autocast(CPU, "bf16"):
-            return net(picture)
+            return net(image)
 
     return run
 
 
 @torch.no_grad()
 def medians(programs, turns):
-    """Median time in ms of each program: (function, picture) by any key."""
+    """Median time in ms of each program: (function, image) by any key."""
     times = {key: [] for key in programs}
     for turn in range(turns + 2):
-        for key, (run, picture) in programs.items():
+        for key, (run, image) in programs.items():
             time.sleep(0.02)  # onnxruntime's threads spin on for a while, which would slow the next one
             start = time.perf_counter()
-            run(picture)
+            run(image)
             if turn > 1:  # the first ones pay for set-up
                 times[key].append(1000 * (time.perf_counter() - start))
     return {key: statistics.median(values) for key, values in times.items()}
@@ -46,23 +47,24 @@ def medians(programs, turns):
 
 @utils.stage
 def main(argv=None):
-    parser = utils.Parser(prog="latency.py", description=__doc__)
-    parser.add_argument("files", type=utils.path_name, nargs="+", help="generator files")
-    add = utils.flag_group(parser, "how")
-    add("--sides", type=utils.whole(16), nargs="+", default=[64, 256], help="sides of the timed pictures, px")
-    add("--turns", type=utils.whole(1), default=20, help="timed passes of each")
+    parser = flags.Parser(prog="latency.py", description=__doc__)
+    parser.add_argument("files", type=flags.path_name, nargs="+", help="generator files")
+    add = flags.flag_group(parser, "how")
+    add("--sides", type=flags.int_between(16), nargs="+", default=[64, 256], help="sides of the timed images, px")
+    add("--turns", type=flags.int_between(1), default=20, help="timed passes of each")
     args = parser.parse_args(argv)
-    rows, programs = {}, {}
+    rows = {}
+    programs = {}
     for file in args.files:
-        net, recipe = weights.load_generator(file)
-        model = export.onnx_bytes(net, recipe | {"direction": recipe["direction"] or "AtoB"})
+        net, metadata = load_generator(file)
+        model = export.onnx_bytes(net, metadata | {"direction": metadata["direction"] or "AtoB"})
         runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": export.open_session(model)}
-        difference = max(export.compare(net, runs["onnxruntime"], export.check_sizes(net, recipe)).values())
+        difference = max(export.compare(net, runs["onnxruntime"], export.check_sizes(net, metadata)).values())
         parameters = sum(p.numel() for p in net.parameters())
         rows[file] = [str(file), f"{parameters:,}", f"{len(model) / 1e6:.1f}", f"{difference:.1e}"]
         for side in args.sides:
-            picture = torch.rand(1, net.config.channels, side, side) * 2 - 1
-            programs |= {(file, f"{name}, {side} px"): (run, picture) for name, run in runs.items()}
+            image = torch.rand(1, net.config.channels, side, side) * 2 - 1
+            programs |= {(file, f"{name}, {side} px"): (run, image) for name, run in runs.items()}
     found = medians(programs, args.turns)
     columns = list(dict.fromkeys(column for _, column in programs))
     native = "" if utils.has_native_bf16(CPU) else "; bf16 is emulated here"

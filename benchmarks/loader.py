@@ -1,10 +1,10 @@
-"""Pictures a second that the loader delivers, by kind of cache and number of workers.
+"""Images a second that the loader delivers, by kind of cache and number of workers.
 
 python benchmarks/loader.py --size 64 --photo 256
 python benchmarks/loader.py --size 256 --photo 512 --workers 0 4 8
 
 Draws JPEG photos of --photo px, and reads epochs of them as training at --size px does (resize, crop, mirror, stack).
-The first epoch fills the cache and is shown apart. Compare with pictures/s of benchmarks/step.py: the loader has to be
+The first epoch fills the cache and is shown apart. Compare with images/s of benchmarks/step.py: the loader has to be
 faster. Prints a table in markdown and writes loader.csv into --output.
 """
 
@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
+import prepare
 
 
 def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
@@ -26,19 +27,21 @@ def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
     for domain, hour in (("A", "day"), ("B", "night")):
         for i in range(count):
             paths[domain].append(folder / f"{domain}{i}.jpg")
-            datasets.draw_scene(i, hour, side).save(paths[domain][-1], quality=90)
+            prepare.draw_scene(i, hour, side).save(paths[domain][-1], quality=90)
     return paths
 
 
 def measure(args: argparse.Namespace, paths: dict, folder: Path, kind: str, workers: int) -> dict:
-    """Pictures a second of the first epoch and of the best of the others."""
-    pictures, rates = datasets.UnpairedDataset(paths, (args.size, args.size)), []
+    """Images a second of the first epoch and of the best of the others."""
+    images = datasets.UnpairedDataset(paths, (args.size, args.size))
     if kind != "none":
-        pictures.caches = datasets.make_caches(kind, paths, pictures.load_size, 3, folder / f"{kind}{workers}", workers)
+        images.caches = datasets.make_caches(kind, paths, images.load_size, 3, folder / f"{kind}{workers}", workers)
     order = datasets.EpochSampler((args.count, args.count), args.batch)
-    loader = datasets.make_loader(pictures, order, workers, pin_memory=torch.cuda.is_available())
+    loader = datasets.make_loader(images, order, workers, pin_memory=torch.cuda.is_available())
+    rates = []
     for epoch in range(args.epochs):
-        order.epoch, start = epoch, time.perf_counter()
+        order.epoch = epoch
+        start = time.perf_counter()
         read = sum(2 * len(batch["A"]) for batch in loader)
         rates.append(read / (time.perf_counter() - start))
     return {"cache": kind, "workers": workers, "first epoch": round(rates[0]), "later": round(max(rates[1:]))}
@@ -46,10 +49,10 @@ def measure(args: argparse.Namespace, paths: dict, folder: Path, kind: str, work
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="side of the training pictures, px")
+    parser.add_argument("--size", type=int, default=64, help="side of the training images, px")
     parser.add_argument("--photo", type=int, default=256, help="side of the photos on disk, px")
     parser.add_argument("--count", type=int, default=200, help="photos of each domain")
-    parser.add_argument("--batch", type=int, default=4, help="pictures of each domain in a batch")
+    parser.add_argument("--batch", type=int, default=4, help="images of each domain in a batch")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of reading processes")
     parser.add_argument("--epochs", type=int, default=4, help="epochs, the first filling the cache")
     parser.add_argument("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
@@ -58,7 +61,7 @@ def main() -> None:
         paths = draw_photos(Path(folder), args.count, args.photo)
         kinds = [(kind, n) for n in args.workers for kind in ("none", "ram", "disk")]
         rows = [measure(args, paths, Path(folder), kind, workers) for kind, workers in kinds]
-    print(f"pictures a second at {args.size} px from JPEG photos of {args.photo} px, batch {args.batch}")
+    print(f"images a second at {args.size} px from JPEG photos of {args.photo} px, batch {args.batch}")
     print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(map(str, row.values()))} |")

@@ -1,11 +1,11 @@
-"""Train, score and picture the rows of docs/results.md again.
+"""Train, score and draw the rows of docs/results.md again.
 
 python benchmarks/reproduce.py day2night
 python benchmarks/reproduce.py mnist2usps daisy2sunflower --data_root DATA
 python benchmarks/reproduce.py --list
 
 A task's runs are trained one after the other (a run that was stopped goes on where it was), scored on the test split
-and written into docs/results.json, from which the task's table in docs/results.md is made; its picture goes to
+and written into docs/results.json, from which the task's table in docs/results.md is made; its image goes to
 docs/results_TASK.png. The demo set is drawn; the others must lie in --data_root.
 """
 
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,25 +24,31 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import digit_score
 
-import datasets
 import distill
-import models
+import flags
+import images
+import metrics
 import test as test_stage
 import train
 import utils
-import weights
+from checkpoints import IMAGES, RUNS
+from datasets import named_images
+from files import write_json, write_text
+from progress import read_losses
+from weights import load_generator
 
 ROOT = Path(__file__).parents[1]
-STORE, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
-RUNS, PICTURES = Path("saved_models"), Path("generated_images")
-COLUMNS = 6  # pictures in a row of a task's picture
+STORE = ROOT / "docs" / "results.json"
+PAGE = ROOT / "docs" / "results.md"
+COLUMNS = 6  # images in a row of a task's image
+DIRECTIONS = ("AtoB", "BtoA")
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: every flag that is not a default, in one place
@@ -76,13 +82,13 @@ class Task:
     runs: dict[str, str]  # name → stage and flags
     score: Callable  # (run, dataset) → cells by column
     before: Callable  # (dataset, run) → rows that need no training
-    drawn: tuple[str, ...] | None = ()  # runs in the picture; () for all, None for no picture
-    curve: bool = False  # the picture shows PSNR over minutes, not translations
-    zoom: int = 1  # whole factor by which the pictures are enlarged
+    drawn: tuple[str, ...] | None = ()  # runs in the task's image; () for all, None for no image
+    curve: bool = False  # it shows PSNR over minutes, not translations
+    zoom: int = 1  # whole factor by which translations are enlarged
 
 
 # ---------------------------------------------------------------------------------------------
-# Scores
+# Scores: cells by column. Columns and rows are named as they stand in docs/results.json
 
 
 def translate(run: str, dataset: Path, *more: str) -> dict:
@@ -92,41 +98,41 @@ def translate(run: str, dataset: Path, *more: str) -> dict:
     )
 
 
+def both(values: Iterable[float], digits: int) -> str:
+    """A cell with the figures of both directions, or domains."""
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
 def paired_cells(run: str, dataset: Path) -> dict[str, str]:
     """PSNR, SSIM and match@1 of both directions on the test pairs."""
     scores = translate(run, dataset, "--metrics", "paired,cycle")
-    rows = [scores[direction]["paired"]["model"] for direction in ("AtoB", "BtoA")]
-    cells = {
-        f"{key} A→B / B→A": " / ".join(f"{row[key]:.{digits}f}" for row in rows)
-        for key, digits in (("PSNR", 2), ("SSIM", 3), ("match@1", 2))
-    }
-    return cells | {"cycle A / B": " / ".join(f"{scores[d]['cycle']:.3f}" for d in ("AtoB", "BtoA"))}
+    rows = [scores[direction]["paired"]["model"] for direction in DIRECTIONS]
+    digits = {"PSNR": 2, "SSIM": 3, "match@1": 2}
+    cells = {f"{key} A→B / B→A": both([row[key] for row in rows], count) for key, count in digits.items()}
+    return cells | {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
 
 
 def maps_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Root mean square error and share of pixels within 5 and 10 levels, aerial photo → map."""
+    """Root mean square error and fraction of pixels within 5 and 10 levels, aerial photo → map."""
     row = translate(run, dataset, "--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]["model"]
     return {key: f"{value:.3f}" for key, value in row.items() if key != "match@1"}
 
 
 def paired_baselines(dataset: Path, run: str) -> dict[str, dict[str, str]]:
-    """What needs no network: the input itself, and the mean picture of the domain."""
-    scores = json.loads((PICTURES / run / "test" / "metrics.json").read_text())
-    rows = {}
-    for name in scores["AtoB"]["paired"]:
-        if name != "model":
-            both = [scores[direction]["paired"][name] for direction in ("AtoB", "BtoA") if direction in scores]
-            column = "PSNR A→B / B→A" if len(both) == 2 else "PSNR"
-            rows[name] = {column: " / ".join(f"{row['PSNR']:.2f}" for row in both)}
-    return rows
+    """What needs no network: the input itself, and the mean image of the domain."""
+    scores = json.loads((IMAGES / run / "test" / "metrics.json").read_text())
+    tables = [scores[direction]["paired"] for direction in DIRECTIONS if direction in scores]
+    column = "PSNR A→B / B→A" if len(tables) == 2 else "PSNR"
+    return {name: {column: both([table[name]["PSNR"] for table in tables], 2)} for name in tables[0] if name != "model"}
 
 
 def digit_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Share of translated test digits that a classifier, trained on real digits of that domain, reads as their label."""
-    output, cells = PICTURES / run / "digits", {}
+    """Fraction of translated test digits that a classifier, trained on real digits of that domain, reads as their label."""
+    output = IMAGES / run / "digits"
+    cells = {}
     for source, target in ("AB", "BA"):
-        inputs, direction = str(dataset / f"test{source}"), f"{source}to{target}"
-        argv = ["--run_name", run, "--input", inputs, "--direction", direction, "--output_size", "net"]
+        inputs = str(dataset / f"test{source}")
+        argv = ["--run_name", run, "--input", inputs, "--direction", f"{source}to{target}", "--output_size", "net"]
         test_stage.main([*argv, "--output", str(output)])
         reader = digit_score.classifier(*digit_score.read_folder(dataset / f"train{target}"))
         found = digit_score.accuracy(reader, *digit_score.read_folder(output / f"fake_{target}"))
@@ -145,11 +151,18 @@ def digit_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
     return rows
 
 
+def read_tensor(folder: Path, size: int = 64) -> Tensor:
+    """All images of a folder: (N, 3, size, size) in [-1, 1]."""
+    return torch.cat(list(named_images(folder, (size, size), 3).values()))
+
+
 def domain_reader(dataset: Path, size: int = 64, epochs: int = 6) -> nn.Module:
-    """A small CNN that tells domain A (0) from B (1), fitted to the training pictures and their mirror images."""
+    """A small CNN that tells domain A (0) from B (1), fitted to the training images and their mirror images."""
     torch.manual_seed(0)
-    pictures = [torch.cat(list(datasets.named_pictures(dataset / f"train{d}", (size, size), 3).values())) for d in "AB"]
-    x, y = torch.cat(pictures), torch.tensor([0.0] * len(pictures[0]) + [1.0] * len(pictures[1]))
+    real_A = read_tensor(dataset / "trainA", size)
+    real_B = read_tensor(dataset / "trainB", size)
+    x = torch.cat([real_A, real_B])
+    y = torch.cat([torch.zeros(len(real_A)), torch.ones(len(real_B))])
     layers = []
     for thin, wide in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(thin, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(), nn.MaxPool2d(2)]
@@ -166,85 +179,85 @@ def domain_reader(dataset: Path, size: int = 64, epochs: int = 6) -> nn.Module:
 
 @torch.no_grad()
 def taken_for(reader: nn.Module, folder: Path, target: str) -> float:
-    """Share of a folder's pictures that the reader takes for the target domain."""
-    pictures = torch.cat(list(datasets.named_pictures(folder, (64, 64), 3).values()))
-    says_b = reader(pictures)[:, 0] > 0
+    """Fraction of a folder's images that the reader takes for the target domain."""
+    says_b = reader(read_tensor(folder))[:, 0] > 0
     return (says_b == (target == "B")).float().mean().item()
 
 
 def flower_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Cycle error, and the share of translations that a classifier takes for the target domain."""
-    scores, reader = translate(run, dataset, "--metrics", "cycle"), domain_reader(dataset)
-    shares = [taken_for(reader, PICTURES / run / "test" / f"fake_{target}", target) for target in "BA"]
+    """Cycle error, and the fraction of translations that a classifier takes for the target domain."""
+    scores = translate(run, dataset, "--metrics", "cycle")
+    reader = domain_reader(dataset)
+    fractions = [taken_for(reader, IMAGES / run / "test" / f"fake_{target}", target) for target in "BA"]
     return {
-        "cycle A / B": " / ".join(f"{scores[d]['cycle']:.3f}" for d in ("AtoB", "BtoA")),
-        "taken for the target A→B / B→A": " / ".join(f"{share:.2f}" for share in shares),
+        "cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3),
+        "taken for the target A→B / B→A": both(fractions, 2),
     }
 
 
 def flower_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
-    """The same share for pictures before translation, and for real ones of the target."""
-    reader, name = domain_reader(dataset), "taken for the target A→B / B→A"
-    shares = {d: {t: taken_for(reader, dataset / f"test{d}", t) for t in "AB"} for d in "AB"}
-    return {
-        "untranslated": {name: f"{shares['A']['B']:.2f} / {shares['B']['A']:.2f}"},
-        "real pictures of the target": {name: f"{shares['B']['B']:.2f} / {shares['A']['A']:.2f}"},
-    }
+    """The same fraction for images before translation, and for real ones of the target."""
+    reader = domain_reader(dataset)
+    name = "taken for the target A→B / B→A"
+    before = [taken_for(reader, dataset / f"test{source}", target) for source, target in ("AB", "BA")]
+    ceiling = [taken_for(reader, dataset / f"test{target}", target) for target in "BA"]
+    return {"untranslated": {name: both(before, 2)}, "real pictures of the target": {name: both(ceiling, 2)}}
 
 
 def nyquist(folder: Path) -> float:
-    """Share of the energy (without the mean) at the highest row and column frequency: a checkerboard of 2 px; mean of pictures."""
-    shares = []
-    for picture in datasets.named_pictures(folder, (64, 64), 3).values():
-        energy = torch.fft.fft2(picture[0].double()).abs().square()
+    """Fraction of the energy (without the mean) at the highest row and column frequency, a checkerboard of 2 px; mean of images."""
+    fractions = []
+    for image in read_tensor(folder):
+        energy = torch.fft.fft2(image.double()).abs().square()
         energy[:, 0, 0] = 0
         top = energy[:, 32, :].sum() + energy[:, :, 32].sum() - energy[:, 32, 32].sum()
-        shares.append((top / energy.sum()).item())
-    return statistics.fmean(shares)
+        fractions.append((top / energy.sum()).item())
+    return statistics.fmean(fractions)
 
 
 def checkerboard_cells(run: str, dataset: Path) -> dict[str, str]:
-    """The paired scores, and Nyquist energy of the translations against that of real pictures of their domain."""
+    """The paired scores, and Nyquist energy of the translations against that of real images of their domain."""
     cells = paired_cells(run, dataset)
-    ratios = [
-        nyquist(PICTURES / run / "test" / f"fake_{target}") / nyquist(dataset / f"test{target}") for target in "BA"
-    ]
-    return cells | {"Nyquist energy, times that of real pictures A→B / B→A": " / ".join(f"{r:.1f}" for r in ratios)}
+    ratios = []
+    for target in "BA":
+        ratios.append(nyquist(IMAGES / run / "test" / f"fake_{target}") / nyquist(dataset / f"test{target}"))
+    return cells | {"Nyquist energy, times that of real pictures A→B / B→A": both(ratios, 1)}
 
 
 def pace(run: str, _: Path) -> dict[str, str]:
     """Seconds a step, loading and a grid at the end included."""
-    _, recipe = weights.load_generator(RUNS / run / "G_AB.safetensors")
-    return {"s/step": f"{60 * json.loads((RUNS / run / 'minutes.json').read_text()) / recipe['step']:.3f}"}
+    _, metadata = load_generator(RUNS / run / "G_AB.safetensors")
+    return {"s/step": f"{60 * json.loads((RUNS / run / 'minutes.json').read_text()) / metadata['step']:.3f}"}
 
 
 def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
     """The paired scores beside the size of the generator and its multiply-accumulates."""
-    net, _ = weights.load_generator(RUNS / run / "G_AB.safetensors")
+    net, _ = load_generator(RUNS / run / "G_AB.safetensors")
     size = {"parameters": f"{sum(p.numel() for p in net.parameters()):,}"}
-    return size | {"MMACs": f"{models.count_macs(net, 64, 64) / 1e6:,.0f}"} | paired_cells(run, dataset)
+    return size | {"MMACs": f"{metrics.count_macs(net, 64, 64) / 1e6:,.0f}"} | paired_cells(run, dataset)
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def translations(task: Task, dataset: Path) -> Image.Image:
-    """The same test pictures, as each of a task's runs translates them."""
-    rows, digits = [], dataset.name == "mnist2usps"
-    channels, size, folder_name = (1, (32, 32), "digits") if digits else (3, (64, 64), "test")
+    """The same test images, as each of a task's runs translates them."""
+    digits = dataset.name == "mnist2usps"
+    side = 32 if digits else 64
+    rows = []
     for source, target in ("AB", "BA"):
         folders = {f"real_{source}": dataset / f"test{source}"}
         for run in task.drawn or task.runs:
-            folders[run] = PICTURES / run / folder_name / f"fake_{target}"
+            folders[run] = IMAGES / run / ("digits" if digits else "test") / f"fake_{target}"
         if not all(folder.is_dir() for folder in folders.values()):
             continue  # maps: scored in one direction
         for name, folder in folders.items():
-            paths = datasets.list_pictures(folder)
+            paths = images.list_images(folder)
             chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
-            pictures = torch.stack([datasets.load_picture(path, size, channels) for path in chosen])
-            rows.append((name, pictures.repeat_interleave(task.zoom, 2).repeat_interleave(task.zoom, 3)))
-    return utils.draw_grid(rows)
+            row = torch.stack([images.load_image(path, (side, side), 1 if digits else 3) for path in chosen])
+            rows.append((name, row.repeat_interleave(task.zoom, 2).repeat_interleave(task.zoom, 3)))
+    return images.draw_grid(rows)
 
 
 def curves(task: Task, rows: dict) -> Image.Image:
@@ -252,10 +265,10 @@ def curves(task: Task, rows: dict) -> Image.Image:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in task.drawn or task.runs:
-        measured = utils.read_losses(RUNS / name / "measures.csv")
-        pace = rows[name]["minutes"] / measured[-1]["step"]
+        measured = read_losses(RUNS / name / "measures.csv")
+        minutes = rows[name]["minutes"] / measured[-1]["step"]  # of a step
         values = [statistics.fmean(v for k, v in row.items() if k.startswith("PSNR")) for row in measured]
-        axes.plot([row["step"] * pace for row in measured], values, marker="o", label=name)
+        axes.plot([row["step"] * minutes for row in measured], values, marker="o", label=name)
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("PSNR, mean of both directions, dB")
     axes.grid(alpha=0.3)
@@ -371,7 +384,8 @@ def commit() -> str:
         except OSError:
             return ""
 
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("diff", "--name-only", "HEAD", "*.py"))
+    changed = git("diff", "--name-only", "HEAD", "*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def processor() -> str:
@@ -380,7 +394,7 @@ def processor() -> str:
     device = utils.pick_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.processor()])[0].strip()
     threads = torch.get_num_threads()
-    cores = f"{threads} thread{'s' * (threads > 1)}"
+    cores = f"{threads} thread" if threads == 1 else f"{threads} threads"
     return f"{name}, {cores}, {utils.pick_precision('auto', device)}, torch {torch.__version__}"
 
 
@@ -391,45 +405,60 @@ def read_lines(path: str) -> list[str]:
 
 def learn(name: str, recipe: str, data_root: Path) -> float:
     """Train a run or what is left of it; returns the minutes that it took in all."""
-    stage, *flags = recipe.split()
+    stage, *words = recipe.split()
+    main = {"train": train.main, "distill": distill.main}[stage]
     clock = RUNS / name / "minutes.json"
     before = json.loads(clock.read_text()) if clock.is_file() else 0.0
-    start, main = time.monotonic(), {"train": train.main, "distill": distill.main}[stage]
+    argv = ["--run_name", name]
+    if (RUNS / name / "latest.pt").is_file():
+        argv += ["--start_from", "latest"]
+        if stage == "distill":
+            argv += words[words.index("--teacher") :][:2]
+    else:
+        argv = [*words, *argv]
+        if stage == "train":
+            argv += ["--data_root", "datasets" if "day2night" in recipe else str(data_root)]
+    start = time.monotonic()
     try:
-        if (RUNS / name / "latest.pt").is_file():
-            more = flags[flags.index("--teacher") : flags.index("--teacher") + 2] if "--teacher" in flags else []
-            main(["--run_name", name, "--start_from", "latest", *more])
-        else:
-            root = "datasets" if "day2night" in recipe else str(data_root)
-            main([*flags, "--run_name", name, *(["--data_root", root] if stage == "train" else [])])
+        main(argv)
     finally:
         minutes = before + (time.monotonic() - start) / 60
         if clock.parent.is_dir():
-            utils.write_json(clock, minutes)
+            write_json(clock, minutes)
     return minutes
 
 
 def dataset_of(task: Task, data_root: Path) -> Path:
     """The data set that a task is about."""
-    flags = next(recipe.split() for recipe in task.runs.values() if "--dataset_name" in recipe)
-    name = flags[flags.index("--dataset_name") + 1]
+    words = next(recipe.split() for recipe in task.runs.values() if "--dataset_name" in recipe)
+    name = words[words.index("--dataset_name") + 1]
     return (Path("datasets") if name == "day2night" else data_root) / name
+
+
+def today(name: str) -> str:
+    """The name of a row or column as the page says it; docs/results.json and metrics.json keep their first words."""
+    return name.replace("picture", "image")
 
 
 def lay_out(name: str, stored: dict) -> str:
     """A task's part of docs/results.md."""
-    rows, task = stored["rows"], TASKS[name]
+    rows = stored["rows"]
+    task = TASKS[name]
     columns = list(dict.fromkeys(key for row in rows.values() for key in row["cells"]))
-    lines = [f"| {' | '.join(['', *columns, 'minutes', 'commit'])} |", f"|{'---|' * (len(columns) + 3)}"]
+    heads = ["", *map(today, columns), "minutes", "commit"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for run, row in rows.items():
         cells = [row["cells"].get(column, "") for column in columns]
-        lines.append(f"| {' | '.join([run, *cells, *(str(row.get(k, '')) for k in ('minutes', 'commit'))])} |")
-    commands = [
-        f"python {r.split()[0]}.py {' '.join(r.split()[1:])} --run_name {n}" for n, r in task.runs.items() if n in rows
-    ]
-    picture = [f"![{task.title}](results_{name}.png)", ""] if task.drawn is not None else []
+        cells += [str(row.get(key, "")) for key in ("minutes", "commit")]
+        lines.append(f"| {' | '.join([today(run), *cells])} |")
+    commands = []
+    for run, recipe in task.runs.items():
+        stage, flags_of_run = recipe.split(" ", 1)
+        if run in rows:
+            commands.append(f"python {stage}.py {flags_of_run} --run_name {run}")
+    image = [f"![{task.title}](results_{name}.png)", ""] if task.drawn is not None else []
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
-    return "\n".join([f"## {task.title}", "", again, "", *lines, "", *picture, "```bash", *commands, "```"])
+    return "\n".join([f"## {task.title}", "", again, "", *lines, "", *image, "```bash", *commands, "```"])
 
 
 def read_store() -> dict:
@@ -439,18 +468,21 @@ def read_store() -> dict:
 
 def write_down(name: str, stored: dict) -> None:
     """Put a task's rows into docs/results.json and its table into docs/results.md, between its two marks."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    begin = f"<!-- {name} -->"
+    end = f"<!-- end of {name} -->"
     text = PAGE.read_text(encoding="utf-8")
     if begin not in text:
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    utils.write_text(PAGE, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
-    utils.write_json(STORE, read_store() | {name: stored})
+    head = text.split(begin)[0]
+    tail = text.split(end)[1]
+    write_text(PAGE, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
+    write_json(STORE, read_store() | {name: stored})
 
 
 def reproduce(name: str, data_root: Path, only: list[str]) -> None:
     """Carry out one task; each row is written as soon as it is known."""
-    task, dataset = TASKS[name], dataset_of(TASKS[name], data_root)
+    task = TASKS[name]
+    dataset = dataset_of(task, data_root)
     rows = read_store().get(name, {}).get("rows", {})
     for run, recipe in task.runs.items():
         if only and run not in only:
@@ -461,22 +493,23 @@ def reproduce(name: str, data_root: Path, only: list[str]) -> None:
         rows |= {label: {"cells": cells} for label, cells in task.before(dataset, run).items()}
         rows = {label: rows[label] for label in [*task.runs, *sorted(rows.keys() - task.runs.keys())] if label in rows}
         write_down(name, {"machine": processor(), "rows": rows})
-    if task.drawn is not None and all(run in rows and (PICTURES / run).is_dir() for run in task.drawn or task.runs):
-        picture = curves(task, rows) if task.curve else translations(task, dataset)
-        utils.save_picture(picture, PAGE.parent / f"results_{name}.png")
+    if task.drawn is not None and all(run in rows and (IMAGES / run).is_dir() for run in task.drawn or task.runs):
+        image = curves(task, rows) if task.curve else translations(task, dataset)
+        images.save_image(image, PAGE.parent / f"results_{name}.png")
 
 
 @utils.stage
 def main(argv=None):
-    parser = utils.Parser(prog="reproduce.py", description=__doc__)
+    parser = flags.Parser(prog="reproduce.py", description=__doc__)
     parser.add_argument("task", nargs="*", choices=[*TASKS, []], help="what to reproduce")
-    add = utils.flag_group(parser, "how")
+    add = flags.flag_group(parser, "how")
     add("--data_root", type=Path, default=Path("datasets"), help="folder with mnist2usps, daisy2sunflower and maps")
     add("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of the tasks (default: all)")
     add("--list", action="store_true", help="show the runs of every task")
     args = parser.parse_args(argv)
-    for name in TASKS if args.list else ():
-        utils.say(f"{name}: {', '.join(TASKS[name].runs)}")
+    if args.list:
+        for name, task in TASKS.items():
+            utils.say(f"{name}: {', '.join(task.runs)}")
     for name in args.task:
         reproduce(name, args.data_root, args.runs)
 

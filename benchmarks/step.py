@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cyclegan
+import flags
 import train
 import utils
 
@@ -61,8 +63,9 @@ def plain_generator(ngf: int, blocks: int) -> nn.Module:
 
 
 def plain_discriminator(ndf: int, n_layers: int) -> nn.Module:
-    """C64, C128, C256, C512 and one answer per patch."""
-    layers, width = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
+    """C64, C128, C256, C512 and one output per patch."""
+    layers = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
+    width = ndf
     for i in range(1, n_layers + 1):
         wider = ndf * min(2**i, 8)
         layers += [nn.Conv2d(width, wider, 4, 2 if i < n_layers else 1, 1), nn.InstanceNorm2d(wider), nn.LeakyReLU(0.2)]
@@ -71,21 +74,21 @@ def plain_discriminator(ndf: int, n_layers: int) -> nn.Module:
 
 
 class PlainPool:
-    """Keeps 50 translated pictures; a new one is, half of the time, exchanged for an old one."""
+    """Keeps 50 translated images; a new one is, half of the time, exchanged for an old one."""
 
     def __init__(self) -> None:
         self.kept = []
 
-    def query(self, pictures: Tensor) -> Tensor:
-        answer = []
-        for picture in pictures:
+    def query(self, images: Tensor) -> Tensor:
+        mixed = []
+        for image in images:
             if len(self.kept) < BUFFER_SIZE:
-                self.kept.append(picture)
+                self.kept.append(image)
             elif random.random() < 0.5:
                 i = random.randrange(BUFFER_SIZE)
-                picture, self.kept[i] = self.kept[i], picture
-            answer.append(picture)
-        return torch.stack(answer)
+                image, self.kept[i] = self.kept[i], image
+            mixed.append(image)
+        return torch.stack(mixed)
 
 
 class Reference:
@@ -140,15 +143,23 @@ class Ours:
     ):
         words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
         words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
+        words |= {"precision": precision}
         argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-        argv += ["--precision", precision] + ["--compile"] * compiled
-        args = train.settle(train.parse_args(argv))
-        self.run = train.make_run(args, train.make_nets(args, {}), None, device)
-        for net in self.run.nets.values() if layout else ():
-            net.to(memory_format={"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout])
+        if compiled:
+            argv.append("--compile")
+        args = train.parse_args(argv)
+        flags.check_run_flags(args)
+        self.model = train.make_model(args, train.make_nets(args, {}), device)
+        self.finished_steps = 0
+        if layout:
+            memory_format = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout]
+            for net in self.model.nets.values():
+                net.to(memory_format=memory_format)
 
     def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
-        return train.train_step(self.run, real_A, real_B, train.cyclegan_objective)
+        losses = self.model.step(real_A, real_B, self.finished_steps)
+        self.finished_steps += 1
+        return losses
 
 
 def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
@@ -158,8 +169,9 @@ def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str,
         variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
         if config.compile:
             variants[f"{precision} compiled"] = lambda precision=precision: Ours(config, device, precision, True)
-        for layout in ("nchw", "nhwc") if config.layouts else ():
-            variants[f"{precision} {layout}"] = lambda p=precision, x=layout: Ours(config, device, p, False, x)
+        if config.layouts:
+            for layout in ("nchw", "nhwc"):
+                variants[f"{precision} {layout}"] = lambda p=precision, x=layout: Ours(config, device, p, False, x)
     return variants
 
 
@@ -192,19 +204,29 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return 2 * 9 * 256 * 256 * 8 * 64 * 64 / min(times)
 
 
+def two_steps(config: argparse.Namespace, device: torch.device, name: str) -> None:
+    """Build a variant and let it make two steps, whose memory somebody else looks at."""
+    variant = make_variants(config, device)[name]()
+    real_A, real_B = make_batch(config, device)
+    for _ in range(2):
+        variant.step(real_A, real_B)
+
+
 def peak_memory(config: argparse.Namespace, device: torch.device, name: str) -> float:
     """MB that two steps need at most: of the GPU, or of a fresh process (with all of torch, which is the smaller part)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        variant, (real_A, real_B) = make_variants(config, device)[name](), make_batch(config, device)
-        for _ in range(2):
-            variant.step(real_A, real_B)
+        two_steps(config, device, name)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     argv = [sys.executable, __file__, "--sizes", config.size, "--batches", config.batch, "--ngf", config.ngf]
-    argv += ["--blocks", config.blocks, "--threads", config.threads, "--precisions", *config.precisions]
-    argv += ["--compile"] * config.compile + ["--memory_of", name]
+    argv += ["--blocks", config.blocks, "--n_layers_D", config.n_layers_D, "--threads", config.threads]
+    argv += ["--precisions", *config.precisions, "--device", config.device, "--memory_of", name]
+    if config.compile:
+        argv.append("--compile")
+    if config.layouts:
+        argv.append("--layouts")
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -212,9 +234,7 @@ def peak_memory(config: argparse.Namespace, device: torch.device, name: str) -> 
 def print_own_memory(config: argparse.Namespace, device: torch.device, name: str) -> None:
     import resource
 
-    variant, (real_A, real_B) = make_variants(config, device)[name](), make_batch(config, device)
-    for _ in range(2):
-        variant.step(real_A, real_B)
+    two_steps(config, device, name)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
@@ -222,26 +242,27 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
     """Time all variants at one size and batch, turn by turn; returns a row of figures for each."""
     variants = {name: make() for name, make in make_variants(config, device).items()}
     real_A, real_B = make_batch(config, device)
-    times, rows = {name: [] for name in variants}, []
+    times = {name: [] for name in variants}
     for i in range(config.rounds + config.warm):
         for name, variant in variants.items():
             taken = seconds(lambda variant=variant: variant.step(real_A, real_B), device)
             if i >= config.warm:  # the first ones pay for set-up and compilation
                 times[name].append(taken)
     with FlopCounterMode(display=False) as counter:
-        next(v for n, v in variants.items() if n == config.precisions[0]).step(real_A, real_B)
+        variants[config.precisions[0]].step(real_A, real_B)
     work = counter.get_total_flops()  # of the step as we compute it: nothing in it is thrown away
     del variants
     medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = []
     for name, median in medians.items():
-        word = "fp32" if name == "reference" else utils.pick_precision(name.split()[0], device)
+        word = precision_of(name, device)
         rows.append(
             {
                 **{"size": config.size, "batch": config.batch, "variant": name, "precision": word},
                 **{"s/step": round(median, 4), "steps/s": round(1 / median, 3)},
-                "pictures/s": round(2 * config.batch / median, 2),
+                "images/s": round(2 * config.batch / median, 2),
                 "ratio": round(medians["reference"] / median, 2),
-                "share of peak": round(work / median / peaks[word], 3),
+                "fraction of peak": round(work / median / peaks[word], 3),
                 "peak MB": round(peak_memory(config, device, name)) if config.memory else "",
             }
         )
@@ -249,21 +270,30 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
     return rows
 
 
+def precision_of(name: str, device: torch.device) -> str:
+    """What a variant computes in."""
+    return "fp32" if name == "reference" else utils.pick_precision(name.split()[0], device)
+
+
 def check(config: argparse.Namespace) -> float:
     """Largest difference between our losses and the reference's over 20 steps in float64."""
-    device, worst = torch.device("cpu"), 0.0
-    ours, plain = Ours(config, device, "fp32", False), Reference(config, device)
-    for name, net in ours.run.nets.items():
+    device = torch.device("cpu")
+    ours = Ours(config, device, "fp32", False)
+    plain = Reference(config, device)
+    model = ours.model
+    for name, net in model.nets.items():
         net.double()
         plain.nets[name].double()
         for target, source in zip(plain.nets[name].parameters(), net.parameters(), strict=True):
             target.data.copy_(source.data)
-    ours.run.optims = train.make_optims(ours.run.nets, ours.run.args, device)
+    model.optims = cyclegan.make_optims(model.nets, model.optim_config)
     plain.make_optims()
+    worst = 0.0
     for step in range(20):
         torch.manual_seed(step)
         real_A, real_B = make_batch(config, device).double()
-        theirs, mine = plain.step(real_A, real_B), ours.step(real_A, real_B)
+        theirs = plain.step(real_A, real_B)
+        mine = ours.step(real_A, real_B)
         worst = max(worst, *((theirs[name] - mine[name]).abs().item() for name in theirs))
     return worst
 
@@ -275,8 +305,8 @@ def draw(rows: list[dict], path: Path) -> None:
     axes = Figure(figsize=(1.5 + 2.2 * len(groups), 4), layout="constrained").subplots()
     for k, name in enumerate(names):
         values = {(row["size"], row["batch"]): row["ratio"] for row in rows if row["variant"] == name}
-        places = [i + 0.8 * (k + 0.5) / len(names) - 0.4 for i in range(len(groups))]
-        bars = axes.bar(places, [values[group] for group in groups], 0.8 / len(names), label=name)
+        centres = [i + 0.8 * (k + 0.5) / len(names) - 0.4 for i in range(len(groups))]
+        bars = axes.bar(centres, [values[group] for group in groups], 0.8 / len(names), label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.set_xticks(range(len(groups)), [f"{size} px, batch {batch}" for size, batch in groups])
     axes.set_ylabel("times the speed of the plain step")
@@ -286,8 +316,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="side of the pictures, px")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4], help="pictures of each domain in a step")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="side of the images, px")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images of each domain in a step")
     parser.add_argument("--ngf", type=int, default=64, help="width of all networks")
     parser.add_argument("--blocks", type=int, default=9, help="residual blocks")
     parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
@@ -317,7 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory_of:
         print_own_memory(config, device, args.memory_of)
         return
-    peaks = {name: peak_flops(device, name) for name in ("fp32", "bf16")}
+    used = {precision_of(name, device) for name in make_variants(config, device)}
+    peaks = {name: peak_flops(device, name) for name in sorted(used, reverse=True)}
     print(
         f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution:", end=" "
     )

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -5,15 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, make_dataset
+from torch import nn
 
 import distill
 import test as test_stage
 import train
-from models import GeneratorConfig, build_generator, count_macs
-from utils import load_state, read_losses
-from weights import load_generator, save_generator
+from checkpoints import load_state
+from models import GeneratorConfig, build_generator
+from progress import read_losses
+from utils import one_line
+from weights import load_generator
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
+pytestmark = pytest.mark.usefixtures("no_plots")
+SPREAD = 0.02  # of fresh weights: N(0, 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# -- teacher and student ---------------------------------------------------------------------
+
+
 def test_the_teacher_of_a_data_set_is_found_and_its_flags_inherited(teacher, capsys):
     distill.main(["--dataset_name", "tiny", "--device", "cpu", "--student_residual", "1"])
     out = capsys.readouterr().out
@@ -60,49 +69,103 @@ def test_the_teacher_of_a_data_set_is_found_and_its_flags_inherited(teacher, cap
 
 def test_the_student_learns_and_the_teacher_does_not(teacher, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        distill, "make_run", lambda args, nets, *rest, **kw: seen.setdefault("run", plain(args, nets, *rest, **kw))
-    )
-    plain, original = train.make_run, distill.load_teacher
-    monkeypatch.setattr(distill, "load_teacher", lambda *a: seen.setdefault("teacher", original(*a)))
-    starts = {}
-    make = distill.make_nets
-    monkeypatch.setattr(
-        distill, "make_nets", lambda *a: starts.setdefault("nets", make(*a)) and snapshot(starts["nets"], starts)
-    )
+    load_teacher = distill.load_teacher
+    make_nets = distill.make_nets
 
-    def snapshot(nets, into):
-        into["weights"] = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in nets.items()}
+    def watched_teacher(*args):
+        seen["teacher"] = load_teacher(*args)
+        return seen["teacher"]
+
+    def watched_nets(*args):
+        nets = make_nets(*args)
+        seen["start"] = copy.deepcopy({name: net.state_dict() for name, net in nets.items()})
         return nets
 
+    monkeypatch.setattr(distill, "load_teacher", watched_teacher)
+    monkeypatch.setattr(distill, "make_nets", watched_nets)
     before = load_state(teacher / "latest.pt")["nets"]
     run()
     assert same(seen["teacher"].nets["G_BA"].state_dict(), before["G_BA"])
     assert same(load_state(teacher / "latest.pt")["nets"]["G_BA"], before["G_BA"])
     after = state_of("tiny_student")["nets"]
     for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        for key, value in starts["weights"][name].items():
+        for key, value in seen["start"][name].items():
             before_a_norm = any(part in key for part in ("stem.1", "down", "body", "up", "layers.2"))
             if not (key.endswith("bias") and before_a_norm):
                 assert not torch.equal(value, after[name][key]), f"{name} {key} did not move"
     for part in ("stem", "down", "up", "head"):  # copied at step 0
         for key in (k for k in before["G_BA"] if k.startswith(part)):
-            assert torch.equal(starts["weights"]["G_BA"][key], before["G_BA"][key])
-    assert same(starts["weights"]["G_AB"], before["G_AB"])
-    assert same(starts["weights"]["D_A"], before["D_A"])
+            assert torch.equal(seen["start"]["G_BA"][key], before["G_BA"][key])
+    assert same(seen["start"]["G_AB"], before["G_AB"])
+    assert same(seen["start"]["D_A"], before["D_A"])
 
 
-def test_without_transfer_the_student_starts_new(teacher):
-    net = load_generator(teacher / "G_BA.safetensors")[0]
-    copied, fresh = (distill.make_student(net, 1, 4, transfer) for transfer in (True, False))
-    assert torch.equal(copied.stem[1].weight, net.stem[1].weight)
-    assert not torch.equal(fresh.stem[1].weight, net.stem[1].weight)
-    assert len(copied.blocks) == 1
-    assert torch.equal(
-        distill.make_student(net, 3, 2, True).blocks[0].body[1].weight.mean().isfinite(), torch.tensor(True)
-    )
+def assert_fresh(part):
+    """All convolutions of a part are drawn from N(0, 0.02), and their biases are zero."""
+    convs = [module for module in part.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    assert convs
+    for conv in convs:
+        assert conv.weight.mean().item() == pytest.approx(0, abs=5 * SPREAD / conv.weight.numel() ** 0.5)
+        assert conv.weight.std().item() == pytest.approx(SPREAD, rel=5 / (2 * conv.weight.numel()) ** 0.5)
+        assert not conv.bias.any()
+
+
+def strange_teacher(**config):
+    """A teacher whose weights no fresh network has."""
+    net = build_generator(GeneratorConfig(**config), "normal")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.uniform_(0.5, 1)
+    return net
+
+
+def test_without_transfer_the_student_starts_with_fresh_weights_and_none_of_its_teachers():
+    net = strange_teacher(ngf=8, num_residual=3)
+    fresh = distill.make_student(net, 1, 8, False)
+    assert len(fresh.blocks) == 1
+    assert_fresh(fresh)
+    theirs = net.state_dict()
+    for name, value in fresh.state_dict().items():
+        assert not torch.equal(value, theirs[name])
+
+
+def test_with_transfer_only_the_blocks_are_fresh():
+    net = strange_teacher(ngf=8, num_residual=3)
+    copied = distill.make_student(net, 2, 8, True)
+    assert len(copied.blocks) == 2
+    assert_fresh(copied.blocks)
+    for part in ("stem", "down", "up", "head"):
+        assert same(getattr(copied, part).state_dict(), getattr(net, part).state_dict())
+
+
+def test_a_thinner_student_takes_what_has_the_same_shape_and_the_rest_is_fresh():
+    net = strange_teacher(ngf=8, num_residual=3)
+    thin = distill.make_student(net, 3, 4, True)
+    assert thin.config == GeneratorConfig(ngf=4, num_residual=3)
+    for part in (thin.stem, thin.down, thin.blocks, thin.up):
+        assert_fresh(part)
+    assert torch.equal(thin.head[1].bias, net.head[1].bias)  # one value a channel, whatever the width
+
+
+def test_a_run_without_transfer_has_a_name_of_its_own(teacher):
     run("--no-transfer")
     assert Path("saved_models/tiny_scratch/G_BA.safetensors").is_file()
+    assert not state_of("tiny_scratch")["args"]["transfer"]
+
+
+@pytest.mark.parametrize(("ngf", "said"), [(8, "stem, down, up, head"), (4, "no whole part: the widths differ")])
+def test_what_a_student_takes_is_said_of_parts_that_it_has(ngf, said, capsys):
+    net = build_generator(GeneratorConfig(ngf=8, num_residual=2), "normal")
+    distill.make_student(net, 1, ngf, True)
+    assert f"student takes from its teacher: {said}\n" in capsys.readouterr().out
+
+
+def test_a_larger_student_is_warned_about(capsys):
+    net = build_generator(GeneratorConfig(ngf=4, num_residual=3))
+    distill.make_student(net, 2, 4, False)
+    assert capsys.readouterr().err == ""
+    distill.make_student(net, 5, 8, False)
+    assert capsys.readouterr().err.startswith("warning: ")
 
 
 def test_a_student_file_is_a_generator_file_without_adapters(teacher):
@@ -110,28 +173,14 @@ def test_a_student_file_is_a_generator_file_without_adapters(teacher):
     state = state_of("tiny_student")
     assert set(state["adapters"]) == {"G_BA_0.weight", "G_BA_0.bias"}
     assert state["adapters"]["G_BA_0.weight"].shape == (16, 8, 1, 1)
-    net, recipe = load_generator(Path("saved_models/tiny_student/G_BA.safetensors"))
+    net, metadata = load_generator(Path("saved_models/tiny_student/G_BA.safetensors"))
     assert net.config == GeneratorConfig(ngf=2, num_residual=1)
     assert not [name for name in net.state_dict() if "adapter" in name]
-    assert (recipe["stage"], recipe["direction"]) == ("distill", "BtoA")
+    assert (metadata["stage"], metadata["direction"]) == ("distill", "BtoA")
     test_stage.main(["--dataset_name", "tiny", "--run_name", "tiny_student", *CPU, "--metrics", "paired,losses"])
-    train.main(["--dataset_name", "tiny", "--run_name", "tuned", *TINY[:4], *CPU, "--num_epochs", "1", "--n_layers_D", "1",
-                "--init_from", "saved_models/tiny_student/G_BA.safetensors"])  # fmt: skip
+    argv = ["--dataset_name", "tiny", "--run_name", "tuned", *TINY[:4], *CPU, "--num_epochs", "1", "--n_layers_D", "1"]
+    train.main([*argv, "--init_from", "saved_models/tiny_student/G_BA.safetensors"])
     assert load_state(Path("saved_models/tuned/latest.pt"))["config"]["G_AB"]["ngf"] == 2
-
-
-@pytest.mark.parametrize("flags", [(), ("--student_ngf", "2")])
-def test_a_resumed_distillation_equals_an_uninterrupted_one_bit_for_bit(teacher, flags):
-    run("--run_name", "whole", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
-    run("--run_name", "parts", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
-    distill.main(["--dataset_name", "tiny", "--run_name", "parts", "--start_from", "1", "--device", "cpu"])
-    whole, parts = state_of("whole"), state_of("parts")
-    for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        assert same(whole["nets"][name], parts["nets"][name])
-    assert same(whole["adapters"], parts["adapters"])
-    logs = [Path(f"saved_models/{name}/losses.csv").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
-    assert "output_BA,hidden_BA" in logs[0]
 
 
 def test_two_directions_at_once_leave_what_two_runs_leave(teacher):
@@ -151,7 +200,7 @@ def test_two_directions_at_once_leave_what_two_runs_leave(teacher):
     assert {"output_AB", "hidden_AB", "output_BA", "hidden_BA"} <= rows[0].keys()
 
 
-def test_hidden_states_and_pictures_of_the_teacher_are_learnt(teacher):
+def test_hidden_states_and_images_of_the_teacher_are_learnt(teacher):
     """With only the two distillation losses a student comes close to its teacher."""
     flags = ("--lambda_gan", 0, "--lambda_cycle", 0, "--lambda_identity", 0, "--steps_per_epoch", 120, "--lr", 2e-3)
     run(*flags, "--student_residual", 2, "--load_scale", 1, "--no-flip")
@@ -177,24 +226,57 @@ def test_blocks_are_paired_evenly(teacher_blocks, student_blocks, pairs):
     assert distill.pair_blocks(teacher_blocks, student_blocks) == pairs
 
 
-@pytest.mark.parametrize(
-    ("flags", "size", "gmacs"),
-    [
-        ({}, 256, 49.55),
-        ({}, 128, 12.39),
-        ({"num_residual": 3}, 64, 1.29),
-        ({"ngf": 32}, 256, 12.70),
-        ({"num_residual": 3, "ngf": 16}, 256, 1.52),
-    ],
-)
-def test_multiply_accumulates_are_those_of_the_published_networks(flags, size, gmacs):
-    with torch.device("meta"):
-        net = build_generator(GeneratorConfig(**flags))
-    assert count_macs(net, size, size) / 1e9 == pytest.approx(gmacs, abs=0.006)
+def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
+    shutil.move(teacher / "G_BA.safetensors", "alone.safetensors")
+    flags = ["--teacher", "alone.safetensors", "--dataset_name", "tiny", *CPU, "--student_residual", "1"]
+    flags += ["--num_epochs", "1", "--batch_size", "2"]
+    distill.main(flags)
+    assert "alone.safetensors: a single generator" in capsys.readouterr().out
+    state = state_of("alone_student")
+    assert state["args"]["img_height"] == 16
+    assert state["config"]["G_AB"]["num_residual"] == 3
+    assert state["config"]["G_BA"]["num_residual"] == 1
+    for direction in ("AtoB", "both"):
+        error = refused(distill.main, *flags, "--direction", direction, "--overwrite")
+        assert "--teacher alone.safetensors" in error
+        assert "translates BtoA only, not AtoB" in error
+
+
+# -- going on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ("--student_ngf", "2")])
+def test_a_resumed_distillation_equals_an_uninterrupted_one_bit_for_bit(teacher, flags):
+    run("--run_name", "whole", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
+    run("--run_name", "parts", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
+    distill.main(["--dataset_name", "tiny", "--run_name", "parts", "--start_from", "1", "--device", "cpu"])
+    whole = state_of("whole")
+    parts = state_of("parts")
+    for name in ("G_AB", "G_BA", "D_A", "D_B"):
+        assert same(whole["nets"][name], parts["nets"][name])
+    assert same(whole["adapters"], parts["adapters"])
+    logs = [Path(f"saved_models/{name}/losses.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert "output_BA,hidden_BA" in logs[0]
+
+
+def test_a_changed_teacher_and_another_student_are_refused_on_resume(teacher, refused):
+    run()
+    resume = ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu", "--num_epochs", "2"]
+    assert "--student_residual 2" in refused(distill.main, *resume, "--student_residual", "2")
+    assert "a state of train.py" in refused(distill.main, *resume, "--run_name", "tiny")
+    with (teacher / "latest.pt").open("ab") as file:
+        file.write(b"\0")
+    assert "saved_models/tiny/latest.pt: not the teacher" in refused(distill.main, *resume)
+
+
+# -- the report ------------------------------------------------------------------------------
 
 
 def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refused):
-    assert "distil one first" in refused(distill.main, "--dataset_name", "tiny", "--report", *CPU)
+    error = refused(distill.main, "--dataset_name", "tiny", "--report", *CPU)
+    assert "--report" in error
+    assert "saved_models/tiny_student" in error
     run("--student_ngf", 2)
     run("--student_ngf", 2, "--no-transfer")
     capsys.readouterr()
@@ -211,179 +293,26 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
     assert Path("generated_images/tiny_student/report_G_BA.png").is_file()
 
 
-def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
-    shutil.move(teacher / "G_BA.safetensors", "alone.safetensors")
-    flags = [
-        "--teacher",
-        "alone.safetensors",
-        "--dataset_name",
-        "tiny",
-        *CPU,
-        "--student_residual",
-        "1",
-        "--num_epochs",
-        "1",
-    ]
-    flags += ["--batch_size", "2"]
-    distill.main(flags)
-    assert "the other one and the discriminators start new" in capsys.readouterr().out
-    state = state_of("alone_student")
-    assert state["args"]["img_height"] == 16
-    assert state["config"]["G_AB"]["num_residual"] == 3
-    assert state["config"]["G_BA"]["num_residual"] == 1
-    assert "give that --direction" in refused(distill.main, *flags, "--direction", "AtoB", "--overwrite")
-    assert "give that --direction" in refused(distill.main, *flags, "--direction", "both", "--overwrite")
+# -- wrong flags -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--teacher", "../x"], "expected one folder name"),
+        (["--teacher", "../x"], "--teacher"),
         (["--teacher", "nobody"], "--teacher nobody: no such run or file; runs found: tiny"),
-        (["--teacher", "saved_models/tiny/run.json"], "not a readable"),
-        (["--hidden_layers", "0,1", "--student_residual", "1"], "expected 1 teacher blocks"),
+        (["--teacher", "saved_models/tiny/run.json"], "saved_models/tiny/run.json: not a readable"),
+        (["--hidden_layers", "0,1", "--student_residual", "1"], "--hidden_layers 0,1: expected 1 "),
         (["--hidden_layers", "3", "--student_residual", "1"], "from 0 to 2"),
-        (["--hidden_layers", "x"], "expected a whole number"),
-        (["--channels", "1"], "the teacher saved_models/tiny/latest.pt has 3"),
-        (["--img_height", "4", "--img_width", "4"], "need at least 8 px"),
-        (["--start_from", "latest"], "none, nothing was saved yet"),
-        (["--start_from", "latest", "--overwrite"], "give one of them"),
+        (["--hidden_layers", "x"], "--hidden_layers: given 'x'"),
+        (["--channels", "1"], "--channels 1: the teacher saved_models/tiny/latest.pt has 3"),
+        (["--img_height", "4", "--img_width", "4"], "images of 4x4 px: 2 downsamplings need at least 8 px"),
+        (["--start_from", "latest"], "--start_from latest: no saved_models/tiny_student/latest.pt"),
+        (["--start_from", "latest", "--overwrite"], "--overwrite contradicts --start_from latest"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(teacher, refused, flags, words):
-    assert words in refused(distill.main, "--dataset_name", "tiny", *CPU, *flags)
+    error = refused(distill.main, "--dataset_name", "tiny", *CPU, *flags)
+    assert words in error
+    assert one_line(error) == error
     assert not Path("saved_models/tiny_student").exists()
-
-
-def test_a_changed_teacher_and_another_student_are_refused_on_resume(teacher, refused):
-    run()
-    resume = ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu", "--num_epochs", "2"]
-    assert "--student_residual 2" in refused(distill.main, *resume, "--student_residual", "2")
-    assert "a state of train.py" in refused(distill.main, *resume, "--run_name", "tiny")
-    with (teacher / "latest.pt").open("ab") as file:
-        file.write(b"\0")
-    assert "not the teacher that" in refused(distill.main, *resume)
-
-
-def test_a_larger_student_is_warned_about(teacher, capsys):
-    net = load_generator(teacher / "G_BA.safetensors")[0]
-    distill.make_student(net, 5, 8, False)
-    assert "warning: the student is larger" in capsys.readouterr().out
-
-
-# -- train.py --init_from and --freeze: what a student file is also good for -------------------
-
-
-def tune(*argv):
-    train.main(
-        [
-            "--dataset_name",
-            "tiny",
-            "--run_name",
-            "tuned",
-            *TINY,
-            "--num_residual",
-            "3",
-            "--num_epochs",
-            "1",
-            *map(str, argv),
-        ]
-    )
-
-
-def test_init_from_starts_where_the_files_end(teacher, monkeypatch, capsys):
-    files = [teacher / "G_AB.safetensors", teacher / "G_BA.safetensors"]
-    starts = []
-    monkeypatch.setattr(train, "carry_out", lambda run, *_: starts.append(run))
-    tune("--init_from", *files)
-    for name, file in zip(("G_AB", "G_BA"), files, strict=True):
-        assert same(starts[0].nets[name].state_dict(), load_generator(file)[0].state_dict())
-        assert starts[0].nets[name].training
-    tune("--init_from", files[1])
-    assert "G_AB starts new" in capsys.readouterr().out
-    assert same(starts[1].nets["G_BA"].state_dict(), load_generator(files[1])[0].state_dict())
-    train.main(
-        [
-            "--dataset_name",
-            "tiny",
-            "--run_name",
-            "tuned",
-            *TINY[:4],
-            *CPU,
-            "--n_layers_D",
-            "1",
-            "--init_from",
-            str(files[0]),
-        ]
-    )
-    assert len(starts[2].nets["G_BA"].blocks) == 3  # the recipe comes from the file
-
-
-def test_frozen_parts_do_not_move_and_the_rest_does(teacher, capsys):
-    files = [teacher / "G_AB.safetensors", teacher / "G_BA.safetensors"]
-    tune("--init_from", *files, "--freeze", "stem,down,blocks,D")
-    out = capsys.readouterr().out
-    assert "G_AB: stem frozen, down frozen, blocks frozen, up learns, head learns" in out
-    assert "D_A: D frozen" in out
-    state = load_state(Path("saved_models/tuned/latest.pt"))
-    for file in files:
-        before = load_generator(file)[0].state_dict()
-        for key, value in before.items():
-            moved = not torch.equal(state["nets"][file.stem][key], value)
-            if key.endswith("weight"):
-                assert moved == key.startswith(("up", "head")), key
-            else:
-                assert not moved or key.startswith(("up", "head"))
-    fresh = train.make_nets(
-        train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, "--num_residual", "3"])), {}
-    )
-    assert same(state["nets"]["D_A"], fresh["D_A"].state_dict())
-    train.main(
-        [
-            "--dataset_name",
-            "tiny",
-            "--run_name",
-            "tuned",
-            "--start_from",
-            "latest",
-            "--num_epochs",
-            "2",
-            "--device",
-            "cpu",
-        ]
-    )
-    again = load_state(Path("saved_models/tuned/latest.pt"))
-    assert torch.equal(again["nets"]["G_AB"]["stem.1.weight"], state["nets"]["G_AB"]["stem.1.weight"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--init_from", "no.safetensors"], "no such file"),
-        (["--init_from", "saved_models/tiny/G_AB.safetensors", "--ngf", "8"], "its network has ngf 4, not 8"),
-        (
-            ["--init_from", "saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_AB.safetensors"],
-            "a second file for G_AB",
-        ),
-        (["--freeze", "stem,down,blocks,up,head"], "no part of the generators is left"),
-        (["--freeze", "tail"], "expected some of stem,down,blocks,up,head,D"),
-        (["--init_from", "x", "--start_from", "latest"], "give one of them"),
-    ],
-)
-def test_wrong_transfers_are_refused(teacher, refused, flags, words):
-    tiny = ["--dataset_name", "tiny", "--run_name", "tuned", *TINY, "--num_residual", "3"]
-    assert words in refused(train.main, *tiny, *flags)
-    assert not Path("saved_models/tuned").exists()
-
-
-def test_save_generator_needs_no_run(tmp_path):
-    net = build_generator(GeneratorConfig(ngf=2, num_residual=0))
-    save_generator(tmp_path / "x.safetensors", net, {"direction": "BtoA", "size": [16, 16]})
-    assert len(load_generator(tmp_path / "x.safetensors")[0].blocks) == 0
-
-
-@pytest.mark.parametrize(("ngf", "said"), [(8, "stem, down, up, head"), (4, "no whole part: the widths differ")])
-def test_what_a_student_takes_is_said_of_parts_that_it_has(ngf, said, capsys):
-    teacher = build_generator(GeneratorConfig(ngf=8, num_residual=2), "normal")
-    distill.make_student(teacher, 1, ngf, True)
-    assert f"student takes from its teacher: {said}\n" in capsys.readouterr().out

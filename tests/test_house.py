@@ -1,7 +1,9 @@
-"""The rules of the house that can be read off its files."""
+"""The rules of the house that can be read off its files: rooms, arrows, limits, words, commands."""
 
+import argparse
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,40 +11,144 @@ from pathlib import Path
 import pytest
 
 import app
-import datasets
 import distill
+import export
+import prepare
 import test as test_stage
 import train
 from utils import InputError
 
 ROOT = Path(train.__file__).parent
-ROOMS = {
+STAGES = {"train": train, "distill": distill, "test": test_stage, "export": export, "app": app, "prepare": prepare}
+BELOW = {  # what a room may import of the others
     "models": set(),
     "utils": set(),
-    "datasets": {"utils"},
-    "metrics": {"utils"},
-    "weights": {"models", "utils"},
-    "train": {"models", "utils", "datasets", "metrics", "weights"},
-    "distill": {"models", "utils", "datasets", "metrics", "weights", "train"},
-    "test": {"models", "utils", "datasets", "metrics", "weights"},
-    "app": {"utils", "datasets", "metrics", "test"},
+    "cyclegan": {"models", "utils"},
+    "files": {"utils"},
+    "flags": {"models", "utils"},
+    "images": {"files", "utils"},
+    "datasets": {"images", "utils"},
+    "weights": {"models", "files", "utils"},
+    "checkpoints": {"cyclegan", "weights", "files", "flags", "models", "utils"},
+    "metrics": {"cyclegan", "datasets", "images", "models", "utils"},
+    "progress": {"cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},
+    "inference": {"weights", "checkpoints", "flags", "images", "models", "utils"},
+    "prepare": {"datasets", "images", "files", "flags", "utils"},
 }
+ROOMS = set(BELOW)
+STORY = ("models", "cyclegan", "train", "distill", "test")
+ABOVE = {"train": ROOMS, "distill": ROOMS | {"train"}, "test": ROOMS, "export": ROOMS, "app": ROOMS}
+ALL = {**BELOW, **ABOVE}
 
 
-@pytest.mark.parametrize("room", ROOMS)
+def tree(room):
+    return ast.parse((ROOT / f"{room}.py").read_text())
+
+
+def imports(room):
+    found = set()
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+def lines(room):
+    return len((ROOT / f"{room}.py").read_text().splitlines())
+
+
+# -- rooms and arrows --------------------------------------------------------------------------
+
+
+def test_every_file_at_the_root_is_a_room_of_the_table():
+    assert {path.stem for path in ROOT.glob("*.py")} == ALL.keys()
+
+
+@pytest.mark.parametrize("room", ALL)
 def test_imports_go_down_only(room):
-    tree = ast.parse((ROOT / f"{room}.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported & ROOMS.keys() <= ROOMS[room]
-    assert "argparse" not in imported or room not in ("models", "metrics", "weights")
+    assert imports(room) & ALL.keys() <= ALL[room]
+
+
+@pytest.mark.parametrize("room", ["models", "cyclegan"])
+def test_the_paper_knows_no_command_line_path_or_image_file(room):
+    assert not imports(room) & {"argparse", "pathlib", "PIL", "files", "flags", "images"}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("flags", "prepare")])
+def test_nothing_below_the_stages_takes_the_command_line(room):
+    assert "argparse" not in imports(room)
+    names = {arg.arg for node in ast.walk(tree(room)) if isinstance(node, ast.arguments) for arg in node.args}
+    assert "args" not in names
+
+
+def test_distill_takes_only_builders_and_the_run_from_train():
+    used = {
+        n.attr for n in ast.walk(tree("distill")) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "train"
+    }
+    assert used <= {"make_feed", "make_model", "make_monitor", "make_saver", "run"}
+
+
+def test_no_package_shadows_datasets():
+    assert not (ROOT / "datasets" / "__init__.py").exists()
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", ALL)
+def test_no_file_is_longer_than_a_reader_can_hold(room):
+    assert lines(room) <= (500 if room == "models" else 450)
+
+
+def test_the_story_is_read_in_an_hour():
+    assert sum(map(lines, STORY)) <= 2100
+
+
+@pytest.mark.parametrize("room", ALL)
+def test_no_function_is_longer_than_a_screen(room):
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+def fields(node):
+    """The fields of a class: annotated in its body, or assigned to self in a method."""
+    found = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and ast.unparse(inner.value) == "self":
+            found.add(inner.attr)
+    return found
+
+
+@pytest.mark.parametrize("room", ALL)
+def test_no_object_carries_everything(room):
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.ClassDef):
+            assert len(fields(node)) <= 12, (node.name, fields(node))
+
+
+def test_one_statement_a_line():
+    """Few assignments of a tuple to a tuple: each hides two statements in one."""
+    found = []
+    for room in ALL:
+        for node in ast.walk(tree(room)):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                found += [f"{room}.py:{node.lineno}" for target in node.targets if isinstance(target, ast.Tuple)]
+    assert len(found) <= 40, found
+
+
+@pytest.mark.parametrize("room", ALL)
+def test_nothing_ends_the_program_behind_the_back_of_cleaning_up(room):
+    assert "os._exit" not in (ROOT / f"{room}.py").read_text()
 
 
 def test_importing_does_nothing(tmp_path):
     code = (
         "import sys, torch, random, signal; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['--bad'];"
         "before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT);"
-        f"import {', '.join(ROOMS)};"
+        f"import {', '.join(ALL)};"
         "assert 'gradio' not in sys.modules;"
         "assert torch.equal(before[0], torch.get_rng_state());"
         "assert before[1:] == (random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT))"
@@ -54,43 +160,52 @@ def test_importing_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# -- commands and flags ------------------------------------------------------------------------
+
+
 def commands():
-    """All `python FILE.py …` lines of the README, docs, module docstrings and Makefile."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
-    texts += [ast.get_docstring(ast.parse((ROOT / f"{room}.py").read_text())) for room in ROOMS]
+    """All `python FILE.py …` lines of the README, docs, docstrings and Makefile."""
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))]
+    texts += [ast.get_docstring(tree(room)) for room in ALL]
     makefile = (ROOT / "Makefile").read_text()
     demo = re.search(r"^DEMO := (.*)$", makefile, re.MULTILINE)[1]
     texts.append(makefile.replace("$(DEMO)", demo).replace("$(BIN)/", "").replace("; \\", "").replace("; fi", ""))
     joined = "\n".join(texts).replace("\\\n", " ")
-    return sorted(set(re.findall(r"python (?:train|distill|test|datasets|app)\.py[^\n`#|&;]*", joined)))
+    found = re.findall(rf"python (?:{'|'.join(STAGES)})\.py[^\n`#|&;)]*", joined)
+    return sorted({command.strip() for command in found})
 
 
 def test_there_are_commands_to_check():
-    assert len(commands()) > 12
+    assert len(commands()) > 20
+
+
+def shortened(words):
+    """A command that the docs cut short with "…" has to parse as far as it goes."""
+    return words[: words.index("…")] if "…" in words else words
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_parses(command):
-    words = command.split()
-    stages = {"train.py": train, "distill.py": distill, "test.py": test_stage, "datasets.py": datasets, "app.py": app}
-    parse = stages[words[1]].parse_args
-    if "--help" in words or "…" in words:
+    words = shortened(shlex.split(command))
+    if "--help" in words or "…" in command.split()[-1]:
+        words = [word for word in words if word != "--help" and "…" not in word]
+    if len(words) == 2 and words[1] == "prepare.py":
         return
     try:
-        parse(words[2:])
+        STAGES[words[1].removesuffix(".py")].parse_args(words[2:])
     except InputError as error:
         pytest.fail(f"{command}: {error}")
 
 
-def flags_of(module, argv=("--help",)):
+def help_of(module, capsys):
     with pytest.raises(SystemExit) as exit_:
-        module.parse_args(list(argv))
+        module.parse_args(["--help"])
     assert exit_.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
-    flags_of(train)
-    text = " ".join(capsys.readouterr().out.split())
+    text = help_of(train, capsys)
     promised = {
         **{"start_from": "0", "num_epochs": "200", "dataset_name": "horse2zebra", "batch_size": "10"},
         **{"img_height": "256", "img_width": "256", "channels": "3", "num_residual": "9", "lambda_cycle": "10.0"},
@@ -105,23 +220,38 @@ def test_help_shows_the_flags_and_defaults_that_users_were_promised(capsys):
         assert f"(default: {default})" in text
 
 
-@pytest.mark.parametrize(
-    ("module", "files"),
-    [
-        (train, ["train.py", "utils.py", "models.py"]),
-        (distill, ["distill.py", "train.py", "models.py"]),
-        (test_stage, ["test.py"]),
-        (app, ["app.py"]),
-    ],
-)
-def test_every_flag_is_read_somewhere(module, files):
-    source = "".join((ROOT / file).read_text() for file in files)
-    for name in vars(module.parse_args([])):
-        assert re.search(rf'args\.{name}\b|"{name}"\]|\("{name}"|, "{name}"', source), name
+def read_names(room):
+    """The flags that a file reads: as args.NAME, or as a field of a config that flags fill by name."""
+    found = set()
+    for node in ast.walk(tree(room)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "args" and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        elif isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            found |= fields(node)
+    return found
 
 
-def test_no_package_shadows_datasets():
-    assert not (ROOT / "datasets" / "__init__.py").exists()
+@pytest.mark.parametrize("name", ["train", "distill", "test", "export", "app"])
+def test_every_flag_is_read_somewhere(name):
+    rooms = {"flags", "models", "cyclegan", name} | ({"train"} if name == "distill" else set())
+    read = set().union(*map(read_names, rooms))
+    assert vars(STAGES[name].parse_args([])).keys() - {"given"} <= read
+
+
+def test_no_flag_is_declared_twice():
+    declared = []
+    for room in ALL:
+        for node in ast.walk(tree(room)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "add" and node.args:
+                declared.append((room, ast.literal_eval(node.args[0])))
+    shared = [flag for room, flag in declared if room == "flags"]
+    assert len(shared) == len(set(shared))
+    assert not set(shared) & {flag for room, flag in declared if room in ("train", "distill")}
+
+
+def test_flags_are_those_of_a_parser_of_ours():
+    assert issubclass(type(train.make_parser()), argparse.ArgumentParser)
+    assert not train.make_parser().allow_abbrev
 
 
 def test_the_page_names_no_other_server():

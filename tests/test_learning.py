@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import datasets
 import distill
+import prepare
 import test as test_stage
 import train
-from utils import read_losses
+from progress import read_losses
 
 FLAGS = ["--dataset_name", "day2night", "--img_height", "32", "--img_width", "32", "--num_residual", "2"]
 FLAGS += ["--ngf", "16", "--ndf", "16", "--n_layers_D", "2", "--batch_size", "1", "--device", "cpu"]
@@ -16,7 +16,7 @@ FLAGS += ["--ngf", "16", "--ndf", "16", "--n_layers_D", "2", "--batch_size", "1"
 
 @pytest.mark.slow
 def test_a_short_training_translates_and_its_student_follows():
-    datasets.main(["draw", "day2night", "--size", "32"])
+    prepare.main(["draw", "day2night", "--size", "32"])
     train.main([*FLAGS, "--num_epochs", "3", "--load_scale", "1", "--no-flip"])
     scores = test_stage.main(["--dataset_name", "day2night", "--metrics", "paired", "--device", "cpu"])
     for direction in ("AtoB", "BtoA"):

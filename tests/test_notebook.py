@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import datasets
 import distill
+import prepare
 import test as test_stage
 import train
 
 ROOT = Path(train.__file__).parent
-STAGES = {"datasets": datasets, "train": train, "distill": distill, "test_stage": test_stage}
+STAGES = {"prepare": prepare, "train": train, "distill": distill, "test_stage": test_stage}
 nbformat = pytest.importorskip("nbformat", reason="nbformat is missing: pip install -r requirements-dev.txt")
 
 
@@ -48,7 +48,8 @@ def test_its_cells_are_short_and_define_no_logic(notebook, trees):
 
 
 def test_every_stage_is_called_with_flags_that_it_knows(trees):
-    names, called = {}, set()
+    names = {}
+    called = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper():
             names[node.targets[0].id] = evaluate(node.value, names)
@@ -105,14 +106,14 @@ def test_the_notebook_runs_from_a_fresh_clone_and_shows_what_it_promises(noteboo
     promised = [text for text in texts if isinstance(text, str) and re.fullmatch(r"generated_images/.+\.png", text)]
     assert len(promised) > 10
     for path in promised:
-        with Image.open(copy / path) as picture:
-            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+        with Image.open(copy / path) as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) > 10
     assert max(output.get("text", "").count("\n") for output in outputs) < 30  # progress bars overwrite themselves
     assert not [output for output in outputs if output.output_type == "error"]
     scores = json.loads((copy / "generated_images/playground/test/metrics.json").read_text())
-    for direction in ("AtoB", "BtoA"):  # better than the mean picture, and each picture its own
+    for direction in ("AtoB", "BtoA"):  # better than the mean image, and each image its own
         table = scores[direction]["paired"]
         assert table["model"]["PSNR"] > table["mean picture"]["PSNR"] + 1
         assert table["model"]["match@1"] > 0.8

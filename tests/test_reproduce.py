@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import reproduce
 
 import distill
+import images
 import train
 
 ROW = {"cells": {"PSNR": "1 / 2"}, "minutes": 3.0, "commit": "abc"}
@@ -27,8 +29,8 @@ def page(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", reproduce.TASKS)
 def test_every_recipe_parses(task):
     for run, recipe in reproduce.TASKS[task].runs.items():
-        stage, *flags = recipe.split()
-        args = {"train": train, "distill": distill}[stage].parse_args([*flags, "--run_name", run])
+        stage, *words = recipe.split()
+        args = {"train": train, "distill": distill}[stage].parse_args([*words, "--run_name", run])
         if stage == "distill":
             assert str(args.teacher) in {name for task in reproduce.TASKS.values() for name in task.runs}
 
@@ -47,23 +49,27 @@ def test_a_row_is_written_with_its_command_and_the_rest_of_the_page_stays(page):
     assert set(json.loads(reproduce.STORE.read_text())) == {"maps", "checkerboards"}
 
 
+@pytest.mark.parametrize("task", reproduce.TASKS)
+def test_the_page_says_what_was_recorded(task):
+    stored = reproduce.read_store()[task]
+    part = reproduce.PAGE.read_text(encoding="utf-8").split(f"<!-- {task} -->\n")[1]
+    assert part.split(f"\n<!-- end of {task} -->")[0] == reproduce.lay_out(task, stored)
+
+
 def test_a_checkerboard_has_its_energy_at_the_highest_frequency(tmp_path):
-    import torch
-
-    import utils
-
     columns = torch.arange(64).expand(64, 64)
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
     for name, pattern in (("fine", columns % 2), ("coarse", columns // 8 % 2)):
         (tmp_path / f"{name}A").mkdir()
-        picture = (0.8 * (pattern * 2.0 - 1) + 0.1 * noise).clamp(-1, 1)
-        utils.save_picture(utils.tensor_to_picture(picture), tmp_path / f"{name}A" / "0.png")
+        image = (0.8 * (pattern * 2.0 - 1) + 0.1 * noise).clamp(-1, 1)
+        images.save_image(images.tensor_to_image(image), tmp_path / f"{name}A" / "0.png")
     assert reproduce.nyquist(tmp_path / "fineA") > 0.95
     assert reproduce.nyquist(tmp_path / "coarseA") < 0.05
 
 
 def test_minutes_add_up_over_the_parts_of_a_stopped_run(tmp_path, monkeypatch):
-    calls, clock = [], iter([0, 60, 100, 220])
+    calls = []
+    clock = iter([0, 60, 100, 220])
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
 
     def learn(argv):

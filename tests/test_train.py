@@ -1,5 +1,5 @@
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,185 +9,239 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_dataset, noise_picture
+from breakage import before_steps, stops_in_step
+from conftest import TINY, differences, make_dataset, noise_image
 from PIL import Image
+from tiny_runs import run_tiny, save_run, state_of
 
+import cyclegan
+import datasets
+import distill
+import flags
+import metrics
+import progress
+import test as test_stage
 import train
 import utils
-from datasets import list_pictures, read_picture
-from utils import load_state, read_losses
+from checkpoints import load_state, networks_of
+from images import list_images, read_image
+from models import VIT_SIZES, VitSize
+from progress import read_losses
+from weights import load_generator
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 ROOT = Path(train.__file__).parent
+SAVED = Path("saved_models/tiny")
+DRAWN = Path("generated_images/tiny")
+START = ["--dataset_name", "tiny", *TINY]
+RESUME = ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu"]
+CPU = ["--device", "cpu", "--precision", "fp32"]
+EVAL = ["--eval_interval", "1", "--eval_metrics", "losses,cycle,identity,paired"]
 
 
-def run(*argv):
-    train.main(["--dataset_name", "tiny", *TINY, *map(str, argv)])
+# -- what a run leaves -----------------------------------------------------------------------
 
 
-def state_of(name, file="latest.pt"):
-    return load_state(Path("saved_models") / name / file)
+PLOT_LOSSES = progress.plot_losses
 
 
-def train_run(dataset, *flags):
-    """The networks and all that belongs to them, as train.main would start them."""
-    args = train.settle(train.parse_args(["--dataset_name", "tiny", *TINY, *flags]))
-    return train.make_run(args, train.make_nets(args, {}), dataset, torch.device("cpu"))
+@pytest.fixture
+def plots(no_plots, monkeypatch):
+    """Let losses.png be drawn after all."""
+    monkeypatch.setattr(progress, "plot_losses", PLOT_LOSSES)
 
 
-def differences(a, b, path=""):
-    """Paths at which two nested states differ; tensors are compared bit for bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = a.keys() | b.keys()
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    return [] if same else [path]
-
-
-def test_a_run_leaves_what_the_design_promises(tiny):
-    noise_picture(5, (40, 30)).save("cat.jpg")
-    run("--num_epochs", 2, "--checkpoint_interval", 2, "--watch", "cat.jpg")
-    saved, pictures = Path("saved_models/tiny"), Path("generated_images/tiny")
-    assert {p.name for p in saved.iterdir()} == {
+def test_a_run_leaves_what_the_design_promises(tiny, plots):
+    noise_image(5, (40, 30)).save("cat.jpg")
+    run_tiny("--num_epochs", 2, "--checkpoint_interval", 2, "--watch", "cat.jpg")
+    assert {path.name for path in SAVED.iterdir()} == {
         *("latest.pt", "previous.pt", "epoch_0002.pt", "G_AB.safetensors", "G_BA.safetensors"),
         *("run.json", "losses.csv", ".lock"),
     }
-    files = {str(p.relative_to(pictures)) for p in pictures.rglob("*") if p.is_file()}
+    files = {str(path.relative_to(DRAWN)) for path in DRAWN.rglob("*") if path.is_file()}
     assert files == {
         *("index.html", "epoch_0001.png", "epoch_0002.png", "losses.png"),
         *("watch/cat/epoch_0001.png", "watch/cat/epoch_0002.png"),
     }
     state = state_of("tiny")
     assert {"format", "stage", "epoch", "step", "args", "config", "nets", "optims", "schedules"} <= state.keys()
-    assert {"buffers", "rng", "loader", "ema", "scaler", "range"} <= state.keys()
+    assert {"buffers", "rng", "loader", "ema", "scaler", "range", "best"} <= state.keys()
     assert (state["epoch"], state["step"], state["range"]) == (2, 6, [-1, 1])
     assert set(state["nets"]) == {"G_AB", "G_BA", "D_A", "D_B"}
-    facts = json.loads((saved / "run.json").read_text())
-    assert facts["pictures"] == {"A": 5, "B": 4}
+    facts = json.loads((SAVED / "run.json").read_text())
+    assert facts["images"] == {"A": 5, "B": 4}
     assert facts["flags"]["lambda_cycle"] == 10.0
-    rows = read_losses(saved / "losses.csv")
+    rows = read_losses(SAVED / "losses.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
     assert [row["lr"] for row in rows] == pytest.approx([2e-4, 2e-4])  # decay from 1 to 2: full, then half
-    assert (saved / "latest.pt").samefile(saved / "epoch_0002.pt")  # one copy on disk
-
-
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_every_weight_of_all_four_networks_learns(tiny, norm):
-    run("--num_epochs", 1, "--norm", norm, "--run_name", norm)
-    before = train_run(tiny, "--norm", norm)
-    after = state_of(norm)["nets"]
-    for name, net in before.nets.items():
-        convs_before_a_norm = ("stem.1", "down", "body", "up", "layers.2")  # their bias has no true gradient
-        for key, value in net.named_parameters():
-            if key.endswith("bias") and any(part in key for part in convs_before_a_norm) and norm == "instance":
-                continue
-            assert not torch.equal(value.detach(), after[name][key]), f"{name} {key} did not move"
-
-
-def test_the_generators_step_leaves_no_gradient_in_the_discriminators(tiny):
-    ours = train_run(tiny)
-    seen = []
-
-    def watched(run, A, B):
-        loss, terms, fakes = train.cyclegan_objective(run, A, B)
-        loss.backward(retain_graph=True)
-        seen.extend(p.grad is None for name in ("D_A", "D_B") for p in run.nets[name].parameters())
-        return loss, terms, fakes
-
-    train.train_step(ours, torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), watched)
-    assert seen
-    assert all(seen)
-    assert all(p.requires_grad for name in ("D_A", "D_B") for p in ours.nets[name].parameters())
+    assert (SAVED / "latest.pt").samefile(SAVED / "epoch_0002.pt")  # one copy on disk
 
 
 def test_one_batch_can_be_learnt(tmp_path):
-    """All terms fall on one picture of each domain: cycle, identity and the discriminators' confusion."""
+    """All terms fall on one image of each domain: cycle, identity and the discriminators' confusion."""
     make_dataset(tmp_path / "datasets" / "one", (1, 1, 1, 1), (16, 16))
-    flags = ["--dataset_name", "one", *TINY, "--ngf", "8", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
-    train.main([*flags, "--lr", "2e-3", "--num_epochs", "1", "--steps_per_epoch", "200"])
+    argv = ["--dataset_name", "one", *TINY, "--ngf", "8", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
+    train.main([*argv, "--lr", "2e-3", "--num_epochs", "1", "--steps_per_epoch", "200"])
     rows = read_losses(Path("saved_models/one/losses.csv"))
     assert len(rows) == 10
     for term in ("loss_G", "cycle_A", "cycle_B", "identity_A", "identity_B"):
         assert rows[-1][term] < 0.5 * rows[0][term], term
 
 
-# -- resume ----------------------------------------------------------------------------------
+def test_the_demo_set_is_drawn_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
+    train.main(["--dataset_name", "day2night", *TINY, "--num_epochs", "1"])
+    assert (tmp_path / "datasets/day2night/trainA/0001.png").exists()
+    assert (tmp_path / "saved_models/day2night/latest.pt").exists()
+
+
+# -- what a run shows ------------------------------------------------------------------------
+
+
+def images_of(page):
+    """Links to the images of a page, in their order; each has its pixels inside."""
+    figures = re.findall(r'<a href="([^"]*)"><img loading="lazy" src="data:image/jpeg;base64,[^"]{50,}"', page)
+    assert len(figures) == page.count("<img")
+    return figures
+
+
+def test_a_run_leaves_a_page_with_grids_curves_measures_and_the_watched_photos(tiny, plots):
+    noise_image("cat").save("my cat.png")
+    run_tiny("--eval_interval", 1, "--watch", "my cat.png", "--num_epochs", 3)
+    page = (DRAWN / "index.html").read_text()
+    watched = [f"watch/my%20cat/epoch_000{i}.png" for i in (1, 2, 3)]
+    assert images_of(page) == ["epoch_0003.png", "losses.png", "epoch_0002.png", "epoch_0001.png", *watched]
+    for link in images_of(page):
+        assert (DRAWN / link.replace("%20", " ")).is_file()
+    assert "3 of 3 epochs" in page
+    assert 'value="1.0000"' in page
+    assert "cycle_A" in page
+    assert "http" not in page  # nothing from elsewhere
+
+
+def test_the_page_is_renewed_within_an_epoch(tiny, monkeypatch):
+    fractions = []
+    monkeypatch.setattr(train, "SHOW_SECONDS", -1)
+    monkeypatch.setattr(
+        progress, "write_progress", lambda folder, title, facts, fraction, table: fractions.append(fraction)
+    )
+    run_tiny("--sample_interval", 1, "--steps_per_epoch", 2, "--num_epochs", 2)
+    assert fractions == sorted(fractions)
+    assert set(fractions) == {0, 0.25, 0.5, 0.75, 1.0}  # the page is there from the start
+
+
+def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, "save_image", lambda image, path: drawn.append((path.name, image)))
+    run_tiny("--num_epochs", 1, "--steps_per_epoch", 5, "--sample_interval", 2)
+    assert [name for name, _ in drawn] == ["epoch_0001.png"] * 3  # steps 2, 4 and the end
+    grid = np.asarray(drawn[-1][1])
+    real = np.asarray(read_image(list_images(tiny / "testA")[0]).resize((16, 16), Image.Resampling.BICUBIC))
+    left = grid.shape[1] - (2 * 130 + 2)
+    assert np.array_equal(grid[2:130:8, left + 2 : left + 130 : 8], real)
+
+
+def test_without_test_images_the_grids_show_training_images(tmp_path, capsys):
+    make_dataset(tmp_path / "datasets/tiny", (3, 3, 0, 0))
+    run_tiny("--num_epochs", 1)
+    assert "datasets/tiny: no testA and testB with images" in capsys.readouterr().out
+
+
+def test_photos_of_one_name_and_of_odd_names_are_all_watched(tiny):
+    for name in ("a/x.png", "b/x.png", "c/x.jpg", "...png", "-x.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        noise_image(name).save(name, format="PNG")
+    run_tiny("--num_epochs", 1, "--watch", "a/x.png", "b/x.png", "c/x.jpg", "...png", "./-x.png")
+    assert sorted(path.name for path in (DRAWN / "watch").iterdir()) == ["-x", "photo", "x", "x_", "x__"]
+    train.main([*RESUME, "--num_epochs", "2"])
+    assert (DRAWN / "watch/-x/epoch_0002.png").is_file()
+
+
+def test_tensorboard_gets_losses_rates_grids_photos_and_measures_and_a_resumed_run_goes_on(tiny):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    noise_image("cat").save("cat.png")
+    run_tiny("--num_epochs", 1, "--log", "tensorboard", "--watch", "cat.png", "--eval_interval", 1)
+    train.main([*RESUME, "--num_epochs", "2"])
+    events = accumulator.EventAccumulator(str(SAVED / "tensorboard")).Reload()
+    steps = 3  # of 5 images in batches of 2
+    for name in ("lr", "losses/loss_G", "losses/cycle_A", "measures/cycle_A"):
+        assert [event.step for event in events.Scalars(name)] == [steps, 2 * steps], name
+    for name in ("grid", "watch/cat"):
+        assert [event.step for event in events.Images(name)] == [steps, 2 * steps], name
+    rows = read_losses(SAVED / "losses.csv")
+    assert events.Scalars("losses/loss_G")[-1].value == pytest.approx(rows[-1]["loss_G"], rel=1e-5)
+
+
+def test_without_tensorboard_its_flag_is_refused_before_anything_is_written(tiny, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    error = refused(train.main, *START, "--log", "tensorboard")
+    assert "--log tensorboard" in error
+    assert "pip install tensorboard" in error
+    assert not Path("saved_models").exists()
+
+
+def test_a_new_start_leaves_neither_page_nor_log_of_the_old_run(tiny):
+    pytest.importorskip("tensorboard")
+    run_tiny("--num_epochs", 1, "--log", "tensorboard")
+    assert (SAVED / "tensorboard").is_dir()
+    run_tiny("--num_epochs", 1, "--overwrite", "--steps_per_epoch", 1)
+    assert not (SAVED / "tensorboard").exists()
+    assert "step 1;" in (DRAWN / "index.html").read_text()
+
+
+# -- going on --------------------------------------------------------------------------------
+
+
+def without(state, *names):
+    """A state without some of the flags of its run."""
+    return {**state, "args": {name: value for name, value in state["args"].items() if name not in names}}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_epochs_equal_one_and_two_resumed_bit_for_bit(tiny, workers):
     common = ("--num_workers", workers, "--buffer_size", 3, "--checkpoint_interval", 1)
-    run("--run_name", "whole", "--num_epochs", 3, *common)
-    run("--run_name", "parts", "--num_epochs", 3, *common)
-    Path("saved_models/parts/losses.csv").write_text(
-        "spoilt\n"
-    )  # must come from the cut log, not from a lucky leftover
-    whole, folder = state_of("whole"), Path("saved_models/parts")
-    lines = Path("saved_models/whole/losses.csv").read_text().splitlines(keepends=True)
-    (folder / "losses.csv").write_text("".join(lines))
+    for name in ("whole", "parts"):
+        run_tiny("--run_name", name, "--num_epochs", 3, *common)
+    log = Path("saved_models/parts/losses.csv")
+    whole = Path("saved_models/whole/losses.csv").read_text()
+    assert log.read_text() == whole
+    header, *rows = whole.splitlines()
+    later = [re.sub(r"[^,]+$", "99", row) for row in rows[1:]]  # as another run would have gone on
+    log.write_text("\n".join([header, rows[0], *later, re.sub(r"^3,9,", "9,27,", later[-1])]) + "\n")
+    assert len(rows) == 3
     torch.rand(100), np.random.default_rng(1)  # a fresh process has another state; so has this one
-    train.main(
-        [
-            "--dataset_name",
-            "tiny",
-            "--run_name",
-            "parts",
-            "--start_from",
-            "1",
-            "--num_workers",
-            str(workers),
-            "--device",
-            "cpu",
-        ]
-    )
-    parts = state_of("parts")
-    for state in (whole, parts):
-        for name in ("run_name", "start_from", "num_workers"):
-            state["args"].pop(name)
-    assert differences(whole, parts) == []
-    assert (folder / "losses.csv").read_text() == "".join(lines)
+    resume = ["--run_name", "parts", "--start_from", "1", "--num_workers", str(workers), "--device", "cpu"]
+    train.main(["--dataset_name", "tiny", *resume])
+    states = [without(state_of(name), "run_name", "start_from", "num_workers") for name in ("whole", "parts")]
+    assert differences(*states) == []
+    assert log.read_text() == whole  # cut back to the first row, and written anew from there
     for name in ("epoch_0002.png", "epoch_0003.png"):
         assert Path("generated_images/whole", name).read_bytes() == Path("generated_images/parts", name).read_bytes()
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])  # before the first row of losses.csv; the first step of epoch 2
-def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, monkeypatch, stop_at):
+def test_a_stop_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(tiny, stop_at):
     common = ("--num_epochs", 3, "--buffer_size", 3)
-    run("--run_name", "whole", *common)
-    plain, steps = train.train_step, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-        return plain(*args)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    with pytest.raises(SystemExit) as exit_:
-        run("--run_name", "parts", *common)
-    assert exit_.value.code == 143
+    run_tiny("--run_name", "whole", *common)
+    with stops_in_step(stop_at, signal.SIGTERM):
+        run_tiny("--run_name", "parts", *common)
     state = state_of("parts")
     assert (state["epoch"], state["step"], state["loader"]["place"]) == (stop_at // 3, stop_at, 1)
-    monkeypatch.undo()
-    os.chdir(tiny.parents[1])
-    run("--run_name", "parts", "--start_from", "latest")
-    whole, parts = state_of("whole"), state_of("parts")
-    for state in (whole, parts):
-        state["args"].pop("run_name"), state["args"].pop("start_from")
-    assert differences(whole, parts) == []
+    run_tiny("--run_name", "parts", "--start_from", "latest")
+    states = [without(state_of(name), "run_name", "start_from") for name in ("whole", "parts")]
+    assert differences(*states) == []
     assert Path("saved_models/whole/losses.csv").read_text() == Path("saved_models/parts/losses.csv").read_text()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_program_saves_and_exits_with_its_code(tiny, signum, code):
-    argv = [sys.executable, str(ROOT / "train.py"), "--dataset_name", "tiny", *TINY, "--num_epochs", "100000"]
+    argv = [sys.executable, str(ROOT / "train.py"), *START, "--num_epochs", "100000"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
         if line.startswith("watch "):
             break
-    while not Path("saved_models/tiny/latest.pt").exists():
+    while not (SAVED / "latest.pt").exists():
         assert process.poll() is None
     process.send_signal(signum)
     out, _ = process.communicate(timeout=30)
@@ -197,323 +251,456 @@ def test_a_signal_to_the_program_saves_and_exits_with_its_code(tiny, signum, cod
 
 
 def test_resume_takes_flags_from_the_checkpoint_logs_changes_and_refuses_other_networks(tiny, capsys, refused):
-    run("--num_epochs", 4, "--lr", 1e-3, "--decay_epoch", 1, "--steps_per_epoch", 1, "--checkpoint_interval", 1)
+    run_tiny("--num_epochs", 4, "--lr", 1e-3, "--decay_epoch", 1, "--steps_per_epoch", 1, "--checkpoint_interval", 1)
     resume = ["--dataset_name", "tiny", "--start_from", "2", "--device", "cpu"]
     train.main([*resume, "--num_epochs", "5"])
     out = capsys.readouterr().out
     assert "changed on resume: --num_epochs 4 → 5" in out
     args = state_of("tiny")["args"]
     assert (args["lr"], args["decay_epoch"], args["ngf"], args["steps_per_epoch"]) == (1e-3, 1, 4, 1)
-    rates = [row["lr"] for row in read_losses(Path("saved_models/tiny/losses.csv"))]
+    rates = [row["lr"] for row in read_losses(SAVED / "losses.csv")]
     assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
-    assert "--ngf 8" in refused(train.main, *resume, "--ngf", "8")
-    assert "--no-norm" not in refused(train.main, *resume, "--norm", "batch")
-    train.main([*resume[:3], "latest", "--device", "cpu"])
-    assert "nothing left to do: 5 of 5" in capsys.readouterr().out
+    assert "--ngf 8: the run in saved_models/tiny was started with 4" in refused(train.main, *resume, "--ngf", "8")
+    error = refused(train.main, *resume, "--norm", "batch")
+    assert "--norm batch: the run in saved_models/tiny was started with instance" in error
+    train.main(RESUME)
+    assert "5 of 5 epochs" in capsys.readouterr().out
+    assert state_of("tiny")["step"] == 5
 
 
-def test_old_checkpoints_are_removed_when_only_some_are_kept(tiny):
-    run("--num_epochs", 4, "--steps_per_epoch", 1, "--checkpoint_interval", 1, "--keep_checkpoints", 2)
-    assert sorted(p.name for p in Path("saved_models/tiny").glob("*.pt")) == [
-        "epoch_0003.pt",
-        "epoch_0004.pt",
-        "latest.pt",
-        "previous.pt",
-    ]
+def test_an_epoch_that_became_shorter_than_what_is_done_is_finished(tiny, capsys):
+    with stops_in_step(4, signal.SIGINT):
+        run_tiny("--num_epochs", 2, "--steps_per_epoch", 6)
+    train.main([*RESUME, "--steps_per_epoch", "3"])
+    assert "epochs have 3 steps now, and 4 of this one are done" in capsys.readouterr().out
+    assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
 
 
-# -- flags that change what is learnt or shown ------------------------------------------------
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tiny, refused):
+    run_tiny("--num_epochs", 1)
+    error = refused(train.main, *RESUME, "--num_epochs", "9", "--lr", "1e30", code=1)
+    assert "not finite at step" in error
+    assert "latest.pt" in error
+    assert load_state(SAVED / "latest.pt")["step"] >= 3
 
 
-def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(utils, "save_picture", lambda picture, path: drawn.append((path.name, picture)))
-    run("--num_epochs", 1, "--steps_per_epoch", 5, "--sample_interval", 2)
-    assert [name for name, _ in drawn] == ["epoch_0001.png"] * 3  # steps 2, 4 and the end
-    grid = np.asarray(drawn[-1][1])
-    real = np.asarray(read_picture(list_pictures(tiny / "testA")[0]).resize((16, 16), Image.Resampling.BICUBIC))
-    left = grid.shape[1] - (2 * 130 + 2)
-    assert np.array_equal(grid[2:130:8, left + 2 : left + 130 : 8], real)
+def test_a_spoilt_state_never_replaces_a_good_one(tiny, refused):
+    with stops_in_step(4, signal.SIGINT):
+        run_tiny("--num_epochs", 2, "--steps_per_epoch", 6)
+    before = (SAVED / "latest.pt").read_bytes()
+    with before_steps({1: lambda: signal.raise_signal(signal.SIGTERM)}):
+        assert "a weight of G_AB" in refused(train.main, *RESUME, "--lr", "1e39", code=1)
+    assert (SAVED / "latest.pt").read_bytes() == before
+
+
+# -- flags that change what is learnt --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "given",
     [
         ("--discriminator", "pixel", "--pool_D", "--gan_loss", "bce"),
         ("--upsample", "resize", "--n_downsampling", "1", "--gan_loss", "hinge", "--max_mult_D", "1"),
         ("--channels", "1", "--no-flip", "--load_scale", "1", "--lambda_identity", "0", "--norm", "none"),
         ("--init", "orthogonal", "--norm_output", "--img_width", "20", "--max_images", "2", "--deterministic"),
         (
-            "--lr_D",
-            "8e-4",
-            "--beta1",
-            "0.9",
-            "--beta2",
-            "0.99",
-            "--lambda_gan",
-            "2",
-            "--precision",
-            "bf16",
-            "--seed",
-            "7",
+            *("--lr_D", "8e-4", "--beta1", "0.9", "--beta2", "0.99", "--lambda_gan", "2", "--precision", "bf16"),
+            *("--seed", "7"),
         ),
     ],
 )
-def test_variants_train_and_record_their_flags(tiny, flags):
-    run("--num_epochs", 1, "--steps_per_epoch", 2, *flags)
+def test_variants_train_and_record_their_flags(tiny, given):
+    run_tiny("--num_epochs", 1, "--steps_per_epoch", 2, *given)
     state = state_of("tiny")
-    parser_values = utils.plain_flags(train.parse_args([*TINY, *flags]))
-    for word in flags:
+    parser_values = flags.plain_flags(train.parse_args([*TINY, *given]))
+    for word in given:
         if word.startswith("--") and not word.startswith("--no-"):
             assert state["args"][word[2:]] == parser_values[word[2:]]
     config = state["config"]
-    assert config["D_A"]["pool"] == ("--pool_D" in flags)
-    assert config["G_AB"]["upsample"] == ("resize" if "resize" in flags else "deconv")
-    assert state["optims"]["D"]["param_groups"][0]["lr"] == (8e-4 if "--lr_D" in flags else 2e-4)
-    assert state["optims"]["G"]["param_groups"][0]["betas"] == ((0.9, 0.99) if "--beta1" in flags else (0.5, 0.999))
-    rows = read_losses(Path("saved_models/tiny/losses.csv"))
-    assert np.isnan(rows[0]["identity_A"]) == ("--lambda_identity" in flags)
+    assert config["D_A"]["pool"] == ("--pool_D" in given)
+    assert config["G_AB"]["upsample"] == ("resize" if "resize" in given else "deconv")
+    assert state["optims"]["D"]["param_groups"][0]["lr"] == (8e-4 if "--lr_D" in given else 2e-4)
+    assert state["optims"]["G"]["param_groups"][0]["betas"] == ((0.9, 0.99) if "--beta1" in given else (0.5, 0.999))
+    rows = read_losses(SAVED / "losses.csv")
+    assert np.isnan(rows[0]["identity_A"]) == ("--lambda_identity" in given)
 
 
 def test_the_seed_decides_everything(tiny):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        run("--run_name", name, "--num_epochs", 1, "--seed", seed)
+        run_tiny("--run_name", name, "--num_epochs", 1, "--seed", seed)
     nets = [state_of(name)["nets"] for name in ("one", "two", "other")]
     assert differences(nets[0], nets[1]) == []
     assert differences(nets[0], nets[2])
 
 
-def test_each_loss_weight_scales_its_term(tiny):
-    ours = train_run(tiny)
-    A, B = torch.rand(2, 2, 3, 16, 16)
-    losses = {}
-    for name in ("none", "lambda_gan", "lambda_cycle", "lambda_identity"):
-        for key in ("lambda_gan", "lambda_cycle", "lambda_identity"):
-            setattr(ours.args, key, 3.0 if key == name else 0.0)
-        losses[name], terms, _ = train.cyclegan_objective(ours, A, B)
-        if name != "none":
-            parts = [value for key, value in terms.items() if key.startswith(name.removeprefix("lambda_"))]
-            assert losses[name].item() == pytest.approx(3 * sum(parts).item(), rel=1e-5)
-    assert losses["none"].item() == 0
+# -- starting from weights that exist --------------------------------------------------------
 
 
-def test_the_demo_set_is_drawn_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
-    train.main(["--dataset_name", "day2night", *TINY, "--num_epochs", "1"])
-    assert (tmp_path / "datasets/day2night/trainA/0001.png").exists()
-    assert (tmp_path / "saved_models/day2night/latest.pt").exists()
+@pytest.fixture
+def files():
+    """Generator files of a run of 3 blocks."""
+    save_run("teacher", 1, num_residual=3)
+    return [Path(f"saved_models/teacher/{name}.safetensors") for name in ("G_AB", "G_BA")]
 
 
-def test_without_test_pictures_the_grids_show_training_pictures(tmp_path, capsys):
-    make_dataset(tmp_path / "datasets/tiny", (3, 3, 0, 0))
-    run("--num_epochs", 1)
-    assert "the grids show training pictures" in capsys.readouterr().out
+def tune(*argv):
+    run_tiny("--run_name", "tuned", "--num_residual", 3, "--num_epochs", 1, *argv)
+
+
+def weights_of(path):
+    return load_generator(path)[0].state_dict()
+
+
+def test_init_from_starts_where_the_files_end(tiny, files, monkeypatch, capsys):
+    starts = []
+    monkeypatch.setattr(train, "run", lambda args, model, *rest: starts.append(model.nets))
+    tune("--init_from", *files)
+    for file in files:
+        assert differences(starts[0][file.stem].state_dict(), weights_of(file)) == []
+        assert starts[0][file.stem].training
+    tune("--init_from", files[1])
+    assert "G_AB starts new" in capsys.readouterr().out
+    assert differences(starts[1]["G_BA"].state_dict(), weights_of(files[1])) == []
+    assert differences(starts[1]["G_AB"].state_dict(), weights_of(files[0]))
+    argv = ["--dataset_name", "tiny", "--run_name", "tuned", *TINY[:4], *CPU, "--n_layers_D", "1"]
+    train.main([*argv, "--init_from", str(files[0])])
+    assert len(starts[2]["G_BA"].blocks) == 3  # the config comes from the file
+
+
+def test_frozen_parts_do_not_move_and_the_rest_does(tiny, files, capsys):
+    tune("--init_from", *files, "--freeze", "stem,down,blocks,D")
+    out = capsys.readouterr().out
+    assert "G_AB: stem frozen, down frozen, blocks frozen, up learns, head learns" in out
+    assert "D_A: D frozen" in out
+    state = load_state(Path("saved_models/tuned/latest.pt"))
+    for file in files:
+        for key, value in weights_of(file).items():
+            moved = not torch.equal(state["nets"][file.stem][key], value)
+            if key.endswith("weight"):
+                assert moved == key.startswith(("up", "head")), key
+            else:
+                assert not moved or key.startswith(("up", "head"))
+    fresh = train.make_nets(train.parse_args([*START, "--num_residual", "3"]), {})
+    assert differences(state["nets"]["D_A"], fresh["D_A"].state_dict()) == []
+    train.main([*RESUME, "--run_name", "tuned", "--num_epochs", "2"])
+    again = load_state(Path("saved_models/tuned/latest.pt"))
+    assert again["epoch"] == 2
+    assert torch.equal(again["nets"]["G_AB"]["stem.1.weight"], state["nets"]["G_AB"]["stem.1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--init_from", "no.safetensors"], "no.safetensors: no such file"),
+        (["--init_from", "saved_models/teacher/G_AB.safetensors", "--ngf", "8"], "ngf 4, not 8"),
+        (["--init_from", *["saved_models/teacher/G_AB.safetensors"] * 2], "a second file for G_AB"),
+        (["--freeze", "stem,down,blocks,up,head"], "--freeze stem,down,blocks,up,head: "),
+        (["--freeze", "tail"], "--freeze: given 'tail', expected some of stem,down,blocks,up,head,D"),
+        (["--init_from", "x", "--start_from", "latest"], "--init_from contradicts --start_from latest"),
+    ],
+)
+def test_wrong_transfers_are_refused(tiny, files, refused, given, words):
+    assert words in refused(train.main, *START, "--run_name", "tuned", "--num_residual", "3", *given)
+    assert not Path("saved_models/tuned").exists()
+
+
+# -- evaluation ------------------------------------------------------------------------------
+
+
+def test_evaluation_writes_a_row_an_interval_and_keeps_the_best_epoch(tiny, monkeypatch):
+    psnr = iter([(20, 10), (25, 11), (21, 12), (24, 10)])  # mean of both directions is best in the second epoch
+    plain = metrics.measure_nets
+
+    def measure_nets(*args):
+        return plain(*args) | dict(zip(("PSNR_B", "PSNR_A"), next(psnr), strict=True))
+
+    monkeypatch.setattr(metrics, "measure_nets", measure_nets)
+    run_tiny("--num_epochs", 4, *EVAL, "--best_by", "PSNR")
+    rows = read_losses(SAVED / "measures.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    names = {"cycle_A", "cycle_B", "identity_A", "identity_B", "SSIM_A", "match@1_B", "loss_G", "loss_D_A"}
+    assert names <= rows[0].keys()
+    best = state_of("tiny", "best.pt")
+    assert best["epoch"] == 2
+    assert best["best"] == {"metric": "PSNR", "score": 18.0, "epoch": 2}
+    scores = test_stage.main(["--dataset_name", "tiny", "--epoch", "best", "--metrics", "cycle", *CPU])
+    assert scores["AtoB"]["cycle"] == pytest.approx(rows[1]["cycle_A"], rel=1e-4)
+
+
+def test_measures_during_training_equal_those_of_testing(tiny):
+    run_tiny("--num_epochs", 1, *EVAL)
+    row = read_losses(SAVED / "measures.csv")[0]
+    wanted = ["--metrics", "losses,cycle,identity,paired", "--output_size", "net"]
+    scores = test_stage.main(["--dataset_name", "tiny", *wanted, *CPU])
+    for direction, (source, target) in {"AtoB": "AB", "BtoA": "BA"}.items():
+        assert row[f"cycle_{source}"] == pytest.approx(scores[direction]["cycle"], rel=1e-4)
+        assert row[f"identity_{target}"] == pytest.approx(scores[direction]["identity"], rel=1e-4)
+        assert row[f"match@1_{target}"] == scores[direction]["paired"]["model"]["match@1"]
+        assert row[f"PSNR_{target}"] == pytest.approx(scores[direction]["paired"]["model"]["PSNR"], abs=0.1)
+    for name, value in scores["losses"].items():
+        assert row[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_the_val_split_is_evaluated_where_there_is_one(tiny, refused, monkeypatch):
+    for domain in "AB":
+        shutil.move(tiny / f"test{domain}", tiny / f"val{domain}")
+        (tiny / f"test{domain}").mkdir()
+        noise_image(7).save(tiny / f"test{domain}" / "x.png")
+    seen = []
+    plain = datasets.paired_images
+
+    def paired_images(folders, *args):
+        seen.append({domain: str(folder) for domain, folder in folders.items()})
+        return plain(folders, *args)
+
+    monkeypatch.setattr(datasets, "paired_images", paired_images)
+    run_tiny("--num_epochs", 1, "--eval_interval", 1)
+    assert seen == [{"A": "datasets/tiny/valA", "B": "datasets/tiny/valB"}]
+    for path in (tiny / "valB").iterdir():
+        path.unlink()
+    assert "datasets/tiny/valB: no image" in refused(train.main, *START, "--eval_interval", "1", "--run_name", "other")
+    assert not Path("saved_models/other").exists()
+
+
+def test_a_resumed_run_cuts_measures_back_and_knows_its_best(tiny):
+    run_tiny("--num_epochs", 3, "--checkpoint_interval", 1, *EVAL, "--best_by", "cycle")
+    whole = (SAVED / "measures.csv").read_text()
+    best = state_of("tiny", "best.pt")["epoch"]
+    train.main(["--dataset_name", "tiny", "--start_from", "1"])
+    assert (SAVED / "measures.csv").read_text() == whole
+    assert state_of("tiny", "best.pt")["epoch"] == best
+
+
+def test_evaluation_changes_nothing_about_the_training(tiny):
+    run_tiny("--num_epochs", 2, "--run_name", "plain")
+    run_tiny("--num_epochs", 2, "--run_name", "watched", *EVAL)
+    assert differences(state_of("plain")["nets"], state_of("watched")["nets"]) == []
+
+
+def test_pairs_that_are_none_are_refused(tiny, refused):
+    for path in (tiny / "testB").iterdir():
+        path.rename(path.with_stem(f"b{path.stem}"))
+    error = refused(train.main, *START, *EVAL)
+    assert "--eval_metrics paired" in error
+    assert "datasets/tiny/testA" in error
+    assert not SAVED.exists()
+
+
+# -- averages --------------------------------------------------------------------------------
+
+
+def test_averages_are_what_is_shown_tested_shipped_and_taught(tiny):
+    run_tiny("--num_epochs", 2, "--ema", 0.9, "--norm", "batch")
+    state = state_of("tiny")
+    averages = state["ema"]["G_AB"]
+    assert differences(averages, state["nets"]["G_AB"])
+    assert differences(weights_of(SAVED / "G_AB.safetensors"), averages) == []
+    assert differences(networks_of(state, SAVED / "latest.pt")["G_AB"].state_dict(), averages) == []
+    assert differences(distill.load_teacher("tiny", ["G_AB"]).nets["G_AB"].state_dict(), averages) == []
+
+
+def test_an_average_can_begin_and_end_when_a_run_goes_on(tiny):
+    run_tiny("--num_epochs", 1)
+    before = state_of("tiny")["nets"]["G_AB"]
+    train.main([*RESUME, "--num_epochs", "2", "--ema", "0.999"])
+    state = state_of("tiny")
+    first = next(iter(before))
+    low = torch.minimum(before[first], state["nets"]["G_AB"][first])
+    high = torch.maximum(before[first], state["nets"]["G_AB"][first])
+    assert (state["ema"]["G_AB"][first] - low).min() > -1e-3
+    assert (high - state["ema"]["G_AB"][first]).min() > -1e-3
+    train.main([*RESUME, "--num_epochs", "3", "--ema", "0"])
+    assert state_of("tiny")["ema"] is None
+
+
+# -- memory and precision --------------------------------------------------------------------
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """Let a run have memory for no more than so many images at a time; returns how many were tried, call by call."""
+    make_model = train.make_model
+
+    def limit(most):
+        tried = []
+
+        def loss(nets, real_A, real_B, config):
+            tried.append(len(real_A))
+            torch.rand(3)  # moves the random state before memory runs out
+            if len(real_A) > most:
+                raise torch.OutOfMemoryError
+            return cyclegan.generator_loss(nets, real_A, real_B, config)
+
+        monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, loss=loss))
+        return tried
+
+    return limit
+
+
+def test_one_image_that_does_not_fit_ends_the_run_in_one_line(tiny, refused, scarce):
+    scarce(0)
+    assert "--batch_size" in refused(train.main, *START, code=1)
+
+
+def test_the_size_of_the_micro_batches_is_kept_over_a_resume(tiny, scarce):
+    tried = scarce(1)
+    run_tiny("--num_epochs", 1)
+    assert tried[:2] == [2, 1]
+    assert state_of("tiny")["loader"]["piece"] == 1
+    tried.clear()
+    train.main([*RESUME, "--num_epochs", "2"])
+    assert set(tried) == {1}
+
+
+def test_the_scale_of_the_losses_stands_in_the_state(tiny, monkeypatch):
+    monkeypatch.setattr(utils, "pick_precision", lambda name, device: "fp16")
+    monkeypatch.setattr(cyclegan, "autocast", lambda device, precision: torch.autocast("cpu", enabled=False))
+    run_tiny("--num_epochs", 1)
+    assert state_of("tiny")["scaler"]["scale"] == 2.0**16
+    train.main([*RESUME, "--num_epochs", "2"])
+    assert state_of("tiny")["scaler"]["_growth_tracker"] == 6
+
+
+@pytest.mark.parametrize("given", [("--precision", "fp16"), ("--compile",)])
+def test_what_the_device_cannot_is_refused_with_what_works(tiny, refused, given):
+    error = refused(train.main, *START, *given)
+    assert " ".join(given) in error
+    assert "bf16" in error or "fp32" in error or "leave the flag out" in error
+
+
+# -- the whole way with a transformer, a penalty and averages --------------------------------
+
+VIT = ["--generator", "unet_vit"]
+
+
+@pytest.fixture
+def tiny_vit(monkeypatch):
+    """The flags that start a run of a tiny transformer."""
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    plain = [w for i, w in enumerate(TINY) if not {"--num_residual", "--ngf"} & set(TINY[max(0, i - 1) : i + 1])]
+    return ["--dataset_name", "tiny", *plain, *VIT]
+
+
+def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_taught(tiny, tiny_vit, refused, capsys):
+    given = [*tiny_vit, "--lambda_gp", "0.1", "--ema", "0.9", *EVAL]
+    train.main([*given, "--num_epochs", "3", "--run_name", "whole"])
+    whole = state_of("whole")
+    train.main([*given, "--num_epochs", "1", "--decay_epoch", "1", "--run_name", "parts"])
+    train.main(["--run_name", "parts", "--start_from", "latest", "--num_epochs", "3"])
+    resumed = state_of("parts")
+    for key in ("nets", "optims", "ema", "buffers", "rng"):
+        assert differences(whole[key], resumed[key]) == [], key
+    rows = read_losses(Path("saved_models/whole/losses.csv"))
+    assert all(row["gp_A"] > 0 and row["gp_B"] > 0 for row in rows)
+    error = refused(train.main, "--run_name", "whole", "--start_from", "latest", "--vit_blocks", "2")
+    assert "--vit_blocks 2: the run in saved_models/whole was started with 4" in error
+    scores = test_stage.main(["--run_name", "whole", "--metrics", "paired", "--scale", "native", *CPU])
+    assert scores["AtoB"]["paired"]["model"]["PSNR"] > 0
+    distill.main(["--teacher", "whole", "--student_residual", "2", "--num_epochs", "1", "--lambda_gp", "0", *CPU])
+    assert "student: 2 blocks:" in capsys.readouterr().out
+    student = load_generator(Path("saved_models/whole_student/G_BA.safetensors"))[0]
+    assert (student.config.generator, student.config.vit_blocks) == ("unet_vit", 2)
+    error = refused(distill.main, "--teacher", "whole", "--student_ngf", "8", "--run_name", "thin", *CPU)
+    assert "--student_ngf 8" in error
+    assert "unet_vit" in error
+
+
+def test_too_many_tokens_are_refused_before_the_start_and_skipped_in_testing(tiny, tiny_vit, refused, monkeypatch):
+    train.main([*tiny_vit, "--num_epochs", "1"])
+    for room in (flags, utils):
+        monkeypatch.setattr(room, "total_memory", lambda device: 4e5)
+    error = refused(train.main, *tiny_vit, "--run_name", "large", "--img_height", "64", "--img_width", "64")
+    assert "--generator unet_vit: 256 tokens" in error
+    assert "64x64 px" in error
+    assert "--img_height" in error
+    assert not Path("saved_models/large").exists()
+    noise_image(1, (400, 400)).save("large.png")
+    argv = ["--run_name", "tiny", "--input", "large.png", "--scale", "native", *CPU]
+    refused(test_stage.main, *argv)  # no image is left
+    assert not (DRAWN / "test").exists()
 
 
 # -- bad input -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("given", "words"),
     [
-        (["--dataset_name", "tinny"], "nearest existing: tiny"),
-        (["--dataset_name", "../.."], "expected one folder name"),
-        (["--run_name", "a/b"], "expected one folder name"),
-        (["--data_root", "nowhere"], "nowhere holds no data set"),
-        (["--batch_size", "0"], "given '0', expected a whole number of at least 1"),
-        (["--lr", "nan"], "given 'nan', expected a number above 0"),
-        (["--lambda_cycle", "-1"], "expected a number of at least 0"),
-        (["--beta1", "1"], "at most 0.999999"),
-        (["--img_height", "4", "--img_width", "4"], "need at least 8 px a side"),
-        (["--n_layers_D", "5"], "the largest --n_layers_D that fits is 2"),
-        (["--decay_epoch", "201"], "beyond --num_epochs 200"),
-        (["--start_from", "7"], "none, nothing was saved yet"),
-        (["--start_from", "latest", "--overwrite"], "give one of them"),
-        (["--watch", "nobody.jpg"], "--watch nobody.jpg: not a readable picture"),
-        (["--device", "cuda:9"], "not on this machine"),
+        (["--dataset_name", "tinny"], "datasets/tinny: no such data set; nearest existing: tiny"),
+        (["--dataset_name", "../.."], "--dataset_name: given '../..'"),
+        (["--run_name", "a/b"], "--run_name: given 'a/b'"),
+        (["--data_root", "nowhere"], "nowhere/tiny: no such data set"),
+        (["--batch_size", "0"], "--batch_size: given '0', expected an integer of at least 1"),
+        (["--lr", "nan"], "--lr: given 'nan', expected a number above 0"),
+        (["--lambda_cycle", "-1"], "--lambda_cycle: given '-1', expected a number of at least 0"),
+        (["--beta1", "1"], "--beta1: given '1', expected a number of at least 0 and at most 0.999999"),
+        (["--img_height", "4", "--img_width", "4"], "images of 4x4 px: 2 downsamplings need at least 8 px"),
+        (["--n_layers_D", "5"], "--n_layers_D 5: "),
+        (["--n_layers_D", "5"], "--n_layers_D that fits is 2"),
+        (["--decay_epoch", "201"], "--decay_epoch 201: expected at most --num_epochs 200"),
+        (["--start_from", "7"], "--start_from 7: no saved_models/tiny/epoch_0007.pt"),
+        (["--start_from", "latest", "--overwrite"], "--overwrite contradicts --start_from latest"),
+        (["--watch", "nobody.jpg"], "--watch nobody.jpg: "),
+        (["--device", "cuda:9"], "--device cuda:9: "),
         (["--lambda_id", "5"], "unrecognized arguments: --lambda_id 5"),
-        (["--channels", "4"], "invalid choice"),
-        (["--load_scale", "0.5"], "of at least 1"),
+        (["--channels", "4"], "--channels: invalid choice"),
+        (["--load_scale", "0.5"], "--load_scale: given '0.5', expected a number of at least 1"),
+        (["--norm", "batch", "--micro_batch", "1"], "--micro_batch 1: a batch norm"),
+        (["--gp_target", "1"], "--gp_target 1: has no effect without --lambda_gp"),
+        (["--best_by", "PSNR"], "--best_by PSNR: needs --eval_interval and paired"),
+        (["--best_by", "loss_G", "--eval_interval", "1"], "--best_by loss_G: needs --eval_interval and losses"),
+        (["--eval_metrics", "psnr"], "--eval_metrics: given 'psnr', expected some of losses,cycle,identity,paired"),
+        (["--vit_blocks", "2"], "--vit_blocks: has no meaning for --generator resnet"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line_before_anything_is_written(tiny, refused, flags, words):
-    assert words in refused(train.main, "--dataset_name", "tiny", *TINY, *flags)
+def test_wrong_flags_are_refused_in_one_line_before_anything_is_written(tiny, refused, given, words):
+    assert words in refused(train.main, *START, *given)
     assert not Path("saved_models").exists()
     assert not Path("generated_images").exists()
 
 
-def test_a_second_start_is_refused_and_overwrite_deletes_only_the_runs_own_files(tiny, refused):
-    run("--num_epochs", 1)
-    Path("saved_models/tiny/notes.txt").write_text("mine")
-    before = Path("saved_models/tiny/latest.pt").read_bytes()
-    error = refused(train.main, "--dataset_name", "tiny", *TINY)
-    assert "--start_from latest" in error
-    assert "--overwrite" in error
-    refused(train.main, "--dataset_name", "tiny", *TINY, "--overwrite", "--watch", "nobody.jpg")
-    assert Path("saved_models/tiny/latest.pt").read_bytes() == before  # a refused start deletes nothing
-    run("--num_epochs", 1, "--overwrite", "--steps_per_epoch", 1)
-    assert state_of("tiny")["step"] == 1
-    assert Path("saved_models/tiny/notes.txt").read_text() == "mine"
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--vit_heads", "7"], "--vit_heads 7: expected a divisor of 256"),
+        (["--vit_size", "uvcgan"], "images of 16x16 px: 4 downsamplings need at least 32 px"),
+        (["--num_residual", "9"], "--num_residual: has no meaning for --generator unet_vit"),
+    ],
+)
+def test_flags_that_a_unet_vit_does_not_have_are_refused(tiny, refused, given, words):
+    plain = [w for i, w in enumerate(TINY) if not {"--num_residual", "--ngf"} & set(TINY[max(0, i - 1) : i + 1])]
+    assert words in refused(train.main, "--dataset_name", "tiny", *plain, *VIT, *given)
+    assert not Path("saved_models").exists()
 
 
 @pytest.mark.parametrize("part", ["trainA", "trainB"])
 def test_missing_and_empty_folders_are_named(tiny, refused, part):
-    for path in list_pictures(tiny / part):
+    for path in list_images(tiny / part):
         path.write_bytes(b"torn")
-    assert "are unreadable" in refused(train.main, "--dataset_name", "tiny", *TINY)
-    for path in list_pictures(tiny / part):
+    assert f"datasets/tiny/{part}: " in refused(train.main, *START)
+    for path in list_images(tiny / part):
         path.unlink()
-    assert f"{part}: no picture inside" in refused(train.main, "--dataset_name", "tiny", *TINY)
+    assert f"datasets/tiny/{part}: no image" in refused(train.main, *START)
     (tiny / part).rmdir()
-    assert f"no {part}/ inside" in refused(train.main, "--dataset_name", "tiny", *TINY)
+    assert f"datasets/tiny: no {part}/ " in refused(train.main, *START)
 
 
-def test_a_set_with_one_unreadable_picture_cannot_train(tmp_path, refused):
+def test_a_set_with_one_unreadable_image_cannot_train(tmp_path, refused):
     root = make_dataset(tmp_path / "datasets/tiny", (1, 1, 1, 1))
     (root / "trainA/0.png").write_bytes(b"torn")
-    assert "none of its 1 pictures can be read" in refused(train.main, "--dataset_name", "tiny", *TINY)
+    assert "datasets/tiny/trainA: none of its 1 " in refused(train.main, *START)
 
 
-def test_a_torn_picture_is_skipped_named_once_and_training_goes_on(tiny, capsys):
+def test_a_torn_image_is_skipped_named_once_and_training_goes_on(tiny, capsys):
     path = tiny / "trainA" / "1.png"
     path.write_bytes(path.read_bytes()[:400])  # the header is whole, the pixels are not
-    run("--num_epochs", 3)
-    assert capsys.readouterr().err.count("skipped, unreadable") == 1
+    run_tiny("--num_epochs", 3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped, unreadable" in line]
+    assert len(lines) == 1
+    assert "datasets/tiny/trainA/1.png" in lines[0]
     assert state_of("tiny")["epoch"] == 3
-
-
-def test_wrong_checkpoints_are_refused_and_kept(tiny, refused):
-    run("--num_epochs", 1)
-    path = Path("saved_models/tiny/latest.pt")
-    whole = path.read_bytes()
-    resume = ("--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2")
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "not a readable checkpoint" in refused(train.main, *resume)
-    for key in ("optims", "loader", "rng"):
-        path.write_bytes(whole)
-        state = load_state(path)
-        del state[key]
-        torch.save(state, path)
-        assert "no whole training state" in refused(train.main, *resume)
-    path.write_bytes(whole)
-    state = load_state(path)
-    state["nets"]["D_A"]["layers.0.weight"][0] = float("nan")
-    torch.save(state, path)
-    assert "D_A: does not fit the network: layers.0.weight is not finite" in refused(train.main, *resume)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tiny, refused):
-    run("--num_epochs", 1)
-    argv = ["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "9", "--lr", "1e30", "--device", "cpu"]
-    error = refused(train.main, *argv, code=1)
-    assert "not finite at step" in error
-    assert "latest.pt" in error
-    assert load_state(Path("saved_models/tiny/latest.pt"))["step"] >= 3
-
-
-@pytest.fixture
-def stopped(tiny, monkeypatch):
-    """A run that was stopped at the fourth of six steps of its first epoch, its buffers full."""
-    plain, steps = train.train_step, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return plain(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run("--num_epochs", 2, "--steps_per_epoch", 6, "--buffer_size", 4)
-    return ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu"]
-
-
-def test_an_epoch_that_became_shorter_than_what_is_done_is_finished(stopped, capsys):
-    train.main([*stopped, "--steps_per_epoch", "3"])
-    assert "it is finished" in capsys.readouterr().out
-    assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
-
-
-def test_buffers_start_empty_when_the_pictures_change_their_size(stopped, capsys):
-    train.main([*stopped, "--img_height", "20"])
-    assert "buffer of A starts empty" in capsys.readouterr().out
-    assert state_of("tiny")["buffers"]["A"]["images"][0].shape == (3, 20, 16)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda s: s["optims"]["G"]["state"][0].update(exp_avg=torch.zeros(3)),
-        lambda s: s["optims"]["G"]["state"][0].update(step="x"),
-        lambda s: s["optims"]["G"]["state"][0].pop("exp_avg_sq"),
-        lambda s: s["optims"]["D"]["state"][0]["exp_avg"].fill_(float("nan")),
-        lambda s: s.update(epoch="3"),
-        lambda s: s.update(epoch=-5),
-        lambda s: s.update(step=None),
-        lambda s: s["loader"].update(place=1.5),
-        lambda s: s["loader"]["meter"].update(count="3"),
-        lambda s: s["loader"]["meter"].update(sums={"loss_G": torch.zeros(3)}),
-        lambda s: s["rng"].update(python=()),
-        lambda s: s["buffers"]["A"].update(rng=[2**70]),
-        lambda s: s["buffers"].update(A=None),
-        lambda s: s["args"].update(img_height=10**9),
-        lambda s: s["args"].update(lr="fast"),
-        lambda s: s["args"].pop("ngf"),
-        lambda s: s.update(args=[1]),
-        lambda s: s["nets"].update(G_AB={"stem": "x"}),
-        lambda s: s.update(format=torch.zeros(2)),
-    ],
-)
-def test_a_checkpoint_edited_by_hand_is_refused_in_one_line(stopped, refused, spoil):
-    path = Path("saved_models/tiny/latest.pt")
-    state = load_state(path)
-    spoil(state)
-    torch.save(state, path)
-    assert "saved_models/tiny/latest.pt" in refused(train.main, *stopped)
-
-
-def test_overwrite_deletes_nothing_before_the_new_run_can_be_written(tiny, refused):
-    run("--num_epochs", 1)
-    kept = {p.name: p.read_bytes() for p in Path("saved_models/tiny").iterdir()}
-    shutil.rmtree("generated_images/tiny")
-    Path("generated_images/tiny").write_text("a file")
-    assert "generated_images/tiny: File exists" in refused(train.main, "--dataset_name", "tiny", *TINY, "--overwrite")
-    assert {p.name: p.read_bytes() for p in Path("saved_models/tiny").iterdir()} == kept
-
-
-def test_only_the_runs_own_checkpoints_are_counted_and_removed(tiny):
-    run("--num_epochs", 1)
-    Path("saved_models/tiny/epoch_best.pt").write_text("mine")
-    Path("saved_models/tiny/epoch_0009.pt").write_text("of an abandoned future")
-    argv = ["--start_from", "latest", "--num_epochs", "3", "--checkpoint_interval", "1", "--keep_checkpoints", "1"]
-    train.main(["--dataset_name", "tiny", "--device", "cpu", *argv])
-    names = sorted(p.name for p in Path("saved_models/tiny").glob("epoch_*"))
-    assert names == ["epoch_0003.pt", "epoch_0009.pt", "epoch_best.pt"]
-
-
-def test_a_spoilt_state_never_replaces_a_good_one(stopped, refused, monkeypatch):
-    before = Path("saved_models/tiny/latest.pt").read_bytes()
-    plain = train.train_step
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGTERM)
-        return plain(*args)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    assert "a weight of G_AB" in refused(train.main, *stopped, "--lr", "1e39", code=1)
-    assert Path("saved_models/tiny/latest.pt").read_bytes() == before
-
-
-def test_photos_of_one_name_and_of_odd_names_are_all_watched(tiny):
-    for name in ("a/x.png", "b/x.png", "c/x.jpg", "...png", "-x.png"):
-        Path(name).parent.mkdir(exist_ok=True)
-        noise_picture(name).save(name, format="PNG")
-    run("--num_epochs", 1, "--watch", "a/x.png", "b/x.png", "c/x.jpg", "...png", "./-x.png")
-    assert sorted(p.name for p in Path("generated_images/tiny/watch").iterdir()) == ["-x", "photo", "x", "x_", "x__"]
-    train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_line(tiny, refused):
     Path("saved_models").write_text("a file")
-    assert "saved_models" in refused(train.main, "--dataset_name", "tiny", *TINY)
+    assert "saved_models" in refused(train.main, *START)

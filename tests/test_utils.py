@@ -1,273 +1,32 @@
-import argparse
+import errno
+import math
 import os
-import pickle
+import random
 import signal
-import zipfile
+import sys
+import threading
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import utils
 from utils import (
     FakeImageBuffer,
     InputError,
-    LossLog,
-    Meter,
-    Parser,
     RunError,
     StopRequest,
-    atomic_write,
-    bytes_to_range,
-    draw_grid,
-    find_checkpoint,
-    folder_name,
-    given_flags,
-    linear_decay,
-    link_file,
-    load_state,
-    number,
+    explain,
     one_line,
     pick_device,
     pick_precision,
-    picture_to_tensor,
-    plot_losses,
-    range_to_bytes,
-    read_archive,
-    read_losses,
-    save_state,
+    rank_slice,
     stage,
-    tensor_to_picture,
-    whole,
 )
 
-# -- range -----------------------------------------------------------------------------------
+CPU = torch.device("cpu")
 
 
-def test_all_256_levels_survive_the_way_into_the_network_and_back():
-    levels = torch.arange(256, dtype=torch.uint8)
-    x = bytes_to_range(levels)
-    assert (x.min(), x.max()) == (-1, 1)
-    assert torch.equal(range_to_bytes(x), levels)
-
-
-def test_values_out_of_range_are_clamped_and_never_wrap():
-    assert range_to_bytes(torch.tensor([-1.3, -1.001, 1.001, 7.0])).tolist() == [0, 0, 255, 255]
-    assert range_to_bytes(torch.tensor([0.0, 0.0041])).tolist() == [128, 128]
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_picture_survives_the_way_into_a_tensor_and_back(mode):
-    picture = Image.frombytes(mode, (5, 4), np.random.default_rng(0).bytes(20 * len(mode)))
-    x = picture_to_tensor(picture)
-    assert x.shape == (len(mode), 4, 5)
-    assert tensor_to_picture(x).tobytes() == picture.tobytes()
-
-
-def test_a_grid_shows_each_picture_in_its_row_and_column():
-    rows = [
-        ("dark", torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, -0.5)])),
-        ("light", torch.ones(2, 3, 64, 64)),
-    ]
-    grid = np.asarray(draw_grid(rows)).astype(int)
-    assert grid.shape[0] == 2 * 130 + 2  # 64 px pictures are enlarged to 128
-    left = grid.shape[1] - (2 * 130 + 2)
-    assert (grid[65, left + 65] == 0).all()
-    assert (grid[65, left + 195] == 64).all()
-    assert (grid[195, left + 65] == 255).all()
-    assert grid[:, :left].min() < 100  # the labels are written
-
-
-# -- buffer ----------------------------------------------------------------------------------
-
-
-def numbered(*values):
-    return torch.tensor([float(v) for v in values]).reshape(-1, 1, 1, 1)
-
-
-def test_the_buffer_hands_everything_back_until_it_is_full():
-    buffer = FakeImageBuffer(4, seed=0)
-    assert torch.equal(buffer.exchange(numbered(1, 2, 3)), numbered(1, 2, 3))
-    assert len(buffer.images) == 3
-
-
-def test_a_full_buffer_exchanges_half_and_loses_nothing():
-    buffer = FakeImageBuffer(50, seed=0)
-    buffer.exchange(numbered(*range(50)))
-    seen, older = [], 0
-    for i in range(50, 1050):
-        (answer,) = buffer.exchange(numbered(i)).flatten().tolist()
-        seen.append(answer)
-        older += answer != i
-    assert 430 < older < 570
-    kept = [x.item() for x in buffer.images]
-    assert sorted(seen + kept) == list(range(1050))
-
-
-def test_a_buffer_of_size_zero_passes_pictures_through():
-    buffer = FakeImageBuffer(0, seed=0)
-    assert torch.equal(buffer.exchange(numbered(1, 2)), numbered(1, 2))
-    assert buffer.images == []
-
-
-def test_the_buffer_keeps_copies_without_gradient():
-    buffer, x = FakeImageBuffer(2, seed=0), numbered(1).requires_grad_()
-    answer = buffer.exchange(x)
-    assert not answer.requires_grad
-    with torch.no_grad():
-        x.fill_(9)
-    assert buffer.images[0].item() == 1
-
-
-def test_a_restored_buffer_goes_on_as_the_first_would():
-    first, second = FakeImageBuffer(3, seed=0), FakeImageBuffer(3, seed=1)
-    first.exchange(numbered(*range(10)))
-    second.load_state_dict(first.state_dict(), torch.device("cpu"))
-    for i in range(20):
-        assert torch.equal(first.exchange(numbered(i)), second.exchange(numbered(i)))
-
-
-# -- schedule, meter -------------------------------------------------------------------------
-
-
-def test_the_rate_is_full_until_the_decay_and_would_be_zero_at_the_end():
-    assert [linear_decay(e, 200, 100) for e in (0, 100, 150, 199, 200)] == pytest.approx([1, 1, 0.5, 0.01, 0])
-    assert linear_decay(3, 4, 4) == 1
-    assert linear_decay(0, 4, 0) == 1
-
-
-def test_a_meter_gives_means_and_survives_a_checkpoint():
-    meter, copy = Meter(), Meter()
-    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
-    copy.load_state_dict(meter.state_dict(), torch.device("cpu"))
-    for m in (meter, copy):
-        m.add({"a": torch.tensor(2.0), "b": torch.tensor(7.0)})
-        assert m.means() == {"a": 1.5, "b": 6.0}
-
-
-# -- files -----------------------------------------------------------------------------------
-
-
-def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-
-    def fail():
-        with atomic_write(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with atomic_write(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-
-
-def test_a_linked_file_keeps_its_content_when_the_source_is_replaced(tmp_path, monkeypatch):
-    source, target = tmp_path / "latest.pt", tmp_path / "epoch.pt"
-    for fails in (False, True):
-        if fails:
-            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-        source.write_text("one")
-        link_file(source, target)
-        with atomic_write(source) as temporary:
-            temporary.write_text("two")
-        assert target.read_text() == "one"
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    state = {"nets": {"G": {"w": torch.rand(3)}}, "stage": "train", "rng": utils.rng_state()}
-    save_state(tmp_path / "s.pt", state)
-    back = load_state(tmp_path / "s.pt", "train")
-    assert torch.equal(back["nets"]["G"]["w"], state["nets"]["G"]["w"])
-    before = torch.rand(3)
-    utils.set_rng_state(back["rng"])
-    assert torch.equal(torch.rand(3), before)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_code_in_a_checkpoint_is_never_executed(tmp_path):
-    torch.save({"nets": Evil(), "format": 1}, tmp_path / "evil.pt")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
-    for name in ("evil.pt", "evil.pkl"):
-        with pytest.raises(InputError, match="not a readable checkpoint"):
-            load_state(tmp_path / name)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_damaged_checkpoint_is_found_by_its_checksums(tmp_path):
-    path = tmp_path / "s.pt"
-    save_state(path, {"nets": {"w": torch.zeros(1000)}})
-    with zipfile.ZipFile(path) as archive:
-        info = next(i for i in archive.infolist() if i.file_size == 4000)
-    data = bytearray(path.read_bytes())
-    data[info.header_offset + 2000] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"damaged|not a readable"):
-        read_archive(path)
-    path.write_bytes(data[:1500])
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        read_archive(path)
-
-
-def test_states_of_other_programs_versions_and_stages_are_refused(tmp_path):
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    torch.save({"format": 99, "nets": {}}, tmp_path / "new.pt")
-    save_state(tmp_path / "distill.pt", {"nets": {}, "stage": "distill"})
-    for name, words in (
-        ("other", "holds no training state"),
-        ("new", "format 99"),
-        ("distill", "a state of distill.py"),
-    ):
-        with pytest.raises(InputError, match=words):
-            load_state(tmp_path / f"{name}.pt", "train")
-    with pytest.raises(InputError, match="no such file"):
-        load_state(tmp_path / "none.pt")
-
-
-def test_a_missing_checkpoint_lists_those_that_exist(tmp_path):
-    for name in ("epoch_0010.pt", "epoch_0002.pt", "latest.pt"):
-        (tmp_path / name).touch()
-    assert find_checkpoint(tmp_path, "10", "--epoch").name == "epoch_0010.pt"
-    with pytest.raises(InputError, match=r"--epoch 3: .*expected one of: 2, 10, latest"):
-        find_checkpoint(tmp_path, "3", "--epoch")
-
-
-def test_the_loss_log_is_cut_back_to_the_step_that_goes_on(tmp_path):
-    log = LossLog(tmp_path / "losses.csv", ["epoch", "step", "lr", "loss_G"], 0)
-    for step in (20, 40, 60):
-        log.append({"epoch": 1, "step": step, "lr": 2e-4, "loss_G": step / 7})
-    text = (tmp_path / "losses.csv").read_text()
-    (tmp_path / "losses.csv").write_text(text + "1,80,0.0")  # torn by a crash
-    log = LossLog(tmp_path / "losses.csv", ["epoch", "step", "lr", "loss_G"], 40)
-    assert [row["step"] for row in read_losses(log.path)] == [20, 40]
-    log.append({"epoch": 1, "step": 60, "lr": 2e-4, "loss_G": 60 / 7})
-    assert (tmp_path / "losses.csv").read_text() == text
-    assert read_losses(log.path)[0] == {"epoch": 1, "step": 20, "lr": 2e-4, "loss_G": pytest.approx(20 / 7, rel=1e-5)}
-    LossLog(log.path, ["epoch", "step"], 0)
-    assert (tmp_path / "losses.csv").read_text() == "epoch,step\n"
-
-
-def test_a_term_that_was_not_computed_is_logged_as_nan_and_plotted(tmp_path):
-    log = LossLog(tmp_path / "losses.csv", ["epoch", "step", "lr", "loss_G", "identity_A"], 0)
-    for step in range(1, 40):
-        log.append({"epoch": 1, "step": step, "lr": 2e-4, "loss_G": 1 / step})
-    rows = read_losses(log.path)
-    assert all(np.isnan(row["identity_A"]) for row in rows)
-    plot_losses(rows, tmp_path / "losses.png")
-    pixels = np.asarray(Image.open(tmp_path / "losses.png").convert("RGB"))
-    assert pixels.std() > 10
-
-
-# -- errors, flags, signals ------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("a\nb\x1b[31m"), 2), (RunError("a\nb\x1b[31m"), 1)])
@@ -287,7 +46,10 @@ def test_an_expected_error_is_one_safe_line_and_its_exit_code(capsys, error, cod
     [
         (FileExistsError(17, "File exists", "runs"), 2, "runs: File exists"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x.pt"), 1, "x.pt: Disk quota exceeded"),
         (MemoryError(), 1, "out of memory; lower --batch_size"),
+        (torch.OutOfMemoryError("CUDA"), 1, "out of memory; lower --batch_size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed.\nmore"), 1, "(DataLoader worker (pid 7) is killed.); is"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -302,37 +64,191 @@ def test_what_the_machine_refuses_is_one_line_too(capsys, error, code, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [ValueError("a slip"), RuntimeError("shapes differ"), AssertionError()])
+def test_mistakes_of_ours_are_not_dressed_up(error):
+    @stage
+    def main(argv):
+        raise error
+
+    assert explain(error) is None
+    with pytest.raises(type(error)):
+        main([])
+
+
+def test_a_stage_hands_on_its_arguments_its_result_and_its_own_exit():
+    @stage
+    def main(argv=None):
+        if argv == ["stop"]:
+            raise SystemExit(143)
+        return argv
+
+    assert main(["a"]) == ["a"]
+    assert main.__name__ == "main"
+    with pytest.raises(SystemExit) as exit_:
+        main(["stop"])
+    assert exit_.value.code == 143
+
+
+def test_sigterm_ends_a_stage_with_143_after_its_cleaning_up():
+    cleaned = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    @stage
+    def main(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 143
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_rank_that_is_not_the_first_says_which_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(utils, "rank", lambda: 3)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
+
+    @stage
+    def main(argv):
+        raise InputError("wrong")
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == "error: rank 3: wrong\n"
+
+
 def test_one_line_escapes_what_a_terminal_would_obey():
     assert one_line("é 猫 a\nb\r\udcff") == "é 猫 a\\nb\\r\\udcff"
 
 
-def test_given_flags_are_told_from_defaults():
-    parser = Parser()
-    parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--overwrite", action="store_true")
-    assert given_flags(parser, []) == set()
-    assert given_flags(parser, ["--lr", "1.0", "--flip"]) == {"lr", "flip"}
-    with pytest.raises(InputError, match="unrecognized arguments: --over"):
-        parser.parse_args(["--over"])
+def test_words_go_to_stdout_and_warnings_to_stderr_each_on_one_line(capsys):
+    utils.say("a\nb")
+    utils.warn("c\nd")
+    assert capsys.readouterr() == ("a\\nb\n", "warning: c\\nd\n")
 
 
-@pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
-        (whole(1), ["1", "12"], ["0", "-1", "1.5", "x", "", "nan", "99999999999"]),
-        (number(0), ["0", "2e-4"], ["-1", "nan", "inf", "x", ""]),
-        (number(0, 1, above=True), ["1", "0.5"], ["0", "1.1"]),
-        (folder_name, ["a", "день-1", "a.b c"], ["", ".", "..", "../..", "a/b", "a\\b", "/a", "-a", "a\nb", "c:x"]),
-        (utils.epoch_name, ["0", "007", "latest"], ["-1", "last", "1.5"]),
-    ],
-)
-def test_flag_types_take_what_makes_sense_and_nothing_else(kind, good, bad):
-    for text in good:
-        kind(text)
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=r"given .*expected"):
-            kind(text)
+def test_only_the_first_rank_speaks_on_stdout(capsys, monkeypatch):
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    utils.say("hello")
+    utils.warn("a fault")
+    utils.say("an error", file=sys.stderr)
+    assert capsys.readouterr() == ("", "warning: a fault\nan error\n")
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    utils.need_package("torch", "--log", "pip install torch")
+    with pytest.raises(InputError, match=r"--log x: the package no_such is missing; install it with: pip install it"):
+        utils.need_package("no_such", "--log x", "pip install it")
+
+
+# -- ranks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """This process is the second of two ranks; what the other holds is twice as much."""
+
+    def all_reduce(x, op=utils.dist.ReduceOp.SUM):
+        x.mul_(2) if op == utils.dist.ReduceOp.MAX else x.mul_(3)
+
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils.dist, "all_reduce", all_reduce)
+
+
+def test_the_slices_of_all_ranks_make_up_the_batch(monkeypatch):
+    batch = list(range(12))
+    for world in (1, 2, 3, 4, 6, 12):
+        monkeypatch.setattr(utils, "world", lambda world=world: world)
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+            found += batch[rank_slice(12)]
+        assert found == batch
+
+
+@pytest.mark.parametrize(("batch_size", "world", "fitting"), [(10, 4, 8), (11, 4, 12), (1, 4, 4), (7, 2, 8)])
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_one_that_fits(monkeypatch, batch_size, world, fitting):
+    monkeypatch.setattr(utils, "world", lambda: world)
+    words = f"--batch_size {batch_size}: cannot be shared by {world} ranks; expected such as {fitting}$"
+    with pytest.raises(InputError, match=words):
+        rank_slice(batch_size)
+    assert fitting % world == 0
+
+
+def test_alone_the_collectives_change_nothing():
+    x = torch.tensor([1.0, 2.0])
+    utils.average([x])
+    assert x.tolist() == [1, 2]
+    assert utils.max_over_ranks(7) == 7
+    assert utils.gather("mine") == ["mine"]
+    utils.barrier()
+    with utils.first_rank_first():
+        pass
+
+
+def test_tensors_are_averaged_over_the_ranks_in_one_message(of_two, monkeypatch):
+    messages = []
+    plain = utils.dist.all_reduce
+    monkeypatch.setattr(utils.dist, "all_reduce", lambda x, *op: (messages.append(x.numel()), plain(x, *op)))
+    tensors = [torch.tensor([[2.0, 4.0]]), torch.tensor(6.0), torch.ones(2, 1, requires_grad=True)]
+    utils.average(tensors)
+    assert messages == [5]
+    assert [x.tolist() for x in tensors] == [[[3, 6]], 9, [[1.5], [1.5]]]  # (x + 2 x) / 2
+    utils.average([])
+    assert messages == [5]
+
+
+def test_the_largest_number_of_all_ranks_is_known_to_each(of_two):
+    assert utils.max_over_ranks(True) == 2
+    assert utils.max_over_ranks(0) == 0
+    stop = StopRequest()
+    assert stop.agreed() == 0
+    stop.signum = 2
+    assert stop.agreed() == 4  # the other's is larger
+
+
+def test_a_lost_rank_is_one_line_with_the_way_to_go_on(of_two, monkeypatch):
+    def lost(*args):
+        raise RuntimeError(f"connection closed by peer {'x' * 200}\nat line 7")
+
+    monkeypatch.setattr(utils.dist, "all_reduce", lost)
+    for call in (lambda: utils.average([torch.ones(1)]), utils.barrier):
+        with pytest.raises(RunError, match=r"lost another rank.*closed by peer.*--start_from latest") as error:
+            call()
+        assert len(str(error.value)) < 200
+        assert "\n" not in str(error.value)
+
+
+def test_what_the_first_rank_writes_is_written_once(monkeypatch):
+    @utils.first_rank
+    def write(text):
+        """Write."""
+        written.append(text)
+        return text
+
+    written = []
+    assert write("a") == "a"
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    assert write(text="b") is None
+    assert written == ["a"]
+    assert write.__doc__ == "Write."
+
+
+def test_the_first_rank_runs_a_block_before_the_others(monkeypatch):
+    for rank, expected in ((0, ["block", "meet"]), (1, ["meet", "block"])):
+        order = []
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(utils, "barrier", lambda order=order: order.append("meet"))
+        with utils.first_rank_first():
+            order.append("block")
+        assert order == expected
+
+
+# -- device, precision, memory, seeds --------------------------------------------------------
 
 
 def test_devices_and_precisions_are_resolved_or_refused():
@@ -341,8 +257,88 @@ def test_devices_and_precisions_are_resolved_or_refused():
     for name in ("cuda:99", "tpu", "meta", "xpu", ""):
         with pytest.raises(InputError, match="--device"):
             pick_device(name)
-    assert pick_precision("fp32", torch.device("cpu")) == "fp32"
-    assert pick_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+    assert pick_precision("fp32", CPU) == "fp32"
+    assert pick_precision("auto", CPU) in ("fp32", "bf16")
+    with pytest.raises(InputError, match=r"--precision fp16: needs a CUDA GPU; expected on cpu: (bf16|fp32)"):
+        pick_precision("fp16", CPU)
+
+
+def test_auto_takes_what_the_device_computes_natively(monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, precision in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert pick_precision("auto", cuda) == precision
+    assert pick_precision("fp16", cuda) == "fp16"
+
+
+def test_a_cpu_is_asked_by_names_that_torch_may_not_have(monkeypatch):
+    for names in (("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",), ()):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        for name in names:
+            monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+        assert utils.has_native_bf16(CPU) == bool(names)
+    assert not utils.has_native_bf16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_networks_compute_in_the_precision_and_keep_their_weights(precision, dtype):
+    layer = torch.nn.Linear(2, 2)
+    with utils.autocast(CPU, precision):
+        assert layer(torch.ones(1, 2)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+
+
+def test_memory_is_told_or_taken_for_endless(monkeypatch):
+    total = utils.total_memory(CPU)
+    assert 2**20 < utils.free_memory() <= total < math.inf
+    monkeypatch.setattr(os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))
+    assert utils.total_memory(CPU) == math.inf
+    monkeypatch.setattr(utils.Path, "read_text", lambda *_, **__: "MemTotal: 7 kB\n")
+    assert utils.free_memory() == math.inf
+
+
+def test_a_seed_decides_the_numbers_of_python_and_torch():
+    def numbers(seed):
+        utils.seed_everything(seed)
+        return random.random(), torch.rand(3).tolist()
+
+    assert numbers(3) == numbers(3)
+    assert numbers(3)[0] != numbers(4)[0]
+    assert numbers(3)[1] != numbers(4)[1]
+
+
+def test_deterministic_is_switched_on_and_off_again(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    utils.seed_everything(0, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    utils.seed_everything(0)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_random_numbers_go_on_where_their_state_was_noted(tmp_path):
+    torch.save(utils.rng_state(), tmp_path / "rng.pt")
+    expected = [random.random(), *torch.rand(3).tolist()]
+    utils.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))  # plain values: no code in it
+    assert [random.random(), *torch.rand(3).tolist()] == expected
+
+
+# -- compilation -----------------------------------------------------------------------------
+
+
+def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, **options: (net, options))
+    nets = {"G_AB": torch.nn.Linear(1, 1), "D_A": torch.nn.Linear(1, 1)}
+    compiled = utils.compile_nets(nets, torch.device("cuda"))
+    assert compiled == {name: (net, {"mode": "reduce-overhead", "dynamic": False}) for name, net in nets.items()}
+    with pytest.raises(InputError, match=r"--compile: gains nothing on cpu .*; leave the flag out"):
+        utils.compile_nets(nets, CPU)
+
+
+# -- signals ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -352,7 +348,123 @@ def test_a_stop_is_noted_once_and_obeyed_the_second_time(signum):
         assert stop.signum is None
         signal.raise_signal(signum)
         assert stop.signum == signum
+        assert stop.agreed() == signum
         with pytest.raises(SystemExit) as exit_:
             signal.raise_signal(signum)
         assert exit_.value.code == 128 + signum
     assert signal.getsignal(signum) is before
+
+
+def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch):
+    """Since torchrun hands on what the terminal sent to all of them already."""
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to lose")
+@pytest.mark.parametrize(("handler", "noted"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_lost_terminal_asks_to_stop_unless_nohup_ignores_it(handler, noted):
+    before = signal.signal(signal.SIGHUP, handler)  # the tests themselves may run under nohup
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signum == (signal.SIGHUP if noted else None)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    def work():
+        with StopRequest() as stop, utils.exit_on_sigterm():
+            found.append(stop.signum)
+
+    found = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -- buffer ----------------------------------------------------------------------------------
+
+
+def numbered(*values):
+    return torch.tensor([float(v) for v in values]).reshape(-1, 1, 1, 1)
+
+
+def test_the_buffer_hands_everything_back_until_it_is_full():
+    buffer = FakeImageBuffer(4, seed=0)
+    assert torch.equal(buffer.exchange(numbered(1, 2, 3)), numbered(1, 2, 3))
+    assert len(buffer.images) == 3
+
+
+def test_a_full_buffer_exchanges_half_and_loses_nothing():
+    buffer = FakeImageBuffer(50, seed=0)
+    buffer.exchange(numbered(*range(50)))
+    seen = []
+    older = 0
+    for i in range(50, 1050):
+        (output,) = buffer.exchange(numbered(i)).flatten().tolist()
+        seen.append(output)
+        older += output != i
+    assert 430 < older < 570
+    kept = [x.item() for x in buffer.images]
+    assert sorted(seen + kept) == list(range(1050))
+
+
+def test_a_buffer_of_size_zero_passes_images_through():
+    buffer = FakeImageBuffer(0, seed=0)
+    assert torch.equal(buffer.exchange(numbered(1, 2)), numbered(1, 2))
+    assert buffer.images == []
+
+
+def test_the_buffer_keeps_copies_without_gradient():
+    buffer = FakeImageBuffer(2, seed=0)
+    x = numbered(1).requires_grad_()
+    output = buffer.exchange(x)
+    assert not output.requires_grad
+    with torch.no_grad():
+        x.fill_(9)
+    assert buffer.images[0].item() == 1
+
+
+def test_a_restored_buffer_goes_on_as_the_first_would():
+    first = FakeImageBuffer(3, seed=0)
+    second = FakeImageBuffer(3, seed=1)
+    first.exchange(numbered(*range(10)))
+    second.load_state_dict(first.state_dict(), CPU)
+    for i in range(20):
+        assert torch.equal(first.exchange(numbered(i)), second.exchange(numbered(i)))
+
+
+def test_a_smaller_buffer_keeps_the_first_images_of_a_larger_one():
+    large = FakeImageBuffer(5, seed=0)
+    large.exchange(numbered(*range(5)))
+    small = FakeImageBuffer(2, seed=0)
+    small.load_state_dict(large.state_dict(), CPU)
+    assert [x.item() for x in small.images] == [0, 1]
+
+
+def test_a_buffer_returns_to_the_state_that_was_marked():
+    buffer = FakeImageBuffer(3, seed=0)
+    buffer.exchange(numbered(*range(5)))
+    mark = buffer.mark()
+    kept = [x.item() for x in buffer.images]
+    outputs = []
+    for _ in range(2):  # a mark serves more than once
+        outputs.append(buffer.exchange(numbered(*range(5, 25))))
+        buffer.back_to(mark)
+        assert [x.item() for x in buffer.images] == kept
+    assert torch.equal(*outputs)
+
+
+def test_buffers_of_other_seeds_exchange_other_images():
+    outputs = [FakeImageBuffer(3, seed).exchange(numbered(*range(40))).tolist() for seed in ("0-A", "0-B", "0-A")]
+    assert outputs[0] != outputs[1]
+    assert outputs[0] == outputs[2]

@@ -12,10 +12,9 @@ import torch
 from conftest import noise_picture
 from PIL import Image
 
-import datasets
 import export
 import test as test_stage
-import utils
+from images import load_image, tensor_to_image
 from models import GeneratorConfig, build_generator
 from weights import save_generator
 
@@ -45,7 +44,8 @@ def open_page(tmp_path):
     (site / "node_modules").symlink_to(WEB / "node_modules")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    home, asked = f"http://127.0.0.1:{server.server_port}/", []
+    home = f"http://127.0.0.1:{server.server_port}/"
+    asked = []
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", *(f"--disable-{name}" for name in QUIET)]
@@ -78,8 +78,8 @@ def choose(page, field, path):
 def download(page):
     with page.expect_download() as waiting:
         page.click("#download")
-    with Image.open(waiting.value.path()) as picture:
-        return picture.convert("RGB"), waiting.value.suggested_filename
+    with Image.open(waiting.value.path()) as image:
+        return image.convert("RGB"), waiting.value.suggested_filename
 
 
 def export_generator(channels=3, norm="instance"):
@@ -103,10 +103,10 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
     noise_picture(1, (48, 40)).save("same.png")
     assert choose(page, "#picture", "same.png").startswith("translated in ")
     with torch.no_grad():
-        wanted = utils.tensor_to_picture(net(datasets.load_picture(Path("same.png"), None, channels)[None])[0])
-    answer, name = download(page)
+        wanted = tensor_to_image(net(load_image(Path("same.png"), None, channels)[None])[0])
+    output, name = download(page)
     assert name == "same_AtoB.png"
-    assert mean_difference(answer, wanted.convert("RGB")) < 0.1  # of 255
+    assert mean_difference(output, wanted.convert("RGB")) < 0.1  # of 255
     noise_picture(1, (150, 90)).save("larger.png")
     noise_picture(2, (20, 30), "RGBA").save("clear.png")
     turned = Image.Exif()
@@ -116,9 +116,10 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
         argv = ["--weights", "G_AB.safetensors", "--input", f"{name}.png", "--device", "cpu", "--precision", "fp32"]
         test_stage.main(argv)
         assert choose(page, "#picture", f"{name}.png").startswith("translated in ")
-        wanted, answer = Image.open(f"generated_images/tiny/test/fake_B/{name}.png"), download(page)[0]
-        assert answer.size == wanted.size
-        assert mean_difference(answer, wanted.convert("RGB")) < 0.3
+        wanted = Image.open(f"generated_images/tiny/test/fake_B/{name}.png")
+        output = download(page)[0]
+        assert output.size == wanted.size
+        assert mean_difference(output, wanted.convert("RGB")) < 0.3
 
 
 def test_whatever_cannot_be_shown_is_refused_in_one_line_and_the_page_lives_on(open_page):

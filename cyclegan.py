@@ -1,0 +1,442 @@
+"""The paper (Zhu et al. 2017, CycleGAN, arXiv:1703.10593): its losses, line by line, and what learns from them.
+
+loss, terms, images = generator_loss(nets, real_A, real_B, LossConfig())
+model = CycleGAN(nets, LossConfig(), OptimConfig(), precision="fp32")
+values = model.step(real_A, real_B)
+"""
+
+import copy
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import DIRECTIONS, GAN_LOSSES, Nets
+from utils import FakeImageBuffer, InputError, autocast, average, rank, rng_state, set_rng_state, warn
+
+TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and form of the objective, named as in the paper; the defaults are its own."""
+
+    gan_loss: str = "lsgan"
+    lambda_gan: float = 1.0
+    lambda_cycle: float = 10.0
+    lambda_identity: float = 5.0  # 0 leaves the identity loss out
+    lambda_gp: float = 0.0  # of the discriminators' gradient penalty; 0: none
+    gp_target: float = 100.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam (Zhu et al. 2017, section 4), the image buffers, the averages, and how a batch is processed."""
+
+    lr: float = 2e-4
+    lr_D: float | None = None  # of the discriminators; None: lr
+    beta1: float = 0.5
+    beta2: float = 0.999
+    ema: float = 0.0  # decay of the averaged generator weights; 0: none
+    buffer_size: int = 50
+    micro_batch: int | str = "auto"  # images processed at once
+
+
+def loss_names(config: LossConfig) -> tuple[str, ...]:
+    """Names of all values that a step returns, in the order of losses.csv."""
+    return (*TERMS, "gp_A", "gp_B") if config.lambda_gp else TERMS
+
+
+def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:
+    """Factor of the learning rate in the epoch that follows `epoch` finished ones.
+
+    1 until decay_epoch, then falling in equal steps; it would be 0 after num_epochs.
+    source: Zhu et al. 2017, section 4, "Training details"
+    """
+    return 1 - max(0, epoch - decay_epoch) / max(1, num_epochs - decay_epoch)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses of images and predictions: always in float32 (or float64), also where the networks computed in half precision
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Half precision → float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gan_loss_G(prediction: Tensor, kind: str = "lsgan") -> Tensor:
+    """Loss of a generator whose images got `prediction` from a discriminator: it wants them called real.
+
+    prediction: any shape, unbounded
+    returns:    scalar; lsgan and bce are 0 when every prediction says real, hinge has no lower bound
+    source:     Mao et al. 2017 (lsgan, the paper's choice), Goodfellow et al. 2014 (bce, not saturating),
+                Lim and Ye 2017 (hinge)
+    """
+    prediction = to_float(prediction)
+    if kind == "lsgan":
+        return F.mse_loss(prediction, torch.ones_like(prediction))
+    if kind == "bce":
+        return F.softplus(-prediction).mean()
+    if kind == "hinge":
+        return -prediction.mean()
+    raise ValueError(f"gan_loss {kind!r}: expected one of {', '.join(GAN_LOSSES)}")
+
+
+def gan_loss_D(on_real: Tensor, on_fake: Tensor, kind: str = "lsgan") -> Tensor:
+    """Loss of a discriminator, halved as in Zhu et al. 2017 to slow it down against the generator.
+
+    on_real, on_fake: its predictions for real and for translated images, unbounded
+    returns:          scalar; 0.25 for an lsgan discriminator that cannot decide
+    """
+    on_real = to_float(on_real)
+    on_fake = to_float(on_fake)
+    if kind == "lsgan":
+        loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(on_fake, torch.zeros_like(on_fake))
+    elif kind == "bce":
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+    elif kind == "hinge":
+        loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    else:
+        raise ValueError(f"gan_loss {kind!r}: expected one of {', '.join(GAN_LOSSES)}")
+    return loss / 2
+
+
+def image_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error between two batches of images (cycle, identity and output losses).
+
+    image, target: (N, C, H, W) in [-1, 1], same shape
+    returns:       scalar in [0, 2]
+    raises:        ValueError if the shapes differ (l1_loss would only warn and broadcast)
+    source:        Zhu et al. 2017, eq. 2 and section 5.2
+    """
+    if image.shape != target.shape:
+        raise ValueError(f"shapes differ: {tuple(image.shape)} and {tuple(target.shape)}")
+    return F.l1_loss(to_float(image), to_float(target))
+
+
+def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, target: float) -> Tensor:
+    """How far the slope of a discriminator is from `target`, at images between real and translated ones.
+
+    real, fake: (N, C, H, W) in [-1, 1]; each pair is mixed at random, so torch's random state moves
+    target:     0 punishes the slope itself; another one its relative distance from it
+    returns:    scalar, with a graph that reaches the discriminator's weights (double backward)
+    source:     Gulrajani et al. 2017; relative to the target as in UVCGAN (0.1 and 100), centred at zero
+                as in UVCGAN2 (0.01 and 0)
+    """
+    weight = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+    mixed = (weight * real + (1 - weight) * fake).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    lengths = (slope.flatten(1).square().sum(1) + 1e-12).sqrt()  # (N,); the root of 0 has no gradient
+    return ((lengths - target) / (target or 1.0)).square().mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# The objective
+
+
+def concatenated(net: Any, *batches: Tensor) -> Sequence[Tensor]:
+    """Run equally large batches through a network in one call, 6-13 % faster on a CPU than in several.
+
+    A batch norm would mix their statistics, so it gets them one by one.
+    """
+    if net.config.norm == "batch":
+        return [net(batch) for batch in batches]
+    return net(torch.cat(batches)).chunk(len(batches))
+
+
+def translate_and_keep(G: Any, real: Tensor, target: Tensor | None) -> tuple[Tensor, Any, list[Tensor]]:
+    """Translate real images and, for the identity loss, those of the target domain; in one call where it may be one.
+
+    returns: fake, idt (None without target), and the hidden states of `real`, block by block
+    """
+    if target is None or G.config.norm == "batch":
+        fake, hidden = G(real, return_hidden=True)
+        return fake, None if target is None else G(target), hidden
+    both, hidden = G(torch.cat([real, target]), return_hidden=True)
+    fake, idt = both.chunk(2)
+    return fake, idt, [state[: len(real)] for state in hidden]
+
+
+def generator_loss(
+    nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """The objective of both generators.
+
+    nets:           G_AB, G_BA, D_A, D_B
+    real_A, real_B: (N, C, H, W) in [-1, 1]
+    returns:        loss_G; its unweighted terms; what distillation looks at: fake_A and fake_B, and the
+                    generators' hidden states as lists, hidden_AB and hidden_BA
+    source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
+    """
+    G_AB = nets["G_AB"]
+    G_BA = nets["G_BA"]
+    with_identity = config.lambda_identity > 0
+    fake_B, idt_B, hidden_AB = translate_and_keep(G_AB, real_A, real_B if with_identity else None)
+    fake_A, idt_A, hidden_BA = translate_and_keep(G_BA, real_B, real_A if with_identity else None)
+    rec_A = G_BA(fake_B)
+    rec_B = G_AB(fake_A)
+    on_fake_A = nets["D_A"](fake_A)
+    on_fake_B = nets["D_B"](fake_B)
+
+    terms = {
+        "gan_AB": gan_loss_G(on_fake_B, config.gan_loss),
+        "gan_BA": gan_loss_G(on_fake_A, config.gan_loss),
+        "cycle_A": image_loss(rec_A, real_A),
+        "cycle_B": image_loss(rec_B, real_B),
+    }
+    loss = config.lambda_gan * (terms["gan_AB"] + terms["gan_BA"])
+    loss = loss + config.lambda_cycle * (terms["cycle_A"] + terms["cycle_B"])
+    if with_identity:
+        terms["identity_A"] = image_loss(idt_A, real_A)
+        terms["identity_B"] = image_loss(idt_B, real_B)
+        loss = loss + config.lambda_identity * (terms["identity_A"] + terms["identity_B"])
+    return loss, terms, {"fake_A": fake_A, "fake_B": fake_B, "hidden_AB": hidden_AB, "hidden_BA": hidden_BA}
+
+
+def discriminator_loss(D: Any, real: Tensor, fake: Tensor, config: LossConfig) -> Tensor:
+    """The objective of one discriminator on real images and on translated ones, in training out of the buffer."""
+    on_real, on_fake = concatenated(D, real, fake)
+    return gan_loss_D(on_real, on_fake, config.gan_loss)
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking at networks, which never changes them
+
+
+@contextmanager
+def eval_mode(*nets: nn.Module) -> Iterator[None]:
+    """Look at networks: no gradient, no running statistics; each layer's mode is put back, frozen ones too."""
+    modes = [(module, module.training) for net in nets for module in net.modules()]
+    for net in nets:
+        net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def translate(net: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Run images (N, C, H, W) through a generator, on its device; float32 out."""
+    device = next(net.parameters()).device
+    with eval_mode(net), autocast(device, precision):
+        return net(images.to(device)).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# What learns
+
+
+def make_optims(nets: Nets, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+    """One Adam for all networks whose names begin with G, one for the discriminators; frozen weights stay out."""
+    optims = {}
+    for letter in "GD":
+        own = [net for name, net in nets.items() if name.startswith(letter)]
+        weights = [p for net in own for p in net.parameters() if p.requires_grad]
+        if weights:
+            fused = weights[0].device.type in ("cpu", "cuda")
+            optims[letter] = torch.optim.Adam(weights, config.lr, (config.beta1, config.beta2), fused=fused)
+    return optims
+
+
+class CycleGAN:
+    """Two generators, two discriminators, and all that learns or is random about them.
+
+    nets:           G_AB, G_BA, D_A, D_B, on one device
+    adapters:       what a distillation trains beside them and throws away
+    seed:           of the image buffers
+    generator_loss: the generators' objective; distillation brings its own
+    """
+
+    def __init__(
+        self,
+        nets: Nets,
+        loss_config: LossConfig,
+        optim_config: OptimConfig,
+        precision: str = "fp32",
+        seed: object = 0,
+        adapters: nn.ModuleDict | None = None,
+        generator_loss: Callable = generator_loss,
+    ):
+        if nets["G_AB"].config.norm == "batch" and optim_config.micro_batch != "auto":
+            words = "a batch norm would see the micro-batch, not the batch"
+            raise InputError(f"--micro_batch {optim_config.micro_batch}: {words}; leave it out, or lower --batch_size")
+        self.nets = nets
+        self.adapters = nn.ModuleDict() if adapters is None else adapters
+        self.averages = {}
+        if optim_config.ema:
+            self.averages = {name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS}
+        self.compiled: Nets = {}  # with --compile, further names of the networks
+        self.optims = make_optims(nets | {"G_adapters": self.adapters}, optim_config)
+        size = optim_config.buffer_size
+        self.buffers = {x: FakeImageBuffer(size, f"{seed}-buffer-{x}{rank() or ''}") for x in "AB"}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.precision = precision
+        self.loss_config = loss_config
+        self.optim_config = optim_config
+        self.generator_loss = generator_loss
+        fixed = optim_config.micro_batch
+        self.micro_batch_size = 0 if isinstance(fixed, str) else fixed  # 0: the whole batch
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.nets["G_AB"].parameters()).device
+
+    @property
+    def calls(self) -> Nets:
+        """What a step runs: the networks, compiled where that was asked for."""
+        return {**self.nets, **self.compiled}
+
+    @property
+    def averaged_nets(self) -> Nets:
+        """The networks to look at, test and ship: generators as their averages where these are kept."""
+        return {**self.nets, **self.averages}
+
+    def translate(self, name: str, images: Tensor) -> Tensor:
+        """Run images (N, C, H, W) through a generator as testing will."""
+        return translate(self.averaged_nets[name], images, self.precision)
+
+    def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
+        """One step of the paper: both generators jointly, then both discriminators on buffered images.
+
+        real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device
+        finished_steps: before this one; averages follow faster at first
+        returns:        losses and terms by name, on the device
+        """
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        losses = self._gradients_that_fit(real_A, real_B)
+        learning = [p for optim in self.optims.values() for group in optim.param_groups for p in group["params"]]
+        statistics = [x for net in self.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
+        average([*(p.grad for p in learning if p.grad is not None), *statistics])
+        for optim in self.optims.values():
+            self.scaler.step(optim)
+        self.scaler.update()
+        self._update_averages(finished_steps)
+        return losses
+
+    def _gradients_that_fit(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        """Compute the gradients of a batch; out of memory, again in micro-batches half as large.
+
+        It begins from the same random state; neither weights nor optimisers have changed by then.
+        """
+        marks = {domain: buffer.mark() for domain, buffer in self.buffers.items()}
+        random_state = rng_state()
+        fixed = self.optim_config.micro_batch != "auto" or self.nets["G_AB"].config.norm == "batch"
+        while True:
+            try:
+                return self._gradients(real_A, real_B)
+            except torch.OutOfMemoryError:
+                size = self.micro_batch_size or len(real_A)
+                if size == 1 or fixed:
+                    raise
+            self.micro_batch_size = math.ceil(size / 2)  # outside of `except`, which holds on to what was computed
+            torch.cuda.empty_cache()
+            words = f"the batch of {len(real_A)} is processed in micro-batches of {self.micro_batch_size} from now on"
+            warn(f"out of memory: {words}")
+            for domain, buffer in self.buffers.items():
+                buffer.back_to(marks[domain])
+            set_rng_state(random_state)
+
+    def _gradients(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        """Compute the gradients of a batch: of loss_G for the generators, of loss_D_A and loss_D_B for their own."""
+        for optim in self.optims.values():
+            optim.zero_grad(set_to_none=True)
+        fakes = {"A": [], "B": []}
+
+        def loss_G(micro_A: Tensor, micro_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            with autocast(self.device, self.precision):
+                loss, terms, images = self.generator_loss(self.calls, micro_A, micro_B, self.loss_config)
+            for domain in "AB":  # cloned, for a CUDA graph overwrites its output in its next run
+                fakes[domain].append(images[f"fake_{domain}"].detach().clone())
+            return loss, {"loss_G": loss, **terms}
+
+        discriminators = nn.ModuleList([self.nets["D_A"], self.nets["D_B"]])
+        discriminators.requires_grad_(False)  # here they only look; their weights need no gradient
+        losses = self._accumulate(loss_G, real_A, real_B)
+        discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
+        for domain, real in (("A", real_A), ("B", real_B)):
+            fake = self.buffers[domain].exchange(torch.cat(fakes[domain]).to(real.dtype))
+            losses |= self._accumulate(functools.partial(self._loss_D, domain), real, fake)
+        return losses
+
+    def _loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a discriminator minimises, and its loss and gradient penalty by name."""
+        config = self.loss_config
+        D = f"D_{domain}"
+        with autocast(self.device, self.precision):
+            loss = discriminator_loss(self.calls[D], real, fake, config)
+        values = {f"loss_{D}": loss}
+        if config.lambda_gp and "D" in self.optims:  # in float32: a slope of slopes leaves bfloat16 few digits
+            penalty = gradient_penalty(self.nets[D], real, fake, config.gp_target)
+            loss = loss + config.lambda_gp * penalty
+            values[f"gp_{domain}"] = penalty
+        return loss, values
+
+    def _accumulate(self, loss_of: Callable, *batches: Tensor) -> dict[str, Tensor]:
+        """Add up the gradients of a loss over a batch, micro-batch by micro-batch; returns the means of its values.
+
+        loss_of: (micro-batch of each of `batches`) → what to minimise, and values by name
+        """
+        size = self.micro_batch_size or len(batches[0])
+        means: dict[str, Any] = defaultdict(float)
+        for micro_batches in zip(*(batch.split(size) for batch in batches), strict=True):
+            loss, values = loss_of(*micro_batches)
+            weight = len(micro_batches[0]) / len(batches[0])
+            if loss.requires_grad:
+                self.scaler.scale(weight * loss).backward()
+            for name, value in values.items():
+                means[name] = means[name] + weight * value.detach()
+            del loss, values  # the next micro-batch shall not have to fit beside them
+        return dict(means)
+
+    @torch.no_grad()
+    def _update_averages(self, finished_steps: int) -> None:
+        """Move the averages towards the weights; faster at first, so that the start is soon forgotten."""
+        weight = 1 - min(self.optim_config.ema, (1 + finished_steps) / (10 + finished_steps))
+        for name, averaged in self.averages.items():
+            net = self.nets[name]
+            torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), weight)
+            for mean, value in zip(averaged.buffers(), net.buffers(), strict=True):
+                mean.copy_(value)
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set what the configs say about the optimisers, which a resumed run may have changed; factor: of the decay."""
+        config = self.optim_config
+        rates = {"G": config.lr, "D": config.lr_D or config.lr}
+        for name, optim in self.optims.items():
+            for group in optim.param_groups:
+                group["lr"] = rates[name] * factor
+                group["betas"] = (config.beta1, config.beta2)
+
+    def state_dict(self) -> dict:
+        """Everything that learns, as plain values and tensors; the buffers, which each rank has to itself, apart."""
+        return {
+            "nets": {name: net.state_dict() for name, net in self.nets.items()},
+            "adapters": self.adapters.state_dict(),
+            "ema": {name: net.state_dict() for name, net in self.averages.items()} or None,
+            "optims": {name: optim.state_dict() for name, optim in self.optims.items()},
+            "scaler": self.scaler.state_dict() or None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what state_dict gave; an average that begins now begins with the weights."""
+        for name, net in self.nets.items():
+            net.load_state_dict(state["nets"][name])
+        for name, net in self.averages.items():
+            net.load_state_dict((state["ema"] or state["nets"])[name])
+        self.adapters.load_state_dict(state.get("adapters") or {})
+        for name, optim in self.optims.items():  # its numbers come from the config
+            groups = optim.state_dict()["param_groups"]
+            optim.load_state_dict({"state": state["optims"][name]["state"], "param_groups": groups})
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])

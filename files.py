@@ -1,0 +1,214 @@
+"""Files that survive: atomic writes, pages, a stranger's archive read safely, the lock of a folder.
+
+with atomic_write(path) as temporary:
+    temporary.write_bytes(data)
+value = read_archive(path)  # of a torch file; nothing in it is executed
+
+Every write goes to a temporary name, is flushed and synced, then renamed: a crash leaves the old file or the new one.
+"""
+
+import errno
+import functools
+import io
+import json
+import os
+import shutil
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jinja2
+import torch
+
+from utils import InputError, first_rank, one_line, rank, warn
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
+MOST_VALUES = 10**5  # in a whole-state file; the largest network has thousands
+UMASK = threading.Lock()  # to read it is to change it, for all threads
+
+
+# ---------------------------------------------------------------------------------------------
+# Atomic writes
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
+    temporary.unlink(missing_ok=True)  # of a killed process with our number it may be a second name of a good file
+    try:
+        yield temporary
+        with UMASK:
+            os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)  # what the user knows, not the temporary name
+            error.filename2 = None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename, so that also after a power cut the target is the old file or the new one."""
+    source.replace(target)
+    if os.name == "posix":  # the new name is on the disk when its folder is
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@first_rank
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON; what JSON does not know (paths) becomes text."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name without a second copy, where the file system can; `target` is replaced whole."""
+    with atomic_write(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def attempt(write: Callable, *args: object) -> str:
+    """Call what writes files and can be done later: returns "", or why it failed, which is said in one line."""
+    try:
+        write(*args)
+    except OSError as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+        warn(f"{reason}; what was there stays, the run goes on and tries again next time")
+        return reason
+    return ""
+
+
+@functools.cache
+def page_templates() -> jinja2.Environment:
+    """The pages in templates/; whatever is put into them is escaped."""
+    folder = Path(__file__).parent / "templates"
+    loader = jinja2.FileSystemLoader(folder)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Fill a page of templates/ and write it, whole or not at all."""
+    write_text(path, page_templates().get_template(template).render(**values))
+
+
+# ---------------------------------------------------------------------------------------------
+# The lock of a folder
+
+
+@contextmanager
+def sole_process(folder: Path, *others: Path) -> Iterator[None]:
+    """Lock a folder until the block or this process ends, whatever ends it; children do not inherit the lock.
+
+    What a killed process left half written there, and in `others`, is removed.
+    raises: InputError if another process holds the lock
+    """
+    if rank() > 0:
+        yield
+        return
+    with (folder / ".lock").open("a+b", buffering=0) as file:
+        file.seek(0)
+        try:
+            if os.name == "nt":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked workers
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                words = "is training there; wait for its end, stop it, or choose another --run_name"
+                raise InputError(f"{folder}: {lock_owner(file)} {words}") from None
+            warn(f"{folder} cannot be locked ({error.strerror}); start no second run in it")
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        for place in (folder, *others):
+            for path in place.glob(".*.tmp"):
+                path.unlink()
+        yield
+
+
+def lock_owner(file: io.FileIO) -> str:
+    """Name the process that wrote its number into a lock; Windows lets nobody else read it."""
+    return "another process" if os.name == "nt" else f"process {one_line(file.read(20).decode('latin-1'))}"
+
+
+# ---------------------------------------------------------------------------------------------
+# A stranger's archive
+
+
+def count_values(value: object) -> int:
+    """Count nested plain values; a small file can hold copies of copies that no loop would come to the end of.
+
+    raises: ValueError beyond MOST_VALUES, and for integers that are too long to be printed
+    """
+    waiting = [value]
+    count = 0
+    while waiting:
+        x = waiting.pop()
+        count += 1
+        if count > MOST_VALUES or (isinstance(x, int) and x.bit_length() > 128):
+            raise ValueError("more in it than a checkpoint has")
+        if isinstance(x, dict):
+            waiting += [*x.keys(), *x.values()]
+        elif isinstance(x, list | tuple | set):
+            waiting += x
+    return count
+
+
+def check_zip(path: Path) -> None:
+    """Check the sizes and checksums of a torch file, which torch.load does not look at.
+
+    raises: InputError if a checksum is wrong; ValueError if it is compressed, as torch never does
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than its own size")
+        damaged = archive.testzip()
+    if damaged:
+        raise InputError(f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint")
+
+
+def read_archive(path: Path) -> object:
+    """Read any torch file as plain values and tensors; nothing in it is executed.
+
+    raises: InputError if it is missing, damaged, or holds more than plain values
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            check_zip(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's reader, about what a hostile file claims to be
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        count_values(value)
+        return value
+    except InputError:
+        raise
+    except Exception as error:
+        reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error

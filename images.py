@@ -1,0 +1,277 @@
+"""Any image file → tensor, the one pair of range helpers, grids, and what becomes of unreadable files.
+
+x = load_image(Path("photo.jpg"), (256, 256))  # (3, 256, 256) in [-1, 1]
+save_image(tensor_to_image(x), Path("photo.png"))
+"""
+
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from files import atomic_write
+from utils import InputError, say
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+BAD_FRACTION = 0.05  # of a domain's images may be unreadable; above this the run stops
+CELL = 128  # px; smaller images are enlarged to this side in grids, by a whole factor
+max_pixels = 178e6  # of one image; set by limit_pixels
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranges. The two pairs below are the only places where values change their range
+
+
+def bytes_to_range(x: Tensor) -> Tensor:
+    """uint8 in [0, 255] → float32 in [-1, 1], any shape."""
+    return x.float() / 127.5 - 1
+
+
+def range_to_bytes(x: Tensor) -> Tensor:
+    """[-1, 1] → clamp → round → uint8 in [0, 255], any shape.
+
+    Without the clamp a value of -1.01 would wrap to 255: red, green and white dots in the dark.
+    """
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """An RGB or L image → (3 or 1, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) or (H, W)
+    return bytes_to_range(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+
+
+def tensor_to_image(x: Tensor) -> Image.Image:
+    """(3 or 1, H, W) in [-1, 1] → an RGB or L image."""
+    pixels = range_to_bytes(x).cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+class UnreadableImage(Exception):
+    """Raised for a file that is no whole image, whatever is wrong with it."""
+
+
+def natural_key(path: Path) -> list:
+    """Sort key under which 2.png comes before 10.png."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All images below a folder, by their suffix, in natural order; hidden files are left out.
+
+    A sub-folder that cannot be read, and a link that leads nowhere or in a circle, are listed too:
+    who reads them names them as unreadable images.
+    raises: OSError if the folder itself cannot be read
+    """
+    found = []
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise error
+        found.append(Path(error.filename))
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable if folder.is_dir() else None):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+                continue
+            if path.is_file() or (path.is_symlink() and not path.exists()):
+                found.append(path)
+    return sorted(found, key=natural_key)
+
+
+def limit_pixels(pixels: float) -> None:
+    """Set above how many pixels this process calls an image unreadable, in place of Pillow's limit of 179 million."""
+    global max_pixels
+    max_pixels = pixels
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's would also stop crops, and warn at half of it
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit, 32-bit and float greys to 8 bits; others pass through."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        values = values * 255 if np.nanmax(values, initial=0) <= 1 else values  # floats come as [0, 1] or [0, 255]
+    else:
+        values = values / 257  # 16 bits: 65535 → 255
+    return Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image; only its header is read.
+
+    raises: UnreadableImage, also for headers that claim more pixels than max_pixels
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on odd tags and large images
+            image = Image.open(path, formats=FORMATS)
+    except Exception as error:  # Pillow's plug-ins raise a dozen kinds on hostile files
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise UnreadableImage(f"{image.width}x{image.height} px; if you trust the file, raise --max_megapixels")
+    return image
+
+
+def read_image(path: Path, channels: int = 3) -> Image.Image:
+    """Read any image as RGB (channels 3) or L (1): turned as its camera was held, transparency over white.
+
+    raises: UnreadableImage, whatever is wrong with the file
+    """
+    with open_image(path) as image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image.load()
+                image = to_8_bit(ImageOps.exif_transpose(image))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB" if channels == 3 else "L")
+        except Exception as error:
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (width, height), unless it has that size."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def load_image(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
+    """Read an image as (channels, H, W) in [-1, 1]; size is (height, width), None keeps its own."""
+    image = read_image(path, channels)
+    return image_to_tensor(resize_image(image, size[::-1]) if size else image)
+
+
+class BadImages:
+    """Names each unreadable image of a folder once, and ends the run when they are too many, or at the first."""
+
+    def __init__(self, folder: Path, total: int, on_bad: str = "skip"):
+        self.folder = folder
+        self.total = total
+        self.on_bad = on_bad
+        self.found: set[Path] = set()
+
+    def note(self, path: Path, reason: object) -> None:
+        """Take down one unreadable image.
+
+        raises: InputError when more than BAD_FRACTION of them (and more than one) are unreadable; with "stop" always
+        """
+        if path in self.found:
+            return
+        self.found.add(path)
+        if self.on_bad == "stop":
+            raise InputError(f"{path}: unreadable ({reason}); mend or remove it, or take --on_bad_image skip")
+        say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
+        if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total > 1:
+            raise InputError(
+                f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, "
+                f"more than {BAD_FRACTION:.0%}; list them with: python prepare.py check {self.folder.parent.name}"
+            )
+
+    def need_one(self) -> None:
+        """Raise InputError if no image is left."""
+        if len(self.found) == self.total:
+            words = f"none of its {self.total} images can be read; expected images such as PNG or JPEG"
+            raise InputError(f"{self.folder}: {words}")
+
+    def readable(self, paths: Sequence[Path]) -> list[Path]:
+        """Return the paths whose header can be read, and take down the others.
+
+        raises: InputError if none is left
+        """
+        kept = []
+        for path in paths:
+            try:
+                open_image(path).close()
+                kept.append(path)
+            except UnreadableImage as error:
+                self.note(path, error)
+        self.need_one()
+        return kept
+
+
+def load_images(
+    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int, on_bad: str
+) -> Iterator[tuple[Path, Tensor]]:
+    """Read images as load_image does, one by one, with their paths; unreadable ones are named and left out.
+
+    folder: what the paths belong to, for the message
+    on_bad: "skip" or "stop" at the first unreadable one
+    raises: InputError if too many, or all, cannot be read
+    """
+    bad = BadImages(folder, len(paths), on_bad)
+    for path in paths:
+        try:
+            yield path, load_image(path, size, channels)
+        except UnreadableImage as error:
+            bad.note(path, error)
+    bad.need_one()
+
+
+class LazyImages(Mapping):
+    """Images by path, (1, channels, H, W) in [-1, 1], each read when it is looked at: the memory holds one at a time."""
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None, channels: int = 3):
+        self.paths = {path: path for path in paths}
+        self.size = size
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.paths)
+
+    def __getitem__(self, path: Path) -> Tensor:
+        return load_image(self.paths[path], self.size, self.channels)[None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Lay out labelled rows of images, one column per image.
+
+    rows: pairs of a label and (N, 3 or 1, H, W) in [-1, 1]; N and the size are the same in each row
+    """
+    from torchvision.utils import make_grid  # takes seconds, which nobody waits for who draws nothing
+
+    columns = len(rows[0][1])
+    cells = range_to_bytes(torch.cat([x.float().cpu() for _, x in rows]))
+    factor = max(1, CELL // max(cells.shape[-2:]))
+    cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = Image.fromarray(make_grid(cells, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
+    font = ImageFont.load_default(14)
+    margin = 12 + math.ceil(max(font.getlength(label) for label, _ in rows))
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, _) in enumerate(rows):
+        draw.text((6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm")
+    return sheet

@@ -1,0 +1,448 @@
+"""Make and check data sets: folders trainA, trainB, testA, testB of images.
+
+python prepare.py draw day2night --size 64
+python prepare.py download horse2zebra
+python prepare.py split --A faces --B caricatures --dataset_name face2caricature
+python prepare.py check face2caricature --sheet
+"""
+
+import errno
+import hashlib
+import http.client
+import math
+import os
+import random
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import images
+from datasets import DEMO, find_dataset, split_images
+from flags import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
+from utils import InputError, RunError, one_line, say, stage
+
+SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
+
+
+@contextmanager
+def new_dataset(data_root: Path, dataset_name: str) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well it becomes the data set, else it is removed.
+
+    raises: InputError if the data set exists
+    """
+    folder = data_root / dataset_name
+    unfinished = data_root / f".{os.getpid()}.{dataset_name}"
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo set: the same landscape by day (A) and by night (B), drawn from a seed
+
+SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at its top, at the horizon
+LIGHTS = {"sun": (255, 214, 60), "moon": (236, 238, 225), "star": (255, 255, 240), "lamp": (255, 224, 120)}
+THINGS = {"glass": (74, 92, 116), "roof": (128, 52, 44), "trunk": (94, 62, 40), "leaves": (34, 104, 54)}
+HAZE = (150, 160, 180)
+DARK = (16, 20, 78)
+WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
+GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
+DEMO_FOLDERS = {  # time, seed of the first scene, how many
+    "trainA": ("day", 0, 400),
+    "trainB": ("night", 100_000, 400),
+    "testA": ("day", 200_000, 40),
+    "testB": ("night", 200_000, 40),
+}
+
+
+def mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
+    """Blend two colours; weight 0 gives a, 1 gives b."""
+    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))
+
+
+def lit(colour: tuple, time: str) -> tuple:
+    """What a colour of the day looks like at a time."""
+    return mix(colour, DARK, 0.55) if time == "night" else colour
+
+
+def draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
+    """Draw the sky with the sun, or with the moon and stars; returns the horizon, px from the top."""
+
+    def disc(x: float, y: float, radius: float, colour: str) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=LIGHTS[colour])
+
+    horizon = side * rng.uniform(0.35, 0.68)
+    for y in range(side):
+        draw.line([(0, y), (side, y)], fill=mix(*SKY[time], min(1, y / horizon)))
+    if time == "night":
+        for i in range(9):
+            disc(random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side, side / 90, "star")
+    light = "moon" if time == "night" else "sun"
+    disc(side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.28), side * rng.uniform(0.06, 0.11), light)
+    return horizon
+
+
+def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
+    """Draw one landscape as an RGB image of (size, size) px; time is "day" or "night".
+
+    Everything at night follows from the day: the moon stands where the sun stood, walls and hills
+    are dimmed by one rule, windows are lit, and the stars never change. So a test pair is an
+    honest truth for an unpaired model. Drawn at three times the size, then reduced.
+    """
+    rng = random.Random(seed)  # what is drawn follows from the order in which its numbers are taken
+    side = 3 * size
+    image = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(image)
+    horizon = draw_sky(draw, rng, side, time)
+    ground = rng.choice(GROUNDS)
+    for layer, haze in enumerate((0.45, 0.0)):  # two ridges, the farther one in haze
+        base = horizon + layer * side * 0.09
+        phases = [rng.uniform(0, 6.28) for _ in range(3)]
+        ridge = []
+        for x in range(0, side + 3, 3):
+            waves = sum(math.sin(x / side * (3 + 2 * i) + phase) for i, phase in enumerate(phases))
+            ridge.append((x, base - side * 0.045 * waves))
+        draw.polygon([*ridge, (side, side), (0, side)], fill=lit(mix(ground, HAZE, haze), time))
+    for _ in range(rng.randint(1, 3)):  # houses
+        x = side * rng.uniform(0.03, 0.72)
+        y = side * rng.uniform(0.66, 0.92)
+        w = side * rng.uniform(0.17, 0.3)
+        h = w * rng.uniform(0.7, 1.2)
+        draw.rectangle([x, y - h, x + w, y], fill=lit(rng.choice(WALLS), time))
+        roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
+        draw.polygon(roof, fill=lit(THINGS["roof"], time))
+        for left in (0.16, 0.58):
+            window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
+            draw.rectangle(window, fill=LIGHTS["lamp"] if time == "night" else THINGS["glass"])
+    for _ in range(rng.randint(1, 4)):  # trees
+        x = side * rng.uniform(0, 1)
+        y = side * rng.uniform(0.72, 0.98)
+        w = side * rng.uniform(0.1, 0.2)
+        draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=lit(THINGS["trunk"], time))
+        crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
+        draw.polygon(crown, fill=lit(THINGS["leaves"], time))
+    return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def draw_dataset(data_root: Path, size: int = 64) -> Path:
+    """Draw day2night: 400 + 400 training images, 40 test pairs."""
+    folder = data_root / DEMO
+    with new_dataset(data_root, DEMO) as unfinished:
+        for name, (time, first, count) in DEMO_FOLDERS.items():
+            (unfinished / name).mkdir()
+            for i in tqdm(range(count), desc=f"drawing {DEMO}/{name}", leave=False):
+                draw_scene(first + i, time, size).save(unfinished / name / f"{i:04d}.png")
+    say(f"drew {folder} at {size}x{size} px: A = landscapes by day, B = by night")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Downloading
+
+ADDRESS = "http://efrosgans.eecs.berkeley.edu/cyclegan/datasets"  # of the authors; a mirror is given with --url
+OFFICIAL = (
+    "ae_photos, apple2orange, cezanne2photo, facades, horse2zebra, iphone2dslr_flower, maps, monet2photo, "
+    "summer2winter_yosemite, ukiyoe2photo, vangogh2photo"
+)
+MOST_BYTES = 30 * 2**30  # unpacked; the largest official set has 3 GiB
+WAIT = 30  # seconds without a byte
+
+
+def archive_url(dataset_name: str, url: str | None) -> str:
+    """Return the address of a set's zip: the given one, or that of an official set.
+
+    raises: InputError if there is no such set, or the address can be none
+    """
+    if not url and dataset_name not in OFFICIAL.split(", "):
+        raise InputError(f"{dataset_name}: no official set; expected one of {OFFICIAL}, or a zip elsewhere: --url")
+    url = url or f"{ADDRESS}/{dataset_name}.zip"
+    try:
+        scheme = urllib.parse.urlsplit(url).scheme
+    except ValueError as error:  # of brackets, as in http://[bad
+        raise InputError(f"--url {url}: not an address ({error}); expected such as http://host/set.zip") from error
+    if scheme not in ("http", "https"):
+        raise InputError(f"--url {url}: expected an address that begins with http:// or https://")
+    return url
+
+
+def fetch(url: str, part: Path) -> None:
+    """Download a file, going on where an earlier attempt broke off.
+
+    raises: InputError if there is no such file, or no connection; RunError if it breaks off (run it again)
+    """
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={done}-"} if done else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=WAIT) as response:
+            if response.status != 206:  # the server starts again, so do we
+                done = 0
+            total = done + int(response.headers.get("Content-Length") or 0)
+            if shutil.disk_usage(part.parent).free < total - done:
+                raise RunError(f"{part.parent}: no room for {total / 1e6:,.0f} MB; make room and run it again")
+            bar = tqdm(total=total or None, initial=done, unit="B", unit_scale=True, desc=part.stem.lstrip("."))
+            with part.open("ab" if done else "wb") as file, bar:
+                while block := response.read(2**16):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left to send
+            return
+        words = f"the server answers {error.code} {error.reason}; check the name, or give a mirror: --url"
+        raise InputError(f"{url}: {words}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise broken_off(url, part, error) from error
+    done = part.stat().st_size
+    if done < total:
+        raise RunError(f"{url}: broke off after {done / 1e6:.1f} of {total / 1e6:.1f} MB; run it again to go on")
+
+
+def broken_off(url: str, part: Path, error: Exception) -> InputError | RunError:
+    """Say what became of a download: broken off after some bytes, or never begun."""
+    reason = getattr(error, "reason", None) or error
+    kept = part.stat().st_size if part.exists() else 0
+    if kept:
+        return RunError(f"{url}: broke off after {kept / 1e6:.1f} MB ({reason}); run it again to go on")
+    remedy = f"give a mirror with --url, or start with what needs none: python prepare.py draw {DEMO}"
+    return InputError(f"{url}: cannot be reached ({reason}); check the connection, {remedy}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the images of trainA, trainB, testA, … from a zip into `folder`, whatever lies around them.
+
+    raises: InputError if it wants to write elsewhere, or claims more than any data set holds; RunError if it does not
+            fit on the disk; anything at all if it is damaged or hostile
+    """
+    with zipfile.ZipFile(archive) as file:
+        entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        names = {entry: PurePosixPath(entry.filename.replace("\\", "/")) for entry in entries}
+        for entry, name in names.items():
+            is_link = entry.external_attr >> 28 == 0xA
+            if is_link or name.is_absolute() or ".." in name.parts:
+                words = f"wants to write outside its folder ({one_line(entry.filename)[:80]}); not unpacked"
+                raise InputError(f"{archive}: {words}")
+        size = sum(entry.file_size for entry in entries)
+        claim = f"{archive}: claims {size / 2**30:.1f} GiB of images, more than fit; not unpacked"
+        if size > MOST_BYTES:
+            raise InputError(claim)
+        if size > shutil.disk_usage(folder).free:
+            raise RunError(f"{claim}; make room and run it again")
+        for entry, name in tqdm(names.items(), desc="unpacking", leave=False):
+            depth = next((i for i, part in enumerate(name.parts[:-1]) if part in SPLITS), None)
+            if depth is None or name.suffix.lower() not in images.SUFFIXES or name.name.startswith("."):
+                continue
+            target = folder.joinpath(*name.parts[depth:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(entry) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+def unpack_download(url: str, part: Path, folder: Path) -> dict[str, int]:
+    """Unpack what was downloaded and count its images by folder; a file that is no data set is deleted.
+
+    A full disk says nothing against the file: then it stays, and the next attempt starts from it.
+    raises: InputError if it cannot be unpacked, or holds no training images
+    """
+    try:
+        unpack(part, folder)
+        counts = {name: len(images.list_images(folder / name)) for name in sorted(SPLITS) if (folder / name).is_dir()}
+        if not (counts.get("trainA") and counts.get("trainB")):
+            raise InputError(f"{url}: holds no trainA and trainB with images (found: {counts or 'none'}); deleted")
+    except Exception as error:  # zipfile, zlib, bz2, lzma and the file system raise a dozen kinds on hostile files
+        if isinstance(error, RunError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        part.unlink()
+        if isinstance(error, InputError):
+            raise
+        reason = one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:80]
+        words = f"sent no zip that can be unpacked ({reason}); deleted; try again, or another --url"
+        raise InputError(f"{url}: {words}") from error
+    return counts
+
+
+def download_dataset(args: Namespace) -> None:
+    """Fetch one of the official sets, or any zip with their layout, and check what came."""
+    url = archive_url(args.dataset_name, args.url)
+    part = args.data_root / f".{args.dataset_name}.zip.part"
+    with new_dataset(args.data_root, args.dataset_name) as unfinished:
+        say(f"fetching {url}")
+        fetch(url, part)
+        counts = unpack_download(url, part, unfinished)
+    part.unlink()
+    say(f"{args.data_root / args.dataset_name}: {', '.join(f'{n} images in {name}' for name, n in counts.items())}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Splitting, checking, and the command line
+
+
+def choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
+    """Draw images from a folder, in random order.
+
+    raises: InputError if there are too few that can be read
+    """
+    if not source.is_dir():
+        raise InputError(f"--{domain} {source}: no such folder; expected a folder with images")
+    paths = images.list_images(source)
+    if not paths:
+        raise InputError(f"--{domain} {source}: no image inside; expected {' '.join(sorted(images.SUFFIXES))}")
+    random.Random(f"{seed}-{domain}").shuffle(paths)
+    paths = images.BadImages(source, len(paths)).readable(paths)[:max_images]
+    if len(paths) < 2:
+        words = f"{len(paths)} readable image, expected at least 2: one to train, one to test"
+        raise InputError(f"--{domain} {source}: {words}")
+    return paths
+
+
+def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
+    """Copy images into a new folder, sub-folders kept."""
+    target.mkdir()
+    for path in tqdm(paths, desc=target.name, leave=False):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def split_dataset(args: Namespace) -> None:
+    """Make the layout of a data set from two plain folders, by copying."""
+    sources = {"A": args.A, "B": args.B}
+    one = args.A.resolve()
+    other = args.B.resolve()
+    if one == other:
+        raise InputError(f"--A and --B are the same folder ({args.A}); expected one per domain")
+    if one in other.parents or other in one.parents:
+        raise InputError(f"--A {args.A} and --B {args.B}: one lies inside the other; expected two folders apart")
+    chosen = {d: choose_images(d, source, args.seed, args.max_images) for d, source in sources.items()}
+    with new_dataset(args.data_root, args.dataset_name) as unfinished:
+        for domain, paths in chosen.items():
+            tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
+            copy_images(paths[:tests], sources[domain], unfinished / f"test{domain}")
+            copy_images(paths[tests:], sources[domain], unfinished / f"train{domain}")
+            words = f"{len(paths) - tests} images in train{domain}, {tests} in test{domain}"
+            say(f"{args.data_root / args.dataset_name}: {words}")
+
+
+def save_sheet(split: Path, paths: Sequence[Path], sheet: Path) -> None:
+    """Write a contact sheet: up to 32 images, evenly spread, in rows of 8."""
+    chosen = paths[:: max(1, len(paths) // 32)][:32]
+    cells = torch.stack([images.load_image(path, (96, 96)) for path in chosen])
+    rows = [(split.name, row) for row in cells.split(8) if len(row) == min(8, len(cells))]
+    images.save_image(images.draw_grid(rows), sheet)
+    say(f"  {sheet}")
+
+
+def check_split(split: Path, sheet: Path | None) -> tuple[dict[Path, str], str]:
+    """Read every image of one part whole and print what it holds.
+
+    returns: a hash of the pixels by path, and what makes the part unusable, or ""
+    """
+    paths = images.list_images(split)
+    hashes = {}
+    sizes = Counter()
+    for path in tqdm(paths, desc=split.name, leave=False):
+        try:
+            image = images.read_image(path)
+        except images.UnreadableImage as error:
+            say(f"  unreadable: {path} ({error})")
+            continue
+        sizes[image.size] += 1
+        hashes[path] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    faults = len(paths) - len(hashes)
+    common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
+    if len(sizes) > 3:
+        common.append(f"{len(sizes) - 3} other sizes")
+    say(f"{split.name}: {len(paths)} images, {faults} unreadable; {', '.join(common)} px")
+    if not hashes:
+        return hashes, f"{split.name} holds no readable image"
+    if sheet:
+        save_sheet(split, list(hashes), sheet)
+    fault = f"{faults} of {len(paths)} images in {split.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
+    return hashes, fault if faults > max(1, images.BAD_FRACTION * len(paths)) else ""
+
+
+def check_dataset(args: Namespace) -> None:
+    """Count, measure and compare the images of a data set; exit code 2 if it cannot be trained on."""
+    folder = find_dataset(args.data_root, args.dataset_name)
+    for domain in "AB":
+        split_images(folder, f"train{domain}")
+    owners = defaultdict(list)  # paths in the data set by hash of their pixels
+    faults = []
+    for name in SPLITS:
+        if not (folder / name).is_dir():
+            continue
+        sheet = Path("generated_images") / args.dataset_name / "check" / f"{name}.png"
+        hashes, fault = check_split(folder / name, sheet if args.sheet else None)
+        if fault and name.startswith("train"):
+            faults.append(fault)
+        for path, pixels in hashes.items():
+            owners[pixels].append(path.relative_to(folder))
+    twins = [paths for paths in owners.values() if len(paths) > 1]
+    leaks = [paths for paths in twins if len({path.parts[0] for path in paths}) > 1]
+    for paths in leaks[:10]:
+        say(f"  the same image: {' = '.join(map(str, paths))}")
+    words = f"{len(leaks)} images stand in more than one part (leaks into the test)"
+    say(f"{words}, {len(twins) - len(leaks)} twice in one part")
+    if faults:
+        raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Read the command line of the sub-commands."""
+    parser = Parser(prog="prepare.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="draw, download, split, check")
+    draw = commands.add_parser("draw", help="draw the demo set")
+    draw.add_argument("dataset_name", choices=[DEMO])
+    draw.add_argument("--size", type=int_between(16, 4096), default=64, help="side of the images, px (default: 64)")
+    download = commands.add_parser("download", help="fetch one of the sets of the paper, or a zip with their layout")
+    download.add_argument("dataset_name", type=folder_name, help=OFFICIAL)
+    download.add_argument("--url", help="address of a zip, in place of the authors'")
+    split = commands.add_parser("split", help="make a data set from two folders of images")
+    split.add_argument("--A", type=path_name, required=True, metavar="DIR", help="images of domain A")
+    split.add_argument("--B", type=path_name, required=True, metavar="DIR", help="images of domain B")
+    split.add_argument("--dataset_name", type=folder_name, required=True, help="name of the new data set")
+    words = "fraction kept for testing (default: 0.1)"
+    split.add_argument("--test_fraction", type=float_between(0, 0.9), default=0.1, help=words)
+    split.add_argument("--max_images", type=int_between(2), help="take at most so many of each domain (default: all)")
+    split.add_argument("--seed", type=int_between(0), default=0, help="which images are taken (default: 0)")
+    check = commands.add_parser("check", help="count, measure and compare the images of a data set")
+    check.add_argument("dataset_name", type=folder_name)
+    check.add_argument("--sheet", action="store_true", help="also write a contact sheet per part into generated_images")
+    for command in (split, check):
+        add_pixel_flag(command.add_argument)
+    draw.set_defaults(run=lambda args: draw_dataset(args.data_root, args.size))
+    download.set_defaults(run=download_dataset)
+    split.set_defaults(run=split_dataset)
+    check.set_defaults(run=check_dataset)
+    words = "folder of the data sets (default: datasets)"
+    for command in (draw, download, split, check):
+        command.add_argument("--data_root", type=Path, default="datasets", help=words)
+    return parser.parse_args(argv)
+
+
+@stage
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command."""
+    args = parse_args(argv)
+    if "max_megapixels" in args:
+        images.limit_pixels(1e6 * args.max_megapixels)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+import errno
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from breakage import Dead, full_disk
+from conftest import noise_image
+from edits import EDITS, FUZZ, edited
+from hypothesis import given
+from hypothesis import strategies as st
+
+import files
+import images
+import utils
+from files import atomic_write, attempt, link_file, read_archive, sole_process, write_json, write_page, write_text
+from utils import InputError, RunError, one_line
+
+posix = pytest.mark.skipif(os.name == "nt", reason="locks, modes and links of POSIX")
+
+
+# -- atomic writes ---------------------------------------------------------------------------
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, Dead])
+def test_whatever_ends_a_write_nothing_half_is_left(tmp_path, error):
+    def write():
+        with atomic_write(tmp_path / "x.txt") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    synced = []
+    plain = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append((os.fstat(number), path.read_text())), plain(number))
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text("the new one")
+        assert temporary.parent == path.parent  # of the same file system, so that a rename can replace
+        assert path.read_text() == "old"
+    assert synced[0][0].st_size == len("the new one")
+    assert synced[0][1] == "old"
+    if os.name == "posix":  # then the folder, where the new name stands
+        assert stat.S_ISDIR(synced[1][0].st_mode)
+        assert synced[1][1] == "the new one"
+
+
+def test_a_leftover_with_our_number_is_never_written_into(tmp_path):
+    """It may be a second name of a good file, left by a killed process that had our number."""
+    good = tmp_path / "latest.pt"
+    good.write_text("good")
+    with atomic_write(tmp_path / "x.txt") as temporary:
+        name = temporary.name
+        temporary.write_text("")
+    os.link(good, tmp_path / name)
+    write_text(tmp_path / "x.txt", "other")
+    assert good.read_text() == "good"
+
+
+@posix
+def test_others_may_read_what_is_written_as_far_as_the_user_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "x") as temporary:
+            temporary.touch(mode=0o600)
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+        assert os.umask(0o027) == 0o027  # to ask for it changes nothing
+    finally:
+        os.umask(before)
+
+
+def test_threads_write_beside_each_other(tmp_path):
+    def work(i):
+        for _ in range(20):
+            write_text(tmp_path / "x.txt", str(i) * 1000)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = (tmp_path / "x.txt").read_text()
+    assert len(text) == 1000
+    assert len(set(text)) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 250 + ".txt")
+    write_text(path, "x")
+    assert path.read_text() == "x"
+
+
+def test_text_is_utf8_with_plain_line_ends_and_json_knows_paths(tmp_path):
+    write_text(tmp_path / "x.txt", "é 猫\nb\n")
+    assert (tmp_path / "x.txt").read_bytes() == "é 猫\nb\n".encode()
+    write_json(tmp_path / "x.json", {"folder": Path("a/b"), "sizes": [1, None]})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"folder": "a/b", "sizes": [1, None]}
+    assert text.count("\n") > 3  # for people to read
+
+
+def test_only_the_first_rank_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    write_text(tmp_path / "x.txt", "hello")
+    write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_linked_file_keeps_its_content_when_the_source_is_replaced(tmp_path, monkeypatch):
+    source = tmp_path / "latest.pt"
+    target = tmp_path / "epoch.pt"
+    for fails in (False, True):
+        if fails:
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        source.write_text("one")
+        link_file(source, target)
+        assert source.samefile(target) != fails
+        with atomic_write(source) as temporary:
+            temporary.write_text("two")
+        assert target.read_text() == "one"
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "image", "link", "missing folder"])
+def test_every_writer_names_the_file_that_the_user_knows(tmp_path, kind):
+    path = tmp_path / "file.png"
+    path.write_text("old")
+    write = {
+        "text": lambda: write_text(path, "x" * 10**5),
+        "json": lambda: write_json(path, ["x" * 10**5]),
+        "image": lambda: images.save_image(noise_image(0, (200, 200)), path),
+        "link": lambda: link_file(tmp_path / "missing", path),
+        "missing folder": lambda: write_text(tmp_path / "no" / "file.png", "x"),
+    }[kind]
+    with full_disk(room=4096), pytest.raises(OSError, match=r"file\.png") as error:
+        write()
+    assert error.value.errno == (errno.ENOENT if kind in ("link", "missing folder") else errno.EFBIG)
+    assert ".tmp" not in str(error.value)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_can_be_written_later_is_said_and_tried_again(tmp_path, capsys):
+    path = tmp_path / "file.txt"
+    with full_disk():
+        reason = attempt(write_text, path, "text")
+    assert reason == f"{path}: File too large"
+    assert capsys.readouterr().err.startswith(f"warning: {path}: File too large; ")
+    assert attempt(write_text, path, "text") == ""
+    assert path.read_text() == "text"
+    assert capsys.readouterr().err == ""
+
+
+def test_failed_writes_that_are_bugs_are_not_taken_for_a_full_disk():
+    for error in (ZeroDivisionError, RunError, KeyboardInterrupt):
+        with pytest.raises(error):
+            attempt(lambda error=error: (_ for _ in ()).throw(error("x")).__next__())
+
+
+# -- the lock of a folder --------------------------------------------------------------------
+
+
+HOLDER = """
+import fcntl, os, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+file.truncate(0)
+print(os.getpid(), end="", file=file, flush=True)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def locks(folder):
+    """The words of a program that locks a folder until its stdin ends, as sole_process does."""
+    return [sys.executable, "-c", HOLDER, str(folder / ".lock")]
+
+
+@contextmanager
+def other_process(folder):
+    """Another process that holds the lock of a folder, until it is killed."""
+    with subprocess.Popen(locks(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"locked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@posix
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
+    with other_process(tmp_path) as process:
+        (tmp_path / ".half.tmp").touch()
+        for _ in range(2):
+            words = f"{tmp_path}: process {process.pid} is training there; wait for its end, stop it, or choose another"
+            with pytest.raises(InputError, match=words):
+                sole_process(tmp_path).__enter__()
+        assert (tmp_path / ".half.tmp").exists()  # it is the other's
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with sole_process(tmp_path):
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+            assert not (tmp_path / ".half.tmp").exists()
+
+
+@posix
+def test_the_lock_holds_against_other_processes_and_ends_with_the_block(tmp_path):
+    """It is of the kind (lockf, not flock) that a worker who outlives its killed parent does not go on holding."""
+    with sole_process(tmp_path):
+        second = subprocess.run(locks(tmp_path), input=b"", capture_output=True, check=False)
+    assert second.returncode == 1
+    assert b"BlockingIOError" in second.stderr
+    assert subprocess.run(locks(tmp_path), input=b"", capture_output=True, check=False).returncode == 0
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+    saved = tmp_path / "saved"
+    drawn = tmp_path / "drawn"
+    for folder in (saved, drawn):
+        folder.mkdir()
+        (folder / ".77-78.tmp").write_text("half")
+        (folder / ".latest.tmp").write_text("half")
+        (folder / "my.tmp").write_text("mine")
+    with sole_process(saved, drawn):
+        assert sorted(path.name for path in saved.iterdir()) == [".lock", "my.tmp"]
+        assert sorted(path.name for path in drawn.iterdir()) == ["my.tmp"]
+
+
+@posix
+def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with sole_process(tmp_path):
+        assert capsys.readouterr().err == (
+            f"warning: {tmp_path} cannot be locked (No locks available); start no second run in it\n"
+        )
+
+
+def test_ranks_beside_the_first_take_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "rank", lambda: 1)
+    with sole_process(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_owner_of_a_lock_is_shown_safely(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\x1b[31m" + b"9" * 100)
+    with (tmp_path / ".lock").open("rb", buffering=0) as file:
+        owner = files.lock_owner(file)
+    assert owner == ("another process" if os.name == "nt" else "process \\x1b[31m" + "9" * 15)
+
+
+# -- a stranger's archive --------------------------------------------------------------------
+
+
+VALUE = {"nets": {"G": {"w": torch.arange(1000.0)}}, "words": ["a", 1, 2.5, None, True], "pair": (1, 2)}
+
+
+@pytest.mark.parametrize("in_zip", [True, False])
+def test_an_archive_comes_back_as_it_was(tmp_path, in_zip):
+    torch.save(VALUE, tmp_path / "x.pt", _use_new_zipfile_serialization=in_zip)
+    found = read_archive(tmp_path / "x.pt")
+    assert torch.equal(found["nets"]["G"]["w"], VALUE["nets"]["G"]["w"])
+    assert (found["words"], found["pair"]) == (VALUE["words"], VALUE["pair"])
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_code_in_an_archive_is_never_executed(tmp_path):
+    torch.save({"nets": Evil(), "format": 1}, tmp_path / "evil.pt")
+    torch.save({"nets": Evil()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pt", "old.pt", "evil.pkl"):
+        with pytest.raises(InputError, match="not a readable checkpoint"):
+            read_archive(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_and_a_folder_are_no_archive(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(InputError, match="no such file"):
+            read_archive(path)
+
+
+def test_damage_is_found_by_the_checksums(tmp_path):
+    path = tmp_path / "s.pt"
+    torch.save({"nets": {"w": torch.zeros(1000)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        info = next(i for i in archive.infolist() if i.file_size == 4000)
+    data = bytearray(path.read_bytes())
+    data[info.header_offset + 2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"s\.pt: damaged \(checksum of {info.filename} is wrong\)"):
+        read_archive(path)
+    path.write_bytes(data[:1500])
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        read_archive(path)
+
+
+def zip_bomb(path):
+    """A small archive whose one member unpacks to a thousand times its size."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data.pkl", "w") as file:
+        file.write(bytes(2**24))
+
+
+def copies_of_copies(path):
+    value = ["x"]
+    for _ in range(60):
+        value = [value, value]
+    torch.save({"args": value}, path)
+
+
+def long_number(path):
+    path.write_bytes(pickle.dumps({"format": 10**5000}))
+
+
+def many_values(path):
+    torch.save({"args": list(range(files.MOST_VALUES))}, path)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("x" * 1000)
+
+
+@pytest.mark.parametrize("make", [zip_bomb, copies_of_copies, long_number, many_values, empty, text])
+def test_archives_that_would_fill_memory_or_time_are_refused_at_once(tmp_path, make):
+    make(tmp_path / "x.pt")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"x\.pt: not a readable checkpoint") as error:
+        read_archive(tmp_path / "x.pt")
+    assert time.monotonic() - start < 5
+    assert len(one_line(error.value)) < 300
+
+
+def test_values_are_counted_however_they_are_nested():
+    assert files.count_values([1, (2, {"a": {3, 4}}), None]) == 10
+    assert files.count_values(2**128 - 1) == 1
+    with pytest.raises(ValueError, match="more in it"):
+        files.count_values({2**128: 0})
+    itself = []
+    itself.append(itself)
+    with pytest.raises(ValueError, match="more in it"):
+        files.count_values(itself)
+
+
+@FUZZ
+@given(edits=EDITS, in_zip=st.booleans())
+def test_damaged_archives_are_read_or_refused_in_one_line(tmp_path, edits, in_zip):
+    path = tmp_path / "x.pt"
+    torch.save(VALUE, path, _use_new_zipfile_serialization=in_zip)
+    path.write_bytes(edited(path.read_bytes(), edits))
+    try:
+        read_archive(path)
+    except InputError as error:
+        line = one_line(error)
+        assert_names(line, path)
+
+
+def assert_names(line, path):
+    """A refusal names the file and fits on a line that nobody has to scroll."""
+    assert line.startswith(f"{path}: ")
+    assert len(line) < 1000
+
+
+# -- pages -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def templates(monkeypatch):
+    """Pages as files.py fills them, out of a dict in place of the folder templates/."""
+    pages = {}
+    environment = files.page_templates().overlay(loader=jinja2.DictLoader(pages))
+    monkeypatch.setattr(files, "page_templates", lambda: environment)
+    return pages
+
+
+def test_what_is_put_into_a_page_is_escaped(tmp_path, templates):
+    """File names are a stranger's input."""
+    templates["page.html"] = '<h1>{{ title }}</h1><a href="{{ address }}">{% for x in names %}{{ x }}{% endfor %}</a>'
+    hostile = "<script>alert('1')</script>\"&.png"
+    write_page(tmp_path / "x.html", "page.html", title=hostile, address=hostile, names=[hostile])
+    page = (tmp_path / "x.html").read_text()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&#34;&amp;.png") == 3
+
+
+def test_a_page_that_extends_another_and_one_of_another_suffix_are_escaped_too(tmp_path, templates):
+    templates["base.html"] = "<title>{{ title }}</title>{% block body %}{% endblock %}"
+    templates["page.txt"] = '{% extends "base.html" %}{% block body %}{{ words }}{% endblock %}'
+    write_page(tmp_path / "x.html", "page.txt", title="<a>", words="<b>")
+    assert (tmp_path / "x.html").read_text() == "<title>&lt;a&gt;</title>&lt;b&gt;"
+
+
+def test_a_value_that_a_page_lacks_is_a_mistake_and_writes_nothing(tmp_path, templates):
+    templates["page.html"] = "{{ title }}{{ sub_title }}"
+    (tmp_path / "x.html").write_text("old")
+    with pytest.raises(jinja2.UndefinedError, match="sub_title"):
+        write_page(tmp_path / "x.html", "page.html", title="a")
+    assert (tmp_path / "x.html").read_text() == "old"
+
+
+def test_pages_are_written_whole_and_by_the_first_rank(tmp_path, templates, monkeypatch):
+    templates["page.html"] = "{{ title }}"
+    with full_disk(), pytest.raises(OSError, match=r"x\.html"):
+        write_page(tmp_path / "x.html", "page.html", title="a")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    write_page(tmp_path / "x.html", "page.html", title="a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_templates_are_looked_for_beside_the_code_wherever_it_runs(tmp_path):
+    folders = files.page_templates().loader.searchpath
+    assert [Path(folder) for folder in folders] == [Path(files.__file__).parent / "templates"]
+    assert files.page_templates() is files.page_templates()  # read once

@@ -1,0 +1,342 @@
+import io
+import math
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_image
+from edits import EDITS, FUZZ, edited
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import images
+from images import (
+    BadImages,
+    UnreadableImage,
+    bytes_to_range,
+    draw_grid,
+    image_to_tensor,
+    list_images,
+    load_image,
+    load_images,
+    range_to_bytes,
+    read_image,
+    resize_image,
+    save_image,
+    tensor_to_image,
+)
+from utils import InputError
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """What a stage sets for its process ends with the test."""
+    monkeypatch.setattr(images, "max_pixels", images.max_pixels)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+# -- ranges ----------------------------------------------------------------------------------
+
+
+def test_all_256_levels_survive_the_way_into_the_network_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = bytes_to_range(levels)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert x.dtype == torch.float32
+    assert torch.equal(range_to_bytes(x), levels)
+
+
+def test_values_out_of_range_are_clamped_and_never_wrap():
+    assert range_to_bytes(torch.tensor([-1.3, -1.001, 1.001, 7.0])).tolist() == [0, 0, 255, 255]
+    assert range_to_bytes(torch.tensor([0.0, 0.0041])).tolist() == [128, 128]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_an_image_survives_the_way_into_a_tensor_and_back(mode):
+    image = Image.frombytes(mode, (5, 4), np.random.default_rng(0).bytes(20 * len(mode)))
+    x = image_to_tensor(image)
+    assert x.shape == (len(mode), 4, 5)
+    assert tensor_to_image(x).mode == mode
+    assert tensor_to_image(x).tobytes() == image.tobytes()
+
+
+# -- grids and files ---------------------------------------------------------------------------
+
+
+def test_a_grid_shows_each_image_in_its_row_and_column():
+    rows = [
+        ("dark", torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, -0.5)])),
+        ("light", torch.ones(2, 3, 64, 64)),
+    ]
+    grid = np.asarray(draw_grid(rows)).astype(int)
+    assert grid.shape[0] == 2 * 130 + 2  # 64 px images are enlarged to 128
+    left = grid.shape[1] - (2 * 130 + 2)
+    assert (grid[65, left + 65] == 0).all()
+    assert (grid[65, left + 195] == 64).all()
+    assert (grid[195, left + 65] == 255).all()
+    assert grid[:, :left].min() < 100  # the labels are written
+
+
+def test_large_cells_keep_their_size_and_grey_ones_become_grey():
+    grid = np.asarray(draw_grid([("x", torch.full((2, 1, 200, 150), 0.0))])).astype(int)
+    assert grid.shape[0] == 200 + 4
+    assert (grid[100, -80] == 128).all()
+    assert (grid[100, -1] == 255).all()  # the border
+
+
+def test_a_saved_image_is_a_whole_png_in_a_folder_that_is_made(tmp_path):
+    image = noise_image(0)
+    path = tmp_path / "new" / "folder" / "x.jpg"  # the name does not choose the format
+    save_image(image, path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert read_image(path).tobytes() == image.tobytes()
+    assert list(path.parent.iterdir()) == [path]
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+def ramp(size=(16, 12)):
+    """A grey ramp from left to right as floats in [0, 1], (height, width)."""
+    return np.tile(np.linspace(0, 1, size[0]), (size[1], 1))
+
+
+def test_grey_and_deep_images_come_out_with_the_same_greys(tmp_path):
+    grey = ramp()
+    expected = (grey * 255).round().astype(int)
+    Image.fromarray((grey * 255).round().astype(np.uint8)).save(tmp_path / "L.png")
+    Image.fromarray((grey * 65535).round().astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((grey * 65535).round().astype(np.uint16)).save(tmp_path / "16.tif")
+    Image.fromarray((grey * 65535).round().astype(np.int32)).save(tmp_path / "32.tif")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "unit.tiff")
+    Image.fromarray((grey * 255).astype(np.float32)).save(tmp_path / "levels.tiff")
+    assert len(list_images(tmp_path)) == 6
+    for path in list_images(tmp_path):
+        for channels, mode in ((1, "L"), (3, "RGB")):
+            image = read_image(path, channels)
+            assert image.mode == mode
+            values = np.asarray(image).astype(int).reshape(12, 16, channels)
+            assert np.abs(values - expected[..., None]).max() <= 1, path.name
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
+def test_every_format_reads_as_the_colour_it_was_saved_as(tmp_path, suffix):
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / f"x.{suffix}")
+    pixels = np.asarray(read_image(tmp_path / f"x.{suffix}")).astype(int)
+    assert np.abs(pixels - (200, 30, 90)).max() <= 6
+    assert list_images(tmp_path) == [tmp_path / f"x.{suffix}"]
+
+
+def test_palette_cmyk_and_one_bit_images_read_as_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    red.convert("P").save(tmp_path / "palette.png")
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
+    assert np.abs(np.asarray(read_image(tmp_path / "palette.png")).astype(int) - (255, 0, 0)).max() <= 5
+    assert np.abs(np.asarray(read_image(tmp_path / "cmyk.jpg")).astype(int) - (255, 0, 0)).max() <= 12
+    assert read_image(tmp_path / "bit.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "grey.png")
+    palette = Image.new("P", (8, 8), 0)
+    palette.save(tmp_path / "index.png", transparency=0)
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "half.png").getpixel((0, 0)) == (255, 127, 127)
+    assert read_image(tmp_path / "grey.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "index.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_turned_camera_is_turned_back(tmp_path):
+    upright = Image.new("RGB", (20, 10), "white")
+    upright.paste("black", (0, 0, 5, 10))  # the left edge is black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees against the clock
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
+    image = read_image(tmp_path / "x.png")
+    assert image.size == (20, 10)
+    assert image.getpixel((1, 5)) == (0, 0, 0)
+    assert image.getpixel((18, 5)) == (255, 255, 255)
+
+
+def test_images_are_found_in_nested_folders_in_natural_order(tmp_path):
+    for name in ("10.png", "9.PNG", "sub/2.jpeg", "sub/.hidden.png", ".cache/x.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [str(p.relative_to(tmp_path)) for p in list_images(tmp_path)] == ["9.PNG", "10.png", "sub/2.jpeg"]
+    assert list_images(tmp_path / "none") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    noise_image(0).save(tmp_path / "real.png")
+    assert list_images(tmp_path) == [tmp_path / "real.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_links_that_lead_nowhere_or_in_a_circle_are_listed_and_unreadable(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    noise_image(0).save(tmp_path / "real.png")
+    assert [path.name for path in list_images(tmp_path)] == ["nowhere.png", "real.png", "round.png"]
+    for name in ("nowhere.png", "round.png"):
+        with pytest.raises(UnreadableImage):
+            read_image(tmp_path / name)
+
+
+def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path, monkeypatch):
+    noise_image(0).save(tmp_path / "x.png")
+    (tmp_path / "closed").mkdir()
+    plain = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert list_images(tmp_path) == [tmp_path / "closed", tmp_path / "x.png"]
+    with pytest.raises(UnreadableImage):
+        read_image(tmp_path / "closed")
+    with pytest.raises(PermissionError):
+        list_images(tmp_path / "closed")
+
+
+def test_load_image_resizes_to_height_and_width(tmp_path):
+    noise_image(0, (20, 18)).save(tmp_path / "x.png")
+    assert load_image(tmp_path / "x.png", (8, 12)).shape == (3, 8, 12)
+    assert load_image(tmp_path / "x.png", None, 1).shape == (1, 18, 20)
+
+
+def test_an_image_of_the_right_size_is_not_touched():
+    image = noise_image(0, (20, 18))
+    assert resize_image(image, (20, 18)) is image
+    assert resize_image(image, (9, 20)).size == (9, 20)
+
+
+# -- bad files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "header"])
+def test_a_damaged_image_raises_one_kind_of_error(tmp_path, damage):
+    noise_image(0, (64, 64)).save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    broken = {
+        "empty": b"",
+        "text": b"no image",
+        "half": whole[: len(whole) // 2],
+        "header": b"\x89PNG\r\n\x1a\n" + b"\xff" * 99,
+    }
+    (tmp_path / "x.png").write_bytes(broken[damage])
+    with pytest.raises(UnreadableImage):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_small_file_that_claims_a_huge_image_is_refused_at_once(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    start = time.monotonic()
+    images.limit_pixels(178e6)
+    with pytest.raises(UnreadableImage, match=r"20000x10000 px.*--max_megapixels"):
+        read_image(tmp_path / "bomb.png")
+    assert time.monotonic() - start < 1
+
+
+def test_the_limit_of_pixels_can_be_lowered_and_raised(tmp_path):
+    noise_image(0, (20, 18)).save(tmp_path / "x.png")
+    images.limit_pixels(359)
+    with pytest.raises(UnreadableImage, match="20x18 px"):
+        images.open_image(tmp_path / "x.png")
+    images.limit_pixels(360)
+    images.open_image(tmp_path / "x.png").close()
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_postscript_named_as_an_image_reaches_no_interpreter(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        read_image(tmp_path / "x.jpg")
+    noise_image(0).save(tmp_path / "gif.png", "GIF")  # mislabelled, but an image
+    assert read_image(tmp_path / "gif.png").size == (20, 18)
+
+
+def test_bad_images_are_named_once_and_stop_above_five_percent(tmp_path, capsys):
+    bad = BadImages(tmp_path / "trainA", 60)
+    for i in (0, 0, 1, 2):
+        bad.note(tmp_path / f"{i}\n.png", "torn")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"skipped, unreadable ({i} of 60)" for i in (1, 2, 3)]
+    assert [line.count(f"{i}\\n.png (torn)") for i, line in enumerate(lines)] == [1, 1, 1]
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}/trainA: 4 .* 60 .* 5%"):
+        bad.note(tmp_path / "3.png", "torn")
+    lenient = BadImages(tmp_path, 3)
+    lenient.note(tmp_path / "one.png", "a single one never stops")
+    with pytest.raises(InputError):
+        lenient.note(tmp_path / "two.png", "torn")
+
+
+def test_the_first_bad_image_stops_where_that_was_wanted(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"x\.png.*--on_bad_image"):
+        BadImages(tmp_path, 100, "stop").note(tmp_path / "x.png", "torn")
+    assert capsys.readouterr().err == ""
+
+
+def test_headers_are_read_and_at_least_one_has_to_be_whole(tmp_path, capsys):
+    for i in range(3):
+        noise_image(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"torn")
+    paths = list_images(tmp_path)
+    assert BadImages(tmp_path, 3).readable(paths) == [paths[0], paths[2]]
+    assert capsys.readouterr().err.count("skipped, unreadable") == 1
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        BadImages(tmp_path, 1).readable([tmp_path / "1.png"])
+
+
+def test_images_are_loaded_one_by_one_and_bad_ones_left_out(tmp_path, capsys):
+    for i in range(3):
+        noise_image(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])  # the header is whole, the pixels are not
+    paths = list_images(tmp_path)
+    loaded = dict(load_images(tmp_path, paths, (8, 6), 1, "skip"))
+    assert list(loaded) == [paths[0], paths[2]]
+    assert all(x.shape == (1, 8, 6) for x in loaded.values())
+    assert capsys.readouterr().err.count("skipped, unreadable") == 1
+    with pytest.raises(InputError, match=r"1\.png"):
+        list(load_images(tmp_path, paths, None, 3, "stop"))
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        list(load_images(tmp_path, [paths[1]], None, 3, "skip"))
+
+
+def encoded(kind, mode, size=(24, 24)):
+    buffer = io.BytesIO()
+    noise_image(1, size).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+KINDS = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")]
+KINDS += [("WEBP", "RGBA"), ("BMP", "RGB"), ("TIFF", "F"), ("GIF", "P")]
+
+
+@pytest.mark.slow
+@FUZZ
+@given(edits=EDITS, kind=st.sampled_from(KINDS))
+def test_edited_images_are_read_or_called_unreadable(tmp_path, edits, kind):
+    path = tmp_path / "x.png"
+    path.write_bytes(edited(encoded(*kind), edits))
+    try:
+        x = load_image(path, (8, 8))
+    except UnreadableImage:
+        return
+    assert x.shape == (3, 8, 8)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    assert all(map(math.isfinite, x.flatten().tolist()))

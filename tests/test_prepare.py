@@ -1,0 +1,562 @@
+"""prepare.py: drawing, downloading from a server on this machine that also misbehaves, splitting, checking."""
+
+import errno
+import hashlib
+import io
+import lzma
+import os
+import signal
+import sys
+import threading
+import types
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import noise_image
+from PIL import Image
+
+import images
+import prepare
+from images import list_images, read_image
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """What a stage sets for its process ends with the test."""
+    monkeypatch.setattr(images, "max_pixels", images.max_pixels)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def fails_with(error):
+    """A function that only raises."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+# -- drawing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seed", "time", "digest"),
+    [
+        (0, "day", "e8312da6f231"),
+        (100_000, "night", "6de63227faad"),
+        (200_007, "day", "8b11213cbf49"),
+        (200_007, "night", "081b3211059f"),
+    ],
+)
+def test_demo_scenes_are_fixed(seed, time, digest):
+    assert hashlib.sha256(prepare.draw_scene(seed, time, 64).tobytes()).hexdigest()[:12] == digest
+
+
+def test_the_demo_set_has_unpaired_training_scenes_and_paired_test_scenes():
+    scenes = {name: set(range(first, first + count)) for name, (_, first, count) in prepare.DEMO_FOLDERS.items()}
+    assert [len(scenes[name]) for name in ("trainA", "trainB", "testA", "testB")] == [400, 400, 40, 40]
+    assert scenes["testA"] == scenes["testB"]
+    assert not scenes["trainA"] & scenes["trainB"]
+    assert not scenes["testA"] & (scenes["trainA"] | scenes["trainB"])
+
+
+def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
+    small = {name: (time, first, 3) for name, (time, first, _) in prepare.DEMO_FOLDERS.items()}
+    monkeypatch.setattr(prepare, "DEMO_FOLDERS", small)
+    prepare.main(["draw", "day2night", "--size", "32"])
+    assert [p.name for p in sorted(tmp_path.glob("datasets/*"))] == ["day2night"]
+    assert len(list_images(tmp_path / "datasets")) == 12
+    drawn = read_image(tmp_path / "datasets/day2night/testB/0002.png")
+    assert drawn.size == (32, 32)
+    assert drawn.tobytes() == prepare.draw_scene(200_002, "night", 32).tobytes()
+    assert "datasets/day2night" in refused(prepare.main, "draw", "day2night")
+
+
+def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(prepare, "draw_scene", fails_with(OSError(28, "disk full")))
+    assert "disk full" in refused(prepare.main, "draw", "day2night", code=1)
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+def test_sigterm_while_the_demo_set_is_drawn_leaves_nothing(monkeypatch):
+    def stopped(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "draw_scene", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        prepare.main(["draw", "day2night"])
+    assert exit_.value.code == 143
+    assert list(Path("datasets").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# -- downloading -----------------------------------------------------------------------------
+
+NAMES = ("set/trainA/1.png", "set/trainB/2.png", "set/testA/3.png")
+WHOLE = ["datasets/set/testA/3.png", "datasets/set/trainA/1.png", "datasets/set/trainB/2.png"]
+
+
+def make_zip(names=NAMES, extra=(), compression=zipfile.ZIP_STORED):
+    data = io.BytesIO()
+    image = io.BytesIO()
+    noise_image(1).save(image, format="PNG")
+    with zipfile.ZipFile(data, "w", compression) as archive:
+        for name in names:
+            archive.writestr(name, image.getvalue())
+        for name, content in extra:
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def flipped(data, offset):
+    """A zip in which one byte of the first entry's data is another; offset: where in that data."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        start = archive.infolist()[0].header_offset + 30 + len(NAMES[0])
+    data = bytearray(data)
+    data[start + offset] ^= 0xFF
+    return bytes(data)
+
+
+@pytest.fixture
+def server():
+    """Serve `respond(handler)`; returns what is to be set, and the address."""
+    state = {"respond": None, "ranges": []}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            state["ranges"].append(self.headers.get("Range"))
+            state["respond"](self)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        state["url"] = f"http://127.0.0.1:{http.server_port}/set.zip"
+        yield state
+        http.shutdown()
+        thread.join()
+
+
+def send(data, status=200, claims=None, kind="application/zip"):
+    def respond(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        handler.send_header("Content-Length", str(len(data) if claims is None else claims))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return respond
+
+
+def with_ranges(data):
+    """A server that can go on, as real ones do."""
+
+    def respond(handler):
+        wanted = handler.headers.get("Range")
+        first = int(wanted[6:-1]) if wanted else 0
+        if first >= len(data):
+            return send(b"", 416)(handler)
+        return send(data[first:], 206 if wanted else 200)(handler)
+
+    return respond
+
+
+def download(server, *argv):
+    return ["download", "set", "--url", server["url"], *argv]
+
+
+def left():
+    """What stands below the current folder; nothing may ever be written beside it."""
+    return sorted(str(p) for p in Path().rglob("*") if p.is_file())
+
+
+def test_a_set_arrives_whole_without_what_lies_around_it(server, capsys):
+    extra = [("set/readme.txt", "x"), ("__MACOSX/set/trainA/._1.png", "x"), ("set/trainA/run.sh", "x")]
+    server["respond"] = send(make_zip(extra=extra))
+    prepare.main(download(server))
+    assert left() == WHOLE
+    assert "1 images in trainA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_compression_is_unpacked_and_names_with_backslashes_are_paths(server, compression):
+    server["respond"] = send(make_zip([name.replace("/", "\\") for name in NAMES], compression=compression))
+    prepare.main(download(server))
+    assert left() == WHOLE
+    assert read_image(Path(WHOLE[0])).tobytes() == noise_image(1).tobytes()
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_broken_download_goes_on_where_it_ended(server, refused, monkeypatch, resumes):
+    data = make_zip()
+    received = []
+    unpack = prepare.unpack
+    monkeypatch.setattr(
+        prepare, "unpack", lambda part, folder: received.append(part.read_bytes()) or unpack(part, folder)
+    )
+    server["respond"] = send(data[:100], claims=len(data))
+    assert server["url"] in refused(prepare.main, *download(server), code=1)
+    assert left() == ["datasets/.set.zip.part"]
+    server["respond"] = with_ranges(data) if resumes else send(data)
+    prepare.main(download(server))
+    assert server["ranges"] == [None, "bytes=100-"]
+    assert received == [data]
+    assert left() == WHOLE
+
+
+def test_a_download_that_was_whole_already_is_not_fetched_again(server):
+    data = make_zip()
+    Path("datasets").mkdir()
+    Path("datasets/.set.zip.part").write_bytes(data)
+    server["respond"] = with_ranges(data)
+    prepare.main(download(server))
+    assert left() == WHOLE
+
+
+def test_a_lost_connection_keeps_what_came_before(server, refused):
+    Path("datasets").mkdir()
+    Path("datasets/.set.zip.part").write_bytes(b"PK")
+    argv = ["download", "set", "--url", "http://127.0.0.1:9/set.zip"]
+    assert "http://127.0.0.1:9/set.zip" in refused(prepare.main, *argv, code=1)
+    assert left() == ["datasets/.set.zip.part"]
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (send(b"gone", 404), "404"),
+        (send(b"later", 503), "503"),
+        (send(b"<html>please log in</html>", kind="text/html"), "set.zip"),
+        (send(make_zip()[:-30]), "set.zip"),
+        (send(make_zip(), claims=50), "set.zip"),  # a length that lies: the rest is never read
+        (send(make_zip(extra=[("../../evil.png", "x")])), "../../evil.png"),
+        (send(make_zip(extra=[("/tmp/evil.png", "x")])), "/tmp/evil.png"),
+        (send(make_zip(extra=[("set\\..\\..\\evil.png", "x")])), "set\\..\\..\\evil.png"),
+        (send(make_zip(names=["set/photos/1.png"])), "trainA"),
+    ],
+)
+def test_servers_that_misbehave_end_in_one_line_and_leave_nothing(server, refused, response, words):
+    server["respond"] = response
+    assert words in refused(prepare.main, *download(server))
+    assert left() == []
+    assert not Path("../evil.png").exists()
+    assert not Path("/tmp/evil.png").exists()
+
+
+LONG = f"set/trainA/{'a' * 300}.png"
+
+
+def bad_utf8():
+    data = make_zip(extra=[("set/trainA/é.png", "x")])
+    assert data.count("é".encode()) == 2
+    return data.replace("é".encode(), b"\xff\xa9")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(flipped(make_zip(compression=zipfile.ZIP_DEFLATED), 0), id="deflate"),
+        pytest.param(flipped(make_zip(compression=zipfile.ZIP_LZMA), 9), id="lzma"),
+        pytest.param(flipped(make_zip(compression=zipfile.ZIP_BZIP2), 0), id="bz2"),
+        pytest.param(flipped(make_zip(), 50), id="checksum"),
+        pytest.param(bad_utf8(), id="bad UTF-8 name"),
+        pytest.param(make_zip(extra=[(LONG, "x")]), id="overlong name"),
+        pytest.param(make_zip(extra=[("set/trainA/1.png/4.png", "x")]), id="file where a folder is needed"),
+        pytest.param(make_zip(["set/trainA/1.png/4.png", *NAMES]), id="folder where a file is needed"),
+    ],
+)
+def test_a_zip_that_cannot_be_unpacked_is_deleted_and_the_next_attempt_starts_anew(server, refused, data):
+    server["respond"] = send(data)
+    assert server["url"] in refused(prepare.main, *download(server))
+    assert left() == []
+    server["respond"] = with_ranges(make_zip())
+    prepare.main(download(server))
+    assert server["ranges"] == [None, None]
+    assert left() == WHOLE
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), lzma.LZMAError("Corrupt input data"), PermissionError(errno.EACCES, "denied"), KeyError(1)]
+)
+def test_whatever_unpacking_raises_the_download_is_deleted(server, refused, monkeypatch, error):
+    server["respond"] = send(make_zip())
+    monkeypatch.setattr(prepare, "unpack", fails_with(error))
+    assert server["url"] in refused(prepare.main, *download(server))
+    assert left() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_full_disk_and_ctrl_c_keep_the_download(server, refused, monkeypatch, error, code):
+    data = make_zip()
+    server["respond"] = send(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "copyfileobj", fails_with(error))
+        refused(prepare.main, *download(server), code=code)
+    assert left() == ["datasets/.set.zip.part"]
+    server["respond"] = with_ranges(data)
+    prepare.main(download(server))
+    assert server["ranges"] == [None, f"bytes={len(data)}-"]
+    assert left() == WHOLE
+
+
+def test_a_stop_keeps_the_download(server, monkeypatch):
+    server["respond"] = send(make_zip())
+    monkeypatch.setattr(prepare, "unpack", fails_with(SystemExit(143)))
+    with pytest.raises(SystemExit) as exit_:
+        prepare.main(download(server))
+    assert exit_.value.code == 143
+    assert left() == ["datasets/.set.zip.part"]
+
+
+def test_what_does_not_fit_on_the_disk_is_not_fetched_and_not_unpacked(server, refused, monkeypatch):
+    data = make_zip()
+    server["respond"] = send(data)
+    free = {"datasets": len(data) - 1}
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free.get(str(path), 9)))
+    assert "datasets: " in refused(prepare.main, *download(server), code=1)
+    assert left() == []
+    free["datasets"] = len(data)
+    assert "datasets/.set.zip.part" in refused(prepare.main, *download(server), code=1)
+    assert left() == ["datasets/.set.zip.part"]
+
+
+def test_links_and_bombs_are_not_unpacked(server, refused, monkeypatch):
+    link = zipfile.ZipInfo("set/trainA/link.png")
+    link.external_attr = 0o120777 << 16
+    server["respond"] = send(make_zip(extra=[(link, "/etc/passwd")]))
+    assert "set/trainA/link.png" in refused(prepare.main, *download(server))
+    assert left() == []
+    monkeypatch.setattr(prepare, "MOST_BYTES", 1000)
+    server["respond"] = send(make_zip())
+    assert "set.zip" in refused(prepare.main, *download(server))
+    assert left() == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["download", "cat2dog"], "cat2dog: no official set; expected one of ae_photos, "),
+        (["download", "x", "--url", "file:///etc/passwd"], "--url file:///etc/passwd"),
+        (["download", "l", "--url", "http://[bad"], "--url http://[bad"),
+        (["download", "l", "--url", "http://host:port/x.zip"], "http://host:port/x.zip"),
+        (["download", "l", "--url", "http:///x.zip"], "http:///x.zip"),
+        (["download", "set", "--url", "http://127.0.0.1:9/set.zip"], "draw day2night"),
+        (["download", "../x"], "'../x'"),
+    ],
+)
+def test_wrong_names_addresses_and_no_connection(refused, argv, words):
+    assert words in refused(prepare.main, *argv)
+    assert left() == []
+
+
+def test_an_official_set_comes_from_the_authors(monkeypatch, refused):
+    fetched = []
+    monkeypatch.setattr(prepare, "fetch", lambda url, part: fetched.append(url) or part.write_bytes(make_zip()))
+    prepare.main(["download", "horse2zebra"])
+    assert fetched == [f"{prepare.ADDRESS}/horse2zebra.zip"]
+    assert len(left()) == 3
+
+
+def test_an_existing_set_is_never_touched(server, refused, tiny):
+    before = left()
+    assert "datasets/tiny" in refused(prepare.main, "download", "tiny", "--url", server["url"])
+    assert (left(), server["ranges"]) == (before, [])
+
+
+# -- splitting -------------------------------------------------------------------------------
+
+
+def two_folders(tmp_path, counts=(10, 7)):
+    for name, count in zip(("faces", "drawings"), counts, strict=True):
+        (tmp_path / name / "more").mkdir(parents=True)
+        for i in range(count):
+            noise_image(f"{name}{i}").save(tmp_path / name / ("more" if i % 2 else ".") / f"{i}.png")
+    return ["split", "--A", str(tmp_path / "faces"), "--B", str(tmp_path / "drawings"), "--dataset_name", "f2d"]
+
+
+def test_split_makes_the_layout_from_two_folders(tmp_path):
+    prepare.main([*two_folders(tmp_path), "--test_fraction", "0.2"])
+    root = tmp_path / "datasets" / "f2d"
+    counts = {split: len(list_images(root / split)) for split in ("trainA", "trainB", "testA", "testB")}
+    assert counts == {"trainA": 8, "trainB": 5, "testA": 2, "testB": 2}
+    for domain, source in (("A", "faces"), ("B", "drawings")):
+        copied = {p.read_bytes() for part in ("train", "test") for p in list_images(root / f"{part}{domain}")}
+        assert copied == {p.read_bytes() for p in list_images(tmp_path / source)}  # nothing lost, nothing in both
+
+
+def test_the_seed_chooses_what_is_tested_as_in_earlier_versions(tmp_path):
+    argv = two_folders(tmp_path)
+    prepare.main([*argv, "--test_fraction", "0.3"])
+    prepare.main([*argv[:-1], "again", "--test_fraction", "0.3", "--seed", "4"])
+    tested = {}
+    for name in ("f2d", "again"):
+        tested[name] = [path.name for path in list_images(Path("datasets", name, "testA"))]
+    assert tested == {"f2d": ["8.png", "1.png", "9.png"], "again": ["4.png", "3.png", "5.png"]}
+
+
+def test_split_takes_at_most_max_images(tmp_path):
+    prepare.main([*two_folders(tmp_path), "--max_images", "4", "--test_fraction", "0.5"])
+    for name in ("trainA", "testB"):
+        assert len(list_images(tmp_path / "datasets/f2d" / name)) == 2
+
+
+def test_split_keeps_at_least_one_image_to_train_and_may_keep_none_to_test(tmp_path):
+    argv = two_folders(tmp_path, (2, 2))
+    prepare.main([*argv, "--test_fraction", "0.9"])
+    assert len(list_images(Path("datasets/f2d/trainA"))) == 1
+    prepare.main([*argv[:-1], "all", "--test_fraction", "0"])
+    assert len(list_images(Path("datasets/all/trainA"))) == 2
+    assert list(Path("datasets/all/testA").iterdir()) == []
+
+
+def test_split_refuses_in_one_line(tmp_path, refused):
+    argv = two_folders(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "single").mkdir()
+    noise_image(0).save(tmp_path / "single" / "0.png")
+
+    def with_A(name):
+        return [str(tmp_path / name) if word.endswith("faces") else word for word in argv]
+
+    def with_B(name):
+        return [word.replace("drawings", name) for word in argv]
+
+    assert f"--A {tmp_path / 'empty'}" in refused(prepare.main, *with_A("empty"))
+    assert f"--A {tmp_path / 'face'}: " in refused(prepare.main, *with_A("face"))
+    assert f"--A {tmp_path / 'single'}: 1 " in refused(prepare.main, *with_A("single"))
+    assert f"--B {tmp_path / 'faces/more'}: " in refused(prepare.main, *with_B("faces/more"))
+    assert "--A and --B" in refused(prepare.main, *with_B("faces"))
+    assert "--dataset_name" in refused(prepare.main, *argv[:-1], "../../elsewhere")
+    assert "--test_fraction" in refused(prepare.main, *argv, "--test_fraction", "1.5")
+    assert not (tmp_path / "datasets").exists()
+    prepare.main(argv)
+    assert "datasets/f2d" in refused(prepare.main, *argv)
+
+
+def test_a_split_that_fails_leaves_nothing(tmp_path, refused, monkeypatch):
+    argv = two_folders(tmp_path)
+    monkeypatch.setattr(prepare.shutil, "copyfile", fails_with(OSError(28, "disk full")))
+    assert "disk full" in refused(prepare.main, *argv, code=1)
+    assert list(Path("datasets").iterdir()) == []
+
+
+def test_split_copies_no_image_whose_header_cannot_be_read(tmp_path, capsys):
+    argv = two_folders(tmp_path)
+    (tmp_path / "faces" / "torn.png").write_bytes(b"torn")
+    prepare.main(argv)
+    assert capsys.readouterr().err.count("torn.png (") == 1
+    assert not [path for path in left() if path.startswith("datasets") and path.endswith("torn.png")]
+
+
+# -- checking --------------------------------------------------------------------------------
+
+
+def test_check_counts_measures_and_finds_leaks(tiny, capsys):
+    (tiny / "testA" / "copy.png").write_bytes((tiny / "trainA" / "0.png").read_bytes())
+    (tiny / "testB" / "twin.png").write_bytes((tiny / "testB" / "0.png").read_bytes())
+    (tiny / "trainB" / "torn.png").write_bytes(b"torn")
+    noise_image(1, (40, 30)).save(tiny / "trainB" / "large.png")
+    prepare.main(["check", "tiny", "--sheet"])
+    out = capsys.readouterr().out
+    assert "trainA: 5 images, 0 unreadable; 5 of 20x18 px" in out
+    assert "trainB: 6 images, 1 unreadable; 4 of 20x18, 1 of 40x30 px" in out
+    assert "trainB/torn.png (" in out
+    assert "trainA/0.png = testA/copy.png" in out
+    assert "1 images stand in more than one part (leaks into the test), 1 twice in one part" in out
+    sheet = read_image(tiny.parents[1] / "generated_images/tiny/check/trainB.png")
+    assert sheet.width > 400
+
+
+def test_check_tells_the_most_common_sizes_and_counts_the_others(tiny, capsys):
+    (tiny / "valA").mkdir()
+    for width in (31, 32, 33):
+        noise_image(width, (width, 30)).save(tiny / "valA" / f"{width}.png")
+    prepare.main(["check", "tiny"])
+    assert "valA: 3 images, 0 unreadable; 1 of 31x30, 1 of 32x30, 1 of 33x30 px" in capsys.readouterr().out
+    for width in (34, 35):
+        noise_image(width, (width, 30)).save(tiny / "valA" / f"{width}.png")
+    prepare.main(["check", "tiny"])
+    assert "1 of 33x30, 2 other sizes px" in capsys.readouterr().out
+    assert not Path("generated_images").exists()
+
+
+def test_check_refuses_what_cannot_be_trained_on(tiny, refused):
+    error = refused(prepare.main, "check", "tinny")
+    assert "datasets/tinny" in error
+    assert ": tiny;" in error
+    for path in list_images(tiny / "trainB")[:3]:
+        path.write_bytes(b"torn")
+    assert "3 of 4 images in trainB " in refused(prepare.main, "check", "tiny")
+    for path in list_images(tiny / "trainB"):
+        path.write_bytes(b"torn")
+    assert "trainB" in refused(prepare.main, "check", "tiny")
+    for path in list_images(tiny / "trainB"):
+        path.unlink()
+    assert "datasets/tiny/trainB" in refused(prepare.main, "check", "tiny")
+    (tiny / "trainB").rmdir()
+    assert "datasets/tiny: no trainB/ inside (found: testA, testB, trainA)" in refused(prepare.main, "check", "tiny")
+
+
+def test_a_part_that_is_not_trained_on_may_be_unreadable(tiny, capsys):
+    for path in list_images(tiny / "testA"):
+        path.write_bytes(b"torn")
+    prepare.main(["check", "tiny"])
+    assert "testA: 2 images, 2 unreadable" in capsys.readouterr().out
+
+
+def test_check_and_split_hold_the_limit_of_pixels(tiny, tmp_path, refused, capsys):
+    noise_image(1, (50, 50)).save(tiny / "trainA" / "0.png")
+    prepare.main(["check", "tiny", "--max_megapixels", "0.0004"])
+    assert "trainA: 5 images, 1 unreadable" in capsys.readouterr().out
+    argv = two_folders(tmp_path)
+    assert f"{tmp_path / 'faces'}: " in refused(prepare.main, *argv, "--max_megapixels", "0.0003")  # 20x18 px are more
+
+
+# -- the command line ------------------------------------------------------------------------
+
+
+def test_a_sub_command_is_required(refused):
+    assert "prepare.py" in refused(prepare.main)
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["draw", "night2day"], "night2day"),
+        (["draw", "day2night", "--size", "8"], "--size"),
+        (["split", "--A", "", "--B", "x", "--dataset_name", "y"], "--A"),
+        (["split", "--A", "x", "--B", "y"], "--dataset_name"),
+        (["check", "tiny", "--sheets"], "--sheets"),
+        (["check", "tiny", "--max_megapixels", "0"], "--max_megapixels"),
+    ],
+)
+def test_wrong_flags_are_named(refused, argv, flag):
+    assert flag in refused(prepare.main, *argv)
+
+
+def test_data_sets_may_lie_elsewhere(tmp_path, monkeypatch):
+    assert prepare.parse_args(["check", "x"]).data_root == Path("datasets")
+    prepare.main([*two_folders(tmp_path), "--data_root", "else where"])
+    assert len(list_images(Path("else where/f2d"))) == 17
+    prepare.main(["check", "f2d", "--data_root", "else where"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system that takes any bytes as a name")
+def test_names_that_are_no_text_are_split_and_checked(tmp_path, capsys):
+    argv = two_folders(tmp_path)
+    (tmp_path / "faces" / "0.png").rename(tmp_path / "faces" / os.fsdecode(b"\xff.png"))
+    prepare.main(argv)
+    prepare.main(["check", "f2d", "--sheet"])
+    assert "trainA: 9 images, 0 unreadable" in capsys.readouterr().out

@@ -1,0 +1,740 @@
+"""What a run shows: losses and their plot, grids and watched photos, the page, TensorBoard's log."""
+
+import errno
+import math
+import re
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import pytest
+import torch
+from breakage import full_disk
+from conftest import differences, make_dataset, noise_picture, tiny_model
+from PIL import Image
+
+import progress
+import utils
+from cyclegan import TERMS
+from files import attempt, page_templates
+from progress import (
+    MOMENTS,
+    Board,
+    LossLog,
+    Meter,
+    Monitor,
+    cyclegan_rows,
+    load_samples,
+    load_watched,
+    plot_losses,
+    read_losses,
+    warn_if_collapsed,
+    write_progress,
+)
+from utils import InputError
+
+CPU = torch.device("cpu")
+COLUMNS = ["epoch", "step", "lr", "loss_G"]
+
+
+def row_of(step, **values):
+    return {"epoch": 1, "step": step, "lr": 2e-4, "loss_G": step / 7, **values}
+
+
+def warnings_in(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+# -- means -----------------------------------------------------------------------------------
+
+
+def test_a_meter_gives_means_and_survives_a_checkpoint():
+    meter, copy = Meter(), Meter()
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    copy.load_state_dict(meter.state_dict(), CPU)
+    for m in (meter, copy):
+        m.add({"a": torch.tensor(2.0), "b": torch.tensor(7.0)})
+        assert m.means() == {"a": 1.5, "b": 6.0}
+
+
+def test_the_mean_of_a_loss_is_over_the_steps_that_computed_it():
+    """A run that goes on with other weights computes other losses before the next row."""
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0)})
+    meter.add({"a": torch.tensor(2.0), "gp": torch.tensor(7.0)})
+    copy = Meter()
+    copy.load_state_dict(meter.state_dict(), CPU)
+    for m in (meter, copy):
+        assert m.means() == {"a": 1.5, "gp": 7.0}
+        assert m.count == 2
+
+
+def test_a_meter_takes_states_from_before_each_name_had_its_count():
+    meter = Meter()
+    meter.load_state_dict({"sums": {"a": torch.tensor(6.0)}, "count": 4}, CPU)
+    assert meter.means() == {"a": 1.5}
+    meter.load_state_dict({"sums": {}, "count": 0}, CPU)
+    assert meter.means() == {}
+
+
+@pytest.mark.parametrize(
+    "spoil", [{"count": "3"}, {"count": -1}, {"counts": {}}, {"counts": {"a": 1.5}}, {"counts": {"a": True}}]
+)
+def test_a_meter_refuses_counts_that_none_has_and_stays_as_it_was(spoil):
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="count"):
+        meter.load_state_dict({**meter.state_dict(), **spoil}, CPU)
+    assert meter.means() == {"a": 1.0}
+
+
+def test_means_are_sums_in_the_order_of_the_steps_divided_once():
+    values = torch.rand(20, generator=torch.Generator().manual_seed(0)) * 1000
+    meter = Meter()
+    for value in values:
+        meter.add({"a": value})
+    total = values[0]
+    for value in values[1:]:
+        total = total + value  # float32, one after the other
+    assert meter.means()["a"] == total.item() / 20
+
+
+def test_the_first_step_that_was_not_finite_is_found():
+    meter = Meter()
+    for step in range(6):
+        bad = math.nan if step == 3 else math.inf if step == 4 else 0.0
+        meter.add({"a": torch.tensor(1.0), "b": torch.tensor(bad)})
+    assert meter.first_not_finite() == (["b"], 2)
+    assert Meter().first_not_finite() == ([], 0)
+
+
+# -- losses.csv ------------------------------------------------------------------------------
+
+
+def test_the_loss_log_is_cut_back_to_the_step_that_goes_on(tmp_path):
+    path = tmp_path / "losses.csv"
+    log = LossLog(path, COLUMNS, 0)
+    for step in (20, 40, 60):
+        log.append(row_of(step))
+    log.save()
+    text = path.read_text()
+    path.write_text(text + "1,80,0.0")  # torn by a crash
+    log = LossLog(path, COLUMNS, 40)
+    log.save()
+    assert [row["step"] for row in read_losses(path)] == [20, 40]
+    log.append(row_of(60))
+    log.save()
+    assert path.read_text() == text
+    assert read_losses(path)[0] == row_of(20, loss_G=pytest.approx(20 / 7, rel=1e-5))
+    LossLog(path, ["epoch", "step"], 0).save()
+    assert path.read_text() == "epoch,step\n"
+
+
+def test_lines_are_written_as_ever(tmp_path):
+    """Byte for byte, so that a log goes on in the file of an older version."""
+    log = LossLog(tmp_path / "losses.csv", ["epoch", "step", "lr", "loss_G", "identity_A"], 0)
+    log.append({"epoch": 1, "step": 20, "lr": 2e-4, "loss_G": 123456.789})
+    log.append({"epoch": 12, "step": 1234567, "lr": 1.23456789e-7, "loss_G": 1 / 3, "identity_A": math.inf})
+    log.append({"epoch": 12, "step": 1234587, "lr": 0.0, "loss_G": 2.0, "identity_A": -0.1})
+    log.save()
+    assert log.path.read_bytes() == (
+        b"epoch,step,lr,loss_G,identity_A\n"
+        b"1,20,0.0002,123457,nan\n"
+        b"12,1234567,1.23457e-07,0.333333,inf\n"
+        b"12,1234587,0,2,-0.1\n"
+    )
+    again = LossLog(tmp_path / "losses.csv", COLUMNS, 10**7)
+    again.save()
+    assert len(again.rows) == 3
+    assert again.path.read_text().startswith("epoch,step,lr,loss_G,identity_A\n1,20,0.0002,123457,nan\n12,")
+
+
+def test_rows_in_memory_are_those_of_the_file(tmp_path):
+    log = LossLog(tmp_path / "losses.csv", COLUMNS, 0)
+    for step in range(1, 50):
+        log.append(row_of(step, loss_G=math.exp(step)))
+    assert not log.path.exists()  # a row costs no access to the disk
+    log.save()
+    assert log.rows == read_losses(log.path)
+
+
+def test_columns_of_old_rows_stay_when_a_run_goes_on_without_them(tmp_path):
+    log = LossLog(tmp_path / "losses.csv", [*COLUMNS, "gp_A"], 0)
+    log.append(row_of(20, gp_A=3.0))
+    log.save()
+    log = LossLog(log.path, [*COLUMNS, "hidden_AB"], 20)
+    log.append(row_of(40, hidden_AB=5.0))
+    log.save()
+    first, second = read_losses(log.path)
+    assert list(first) == [*COLUMNS, "hidden_AB", "gp_A"]
+    assert (first["gp_A"], second["hidden_AB"]) == (3, 5)
+    assert math.isnan(first["hidden_AB"])
+    assert math.isnan(second["gp_A"])
+
+
+def test_a_second_row_of_a_step_replaces_the_first_and_all_after_it(tmp_path):
+    log = LossLog(tmp_path / "measures.csv", ["epoch", "step"], 0)
+    for step, value in ((3, 0.1), (6, 0.2), (9, 0.3), (6, 0.4)):
+        log.append({"epoch": step // 3, "step": step, "cycle_A": value})
+    assert [(row["step"], row["cycle_A"]) for row in log.rows] == [(3, 0.1), (6, 0.4)]
+
+
+GOOD = "epoch,step,lr,loss_G\n1,20,0.0002,2.5\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("foo,bar\n1,2\n", 0),
+        (GOOD + "x" * 200_000 + "\n1,40,0.0002,2\n", 1),
+        ("x" * 200_000, 0),
+        ("", 0),
+        ("\n\n", 0),
+        (GOOD + "1,40,0.0002\n", 1),
+        (GOOD + "1,40,0.0002,2,3\n", 1),
+        (GOOD + "1,40,fast,2\n", 1),
+        (GOOD + "1.5,40,0.0002,2\n", 1),
+        (GOOD + "1," + "9" * 5000 + ",0.0002,2\n", 1),
+        (GOOD + "\0\0\0\0\n", 1),
+        (GOOD + '1,"40\n', 1),
+        ('epoch,step,"a,b"\n1,20,3\n', 0),
+        ('epoch,step,"a\nb"\n1,20,3\n', 0),
+        ("epoch,step,猫\n1,20,3\n", 0),
+        ("epoch,loss_G\n1,2\n", 0),
+        (noise_picture(0).tobytes(), 0),
+    ],
+)
+def test_of_a_damaged_log_the_rows_before_the_damage_are_kept(tmp_path, capsys, content, kept):
+    path = tmp_path / "losses.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [row["step"] for row in read_losses(path)] == [20] * kept
+    log = LossLog(path, COLUMNS, 100)
+    (warning,) = warnings_in(capsys)
+    assert "losses.csv: line" in warning
+    assert "is damaged" in warning
+    assert [row["step"] for row in log.rows] == [20] * kept
+    log.append(row_of(120))
+    log.save()
+    assert [row["step"] for row in read_losses(path)] == [*([20] * kept), 120]
+    LossLog(path, COLUMNS, 200)
+    assert warnings_in(capsys) == []
+
+
+def test_a_new_run_and_a_missing_log_start_without_a_word(tmp_path, capsys):
+    (tmp_path / "old.csv").write_text("foo,bar\n1,2\n")
+    for name, last_step in (("losses.csv", 100), ("old.csv", 0)):
+        assert LossLog(tmp_path / name, COLUMNS, last_step).rows == []
+    assert capsys.readouterr().err == ""
+    with pytest.raises(FileNotFoundError):
+        read_losses(tmp_path / "losses.csv")
+
+
+def test_a_folder_in_the_place_of_a_log_is_said_and_ends_nothing(tmp_path, capsys):
+    path = tmp_path / "losses.csv"
+    path.mkdir()
+    log = LossLog(path, COLUMNS, 100)
+    (warning,) = warnings_in(capsys)
+    assert "losses.csv: cannot be read" in warning
+    log.append(row_of(120))
+    with pytest.raises(OSError, match=r"losses\.csv"):
+        log.save()
+    assert "losses.csv" in attempt(log.save)
+    path.rmdir()
+    log.save()
+    assert read_losses(path) == log.rows
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_that_the_disk_does_not_take_wait_and_are_never_torn(tmp_path):
+    log = LossLog(tmp_path / "losses.csv", ["epoch", "step", "lr"], 0)
+    rows = [{"epoch": 1, "step": step, "lr": 0.1} for step in (20, 40, 60)]
+    log.append(rows[0])
+    log.save()
+    whole = log.path.read_text()
+    with full_disk(room=len(whole) + 4):
+        log.append(rows[1])
+        with pytest.raises(OSError, match=r"losses\.csv") as error:
+            log.save()
+    assert error.value.errno == errno.EFBIG
+    assert log.path.read_text() == whole
+    log.append(rows[2])
+    log.save()
+    assert read_losses(log.path) == rows
+
+
+def test_only_the_first_rank_reads_and_writes_the_log(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "losses.csv"
+    path.write_text("foo\n")
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    log = LossLog(path, COLUMNS, 100)
+    log.append(row_of(120))
+    log.save()
+    assert path.read_text() == "foo\n"
+    assert capsys.readouterr().err == ""
+
+
+# -- its plot --------------------------------------------------------------------------------
+
+
+def test_a_term_that_was_not_computed_is_logged_as_nan_and_plotted(tmp_path):
+    log = LossLog(tmp_path / "losses.csv", [*COLUMNS, "identity_A"], 0)
+    for step in range(1, 40):
+        log.append(row_of(step, loss_G=1 / step))
+    log.save()
+    rows = read_losses(log.path)
+    assert all(np.isnan(row["identity_A"]) for row in rows)
+    plot_losses(rows, tmp_path / "losses.png")
+    pixels = np.asarray(Image.open(tmp_path / "losses.png").convert("RGB"))
+    assert pixels.std() > 10
+    plot_losses(log.rows, tmp_path / "again.png")  # without the column
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "losses.png").read_bytes()
+
+
+def test_a_plot_of_nothing_is_no_file_and_one_of_odd_numbers_is_drawn(tmp_path):
+    (tmp_path / "losses.csv").write_text("foo,bar\n1,2\n")
+    plot_losses(read_losses(tmp_path / "losses.csv"), tmp_path / "losses.png")
+    assert not (tmp_path / "losses.png").exists()
+    rows = [row_of(1, loss_G=math.nan), row_of(2, loss_G=math.inf), {"epoch": 1, "step": 3, "gp_A": -1.0}]
+    plot_losses(rows, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").is_file()
+
+
+# -- TensorBoard -----------------------------------------------------------------------------
+
+
+class BrokenWriter:
+    """Fails in every way that a logger can."""
+
+    def __init__(self, error, fails):
+        self.error = error
+        self.fails = fails
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            if name in self.fails:
+                raise self.error
+
+        return call
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "add_image", "flush", "close"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), TypeError("protobuf"), RuntimeError("thread"), AssertionError()]
+)
+def test_whatever_goes_wrong_in_a_logger_is_one_warning(capsys, fails, error):
+    board = Board()
+    board.writer = writer = BrokenWriter(error, {fails})
+    for step in range(3):
+        board.add(step, {"loss_G": 1.0, "nan": math.nan}, {"grid": Image.new("RGB", (4, 4))})
+    board.close()
+    (warning,) = warnings_in(capsys)
+    assert type(error).__name__ in warning
+    assert writer.calls.count("close") == 1
+    assert writer.calls.count(fails) == (1 if fails == "close" else 3)  # it is tried again: a disk may be freed
+
+
+def test_a_logger_that_cannot_be_made_is_one_warning(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    board = Board(tmp_path / "tensorboard", 0)
+    board.add(1, {"loss_G": 1.0})
+    board.close()
+    assert len(warnings_in(capsys)) == 1
+
+
+def test_a_board_logs_what_is_finite_and_a_resumed_one_goes_on(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = Board(tmp_path, 0)
+    for step in (3, 6, 9):
+        board.add(step, {"loss_G": step / 2, "nan": math.nan}, {"grid": Image.new("RGB", (4, 4))})
+    board.close()
+    board = Board(tmp_path, 6)
+    board.add(9, {"loss_G": 7.0})
+    board.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss_G")] == [(3, 1.5), (6, 3), (9, 7)]
+    assert [event.step for event in events.Images("grid")] == [3, 6]
+    assert events.Tags()["scalars"] == ["loss_G"]
+
+
+def test_a_board_that_nobody_wants_writes_nothing(tmp_path):
+    board = Board()
+    board.add(1, {"loss_G": 1.0}, {"grid": Image.new("RGB", (4, 4))})
+    board.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- grids and watched photos ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("test_images_B", "columns"), [(4, 4), (9, 6)])
+def test_samples_are_spread_over_the_held_out_split_as_many_of_each_domain(tmp_path, capsys, test_images_B, columns):
+    dataset = make_dataset(tmp_path / "set", (1, 1, 13, test_images_B))
+    real_A, real_B = load_samples(dataset, (16, 12), 3, "skip")
+    assert real_A.shape == real_B.shape == (columns, 3, 16, 12)
+    assert capsys.readouterr().out == ""
+    wanted = [Image.open(dataset / "testA" / f"{i}.png").resize((12, 16), Image.Resampling.BICUBIC) for i in (0, 2)]
+    for x, photo in zip(real_A, wanted, strict=False):
+        assert torch.equal(((x + 1) * 127.5).round(), torch.from_numpy(np.array(photo)).permute(2, 0, 1).float())
+
+
+def test_without_test_images_the_grids_show_training_images(tmp_path, capsys):
+    real_A, _ = load_samples(make_dataset(tmp_path / "set", (3, 3, 0, 0)), (16, 16), 1, "skip")
+    assert real_A.shape == (3, 1, 16, 16)
+    assert "training images" in capsys.readouterr().out
+
+
+def write_photos(*names):
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        noise_picture(name).save(name, format="PNG")
+    return [Path(name) for name in names]
+
+
+def test_photos_of_one_name_and_of_odd_names_are_all_watched():
+    paths = write_photos("a/x.png", "b/x.png", "c/x.jpg", "...png", "-x.png")
+    photos = load_watched(paths, (16, 16), 3)
+    assert sorted(photos) == ["-x", "photo", "x", "x_", "x__"]
+    assert not torch.equal(photos["x"], photos["x_"])
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((40, 30), (16, 21)), ((30, 40), (21, 16)), ((400, 10), (16, 64)), ((16, 16), (16, 16))]
+)
+def test_a_watched_photo_keeps_its_shape(size, shape):
+    noise_picture(0, size).save("x.png")
+    assert load_watched([Path("x.png")], (16, 24), 3)["x"].shape == (1, 3, *shape)
+
+
+def test_a_watched_photo_that_cannot_be_read_is_refused_at_the_start_and_left_out_when_a_run_goes_on(capsys):
+    paths = write_photos("a/x.png", "b/x.png", "c/x.png")
+    before = load_watched(paths, (16, 16), 3)
+    paths[0].unlink()
+    paths[1].write_bytes(b"torn")
+    for bad in paths[:2]:
+        with pytest.raises(InputError, match=f"--watch {bad}: not a readable image"):
+            load_watched([bad], (16, 16), 3)
+    assert capsys.readouterr().err == ""
+    after = load_watched(paths, (16, 16), 3, resumed=True)
+    assert [line.split()[2] for line in warnings_in(capsys)] == ["a/x.png:", "b/x.png:"]
+    assert list(after) == ["x__"]  # under the name it had, so that its pictures go on in their folder
+    assert torch.equal(after["x__"], before["x__"])
+
+
+def test_a_single_sample_image_tells_nothing_of_a_collapse(capsys):
+    one, rows = torch.rand(1, 3, 8, 8), ("real_A", "fake_B", "real_B", "fake_A")
+    warn_if_collapsed(dict.fromkeys(rows, one))
+    warn_if_collapsed(dict.fromkeys(rows, torch.cat([one, one])))
+    assert capsys.readouterr().err == ""
+    varied = dict.fromkeys(rows, torch.cat([one, 1 - one]))
+    warn_if_collapsed(list(varied.items()))
+    assert capsys.readouterr().err == ""
+    warn_if_collapsed([*varied.items(), ("fake_A", torch.cat([one, one]))])
+    (warning,) = warnings_in(capsys)
+    assert "warning: G_BA: draws the same image" in warning
+    assert "--start_from" in warning
+
+
+# -- the page --------------------------------------------------------------------------------
+
+
+def images_of(page):
+    """Links to the images of a page, in their order; each has its pixels inside."""
+    figures = re.findall(r'<a href="([^"]*)"><img loading="lazy" src="data:image/jpeg;base64,[^"]{50,}"', page)
+    assert len(figures) == page.count("<img")
+    return figures
+
+
+def test_a_page_loads_itself_anew_only_while_there_is_something_to_come(tmp_path):
+    for fraction in (0.25, 1.0):
+        write_progress(tmp_path, "run", "facts", fraction, [])
+        assert ("location.reload()" in (tmp_path / "index.html").read_text()) == (fraction < 1)
+
+
+def test_names_of_photos_cannot_write_html(tmp_path):
+    folder = tmp_path / "watch" / "<b>&"
+    folder.mkdir(parents=True)
+    noise_picture(0).save(folder / "epoch_0001.png")
+    write_progress(tmp_path, "<i>", "<u>", 1.0, ["<s>"])
+    page = (tmp_path / "index.html").read_text()
+    assert not any(f"<{letter}>" in page for letter in "bius")
+    assert images_of(page) == ["watch/%3Cb%3E%26/epoch_0001.png"]
+
+
+HOSTILE = [
+    '"onload="alert(1)',
+    "'><script>alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "%2e%2e",
+    "a\nb",
+    "ä猫",
+    b"\xff\xfe".decode("utf-8", "surrogateescape"),
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_page_shows_any_name_as_it_is_and_links_to_its_file(tmp_path, name):
+    folder = tmp_path / "watch" / name
+    folder.mkdir(parents=True)
+    noise_picture(0).save(folder / "epoch_0001.png")
+    write_progress(tmp_path, name, name, 1.0, [])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert 'onload="' not in page
+    assert "<h1>49" not in page
+    (link,) = images_of(page)
+    assert (tmp_path / unquote_to_bytes(link).decode("utf-8", "surrogateescape")).is_file()
+
+
+def test_a_gallery_escapes_what_users_named(tmp_path):
+    page = (
+        page_templates()
+        .get_template("gallery.html")
+        .render(
+            title="<i>",
+            table=["<s>", "  1  2"],
+            directions=[
+                ("AtoB: 1 images", [("<b>.png", [("real_A", "real_A/%3Cb%3E.png"), ("fake_B", "fake_B/x.png")])])
+            ],
+        )
+    )
+    assert not any(f"<{letter}>" in page for letter in "bis")
+    assert "<pre>&lt;s&gt;\n  1  2</pre>" in page
+    assert re.findall(r'<a href="(.*?)"><img loading="lazy" src="(.*?)" alt="">', page) == [
+        ("real_A/%3Cb%3E.png", "real_A/%3Cb%3E.png"),
+        ("fake_B/x.png", "fake_B/x.png"),
+    ]
+    assert "<h2>AtoB: 1 images</h2>" in page
+    assert page.count("<figure>") == 2
+    assert "http" not in page  # nothing from elsewhere
+    assert "<pre>" not in page_templates().get_template("gallery.html").render(title="", table=[], directions=[])
+
+
+def test_of_many_epochs_a_photo_shows_the_first_the_last_and_some_between(tmp_path):
+    folder = tmp_path / "watch" / "cat"
+    folder.mkdir(parents=True)
+    for epoch in range(1, 31):
+        Image.new("RGB", (4, 4)).save(folder / f"epoch_{epoch:04d}.png")
+    write_progress(tmp_path, "run", "facts", 1.0, [])
+    epochs = [int(link[-8:-4]) for link in images_of((tmp_path / "index.html").read_text())]
+    assert len(epochs) == MOMENTS
+    assert epochs == sorted(epochs)
+    assert (epochs[0], epochs[-1]) == (1, 30)
+
+
+def test_a_page_shows_the_newest_grid_and_three_earlier_ones(tmp_path):
+    for epoch in (9, 10, 11, 12, 13, 100):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"epoch_{epoch:04d}.png")
+    write_progress(tmp_path, "run", "facts", 1.0, [])
+    page = (tmp_path / "index.html").read_text()
+    assert [int(link[-8:-4]) for link in images_of(page)] == [100, 13, 12, 11]
+    assert "test/index.html" not in page
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "index.html").write_text("")
+    write_progress(tmp_path, "run", "facts", 1.0, [])
+    assert '<a href="test/index.html">' in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
+def test_of_few_epochs_a_photo_shows_all(count):
+    chosen = progress.evenly(list(range(count)), MOMENTS)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(count, MOMENTS)
+
+
+def test_large_images_are_reduced_in_the_page(tmp_path):
+    noise_picture(0, (2000, 10)).save(tmp_path / "epoch_0001.png")
+    noise_picture(0, (2000, 10)).save(tmp_path / "epoch_best.png")  # not ours
+    write_progress(tmp_path, "run", "facts", 1.0, [])
+    page = (tmp_path / "index.html").read_text()
+    assert images_of(page) == ["epoch_0001.png"]
+    assert len(page) < 60_000
+
+
+# -- all of it -------------------------------------------------------------------------------
+
+
+def monitor_of(tmp_path, photos=(), count=2, **changes):
+    saved = tmp_path / "saved"
+    drawn = tmp_path / "drawn"
+    for folder in (saved, drawn):
+        folder.mkdir(exist_ok=True)
+    samples = torch.rand(2, count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    watched = {name: torch.rand(1, 3, 16, 20) * 2 - 1 for name in photos}
+    values = {"title": "tiny", "samples": tuple(samples), "photos": watched, "draw_rows": cyclegan_rows}
+    return Monitor(saved, drawn, **{**values, "term_names": TERMS, **changes})
+
+
+def test_a_monitor_leaves_logs_plots_grids_photos_and_a_page(tmp_path, capsys):
+    monitor = monitor_of(tmp_path, ["my cat"])
+    model = tiny_model()
+    monitor.open(0, with_tensorboard=False)
+    assert (tmp_path / "saved/losses.csv").read_text() == f"epoch,step,lr,{','.join(TERMS)}\n"
+    for epoch in (1, 2, 3):
+        monitor.meter.add(model.step(*torch.rand(2, 2, 3, 16, 16)))
+        means = monitor.meter.means()
+        monitor.log_losses(epoch, 3 * epoch, 2e-4, means)
+        assert monitor.meter.count == 0
+        monitor.draw(model, epoch, 3 * epoch, True)
+        monitor.add_measures(epoch, 3 * epoch, {"cycle_A": 0.25, "PSNR_B": 12.0})
+    monitor.draw(model, 3, 10, False)
+    monitor.show(3, 9, 0, 3, 3)
+    monitor.close()
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    grids = [f"epoch_000{i}.png" for i in (1, 2, 3, 4)]
+    assert files == {
+        *("saved/losses.csv", "saved/measures.csv", "drawn/index.html", "drawn/losses.png"),
+        *(f"drawn/{name}" for name in grids),
+        *(f"drawn/watch/my cat/{name}" for name in grids),
+    }
+    page = (tmp_path / "drawn/index.html").read_text()
+    watched = [f"watch/my%20cat/{name}" for name in grids]
+    assert images_of(page) == [
+        "epoch_0004.png",
+        "losses.png",
+        "epoch_0003.png",
+        "epoch_0002.png",
+        "epoch_0001.png",
+        *watched,
+    ]
+    assert "3 of 3 epochs; step 9; written" in page
+    assert 'value="1.0000"' in page
+    assert "cycle_A" in page
+    assert "http" not in page
+    assert [(row["epoch"], row["step"]) for row in read_losses(monitor.log.path)] == [(1, 3), (2, 6), (3, 9)]
+    assert read_losses(monitor.log.path)[-1]["loss_G"] == pytest.approx(means["loss_G"], rel=1e-5)
+    rows = read_losses(monitor.measures.path)
+    assert rows[2] == {"epoch": 3, "step": 9, "cycle_A": 0.25, "PSNR_B": 12.0}
+    assert "epoch 3:  cycle_A 0.25  PSNR_B 12" in capsys.readouterr().out
+
+
+def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        progress, "write_progress", lambda folder, title, facts, fraction, rows: seen.append((facts, fraction))
+    )
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    for epoch, place in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0)):
+        monitor.show(epoch, 2 * epoch + place, place, 2, 2)
+    assert [fraction for _, fraction in seen] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert seen[3][0].startswith("1 of 2 epochs and 1 steps of the next; step 3; written ")
+
+
+def test_a_monitor_that_goes_on_cuts_its_logs_back(tmp_path):
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    for epoch in (1, 2, 3):
+        monitor.log_losses(epoch, 3 * epoch, 2e-4, {"loss_G": 1.0})
+        monitor.add_measures(epoch, 3 * epoch, {"cycle_A": epoch / 8})
+    monitor.log.save()
+    whole = {path.name: path.read_text() for path in (tmp_path / "saved").iterdir()}
+    again = monitor_of(tmp_path)
+    again.open(3, with_tensorboard=False)
+    for log in (again.log, again.measures):
+        assert [row["step"] for row in log.rows] == [row["step"] for row in read_losses(log.path)] == [3]
+    for epoch in (2, 3):
+        again.log_losses(epoch, 3 * epoch, 2e-4, {"loss_G": 1.0})
+        again.add_measures(epoch, 3 * epoch, {"cycle_A": epoch / 8})
+    again.log.save()
+    assert {path.name: path.read_text() for path in (tmp_path / "saved").iterdir()} == whole
+
+
+def test_other_measures_do_not_erase_what_was_measured_before(tmp_path):
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    monitor.add_measures(1, 3, {"cycle_A": 0.5})
+    monitor.add_measures(2, 6, {"PSNR_B": 20.0})
+    monitor.show(2, 6, 0, 4, 3)
+    first, second = read_losses(monitor.measures.path)
+    assert (first["cycle_A"], second["PSNR_B"]) == (0.5, 20)
+    assert math.isnan(second["cycle_A"])
+
+
+def test_drawing_changes_nothing_about_the_networks(tmp_path):
+    model = tiny_model(norm="batch", ema=0.9)
+    monitor = monitor_of(tmp_path, ["cat"])
+    monitor.open(0, with_tensorboard=False)
+    nets = {**model.nets, **{f"average of {name}": net for name, net in model.averages.items()}}
+    next(nets["G_AB"].children()).eval()  # as a frozen part stands
+
+    def all_of_it():
+        tensors = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in nets.items()}
+        modes = {name: [module.training for module in net.modules()] for name, net in nets.items()}
+        return tensors, modes, utils.rng_state()
+
+    before = all_of_it()
+    monitor.draw(model, 1, 3, True)
+    assert differences(before, all_of_it()) == []
+
+
+def test_grids_show_the_averaged_generators(tmp_path):
+    model = tiny_model(ema=0.9)
+    real_A, real_B = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    for step in range(2):
+        model.step(real_A, real_B, step)
+    rows = dict(cyclegan_rows(model, real_A, real_B))
+    assert list(rows) == ["real_A", "fake_B", "rec_A", "real_B", "fake_A", "rec_B"]
+    with torch.no_grad():
+        assert torch.equal(rows["fake_B"], model.averages["G_AB"].eval()(real_A))
+        assert torch.equal(rows["fake_A"], model.averages["G_BA"].eval()(real_B))
+        assert torch.equal(rows["rec_A"], model.averages["G_BA"](rows["fake_B"]))
+        assert torch.equal(rows["rec_B"], model.averages["G_AB"](rows["fake_A"]))
+
+
+def test_a_generator_that_gives_one_image_is_warned_about_when_an_epoch_ends(tmp_path, capsys):
+    model = tiny_model()
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    monitor.draw(model, 0, 1, True)
+    torch.nn.init.zeros_(model.nets["G_AB"].head[1].weight)
+    for finished in (False, True, False, True):
+        monitor.draw(model, 1, 3, finished)
+    lines = warnings_in(capsys)
+    assert len(lines) == 2
+    assert all("warning: G_AB: draws" in line and "--start_from" in line for line in lines)
+
+
+def test_a_log_that_cannot_be_written_stops_neither_the_page_nor_the_run(tmp_path, capsys):
+    (tmp_path / "saved").mkdir()
+    for name in ("losses.csv", "measures.csv", "tensorboard"):
+        (tmp_path / "saved" / name).mkdir()
+    monitor = monitor_of(tmp_path)
+    monitor.open(20, with_tensorboard=False)
+    monitor.log_losses(2, 40, 2e-4, {"loss_G": 1.0})
+    monitor.add_measures(2, 40, {"cycle_A": 0.5})
+    monitor.show(2, 40, 0, 4, 20)
+    monitor.close()
+    errors = capsys.readouterr().err
+    assert "losses.csv" in errors
+    assert "measures.csv" in errors
+    page = (tmp_path / "drawn/index.html").read_text()
+    assert images_of(page) == ["losses.png"]
+    assert "cycle_A" in page
+
+
+def test_a_disk_that_takes_no_grid_raises_what_attempt_says(tmp_path, capsys):
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    with full_disk(room=20):
+        assert "epoch_0001.png" in attempt(monitor.draw, tiny_model(), 1, 3, True)
+        assert attempt(monitor.show, 1, 3, 0, 2, 3)
+    assert len(warnings_in(capsys)) == 3  # a grid, losses.csv, the page
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == []
+
+
+def test_tensorboard_gets_losses_rates_grids_photos_and_measures(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monitor = monitor_of(tmp_path, ["cat"])
+    monitor.open(0, with_tensorboard=True)
+    monitor.log_losses(1, 3, 2e-4, {"loss_G": 1.5, "cycle_A": 0.5})
+    monitor.draw(tiny_model(), 1, 3, True)
+    monitor.add_measures(1, 3, {"cycle_A": 0.25})
+    monitor.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "saved/tensorboard")).Reload()
+    values = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert values == pytest.approx({"lr": 2e-4, "losses/loss_G": 1.5, "losses/cycle_A": 0.5, "measures/cycle_A": 0.25})
+    assert set(events.Tags()["images"]) == {"grid", "watch/cat"}
