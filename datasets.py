@@ -17,7 +17,7 @@ import shutil
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +405,7 @@ class Feed:
     order: EpochSampler
     bad: dict[str, images.BadImages]  # by domain
     counts: dict[str, int]  # readable images by domain
+    held_out: dict[str, Path] = field(default_factory=dict)  # folders to evaluate on, by domain
 
     def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from a step on: real_A and real_B, on the device; unreadable files are named."""

@@ -10,11 +10,16 @@ other networks go on from the teacher's. The report takes test images of one nam
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
 
-import argparse
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+
 import copy
 import dataclasses
 import functools
 import hashlib
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +211,7 @@ def make_adapters(teachers: models.Nets, students: models.Nets, pairs: Sequence[
     return adapters
 
 
-def make_nets(args: argparse.Namespace, teacher: Teacher) -> models.Nets:
+def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
     """Put students in their teachers' places; the rest goes on from what the teacher's run learnt, or starts new."""
     utils.seed_everything(args.seed, args.deterministic)
     config = teacher.nets[students_of(args)[0]].config
@@ -234,7 +239,7 @@ def make_nets(args: argparse.Namespace, teacher: Teacher) -> models.Nets:
 # The report
 
 
-def report_rows(args: argparse.Namespace, teacher: Teacher, name: str) -> tuple[dict[str, tuple], tuple[int, int]]:
+def report_rows(args: Namespace, teacher: Teacher, name: str) -> tuple[dict[str, tuple], tuple[int, int]]:
     """The networks of one direction to compare: teacher, student, and the student from scratch if its run exists.
 
     returns: by label the generators and the file that would be shipped; height and width that the student learnt at
@@ -255,7 +260,7 @@ def report_rows(args: argparse.Namespace, teacher: Teacher, name: str) -> tuple[
     return rows, sizes["student"]
 
 
-def report_direction(args: argparse.Namespace, teacher: Teacher, name: str, device: torch.device) -> dict:
+def report_direction(args: Namespace, teacher: Teacher, name: str, device: torch.device) -> dict:
     """Compare networks of one direction: cost, and quality on the held-out images; returns the figures by row."""
     source, target = name[2:]
     rows, size = report_rows(args, teacher, name)
@@ -289,7 +294,7 @@ def report_direction(args: argparse.Namespace, teacher: Teacher, name: str, devi
     return table
 
 
-def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> None:
+def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
     images.limit_pixels(1e6 * args.max_megapixels)
     tables = {name: report_direction(args, teacher, name, device) for name in students_of(args)}
@@ -301,12 +306,12 @@ def report(args: argparse.Namespace, teacher: Teacher, device: torch.device) -> 
 # The command line
 
 
-def students_of(args: argparse.Namespace) -> list[str]:
+def students_of(args: Namespace) -> list[str]:
     """Names of the generators that get a student."""
     return [name for name, direction in DIRECTIONS.items() if args.direction in ("both", direction)]
 
 
-def teacher_name(args: argparse.Namespace) -> str:
+def teacher_name(args: Namespace) -> str:
     """A folder name for what is made from this teacher."""
     path = Path(args.teacher)
     return path.stem if path.is_file() else args.teacher
@@ -342,7 +347,7 @@ def make_parser() -> flags.Parser:
     add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
     add("--lambda_hidden", type=flags.float_between(0), default=1.0, help="weight of the distance of hidden states")
     add("--lambda_output", type=flags.float_between(0), default=10.0, help="weight of the distance of images")
-    add("--transfer", action=argparse.BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
+    add("--transfer", action=BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
     add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
     add_inherited_flags(parser)
     for name in add_inherited_flags(flags.Parser()).flags:
@@ -354,7 +359,7 @@ def make_parser() -> flags.Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; args.given names the flags that stand on it, the inherited others are None."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -364,7 +369,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
+def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
     parser = add_inherited_flags(flags.Parser())
     if teacher.single:
@@ -384,7 +389,7 @@ def inherit(args: argparse.Namespace, teacher: Teacher) -> argparse.Namespace:
     return flags.changed(args, **{**taken, "channels": channels})
 
 
-def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
+def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
     """Settle which teacher block each student block imitates."""
     if args.hidden_layers is None:
         return pair_blocks(teacher_blocks, args.student_residual)
@@ -395,9 +400,7 @@ def choose_pairs(args: argparse.Namespace, teacher_blocks: int) -> list[int]:
     return args.hidden_layers
 
 
-def distil(
-    args: argparse.Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None
-) -> None:
+def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None) -> None:
     """Build the students and what they learn from, and run train.py's loop with their objective."""
     dataset, feed = train.make_feed(args, device)
     nets = make_nets(args, teacher)
@@ -408,10 +411,9 @@ def distil(
     model = train.make_model(args, nets, device, adapters, loss)
     draw_rows = functools.partial(distillation_rows, teachers=teachers)
     terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
-    terms = (*cyclegan.loss_names(model.loss_config), *terms)
-    monitor = train.make_monitor(args, dataset, terms, draw_rows)
+    monitor = train.make_monitor(args, dataset, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
     saver = train.make_saver(args, "distill", teacher=teacher.fingerprint())
-    train.run(args, model, feed, saver, monitor, dataset, state, path)
+    train.run(args, model, feed, saver, monitor, state, path)
 
 
 @utils.stage
@@ -421,9 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = None
     checkpoint = None
     if args.start_from != "0":
-        state, checkpoint = checkpoints.load_checkpoint(
-            RUNS / args.run_name, args.start_from, "--start_from", "distill"
-        )
+        folder = RUNS / args.run_name
+        state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill")
         args = flags.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
         later = flags.saved_flags(add_inherited_flags(flags.Parser()), state.get("args"), checkpoint)
         args = flags.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})

@@ -79,8 +79,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON; what JSON does not know (paths) becomes text."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    """Write readable JSON; what JSON does not know becomes text (paths), or null (what is no finite number)."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    write_text(path, json.dumps(plain, indent=1) + "\n")
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -209,10 +209,7 @@ class ResnetBlock(nn.Module):
 
 
 def pad_to_halve(x: Tensor, config: GeneratorConfig) -> Tensor:
-    """Extend (N, C, H, W) to the right and below by reflection until H and W can be halved as often as needed.
-
-    raises: ValueError if a side is too small
-    """
+    """Extend (N, C, H, W) by reflection until H and W can be halved; ValueError below config.smallest_side."""
     height, width = x.shape[-2:]
     if min(height, width) < config.smallest_side:
         raise ValueError(f"{width}x{height} px: the generator needs at least {config.smallest_side} px a side")

@@ -6,6 +6,11 @@ python prepare.py split --A faces --B caricatures --dataset_name face2caricature
 python prepare.py check face2caricature --sheet
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+
 import errno
 import hashlib
 import http.client
@@ -305,8 +310,7 @@ def choose_images(domain: str, source: Path, seed: int, max_images: int | None) 
     random.Random(f"{seed}-{domain}").shuffle(paths)
     paths = images.BadImages(source, len(paths)).readable(paths)[:max_images]
     if len(paths) < 2:
-        words = f"{len(paths)} readable image, expected at least 2: one to train, one to test"
-        raise InputError(f"--{domain} {source}: {words}")
+        raise InputError(f"--{domain} {source}: {len(paths)} readable image, expected 2: one to train, one to test")
     return paths
 
 
@@ -334,8 +338,7 @@ def split_dataset(args: Namespace) -> None:
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             copy_images(paths[:tests], sources[domain], unfinished / f"test{domain}")
             copy_images(paths[tests:], sources[domain], unfinished / f"train{domain}")
-            words = f"{len(paths) - tests} images in train{domain}, {tests} in test{domain}"
-            say(f"{args.data_root / args.dataset_name}: {words}")
+            say(f"{args.dataset_name}: {len(paths) - tests} images in train{domain}, {tests} in test{domain}")
 
 
 def save_sheet(split: Path, paths: Sequence[Path], sheet: Path) -> None:
@@ -396,8 +399,9 @@ def check_dataset(args: Namespace) -> None:
     leaks = [paths for paths in twins if len({path.parts[0] for path in paths}) > 1]
     for paths in leaks[:10]:
         say(f"  the same image: {' = '.join(map(str, paths))}")
-    words = f"{len(leaks)} images stand in more than one part (leaks into the test)"
-    say(f"{words}, {len(twins) - len(leaks)} twice in one part")
+    say(
+        f"{len(leaks)} images stand in several parts (leaks into the test), {len(twins) - len(leaks)} twice in one part"
+    )
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
 
@@ -416,8 +420,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     split.add_argument("--A", type=path_name, required=True, metavar="DIR", help="images of domain A")
     split.add_argument("--B", type=path_name, required=True, metavar="DIR", help="images of domain B")
     split.add_argument("--dataset_name", type=folder_name, required=True, help="name of the new data set")
-    words = "fraction kept for testing (default: 0.1)"
-    split.add_argument("--test_fraction", type=float_between(0, 0.9), default=0.1, help=words)
+    split.add_argument("--test_fraction", type=float_between(0, 0.9), default=0.1, help="for testing (default: 0.1)")
     split.add_argument("--max_images", type=int_between(2), help="take at most so many of each domain (default: all)")
     split.add_argument("--seed", type=int_between(0), default=0, help="which images are taken (default: 0)")
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
@@ -429,9 +432,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     download.set_defaults(run=download_dataset)
     split.set_defaults(run=split_dataset)
     check.set_defaults(run=check_dataset)
-    words = "folder of the data sets (default: datasets)"
     for command in (draw, download, split, check):
-        command.add_argument("--data_root", type=Path, default="datasets", help=words)
+        command.add_argument("--data_root", type=Path, default="datasets", help="folder of all (default: datasets)")
     return parser.parse_args(argv)
 
 

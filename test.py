@@ -5,8 +5,12 @@ python test.py --run_name horse2zebra --input photos --direction AtoB --scale na
 python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+
 import functools
-import json
 import os
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
@@ -286,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     write_grid(args.output, results)
     if args.metrics:
         counts = {direction: len(translated) for direction, translated in results.items()}
-        text = json.dumps({"dataset_name": args.dataset_name, **about, "images": counts, **scores}, default=str)
-        row = json.loads(text, parse_constant=lambda word: None)  # JSON has no nan: it becomes null
+        row = {"dataset_name": args.dataset_name, **about, "images": counts, **scores}
         files.write_json(args.output / "metrics.json", row)
     utils.say(f"{sum(map(len, results.values()))} images translated; look at {args.output / 'index.html'}")
     return scores

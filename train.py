@@ -5,10 +5,15 @@ python train.py --dataset_name horse2zebra
 python train.py --dataset_name horse2zebra --start_from latest
 """
 
-import argparse
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+
 import dataclasses
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +31,7 @@ import prepare
 import utils
 from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
+from datasets import Feed
 from images import BadImages, limit_pixels
 from progress import Meter, Monitor, cyclegan_rows, load_samples, load_watched
 from utils import InputError, max_over_ranks, rank, say
@@ -41,13 +47,7 @@ EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 
 
 def training_loop(
-    args: argparse.Namespace,
-    model: CycleGAN,
-    progress: Progress,
-    feed: datasets.Feed,
-    saver: Saver,
-    monitor: Monitor,
-    held_out: dict[str, Path],
+    args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor
 ) -> int:
     """Run the epochs that are left; returns the signal that stopped it before, or 0. All is saved by then."""
     steps = feed.order.steps
@@ -80,13 +80,13 @@ def training_loop(
                 if not ended and max_over_ranks(saver.due()):
                     save(model, progress, feed, saver, monitor)
             save(model, progress, feed, saver, monitor)
-            evaluate(args, model, progress, feed, saver, monitor, held_out)
+            evaluate(args, model, progress, feed, saver, monitor)
             show(args, progress, steps, monitor, at_once=progress.epoch == args.num_epochs or signum > 0)
     return signum
 
 
 def log_losses(
-    model: CycleGAN, progress: Progress, feed: datasets.Feed, saver: Saver, monitor: Monitor, lr: float
+    model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor, lr: float
 ) -> dict[str, float]:
     """Log the means of the losses since the last row, which waits for the device; returns them."""
     means = monitor.meter.means()
@@ -95,16 +95,14 @@ def log_losses(
     return means
 
 
-def save(
-    model: CycleGAN, progress: Progress, feed: datasets.Feed, saver: Saver, monitor: Monitor, best: bool = False
-) -> None:
+def save(model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor, best: bool = False) -> None:
     """Save all that the run needs to go on, once all losses and weights are seen to be finite."""
     stop_if_not_finite(model, progress, feed, saver, monitor.meter, monitor.meter.means())
     saver.save(model, progress, monitor.meter.state_dict(), monitor.log.save, best)
 
 
 def stop_if_not_finite(
-    model: CycleGAN, progress: Progress, feed: datasets.Feed, saver: Saver, meter: Meter, means: dict[str, float]
+    model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, meter: Meter, means: dict[str, float]
 ) -> None:
     """End the run when a loss or a weight is not a number any more; the last save stays."""
     wrong = []
@@ -123,7 +121,7 @@ def stop_if_not_finite(
     )
 
 
-def show(args: argparse.Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False) -> None:
+def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False) -> None:
     """Write the page that shows where the run is, losses.csv and its plot; not too often, unless at_once."""
     if at_once or time.monotonic() - monitor.shown_at > SHOW_SECONDS:
         counts = (progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
@@ -135,19 +133,11 @@ def show(args: argparse.Namespace, progress: Progress, steps: int, monitor: Moni
 # Evaluation: after saving, never before
 
 
-def evaluate(
-    args: argparse.Namespace,
-    model: CycleGAN,
-    progress: Progress,
-    feed: datasets.Feed,
-    saver: Saver,
-    monitor: Monitor,
-    held_out: dict[str, Path],
-) -> None:
+def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor) -> None:
     """Measure the epoch that was just saved, if it is due; the best so far by --best_by is saved as best.pt, too."""
-    if not held_out or progress.step_in_epoch or progress.epoch % args.eval_interval:
+    if not feed.held_out or progress.step_in_epoch or progress.epoch % args.eval_interval:
         return
-    score = measure(args, model, progress, monitor, held_out)
+    score = measure(args, model, progress, monitor, feed.held_out)
     before = progress.best
     better = score is not None and (before is None or metrics.is_better(args.best_by, score, before["score"]))
     if not max_over_ranks(better):
@@ -160,7 +150,7 @@ def evaluate(
 
 @utils.first_rank
 def measure(
-    args: argparse.Namespace, model: CycleGAN, progress: Progress, monitor: Monitor, held_out: dict[str, Path]
+    args: Namespace, model: CycleGAN, progress: Progress, monitor: Monitor, held_out: dict[str, Path]
 ) -> float | None:
     """Write the row of this epoch into measures.csv; returns its score by --best_by, None if there is none.
 
@@ -181,7 +171,7 @@ def measure(
 # Building a run
 
 
-def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, datasets.Feed]:
+def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the images, drawing the demo set when it is missing, and make their loader."""
     limit_pixels(1e6 * args.max_megapixels)
     own = utils.rank_slice(args.batch_size)
@@ -205,10 +195,11 @@ def make_feed(args: argparse.Namespace, device: torch.device) -> tuple[Path, dat
     loader = datasets.make_loader(images, order, workers, pin_memory=device.type == "cuda")
     numbers = f"{counts['A']} images in trainA, {counts['B']} in trainB"
     say(f"{dataset}: {numbers}; {order.steps} steps of {args.batch_size} an epoch")
-    return dataset, datasets.Feed(loader, order, bad, counts)
+    held_out = datasets.held_out_folders(dataset, "paired" in args.eval_metrics) if args.eval_interval else {}
+    return dataset, Feed(loader, order, bad, counts, held_out)
 
 
-def load_pretrained(args: argparse.Namespace) -> tuple[argparse.Namespace, models.Nets]:
+def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
     """Read the files of --init_from and take the network flags that were not given from them."""
     nets = load_pair(args.init_from)
     given = args.given
@@ -237,7 +228,7 @@ def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
             say(f"{name}: {', '.join(words)}")
 
 
-def make_nets(args: argparse.Namespace, pretrained: models.Nets) -> models.Nets:
+def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
     """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
     generator, discriminator = flags.network_configs(args)
     utils.seed_everything(args.seed, args.deterministic)
@@ -251,7 +242,7 @@ def make_nets(args: argparse.Namespace, pretrained: models.Nets) -> models.Nets:
 
 
 def make_model(
-    args: argparse.Namespace,
+    args: Namespace,
     nets: models.Nets,
     device: torch.device,
     adapters: nn.ModuleDict | None = None,
@@ -272,7 +263,7 @@ def make_model(
     return model
 
 
-def make_saver(args: argparse.Namespace, stage: str, **facts: object) -> Saver:
+def make_saver(args: Namespace, stage: str, **facts: object) -> Saver:
     """Settle where and when states go, and what stands in each; facts: what a distillation adds."""
     schedules = {"num_epochs": args.num_epochs, "decay_epoch": flags.decay_epoch(args)}
     metadata = {"stage": stage, "run_name": args.run_name, "dataset_name": args.dataset_name}
@@ -286,7 +277,7 @@ def make_saver(args: argparse.Namespace, stage: str, **facts: object) -> Saver:
     )
 
 
-def make_monitor(args: argparse.Namespace, dataset: Path, terms: Sequence[str], draw_rows: Callable) -> Monitor:
+def make_monitor(args: Namespace, dataset: Path, terms: Sequence[str], draw_rows: Callable) -> Monitor:
     """Read the fixed test images and the watched photos that the run shows."""
     size = (args.img_height, args.img_width)
     samples = load_samples(dataset, size, args.channels, args.on_bad_image)
@@ -298,7 +289,7 @@ def make_monitor(args: argparse.Namespace, dataset: Path, terms: Sequence[str], 
 # Running it
 
 
-def describe(args: argparse.Namespace, model: CycleGAN, counts: dict[str, int]) -> None:
+def describe(args: Namespace, model: CycleGAN, counts: dict[str, int]) -> None:
     """Write run.json and say what is about to learn, on what."""
     facts = checkpoints.run_description(flags.plain_flags(args), counts, model)
     files.write_json(RUNS / args.run_name / "run.json", facts)
@@ -307,9 +298,7 @@ def describe(args: argparse.Namespace, model: CycleGAN, counts: dict[str, int]) 
     say(f"watch {IMAGES / args.run_name}/index.html ; checkpoints go to {RUNS / args.run_name}/")
 
 
-def go_on(
-    args: argparse.Namespace, model: CycleGAN, steps: int, meter: Meter, state: dict, checkpoint: Path
-) -> Progress:
+def go_on(args: Namespace, model: CycleGAN, steps: int, meter: Meter, state: dict, checkpoint: Path) -> Progress:
     """Put a checkpoint back and say where the run stands."""
     progress = checkpoints.restore(state, checkpoint, model, meter, (args.channels, args.img_height, args.img_width))
     say(f"going on after epoch {progress.epoch}, step {progress.step} of {checkpoint}")
@@ -324,19 +313,15 @@ def go_on(
 
 
 def run(
-    args: argparse.Namespace,
+    args: Namespace,
     model: CycleGAN,
-    feed: datasets.Feed,
+    feed: Feed,
     saver: Saver,
     monitor: Monitor,
-    dataset: Path,
     state: dict | None,
     checkpoint: Path | None,
 ) -> None:
     """Start, or go on with a checkpoint, and run the loop to its end; after a signal exit with 128 + its number."""
-    held_out = {}
-    if args.eval_interval:
-        held_out = datasets.held_out_folders(dataset, "paired" in args.eval_metrics)
     progress = Progress()
     if state and checkpoint:
         progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
@@ -352,7 +337,7 @@ def run(
         describe(args, model, feed.counts)
         show(args, progress, feed.order.steps, monitor, at_once=True)
         try:
-            signum = training_loop(args, model, progress, feed, saver, monitor, held_out)
+            signum = training_loop(args, model, progress, feed, saver, monitor)
         finally:
             feed.loader = None  # its workers end now, or the program would wait for them, after an error for ever
             monitor.close()
@@ -377,7 +362,7 @@ def make_parser() -> flags.Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; args.given names the flags that stand on it."""
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -409,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset, feed = make_feed(args, device)
     model = make_model(args, make_nets(args, pretrained), device)
     monitor = make_monitor(args, dataset, loss_names(model.loss_config), cyclegan_rows)
-    run(args, model, feed, make_saver(args, "train"), monitor, dataset, state, checkpoint)
+    run(args, model, feed, make_saver(args, "train"), monitor, state, checkpoint)
 
 
 if __name__ == "__main__":

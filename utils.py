@@ -108,6 +108,8 @@ def stage(main: Callable) -> Callable:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a console that cannot write → must not end a training
                 stream.reconfigure(errors="backslashreplace")
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the stages leave it while they import
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with exit_on_sigterm():
                 join_ranks()

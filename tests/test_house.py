@@ -76,7 +76,7 @@ def test_the_paper_knows_no_command_line_path_or_image_file(room):
     assert not imports(room) & {"argparse", "pathlib", "PIL", "files", "flags", "images"}
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("flags", "prepare")])
+@pytest.mark.parametrize("room", [room for room in BELOW if room not in ("flags", "prepare")])
 def test_nothing_below_the_stages_takes_the_command_line(room):
     assert "argparse" not in imports(room)
     names = {arg.arg for node in ast.walk(tree(room)) if isinstance(node, ast.arguments) for arg in node.args}

@@ -474,7 +474,7 @@ def test_check_counts_measures_and_finds_leaks(tiny, capsys):
     assert "trainB: 6 images, 1 unreadable; 4 of 20x18, 1 of 40x30 px" in out
     assert "trainB/torn.png (" in out
     assert "trainA/0.png = testA/copy.png" in out
-    assert "1 images stand in more than one part (leaks into the test), 1 twice in one part" in out
+    assert "1 images stand in several parts (leaks into the test), 1 twice in one part" in out
     sheet = read_image(tiny.parents[1] / "generated_images/tiny/check/trainB.png")
     assert sheet.width > 400
 
