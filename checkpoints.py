@@ -435,10 +435,10 @@ def clear(run_name: str) -> list[Path]:
 
 def run_description(flags: dict, counts: dict[str, int], model: CycleGAN) -> dict:
     """What run.json says: flags, versions, numbers of images and weights, where it runs."""
-    packages = ("torch", "torchvision", "pillow")
+    others = {name: version(name) for name in ("torchvision", "pillow")}
     return {
         "flags": flags,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **others},
         "images": counts,
         "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in model.nets.items()},
         "device": str(model.device),

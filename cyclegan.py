@@ -1,4 +1,4 @@
-"""The paper (Zhu et al. 2017, CycleGAN, arXiv:1703.10593): its losses, line by line, and what learns from them.
+"""The paper (Zhu et al. 2017, CycleGAN, arXiv:1703.10593): its losses, and the model that takes steps on them.
 
 loss, terms, images = generator_loss(nets, real_A, real_B, LossConfig())
 model = CycleGAN(nets, LossConfig(), OptimConfig(), precision="fp32")
@@ -26,14 +26,14 @@ TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and form of the objective, named as in the paper; the defaults are its own."""
+    """Weights and form of the objective, as in the paper; the gradient penalty is not, and is off by default."""
 
     gan_loss: str = "lsgan"
     lambda_gan: float = 1.0
     lambda_cycle: float = 10.0
     lambda_identity: float = 5.0  # 0 leaves the identity loss out
     lambda_gp: float = 0.0  # of the discriminators' gradient penalty; 0: none
-    gp_target: float = 100.0
+    gp_target: float = 100.0  # wanted norm of a discriminator's gradient
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class OptimConfig:
     beta2: float = 0.999
     ema: float = 0.0  # decay of the averaged generator weights; 0: none
     buffer_size: int = 50
-    micro_batch: int | str = "auto"  # images processed at once
+    micro_batch: int | str = "auto"  # images processed at once; auto: the batch, halved when memory runs out
 
 
 def loss_names(config: LossConfig) -> tuple[str, ...]:
-    """Names of all values that a step returns, in the order of losses.csv."""
+    """The columns of losses.csv; a step leaves out those that the config or --freeze D switches off."""
     return (*TERMS, "gp_A", "gp_B") if config.lambda_gp else TERMS
 
 
 def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:
-    """Factor of the learning rate in the epoch that follows `epoch` finished ones.
+    """Factor of the learning rate in an epoch, counted from 0.
 
-    1 until decay_epoch, then falling in equal steps; it would be 0 after num_epochs.
+    1 up to and including decay_epoch, then falling in equal steps that would reach 0 at num_epochs.
     source: Zhu et al. 2017, section 4, "Training details"
     """
     return 1 - max(0, epoch - decay_epoch) / max(1, num_epochs - decay_epoch)
@@ -73,7 +73,7 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def gan_loss_G(prediction: Tensor, kind: str = "lsgan") -> Tensor:
-    """Loss of a generator whose images got `prediction` from a discriminator: it wants them called real.
+    """Loss of a generator, from a discriminator's `prediction` for its images: low when they are called real.
 
     prediction: any shape, unbounded
     returns:    scalar; lsgan and bce are 0 when every prediction says real, hinge has no lower bound
@@ -123,26 +123,26 @@ def image_loss(image: Tensor, target: Tensor) -> Tensor:
 
 
 def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, target: float) -> Tensor:
-    """How far the slope of a discriminator is from `target`, at images between real and translated ones.
+    """How far the norm of a discriminator's gradient is from `target`, at images between real and translated ones.
 
     real, fake: (N, C, H, W) in [-1, 1]; each pair is mixed at random, so torch's random state moves
-    target:     0 punishes the slope itself; another one its relative distance from it
+    target:     wanted norm; where it is not 0, the distance is divided by it
     returns:    scalar, with a graph that reaches the discriminator's weights (double backward)
     source:     Gulrajani et al. 2017; relative to the target as in UVCGAN (0.1 and 100), centred at zero
                 as in UVCGAN2 (0.01 and 0)
     """
     weight = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
     mixed = (weight * real + (1 - weight) * fake).detach().requires_grad_()
-    (slope,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
-    lengths = (slope.flatten(1).square().sum(1) + 1e-12).sqrt()  # (N,); the root of 0 has no gradient
-    return ((lengths - target) / (target or 1.0)).square().mean()
+    (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    norms = (gradient.flatten(1).square().sum(1) + 1e-12).sqrt()  # (N,); the root of 0 has no gradient
+    return ((norms - target) / (target or 1.0)).square().mean()
 
 
 # ---------------------------------------------------------------------------------------------
 # The objective
 
 
-def concatenated(net: Any, *batches: Tensor) -> Sequence[Tensor]:
+def run_as_one(net: Any, *batches: Tensor) -> Sequence[Tensor]:
     """Run equally large batches through a network in one call, 6-13 % faster on a CPU than in several.
 
     A batch norm would mix their statistics, so it gets them one by one.
@@ -152,7 +152,7 @@ def concatenated(net: Any, *batches: Tensor) -> Sequence[Tensor]:
     return net(torch.cat(batches)).chunk(len(batches))
 
 
-def translate_and_keep(G: Any, real: Tensor, target: Tensor | None) -> tuple[Tensor, Any, list[Tensor]]:
+def translate_with_identity(G: Any, real: Tensor, target: Tensor | None) -> tuple[Tensor, Any, list[Tensor]]:
     """Translate real images and, for the identity loss, those of the target domain; in one call where it may be one.
 
     returns: fake, idt (None without target), and the hidden states of `real`, block by block
@@ -179,8 +179,8 @@ def generator_loss(
     G_AB = nets["G_AB"]
     G_BA = nets["G_BA"]
     with_identity = config.lambda_identity > 0
-    fake_B, idt_B, hidden_AB = translate_and_keep(G_AB, real_A, real_B if with_identity else None)
-    fake_A, idt_A, hidden_BA = translate_and_keep(G_BA, real_B, real_A if with_identity else None)
+    fake_B, idt_B, hidden_AB = translate_with_identity(G_AB, real_A, real_B if with_identity else None)
+    fake_A, idt_A, hidden_BA = translate_with_identity(G_BA, real_B, real_A if with_identity else None)
     rec_A = G_BA(fake_B)
     rec_B = G_AB(fake_A)
     on_fake_A = nets["D_A"](fake_A)
@@ -202,18 +202,18 @@ def generator_loss(
 
 
 def discriminator_loss(D: Any, real: Tensor, fake: Tensor, config: LossConfig) -> Tensor:
-    """The objective of one discriminator on real images and on translated ones, in training out of the buffer."""
-    on_real, on_fake = concatenated(D, real, fake)
+    """The objective of one discriminator; in training `fake` comes out of the image buffer."""
+    on_real, on_fake = run_as_one(D, real, fake)
     return gan_loss_D(on_real, on_fake, config.gan_loss)
 
 
 # ---------------------------------------------------------------------------------------------
-# Looking at networks, which never changes them
+# Looking at networks: running them without training them
 
 
 @contextmanager
 def eval_mode(*nets: nn.Module) -> Iterator[None]:
-    """Look at networks: no gradient, no running statistics; each layer's mode is put back, frozen ones too."""
+    """No gradients, all layers in eval mode, so that running statistics stay; afterwards each has its own mode again."""
     modes = [(module, module.training) for net in nets for module in net.modules()]
     for net in nets:
         net.eval()
@@ -252,7 +252,7 @@ class CycleGAN:
     """Two generators, two discriminators, and all that learns or is random about them.
 
     nets:           G_AB, G_BA, D_A, D_B, on one device
-    adapters:       what a distillation trains beside them and throws away
+    adapters:       modules that a distillation trains along with the generators and does not keep
     seed:           of the image buffers
     generator_loss: the generators' objective; distillation brings its own
     """
@@ -275,8 +275,8 @@ class CycleGAN:
         self.averages = {}
         if optim_config.ema:
             self.averages = {name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS}
-        self.compiled: Nets = {}  # with --compile, further names of the networks
-        self.optims = make_optims(nets | {"G_adapters": self.adapters}, optim_config)
+        self.compiled: Nets = {}  # with --compile: the compiled form of a network, by its name
+        self.optims = make_optims(nets | {"G_adapters": self.adapters}, optim_config)  # the G puts them with the Gs
         size = optim_config.buffer_size
         self.buffers = {x: FakeImageBuffer(size, f"{seed}-buffer-{x}{rank() or ''}") for x in "AB"}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -306,15 +306,15 @@ class CycleGAN:
         return translate(self.averaged_nets[name], images, self.precision)
 
     def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
-        """One step of the paper: both generators jointly, then both discriminators on buffered images.
+        """One step: the gradients of all networks, their means over the ranks, then one Adam step each for G and D.
 
         real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device
-        finished_steps: before this one; averages follow faster at first
+        finished_steps: taken before this one, for the warm-up of the averages
         returns:        losses and terms by name, on the device
         """
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        losses = self._gradients_that_fit(real_A, real_B)
+        losses = self._gradients_within_memory(real_A, real_B)
         learning = [p for optim in self.optims.values() for group in optim.param_groups for p in group["params"]]
         statistics = [x for net in self.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
         average([*(p.grad for p in learning if p.grad is not None), *statistics])
@@ -324,22 +324,22 @@ class CycleGAN:
         self._update_averages(finished_steps)
         return losses
 
-    def _gradients_that_fit(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
-        """Compute the gradients of a batch; out of memory, again in micro-batches half as large.
+    def _gradients_within_memory(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        """Compute the gradients of a batch; out of memory, start over with micro-batches half as large.
 
-        It begins from the same random state; neither weights nor optimisers have changed by then.
+        Starting over puts back image buffers and random state; weights and optimisers were not touched yet.
         """
         marks = {domain: buffer.mark() for domain, buffer in self.buffers.items()}
         random_state = rng_state()
-        fixed = self.optim_config.micro_batch != "auto" or self.nets["G_AB"].config.norm == "batch"
+        may_not_shrink = self.optim_config.micro_batch != "auto" or self.nets["G_AB"].config.norm == "batch"
         while True:
             try:
                 return self._gradients(real_A, real_B)
             except torch.OutOfMemoryError:
                 size = self.micro_batch_size or len(real_A)
-                if size == 1 or fixed:
+                if size == 1 or may_not_shrink:
                     raise
-            self.micro_batch_size = math.ceil(size / 2)  # outside of `except`, which holds on to what was computed
+            self.micro_batch_size = math.ceil(size / 2)  # not inside `except`, where the traceback holds the tensors
             torch.cuda.empty_cache()
             words = f"the batch of {len(real_A)} is processed in micro-batches of {self.micro_batch_size} from now on"
             warn(f"out of memory: {words}")
@@ -361,7 +361,7 @@ class CycleGAN:
             return loss, {"loss_G": loss, **terms}
 
         discriminators = nn.ModuleList([self.nets["D_A"], self.nets["D_B"]])
-        discriminators.requires_grad_(False)  # here they only look; their weights need no gradient
+        discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
         losses = self._accumulate(loss_G, real_A, real_B)
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
         for domain, real in (("A", real_A), ("B", real_B)):
@@ -376,14 +376,14 @@ class CycleGAN:
         with autocast(self.device, self.precision):
             loss = discriminator_loss(self.calls[D], real, fake, config)
         values = {f"loss_{D}": loss}
-        if config.lambda_gp and "D" in self.optims:  # in float32: a slope of slopes leaves bfloat16 few digits
+        if config.lambda_gp and "D" in self.optims:  # in float32: second derivatives lose too much in bfloat16
             penalty = gradient_penalty(self.nets[D], real, fake, config.gp_target)
             loss = loss + config.lambda_gp * penalty
             values[f"gp_{domain}"] = penalty
         return loss, values
 
     def _accumulate(self, loss_of: Callable, *batches: Tensor) -> dict[str, Tensor]:
-        """Add up the gradients of a loss over a batch, micro-batch by micro-batch; returns the means of its values.
+        """Add up the gradients of a loss over a batch, micro-batch by micro-batch; returns its values, weighted by size.
 
         loss_of: (micro-batch of each of `batches`) → what to minimise, and values by name
         """
@@ -410,7 +410,7 @@ class CycleGAN:
                 mean.copy_(value)
 
     def set_learning_rate(self, factor: float) -> None:
-        """Set what the configs say about the optimisers, which a resumed run may have changed; factor: of the decay."""
+        """Set rates (config times `factor`) and betas anew, since a resumed run may have other flags."""
         config = self.optim_config
         rates = {"G": config.lr, "D": config.lr_D or config.lr}
         for name, optim in self.optims.items():
@@ -419,7 +419,7 @@ class CycleGAN:
                 group["betas"] = (config.beta1, config.beta2)
 
     def state_dict(self) -> dict:
-        """Everything that learns, as plain values and tensors; the buffers, which each rank has to itself, apart."""
+        """What is equal on all ranks; image buffers and random states, one set a rank, are saved by checkpoints.py."""
         return {
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "adapters": self.adapters.state_dict(),
@@ -429,13 +429,13 @@ class CycleGAN:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Put back what state_dict gave; an average that begins now begins with the weights."""
+        """Put back what state_dict gave; averages that it does not hold start as copies of the weights."""
         for name, net in self.nets.items():
             net.load_state_dict(state["nets"][name])
         for name, net in self.averages.items():
             net.load_state_dict((state["ema"] or state["nets"])[name])
         self.adapters.load_state_dict(state.get("adapters") or {})
-        for name, optim in self.optims.items():  # its numbers come from the config
+        for name, optim in self.optims.items():  # moments from the state, rates and betas from the config
             groups = optim.state_dict()["param_groups"]
             optim.load_state_dict({"state": state["optims"][name]["state"], "param_groups": groups})
         if state["scaler"] and self.scaler.is_enabled():

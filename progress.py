@@ -125,6 +125,7 @@ class LossLog:
         while self.rows and self.rows[-1]["step"] >= row["step"]:
             self.rows.pop()
         self.columns = list(dict.fromkeys([*self.columns, *row]))
+        row = {name: row[name] for name in self.columns if name in row}
         self.rows.append({k: float(number(v)) if isinstance(v, float) else v for k, v in row.items()})  # as read back
 
     def save(self) -> None:
@@ -428,10 +429,7 @@ class Monitor:
 
     @first_rank
     def show(self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int) -> None:
-        """Write losses.csv, losses.png and the page that shows where the run is; epoch: finished ones.
-
-        raises: OSError if the disk does not take the plot or the page
-        """
+        """Write losses.csv, losses.png and the page (raises OSError if the disk is full); epoch: finished ones."""
         attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
         facts = f"{epoch} of {num_epochs} epochs"

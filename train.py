@@ -49,10 +49,10 @@ EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 def training_loop(
     args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor
 ) -> int:
-    """Run the epochs that are left; returns the signal that stopped it before, or 0. All is saved by then."""
+    """Run the epochs that are left; returns the number of the signal that ended it early, or 0. A save was tried."""
     steps = feed.order.steps
-    done = progress.epoch * steps + progress.step_in_epoch
-    bar = tqdm(total=args.num_epochs * steps, initial=done, unit="step", mininterval=0.5, disable=rank() > 0)
+    done_steps = progress.epoch * steps + progress.step_in_epoch
+    bar = tqdm(total=args.num_epochs * steps, initial=done_steps, unit="step", mininterval=0.5, disable=rank() > 0)
     signum = 0
     with utils.StopRequest() as stop, bar:
         while progress.epoch < args.num_epochs and not signum:
@@ -88,10 +88,10 @@ def training_loop(
 def log_losses(
     model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor, lr: float
 ) -> dict[str, float]:
-    """Log the means of the losses since the last row, which waits for the device; returns them."""
+    """Log the means of the losses since the last row (reading them waits for the device); returns them."""
     means = monitor.meter.means()
     stop_if_not_finite(model, progress, feed, saver, monitor.meter, means)
-    monitor.log_losses(progress.epoch + 1, progress.step, lr, means)  # and begins new means
+    monitor.log_losses(progress.epoch + 1, progress.step, lr, means)  # resets the meter, too
     return means
 
 
@@ -107,13 +107,13 @@ def stop_if_not_finite(
     """End the run when a loss or a weight is not a number any more; the last save stays."""
     wrong = []
     for name, net in model.nets.items():
-        if not all(torch.isfinite(p).all() for p in net.parameters()):
+        if not all(torch.isfinite(x).all() for x in net.state_dict().values()):
             wrong.append(f"a weight of {name}")
     if not wrong and all(map(math.isfinite, means.values())):
         return
     terms, ago = meter.first_not_finite()
     seen = feed.paths_of_step((progress.step_in_epoch or feed.order.steps) - 1 - ago)
-    found = utils.gather((bool(terms), ago, terms, seen))  # the rank that met it first knows more
+    found = utils.gather((bool(terms), ago, terms, seen))  # of the rank whose first bad loss is oldest
     _, ago, terms, seen = max(found, default=(False, ago, terms, seen))
     raise utils.RunError(
         f"{', '.join(terms or wrong)} not finite at step {progress.step - ago}, images {' '.join(seen)}; "
@@ -130,22 +130,22 @@ def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_o
 
 
 # ---------------------------------------------------------------------------------------------
-# Evaluation: after saving, never before
+# Evaluation: after saving, so that a failure in it loses no training
 
 
 def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor) -> None:
-    """Measure the epoch that was just saved, if it is due; the best so far by --best_by is saved as best.pt, too."""
+    """Evaluate the epoch just saved, if --eval_interval says so; the best so far by --best_by becomes best.pt."""
     if not feed.held_out or progress.step_in_epoch or progress.epoch % args.eval_interval:
         return
     score = measure(args, model, progress, monitor, feed.held_out)
     before = progress.best
     better = score is not None and (before is None or metrics.is_better(args.best_by, score, before["score"]))
-    if not max_over_ranks(better):
+    if not max_over_ranks(better):  # only the first rank has a score
         return
     progress.best = {"metric": args.best_by, "score": score, "epoch": progress.epoch}
     save(model, progress, feed, saver, monitor, best=True)
     if saver.save_error:
-        progress.best = before  # what best.pt still holds
+        progress.best = before  # the save failed: best.pt is still the older one
 
 
 @utils.first_rank
@@ -174,7 +174,7 @@ def measure(
 def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the images, drawing the demo set when it is missing, and make their loader."""
     limit_pixels(1e6 * args.max_megapixels)
-    own = utils.rank_slice(args.batch_size)
+    rank_slice = utils.rank_slice(args.batch_size)
     with utils.first_rank_first():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
             prepare.draw_dataset(args.data_root)
@@ -186,7 +186,9 @@ def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
         bad[domain] = BadImages(dataset / f"train{domain}", len(found), args.on_bad_image)
         paths[domain] = bad[domain].readable(found)
     counts = {domain: len(found) for domain, found in paths.items()}
-    order = datasets.EpochSampler((counts["A"], counts["B"]), args.batch_size, args.steps_per_epoch, args.seed, own)
+    order = datasets.EpochSampler(
+        (counts["A"], counts["B"]), args.batch_size, args.steps_per_epoch, args.seed, rank_slice
+    )
     size = (args.img_height, args.img_width)
     images = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
     workers = args.num_workers if args.num_workers is not None else datasets.default_workers(device)
@@ -209,7 +211,7 @@ def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
                 words = f"its network has {key} {value}, not {getattr(args, key)}"
                 raise InputError(f"--init_from {path}: {words}; leave the flag out")
             args = flags.changed(args, **{key: value})
-        given = given | dataclasses.asdict(net.config).keys()  # the second has to fit the first
+        given = given | dataclasses.asdict(net.config).keys()  # so that a second file has to agree with the first
     return args, nets
 
 
@@ -255,7 +257,7 @@ def make_model(
     if adapters is not None:
         adapters.to(device)
     precision = utils.pick_precision(args.precision, device)
-    torch.manual_seed(args.seed + rank())  # equal weights, then numbers of one's own
+    torch.manual_seed(args.seed + rank())  # weights are equal on all ranks; from here each draws its own numbers
     losses = flags.config_of(LossConfig, args)
     model = CycleGAN(nets, losses, flags.config_of(OptimConfig, args), precision, args.seed, adapters, loss)
     if args.compile:
@@ -303,7 +305,7 @@ def go_on(args: Namespace, model: CycleGAN, steps: int, meter: Meter, state: dic
     progress = checkpoints.restore(state, checkpoint, model, meter, (args.channels, args.img_height, args.img_width))
     say(f"going on after epoch {progress.epoch}, step {progress.step} of {checkpoint}")
     if progress.step_in_epoch >= steps:
-        say(f"epochs have {steps} steps now, and {progress.step_in_epoch} of this one are done: it is finished")
+        say(f"an epoch has {steps} steps now, and {progress.step_in_epoch} are done: this one counts as finished")
         progress.epoch += 1
         progress.step_in_epoch = 0
     if progress.epoch >= args.num_epochs:
@@ -339,7 +341,7 @@ def run(
         try:
             signum = training_loop(args, model, progress, feed, saver, monitor)
         finally:
-            feed.loader = None  # its workers end now, or the program would wait for them, after an error for ever
+            feed.loader = None  # ends its workers; after an error the program would wait for them for ever
             monitor.close()
     if max_over_ranks(bool(saver.save_error)):
         words = f"the last save failed, {saver.last_state()}"
@@ -368,9 +370,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
     flags.refuse_contradictions(parser, args)
-    strange = args.given & set(flags.VIT_FLAGS if args.generator == "resnet" else flags.RESNET_FLAGS)
-    if strange and args.start_from == "0" and not args.init_from:
-        parser.error(f"--{min(strange)}: has no meaning for --generator {args.generator}: leave it out")
+    meaningless = args.given & set(flags.VIT_FLAGS if args.generator == "resnet" else flags.RESNET_FLAGS)
+    if meaningless and args.start_from == "0" and not args.init_from:
+        parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
 
 

@@ -197,9 +197,8 @@ def kills(args):
         runs += 1
     saving = f"{count['saving']} of them while a file was being written"
     print(f"{count['killed']} kills, {saving}; {count['unreadable']} unreadable states;")
-    print(
-        f"previous.pt was needed {count['fallbacks']} times; {runs} runs, all ended bit for bit as uninterrupted ones"
-    )
+    needed = f"previous.pt was needed {count['fallbacks']} times"
+    print(f"{needed}; {runs} runs, all ended bit for bit as uninterrupted ones")
 
 
 def children(pid):

@@ -702,6 +702,18 @@ def test_half_precision_learns_with_losses_in_float32():
     assert model.translate("G_AB", batch(0)[0]).dtype == torch.float32
 
 
+def test_buffers_keep_the_precision_of_real_images():
+    """Some generators end in a layer that gives half precision."""
+
+    def half(*args):
+        loss, terms, images = generator_loss(*args)
+        return loss, terms, {name: x.bfloat16() for name, x in images.items() if name.startswith("fake")}
+
+    model = tiny_model(precision="bf16", generator_loss=half)
+    model.step(*batch(0))
+    assert {image.dtype for buffer in model.buffers.values() for image in buffer.images} == {torch.float32}
+
+
 def test_scaled_losses_teach_the_same_and_a_step_without_finite_gradients_is_left_out():
     """The scaler of fp16, run in float64 on the CPU."""
     plain = wide_model()
@@ -768,6 +780,8 @@ def test_images_that_a_graph_would_overwrite_are_copied():
 
 def test_rates_and_moments_are_those_of_the_config():
     model = tiny_model(lr=1e-3, lr_D=4e-3, beta1=0.9, beta2=0.99)
+    for optim in model.optims.values():
+        optim.param_groups[0]["betas"] = (0.1, 0.1)  # of a state that was put back
     model.set_learning_rate(0.5)
     rates = {name: [group["lr"] for group in optim.param_groups] for name, optim in model.optims.items()}
     assert rates == {"G": [0.5e-3], "D": [2e-3]}

@@ -1,4 +1,7 @@
-"""Stages in any order, stopped and damaged in between: what a run leaves stays true, whatever came before."""
+"""Stages in any order, stopped and damaged in between: what a run leaves stays true, whatever came before.
+
+Rules are what people do, invariants what they rely on; the model knows flags, steps and scores, and no file of ours.
+"""
 
 import hashlib
 import math
@@ -31,54 +34,60 @@ RATE = 2e-4
 SAVED = RUNS / "tiny"
 CPU = ("--device", "cpu", "--precision", "fp32")
 START = ("--dataset_name", "tiny", *TINY, "--load_scale", 1, "--checkpoint_interval", 1)
+RESUME = ("--dataset_name", "tiny", "--device", "cpu")
 MEASURE_OF = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 DEFAULTS = {
-    **{"num_epochs": 200, "decay_epoch": None, "norm": "instance", "ema": 0.0, "lambda_gp": 0.0, "watch": None},
+    **{"num_epochs": 200, "decay_epoch": None, "lambda_gp": 0.0},
     **{"eval_interval": 0, "eval_metrics": "cycle,identity", "best_by": None},
 }
+JUNK = b'"junk,\n1,2,3\n\xff\x00,,,,\nepoch\n'
 
 
 # ---------------------------------------------------------------------------------------------
 # What is drawn
 
-METRICS = st.sampled_from(["cycle", "identity", "paired", "losses", "cycle,paired", "losses,paired,cycle,identity"])
-EVALUATIONS = {  # that are accepted
-    "none": {},
-    "unused": {"eval_interval": 1, "eval_metrics": "paired"},
-    "PSNR": {"eval_interval": 1, "eval_metrics": "paired,losses", "best_by": "PSNR"},
-    "SSIM": {"eval_interval": 1, "eval_metrics": "losses,paired,cycle", "best_by": "SSIM"},
-    "cycle": {"eval_interval": 1, "best_by": "cycle"},
-    "loss_G": {"eval_interval": 1, "eval_metrics": "losses", "best_by": "loss_G"},
-}
-WAYS = st.sampled_from(["delete", "cut", "cut off", "empty", "junk", "spill"])
-FRESH = st.fixed_dictionaries(
-    {"num_epochs": st.integers(1, 3)},
-    optional={
-        "norm": st.just("batch"),
-        "ema": st.just(0.5),
-        "watch": st.just("photo.png"),
-        "decay_epoch": st.integers(0, 3),
-    },
+
+def one(**flag):
+    return st.fixed_dictionaries(flag)
+
+
+METRICS = st.sampled_from(["cycle", "identity", "paired", "losses", "losses,paired,cycle,identity"])
+EVALUATIONS = st.sampled_from(
+    [
+        {"eval_interval": 1, "eval_metrics": "paired,losses", "best_by": "PSNR"},
+        {"eval_interval": 1, "eval_metrics": "cycle,paired", "best_by": "SSIM"},
+        {"eval_interval": 1, "eval_metrics": "cycle", "best_by": "cycle"},
+        {"eval_interval": 1, "eval_metrics": "losses", "best_by": "loss_G"},
+        {"eval_interval": 2, "eval_metrics": "identity", "best_by": "identity"},
+        {"eval_interval": 1, "eval_metrics": "losses"},
+        {"eval_interval": 0},
+    ]
 )
-EVALUATED = st.sampled_from(list(EVALUATIONS)).map(EVALUATIONS.get)
-CHANGES = st.fixed_dictionaries(
-    {},
-    optional={
-        "num_epochs": st.integers(1, 4),
-        "eval_metrics": METRICS,
-        "best_by": st.sampled_from(list(MEASURE_OF)),
-        "eval_interval": st.integers(0, 2),
-        "lambda_gp": st.sampled_from([0.0, 0.1]),
-        "ema": st.sampled_from([0.0, 0.5]),
-        "watch": st.sampled_from(["photo.png", "gone.png"]),
-        "decay_epoch": st.integers(0, 3),
-    },
+BUILDS = st.fixed_dictionaries(
+    {"num_epochs": st.integers(1, 3)},
+    optional={"norm": st.just("batch"), "ema": st.just(0.5), "watch": st.just("photo.png"), "decay_epoch": st.just(1)},
+)
+LENGTHS = st.sampled_from([{}, *({"num_epochs": count} for count in (1, 2, 3, 4, 5))])
+CHANGES = st.just({}) | st.one_of(
+    EVALUATIONS,
+    one(eval_metrics=METRICS),
+    one(best_by=st.sampled_from(list(MEASURE_OF))),
+    one(eval_interval=st.integers(0, 2)),
+    one(lambda_gp=st.sampled_from([0.0, 0.1])),
+    one(ema=st.sampled_from([0.0, 0.5])),
+    one(watch=st.sampled_from(["photo.png", "gone.png"])),
+    one(decay_epoch=st.integers(0, 3)),
 )
 STOPS = st.sampled_from([signal.SIGTERM, signal.SIGINT])
-DURING = st.sampled_from(["losses.csv", "latest.pt", "previous.pt", "best.pt", "G_AB.safetensors", "run.json"])
-BETWEEN = DURING | st.sampled_from(["losses.csv", "measures.csv", "epoch_0001.pt", "G_BA.safetensors", "../../photo.png"])
-EVENTS = st.none() | st.tuples(st.integers(1, 5), STOPS | st.tuples(DURING, WAYS))
-EPOCHS = st.sampled_from(["latest", "best", "1", "2", "3"])
+FILES = st.sampled_from(["losses.csv", "latest.pt", "previous.pt", "best.pt", "G_AB.safetensors", "run.json"])
+WAYS = st.sampled_from(["delete", "cut", "cut off", "empty", "junk", "spill"])
+EVENTS = st.none() | st.tuples(st.integers(1, 5), STOPS | st.tuples(FILES, WAYS))  # before which step
+EPOCHS = st.sampled_from(["latest", "best", "1", "2"])
+USES = st.one_of(
+    st.tuples(st.just(test_stage), EPOCHS, METRICS),
+    st.tuples(st.just(export), EPOCHS),
+    st.tuples(st.just(distill), st.booleans()),
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,19 +96,19 @@ EPOCHS = st.sampled_from(["latest", "best", "1", "2", "3"])
 
 @dataclass(frozen=True)
 class Saved:
-    """What is known of a state: where it stands, the flags in force, the scores by --best_by that best.pt is chosen from."""
+    """What is known of a state: how far it is, the flags in force, the scores that best.pt is chosen from."""
 
     epoch: int = 0
     step: int = 0
     flags: dict = field(default_factory=lambda: DEFAULTS)
-    scores: dict[int, float] = field(default_factory=dict)  # by epoch
+    scores: dict[int, float] = field(default_factory=dict)  # by epoch; of --best_by
     penalties: int = 0  # steps with a gradient penalty
 
 
-def better_of(best_by, scores):
-    """The epochs that may be called the best, for measures.csv rounds."""
+def best_epochs(best_by, scores):
+    """The epochs that may be called the best; more than one where measures.csv rounds the difference away."""
     best = (max if best_by in ("PSNR", "SSIM") else min)(scores.values())
-    return {epoch for epoch, score in scores.items() if math.isclose(score, best, rel_tol=1e-5)}
+    return [epoch for epoch, score in scores.items() if math.isclose(score, best, rel_tol=1e-5)]
 
 
 def score_of(best_by, row):
@@ -107,17 +116,11 @@ def score_of(best_by, row):
     return sum(values) / len(values)
 
 
-def decay_of(flags):
-    half = flags["num_epochs"] // 2
-    return half if flags["decay_epoch"] is None else flags["decay_epoch"]
-
-
 def rate_after(epoch, flags):
     """The learning rate of the epoch that follows `epoch` finished ones."""
-    decay = decay_of(flags)
-    if epoch <= decay:
-        return RATE
-    return RATE * (flags["num_epochs"] - epoch) / (flags["num_epochs"] - decay)
+    last = flags["num_epochs"]
+    decay = last // 2 if flags["decay_epoch"] is None else flags["decay_epoch"]
+    return RATE if epoch <= decay else RATE * (last - epoch) / (last - decay)
 
 
 def is_refused(flags, given):
@@ -128,29 +131,18 @@ def is_refused(flags, given):
         return True
     if flags["decay_epoch"] is not None and flags["decay_epoch"] > flags["num_epochs"]:
         return True
-    return "watch" in given and not is_photo(Path(given["watch"]))
+    return "watch" in given and not Path(given["watch"]).exists()
 
 
-def is_photo(path):
-    return path.is_file() and path.read_bytes() == PHOTO
+def inherited(flags):
+    """The flags of a state as a resumed run takes them: half of the epochs count as a decay that nobody typed."""
+    typed = flags["decay_epoch"] != flags["num_epochs"] // 2
+    return {**flags, "decay_epoch": flags["decay_epoch"] if typed else None}
 
 
 def words_of(flags):
     """Flags as on a command line."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def contents(*left_out):
-    """Everything in saved_models: contents and times by path."""
-    found = {}
-    for path in RUNS.rglob("*"):
-        if path.is_file() and path.name not in (".lock", *left_out):
-            found[path] = (digest(path), path.stat().st_mtime_ns)
-    return found
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def exit_code(main, *argv):
@@ -161,26 +153,40 @@ def exit_code(main, *argv):
     return 0
 
 
-JUNK = b'"junk,\n1,2,3\n\xff\x00,,,,\nepoch\n'
-PHOTO = b""  # contents of the watched photo, once it is made
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder=RUNS, left_out=()):
+    """Everything below a folder: contents and times by path."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in (".lock", *left_out):
+            found[path] = (digest(path), path.stat().st_mtime_ns)
+    return found
 
 
 def harm(path, way):
     """Damage a file as disks and people do; all names of a file that is cut share the damage."""
     data = path.read_bytes()
-    if way == "delete":
-        path.unlink()
-    elif way.startswith("cut") or way == "empty":
-        fraction = {"cut": 0.5, "cut off": 0.95, "empty": 0}[way]
-        os.truncate(path, int(fraction * len(data)))
-    else:
-        path.unlink()
-        middle = len(data) // 2 if way == "spill" else 0
-        path.write_bytes(data[:middle] + JUNK + (data[middle:] if way == "spill" else b""))
+    if way in ("cut", "cut off", "empty"):
+        length = {"cut": len(data) // 2, "cut off": len(data) - 9, "empty": 0}
+        os.truncate(path, max(0, length[way]))
+        return
+    path.unlink()
+    middle = len(data) // 2
+    if way == "junk":
+        path.write_bytes(JUNK)
+    elif way == "spill":
+        path.write_bytes(data[:middle] + JUNK + data[middle:])
 
 
 class Stages(RuleBasedStateMachine):
-    """A data set, a run named tiny and its student; rules are what people do, invariants what they rely on."""
+    """A data set, a run named tiny, and its student."""
 
     def __init__(self):
         super().__init__()
@@ -188,16 +194,14 @@ class Stages(RuleBasedStateMachine):
         self.folder = tempfile.mkdtemp(dir=self.home)
         os.chdir(self.folder)
         tiny = make_dataset(Path("datasets/tiny"), (4, 3, 3, 2), (18, 16))
-        noise_image("small", (9, 8)).save(tiny / "testA" / "1.png")  # too small for SSIM
+        noise_image("small", (9, 8)).save(tiny / "testA" / "1.png")  # test.py has no SSIM for it
         noise_image("photo").save("photo.png")
-        global PHOTO
-        PHOTO = Path("photo.png").read_bytes()
-        self.known: dict[str, Saved] = {}  # states by their digest
+        self.known: dict[str, Saved] = {}  # states by digest
+        self.facts: dict[str, dict] = {}  # what files say that were seen to load, by digest
         self.harmed: set[str] = set()  # digests of what was damaged
-        self.sound: set[str] = set()  # of what was seen to load
-        self.scores: dict[int, float] = {}  # that best.pt is to be chosen from
+        self.scores: dict[int, float] = {}  # that best.pt shall be the best of
         self.best_by = None
-        self.best_lost = False  # by damage, since the last start
+        self.best_harmed = False  # since the last training began
 
     def teardown(self):
         os.chdir(self.home)
@@ -205,69 +209,57 @@ class Stages(RuleBasedStateMachine):
 
     # -- what people do ----------------------------------------------------------------------
 
-    @initialize(fresh=FRESH, evaluated=EVALUATED, event=EVENTS)
-    def begin(self, fresh, evaluated, event):
-        self.start(fresh, evaluated, event, overwrite=False)
+    @initialize(build=BUILDS, evaluation=EVALUATIONS, event=EVENTS)
+    def begin(self, build, evaluation, event):
+        self.start(build, evaluation, event, overwrite=False)
 
-    @rule(fresh=FRESH, evaluated=EVALUATED, event=EVENTS, overwrite=st.booleans())
-    def start(self, fresh, evaluated, event, overwrite):
-        given = {**fresh, **evaluated}
-        flags = {**DEFAULTS, **given}
-        refused = is_refused(flags, given) or (SAVED.exists() and not overwrite)
+    @rule(build=BUILDS, evaluation=EVALUATIONS, event=EVENTS, overwrite=st.booleans())
+    def start(self, build, evaluation, event, overwrite):
+        given = {**build, **evaluation}
+        begun = Saved(flags={**DEFAULTS, **given})
+        refused = is_refused(begun.flags, given) or (SAVED.exists() and not overwrite)
         words = [*START, *words_of(given), *(["--overwrite"] if overwrite else [])]
-        self.scores = self.scores if refused else {}
-        self.train(words, Saved(flags=flags), refused, event)
+        self.train(words, begun, {}, refused, event)
 
-    @rule(changes=CHANGES, event=EVENTS)
-    def resume(self, changes, event):
-        self.go_on("latest", changes, event)
+    @rule(length=LENGTHS, changes=CHANGES, event=EVENTS)
+    def resume(self, length, changes, event):
+        self.go_on("latest", {**length, **changes}, event)
 
-    @rule(epoch=EPOCHS, changes=CHANGES, event=EVENTS)
-    def go_back(self, epoch, changes, event):
-        self.go_on(epoch, changes, event)
+    @rule(epoch=EPOCHS, length=LENGTHS, changes=CHANGES, event=EVENTS)
+    def go_back(self, epoch, length, changes, event):
+        self.go_on(epoch, {**length, **changes}, event)
 
-    @rule(epoch=EPOCHS, metrics=METRICS)
-    def look(self, epoch, metrics):
-        words = ["--run_name", "tiny", "--epoch", epoch, "--metrics", metrics, "--num_test", 2, *CPU]
-        before = contents()
-        code = exit_code(test_stage.main, *words)
-        assert contents() == before
-        assert code == 0 if self.is_whole() and self.state_path(epoch) else code in (0, 2)
+    @rule(use=USES)
+    def use(self, use):
+        stage, *how = use
+        if stage is distill:
+            self.distil(*how)
+        elif stage is export:
+            words = ("--run_name", "tiny", "--epoch", *how, "--to", "junyanz")
+            self.look(export.main, how[0], words, left_out=("latest_net_G_A.pth",))
+        else:
+            words = ("--run_name", "tiny", "--epoch", how[0], "--metrics", how[1], "--num_test", 2, *CPU)
+            self.look(test_stage.main, how[0], words)
 
-    @rule(epoch=EPOCHS)
-    def ship(self, epoch):
-        before = contents()
-        code = exit_code(export.main, "--run_name", "tiny", "--epoch", epoch, "--to", "junyanz")
-        after = contents("latest_net_G_A.pth")
-        assert after == {path: what for path, what in before.items() if path in after}
-        assert code == 0 if self.is_whole() and self.state_path(epoch) else code in (0, 2)
-
-    @rule(go_on=st.booleans())
-    def distil(self, go_on):
-        how = ["--start_from", "latest", "--num_epochs", 2] if go_on else ["--overwrite", "--num_epochs", 1]
-        before = {path: what for path, what in contents().items() if path.parent == SAVED}
-        words = ["--teacher", "tiny", "--student_residual", 1, "--steps_per_epoch", 1, *how, *CPU]
-        code = exit_code(distill.main, *words)
-        assert {path: what for path, what in contents().items() if path.parent == SAVED} == before
-        assert code == 0 if self.state_path("latest") and not go_on else code in (0, 2)
-
-    @rule(name=BETWEEN, way=WAYS)
+    @rule(name=FILES | st.sampled_from(["losses.csv", "measures.csv", "epoch_0001.pt", "G_BA.safetensors"]), way=WAYS)
     def damage(self, name, way):
         path = SAVED / name
-        if not path.is_file() or path.suffix in (".pt", ".safetensors") and way == "cut off":
+        if not path.is_file():
             return
-        self.best_lost |= (SAVED / "best.pt").exists() and path.samefile(SAVED / "best.pt")
+        best = SAVED / "best.pt"
+        self.best_harmed |= best.exists() and path.samefile(best)
         harm(path, way)
         if path.exists():
             self.harmed.add(digest(path))
 
-    # -- training ----------------------------------------------------------------------------
+    @rule()
+    def lose_the_photo(self):
+        Path("photo.png").unlink(missing_ok=True)
+
+    # -- looking and distilling --------------------------------------------------------------
 
     def is_good(self, path):
         return path.is_file() and digest(path) not in self.harmed
-
-    def is_whole(self):
-        return SAVED.exists() and all(map(self.is_good, SAVED.glob("*.*")))
 
     def state_path(self, epoch):
         """The file that --start_from takes, if there is a good one."""
@@ -275,142 +267,163 @@ class Stages(RuleBasedStateMachine):
         paths = [SAVED / name for name in names.get(epoch, [f"epoch_000{epoch}.pt"])]
         return next(filter(self.is_good, paths), None)
 
+    def look(self, main, epoch, words, left_out=()):
+        whole = all(map(self.is_good, SAVED.glob("G_??.safetensors")))
+        before = contents(left_out=left_out)
+        code = exit_code(main, *words)
+        assert contents(left_out=left_out) == before
+        assert code == 0 if whole and self.state_path(epoch) else code in (0, 2)
+
+    def distil(self, go_on):
+        how = ("--start_from", "latest", "--num_epochs", 2) if go_on else ("--overwrite", "--num_epochs", 1)
+        before = contents(SAVED)
+        words = ("--teacher", "tiny", "--student_residual", 1, "--steps_per_epoch", 1, *how, *CPU)
+        code = exit_code(distill.main, *words)
+        assert contents(SAVED) == before
+        assert code == 0 if self.state_path("latest") and not go_on else code in (0, 2)
+
+    # -- training ----------------------------------------------------------------------------
+
     def go_on(self, epoch, changes, event):
         path = self.state_path(epoch)
-        words = ["--run_name", "tiny", "--dataset_name", "tiny", "--start_from", epoch, "--device", "cpu"]
-        words += words_of(changes)
+        words = [*RESUME, "--start_from", epoch, *words_of(changes)]
         if path is None:
-            self.train(words, Saved(), True, event)
+            self.train(words, Saved(), {}, True, event)
             return
         saved = self.known[digest(path)]
-        flags = dict(saved.flags)
-        if flags["decay_epoch"] == flags["num_epochs"] // 2:
-            flags["decay_epoch"] = None  # counts as never typed
-        flags |= changes
-        refused = is_refused(flags, changes)
-        idle = saved.epoch >= flags["num_epochs"]
-        if not refused and not idle:
-            self.scores = saved.scores if flags["best_by"] == saved.flags["best_by"] else {}
-            self.scores = dict(self.scores) if self.best_is_of(flags["best_by"]) else {}
-        self.train(words, Saved(saved.epoch, saved.step, flags, {}, saved.penalties), refused, event)
+        flags = inherited(saved.flags) | changes
+        scores = saved.scores if flags["best_by"] == saved.flags["best_by"] else {}
+        begun = Saved(saved.epoch, saved.step, flags, penalties=saved.penalties)
+        self.train(words, begun, scores if self.holds_best_of(scores, flags["best_by"]) else {}, is_refused(flags, changes), event)
 
-    def train(self, words, begun, refused, event):
-        """Call train.py, from where `begun` says, and compare what it leaves with what it should."""
-        flags = begun.flags
-        last = STEPS * flags["num_epochs"]
-        code = 0
-        actions = {}
-        if event and isinstance(event[1], tuple):
-            actions = {event[0]: lambda: self.damage(*event[1])}
-        elif event and begun.step + event[0] <= last:
-            actions = {event[0]: lambda: signal.raise_signal(event[1])}
-            last = begun.step + event[0]
-            code = 128 + event[1]
-        before = contents()
-        rows = self.rows("losses.csv", begun.step)
-        if refused or begun.epoch >= flags["num_epochs"]:
+    def train(self, words, begun, scores, refused, event):
+        """Call train.py, from where `begun` says, and compare what it leaves with what it should.
+
+        scores: those that the best is still to be chosen from
+        """
+        last = STEPS * begun.flags["num_epochs"]
+        if refused or begun.step >= last:
+            before = contents()
             assert exit_code(train.main, *words) == (2 if refused else 0)
             assert contents() == before
             return
-        self.best_lost = False
+        code = 0
+        actions = {}
+        number, what = event or (0, None)
+        if isinstance(what, tuple):
+            actions = {number: lambda: self.damage(*what)}
+        elif what and begun.step + number <= last:
+            actions = {number: lambda: signal.raise_signal(what)}
+            last = begun.step + number
+            code = 128 + what
+        kept = [row["step"] for row in self.rows("losses.csv", begun.step)]
+        self.best_harmed = False
         with before_steps(actions):
             assert exit_code(train.main, *words) == code
-        self.check_losses(rows, begun, last)
-        self.take_scores(begun, last)
-        self.check_state(begun, last)
+        self.check_losses(kept, begun, last)
+        self.take_scores(scores, begun, last)
+        self.check_states(begun, last)
 
     def rows(self, name, last_step):
+        """The rows of a log up to a step; as far as they can be read."""
         path = SAVED / name
         return [row for row in read_losses(path) if row["step"] <= last_step] if path.is_file() else []
 
-    def check_losses(self, before, begun, last):
-        rows = read_losses(SAVED / "losses.csv") if self.is_good(SAVED / "losses.csv") else None
+    def check_losses(self, kept, begun, last):
+        path = SAVED / "losses.csv"
+        assert self.is_good(path), "the last save left it damaged"
         ended = range(begun.step // STEPS, last // STEPS)  # epochs before each that was finished now
-        if rows is None:  # damaged after the last save, which therefore came before an end
-            assert not ended
-            return
-        kept = [row["step"] for row in before]
-        assert [row["step"] for row in rows] == kept + [STEPS * (epoch + 1) for epoch in ended]
+        rows = read_losses(path)
+        assert [row["step"] for row in rows] == [*kept, *(STEPS * (epoch + 1) for epoch in ended)]
         for epoch, row in zip(ended, rows[len(kept) :], strict=True):
             assert row["epoch"] == epoch + 1
             assert row["lr"] == pytest.approx(rate_after(epoch, begun.flags), rel=1e-5)
 
-    def take_scores(self, begun, last):
-        """Note what was evaluated now."""
-        flags = begun.flags
-        interval = flags["eval_interval"] or math.inf
+    def take_scores(self, scores, begun, last):
+        """Note what was evaluated now, and by what the best is chosen."""
+        interval = begun.flags["eval_interval"] or math.inf
         ended = range(begun.step // STEPS + 1, last // STEPS + 1)
-        evaluated = [epoch for epoch in ended if epoch % interval == 0]
         rows = {row["epoch"]: row for row in self.rows("measures.csv", last)}
-        assert set(evaluated) <= rows.keys()
-        self.best_by = flags["best_by"]
+        evaluated = {epoch: rows[epoch] for epoch in ended if epoch % interval == 0}
+        self.best_by = begun.flags["best_by"]
+        self.scores = dict(scores)
         if self.best_by:
-            self.scores |= {epoch: score_of(self.best_by, rows[epoch]) for epoch in evaluated}
+            self.scores |= {epoch: score_of(self.best_by, row) for epoch, row in evaluated.items()}
 
-    def check_state(self, begun, last):
+    def check_states(self, begun, last):
         """Look at the newest state and the generators beside it, and note all states that are new."""
         penalties = begun.penalties + (last - begun.step if begun.flags["lambda_gp"] else 0)
-        state = load_state(SAVED / "latest.pt")
-        assert (state["epoch"], state["loader"]["place"]) == divmod(last, STEPS)
-        assert state["step"] == last
+        latest = self.read(SAVED / "latest.pt")
+        assert (latest["epoch"], latest["place"], latest["step"]) == (*divmod(last, STEPS), last)
         for name in ("G_AB", "G_BA"):
-            _, metadata = load_generator(SAVED / f"{name}.safetensors")
-            assert metadata["step"] == last
-        for name, tensors in state["nets"].items():
-            passes = 3 * last + (penalties if name.startswith("D") else 0)
-            counts = {int(x) for key, x in tensors.items() if key.endswith("num_batches_tracked")}
-            assert counts <= {passes}, f"{name}: its normalisation saw images that it does not learn from"
+            assert self.read(SAVED / f"{name}.safetensors")["step"] == last
+        for name, counts in latest["passes"].items():
+            looked = 3 * last + (penalties if name.startswith("D") else 0)
+            assert counts <= {looked}, f"{name}: its batch norm saw images that it does not learn from"
         for path in SAVED.glob("*.pt"):
-            what = digest(path)
-            if what not in self.known and what not in self.harmed:
-                state = load_state(path)
-                scores = {epoch: score for epoch, score in self.scores.items() if epoch <= state["epoch"]}
-                self.known[what] = Saved(state["epoch"], state["step"], begun.flags, scores, penalties)
+            if self.is_good(path) and digest(path) not in self.known:
+                facts = self.read(path)
+                scores = {epoch: score for epoch, score in self.scores.items() if epoch <= facts["epoch"]}
+                self.known[digest(path)] = Saved(facts["epoch"], facts["step"], begun.flags, scores, penalties)
+
+    def read(self, path):
+        """What a file says; nobody damaged it, so it has to load."""
+        what = digest(path)
+        if what not in self.facts:
+            try:
+                self.facts[what] = load_generator(path)[1] if path.suffix == ".safetensors" else facts_of(path)
+            except InputError as error:
+                raise AssertionError(f"{path} was saved and not damaged: {error}") from error
+        return self.facts[what]
 
     # -- what they rely on -------------------------------------------------------------------
 
-    def best_is_of(self, best_by):
-        """Whether best.pt is the best of the scores."""
+    def holds_best_of(self, scores, best_by):
+        """Whether best.pt is the best of some scores, and of the branch that they belong to."""
         path = SAVED / "best.pt"
-        if not (self.scores and self.is_good(path)):
+        if not (scores and self.is_good(path)):
             return False
         saved = self.known[digest(path)]
-        same = saved.scores == {epoch: score for epoch, score in self.scores.items() if epoch <= saved.epoch}
-        return same and saved.epoch in better_of(best_by, self.scores)
+        own = saved.scores == {epoch: score for epoch, score in scores.items() if epoch <= saved.epoch}
+        return own and saved.epoch in best_epochs(best_by, scores)
 
     @invariant()
     def the_best_is_kept(self):
-        path = SAVED / "best.pt"
-        if not self.scores or self.best_lost:
+        if not self.scores or self.best_harmed:
             return
-        assert self.best_is_of(self.best_by), f"expected the best by {self.best_by} of {self.scores}"
-        best = load_state(path)["best"]
-        assert (best["metric"], best["epoch"]) == (self.best_by, self.known[digest(path)].epoch)
+        assert self.holds_best_of(self.scores, self.best_by), f"best.pt is not the best by {self.best_by} of {self.scores}"
+        best = self.read(SAVED / "best.pt")["best"]
+        assert best["metric"] == self.best_by
+        assert best["epoch"] == self.known[digest(SAVED / "best.pt")].epoch
         assert best["score"] == pytest.approx(self.scores[best["epoch"]], rel=1e-5)
 
     @invariant()
     def what_was_saved_loads(self):
         for path in (*RUNS.glob("*/*.pt"), *RUNS.glob("*/*.safetensors")):
-            what = digest(path)
-            if what in self.harmed | self.sound:
-                continue
-            try:
-                load_state(path) if path.suffix == ".pt" else load_generator(path)
-            except InputError as error:
-                raise AssertionError(f"{path} was saved and not damaged: {error}") from error
-            self.sound.add(what)
+            if self.is_good(path):
+                self.read(path)
 
     @invariant()
     def nothing_is_left_half_written(self):
         assert not [*Path().rglob(".*.tmp")]
 
 
+def facts_of(path):
+    """What a whole state says; passes: how many batches each normalisation saw, by network."""
+    state = load_state(path)
+    passes = {}
+    for name, tensors in state["nets"].items():
+        passes[name] = {x.item() for key, x in tensors.items() if key.endswith("num_batches_tracked")}
+    counts = {"epoch": state["epoch"], "step": state["step"], "place": state["loader"]["place"]}
+    return {**counts, "best": state["best"], "passes": passes}
+
+
 # ---------------------------------------------------------------------------------------------
 # Running it
 
 USUAL = settings(
-    max_examples=15,
-    stateful_step_count=5,
+    max_examples=12,
+    stateful_step_count=6,
     derandomize=True,
     database=None,
     deadline=None,
@@ -434,7 +447,7 @@ def test_stages_in_any_order_leave_what_is_true():
 @pytest.mark.slow
 @pytest.mark.usefixtures("light")
 def test_many_stages_in_any_order_leave_what_is_true():
-    run_state_machine_as_test(Stages, settings=settings(USUAL, max_examples=150, stateful_step_count=7))
+    run_state_machine_as_test(Stages, settings=settings(USUAL, max_examples=150, stateful_step_count=8))
 
 
 def test_evaluating_by_losses_leaves_a_batch_norm_alone(tiny, no_plots):

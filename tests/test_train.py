@@ -272,7 +272,7 @@ def test_an_epoch_that_became_shorter_than_what_is_done_is_finished(tiny, capsys
     with stops_in_step(4, signal.SIGINT):
         run_tiny("--num_epochs", 2, "--steps_per_epoch", 6)
     train.main([*RESUME, "--steps_per_epoch", "3"])
-    assert "epochs have 3 steps now, and 4 of this one are done" in capsys.readouterr().out
+    assert "an epoch has 3 steps now, and 4 are done" in capsys.readouterr().out
     assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
 
 
