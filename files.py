@@ -31,6 +31,7 @@ else:
     import fcntl
 
 MOST_VALUES = 10**5  # in a whole-state file; the largest network has thousands
+MOST_LEVELS = 100  # of values in values; a state has six
 UMASK = threading.Lock()  # to read it is to change it, for all threads
 
 
@@ -164,19 +165,18 @@ def lock_owner(file: io.FileIO) -> str:
 def count_values(value: object) -> int:
     """Count nested plain values; a small file can hold copies of copies that no loop would come to the end of.
 
-    raises: ValueError beyond MOST_VALUES, and for integers that are too long to be printed
+    raises: ValueError beyond MOST_VALUES or MOST_LEVELS, and for integers that are too long to be printed
     """
-    waiting = [value]
+    waiting = [(value, 0)]
     count = 0
     while waiting:
-        x = waiting.pop()
+        x, level = waiting.pop()
         count += 1
-        if count > MOST_VALUES or (isinstance(x, int) and x.bit_length() > 128):
+        if count > MOST_VALUES or level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
             raise ValueError("more in it than a checkpoint has")
-        if isinstance(x, dict):
-            waiting += [*x.keys(), *x.values()]
-        elif isinstance(x, list | tuple | set):
-            waiting += x
+        inside = [*x.keys(), *x.values()] if isinstance(x, dict) else x
+        if isinstance(inside, list | tuple | set):
+            waiting += [(y, level + 1) for y in inside]
     return count
 
 

@@ -23,11 +23,8 @@ def noise_image(seed, size=(20, 18), mode="RGB"):
     return Image.frombytes(mode, size, data)
 
 
-noise_picture = noise_image
-
-
 def make_dataset(root, counts=(5, 4, 2, 2), size=(20, 18)):
-    """Write trainA trainB testA testB below root with so many pictures each."""
+    """Write trainA trainB testA testB below root with so many images each."""
     for split, count in zip(("trainA", "trainB", "testA", "testB"), counts, strict=True):
         (root / split).mkdir(parents=True)
         for i in range(count):

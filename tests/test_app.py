@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture
+from conftest import noise_image
 from PIL import Image
 
 import app
@@ -47,7 +47,7 @@ def opened(name="tiny", *flags):
 
 @pytest.fixture
 def photo():
-    noise_picture(3, (30, 20)).save("photo.png")
+    noise_image(3, (30, 20)).save("photo.png")
     return Path("photo.png")
 
 
@@ -107,7 +107,7 @@ def test_a_batch_becomes_a_zip_and_what_is_no_image_is_named(photo):
     Path("bad.png").write_text("hello")
     for name in ("x/photo.jpg", "y/Photo.png"):
         Path(name).parent.mkdir()
-        noise_picture(name, (12, 40)).save(name)
+        noise_image(name, (12, 40)).save(name)
     faults = app.translate_batch(
         opened(), "AtoB", map(Path, ("photo.png", "bad.png", "x/photo.jpg", "y/Photo.png")), Path("out.zip")
     )
@@ -130,7 +130,7 @@ def test_each_call_writes_a_zip_of_its_own(photo):
     write_run()
     Path("zips").mkdir()
     args = app.parse_args(EXACT)
-    noise_picture(1).save("other.png")
+    noise_image(1).save("other.png")
     packed = [app.pack(args, Path("zips"), "tiny", "AtoB", [name, "bad.png"]) for name in ("photo.png", "other.png")]
     for (path, faults), name in zip(packed, ("photo.png", "other.png"), strict=True):
         with zipfile.ZipFile(path) as archive:
@@ -249,8 +249,8 @@ def test_two_visitors_at_once_get_their_own_zips_which_nobody_guesses(server):
     client = pytest.importorskip("gradio_client", reason="comes with gradio")
     process, address = server
     write_run()
-    noise_picture(1).save("one.png")
-    noise_picture(2).save("two.png")
+    noise_image(1).save("one.png")
+    noise_image(2).save("two.png")
 
     def ask(name):
         visitor = client.Client(address, verbose=False, download_files=False)

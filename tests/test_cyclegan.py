@@ -3,6 +3,7 @@ import importlib
 import io
 import math
 import random
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -480,6 +481,19 @@ def test_networks_are_shown_no_more_than_a_micro_batch():
     model.step(*batch(0))
     assert sizes["G_AB"] == [6, 3, 6, 3, 4, 2]  # real and identity in one call, then the round trip
     assert sizes["D_A"] == [3, 3, 2, 6, 6, 4]
+
+
+def test_a_micro_batch_need_not_fit_beside_the_one_before():
+    losses = []
+
+    def watched(*args):
+        assert all(loss() is None for loss in losses)
+        loss, terms, images = generator_loss(*args)
+        losses.append(weakref.ref(loss))
+        return loss, terms, images
+
+    tiny_model(micro_batch=3, generator_loss=watched).step(*batch(0))
+    assert len(losses) == 3
 
 
 def test_micro_batches_with_a_batch_norm_are_refused():

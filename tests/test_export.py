@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, noise_picture, tiny_networks
+from conftest import TINY, noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
@@ -77,7 +77,7 @@ def test_a_run_is_exported_and_the_example_translates_without_torch(tiny, monkey
     given = ["--num_epochs", "2", "--checkpoint_interval", "1", "--img_width", "24"]
     train.main(["--dataset_name", "tiny", *TINY, *given])
     assert export.main(["--run_name", "tiny", "--direction", "BtoA"]) == Path("saved_models/tiny/G_BA.onnx")
-    noise_picture(3, (30, 20)).save("photo.png")
+    noise_image(3, (30, 20)).save("photo.png")
     monkeypatch.setattr(sys, "argv", ["onnx_translate.py", "saved_models/tiny/G_BA.onnx", "photo.png", "output.png"])
     runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"), run_name="__main__")
     flags = ["--direction", "BtoA", "--device", "cpu", "--precision", "fp32"]

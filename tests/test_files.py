@@ -354,6 +354,10 @@ def copies_of_copies(path):
 
 
 def long_number(path):
+    torch.save({"format": 10**300}, path)
+
+
+def longer_number(path):
     path.write_bytes(pickle.dumps({"format": 10**5000}))
 
 
@@ -369,11 +373,22 @@ def text(path):
     path.write_text("x" * 1000)
 
 
-@pytest.mark.parametrize("make", [zip_bomb, copies_of_copies, long_number, many_values, empty, text])
-def test_archives_that_would_fill_memory_or_time_are_refused_at_once(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (zip_bomb, "it would unpack to more than its own size"),
+        (copies_of_copies, "more in it than a checkpoint has"),
+        (long_number, "more in it than a checkpoint has"),
+        (longer_number, ""),
+        (many_values, "more in it than a checkpoint has"),
+        (empty, ""),
+        (text, ""),
+    ],
+)
+def test_archives_that_would_fill_memory_or_time_are_refused_at_once(tmp_path, make, words):
     make(tmp_path / "x.pt")
     start = time.monotonic()
-    with pytest.raises(InputError, match=r"x\.pt: not a readable checkpoint") as error:
+    with pytest.raises(InputError, match=rf"x\.pt: not a readable checkpoint .*\({words}") as error:
         read_archive(tmp_path / "x.pt")
     assert time.monotonic() - start < 5
     assert len(one_line(error.value)) < 300
@@ -460,3 +475,12 @@ def test_templates_are_looked_for_beside_the_code_wherever_it_runs(tmp_path):
     folders = files.page_templates().loader.searchpath
     assert [Path(folder) for folder in folders] == [Path(files.__file__).parent / "templates"]
     assert files.page_templates() is files.page_templates()  # read once
+
+
+def test_values_nested_too_deep_to_be_printed_are_refused(tmp_path):
+    deep = []
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="more in it than a checkpoint has"):
+        files.count_values({"args": {"lr": deep}})
+    assert files.count_values([[1, (2, {3: [4]})]]) == 9

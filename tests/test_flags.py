@@ -251,6 +251,7 @@ EVALUATED = ["--eval_interval", "1", "--eval_metrics", "paired"]
     [
         (["--gp_target", "1"], "--gp_target 1: has no effect without --lambda_gp"),
         (["--best_by", "PSNR"], "needs --eval_interval and paired"),
+        (["--best_by", "cycle"], "needs --eval_interval and cycle"),
         (["--best_by", "loss_G", "--eval_interval", "1"], "needs --eval_interval and losses"),
         (["--best_by", "SSIM", "--eval_interval", "1"], "needs --eval_interval and paired"),
         (["--best_by", "cycle", "--eval_interval", "1", "--eval_metrics", "identity"], "and cycle among"),

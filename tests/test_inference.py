@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture, tiny_networks
+from conftest import noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
@@ -36,7 +36,7 @@ def test_a_run_is_translated_without_a_command_line():
     ours = Translator(nets, metadata, "cpu", "fp32", output_size="net")
     assert ours.directions == ["AtoB", "BtoA"]
     assert (ours.size, ours.channels, metadata["step"]) == ((16, 16), 3, 4)
-    noise_picture(1).save("a.png")
+    noise_image(1).save("a.png")
     (result,) = translate_folder(ours, "BtoA", Path(), [Path("a.png")], Path("out"))
     assert result.files == {kind: Path(kind, "a.png") for kind in ("real_B", "fake_A", "rec_B")}
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_names_that_would_be_too_long_are_shortened_and_stay_apart():
 def test_two_inputs_of_one_long_stem_are_both_translated():
     Path("in").mkdir()
     for suffix in (".png", ".bmp"):
-        noise_picture(suffix).save(f"in/{'x' * 250}{suffix}")
+        noise_image(suffix).save(f"in/{'x' * 250}{suffix}")
     results = translate_folder(translator(), "AtoB", Path("in"), list_images(Path("in")), Path("out"))
     assert len(results) == 2
     assert all(Path("out", result.files["fake_B"]).is_file() for result in results)
@@ -263,6 +263,6 @@ def test_batches_hold_alike_images_in_order_and_none_too_many_pixels(monkeypatch
 def test_photos_that_would_fill_the_memory_of_a_transformer_are_left_out(monkeypatch):
     monkeypatch.setattr(utils, "total_memory", lambda device: 4e6)
     net = generator(generator="unet_vit", vit_blocks=0)
-    noise_picture(1, (160, 160)).save("large.png")
+    noise_image(1, (160, 160)).save("large.png")
     assert "tokens" in str(translator(net, scale="native").read_seen(Path("large.png")).fault)
     assert translator(net).read_seen(Path("large.png")).fault is None

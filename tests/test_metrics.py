@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import differences, make_dataset, noise_picture, tiny_model, tiny_networks
+from conftest import differences, make_dataset, noise_image, tiny_model, tiny_networks
 from skimage.metrics import structural_similarity
 from torch import nn
 
@@ -460,7 +460,7 @@ def load(path):
 def test_missing_torch_fidelity_and_wrong_weights_are_one_line(tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
-        noise_picture(i).save(path)
+        noise_image(i).save(path)
     given = (paths, paths, load, ["fid"])
     with pytest.raises(utils.InputError, match=r"none\.pth"):
         metrics.fid_kid(*given, tmp_path / "none.pth", CPU)

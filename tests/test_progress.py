@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from breakage import full_disk
-from conftest import differences, make_dataset, noise_picture, tiny_model
+from conftest import differences, make_dataset, noise_image, tiny_model
 from PIL import Image
 
 import progress
@@ -201,7 +201,7 @@ GOOD = "epoch,step,lr,loss_G\n1,20,0.0002,2.5\n"
         ('epoch,step,"a\nb"\n1,20,3\n', 0),
         ("epoch,step,猫\n1,20,3\n", 0),
         ("epoch,loss_G\n1,2\n", 0),
-        (noise_picture(0).tobytes(), 0),
+        (noise_image(0).tobytes(), 0),
     ],
 )
 def test_of_a_damaged_log_the_rows_before_the_damage_are_kept(tmp_path, capsys, content, kept):
@@ -390,7 +390,7 @@ def test_without_test_images_the_grids_show_training_images(tmp_path, capsys):
 def write_photos(*names):
     for name in names:
         Path(name).parent.mkdir(exist_ok=True)
-        noise_picture(name).save(name, format="PNG")
+        noise_image(name).save(name, format="PNG")
     return [Path(name) for name in names]
 
 
@@ -405,7 +405,7 @@ def test_photos_of_one_name_and_of_odd_names_are_all_watched():
     ("size", "shape"), [((40, 30), (16, 21)), ((30, 40), (21, 16)), ((400, 10), (16, 64)), ((16, 16), (16, 16))]
 )
 def test_a_watched_photo_keeps_its_shape(size, shape):
-    noise_picture(0, size).save("x.png")
+    noise_image(0, size).save("x.png")
     assert load_watched([Path("x.png")], (16, 24), 3)["x"].shape == (1, 3, *shape)
 
 
@@ -457,7 +457,7 @@ def test_a_page_loads_itself_anew_only_while_there_is_something_to_come(tmp_path
 def test_names_of_photos_cannot_write_html(tmp_path):
     folder = tmp_path / "watch" / "<b>&"
     folder.mkdir(parents=True)
-    noise_picture(0).save(folder / "epoch_0001.png")
+    noise_image(0).save(folder / "epoch_0001.png")
     write_progress(tmp_path, "<i>", "<u>", 1.0, ["<s>"])
     page = (tmp_path / "index.html").read_text()
     assert not any(f"<{letter}>" in page for letter in "bius")
@@ -479,7 +479,7 @@ HOSTILE = [
 def test_a_page_shows_any_name_as_it_is_and_links_to_its_file(tmp_path, name):
     folder = tmp_path / "watch" / name
     folder.mkdir(parents=True)
-    noise_picture(0).save(folder / "epoch_0001.png")
+    noise_image(0).save(folder / "epoch_0001.png")
     write_progress(tmp_path, name, name, 1.0, [])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<script>" not in page
@@ -546,8 +546,8 @@ def test_of_few_epochs_a_photo_shows_all(count):
 
 
 def test_large_images_are_reduced_in_the_page(tmp_path):
-    noise_picture(0, (2000, 10)).save(tmp_path / "epoch_0001.png")
-    noise_picture(0, (2000, 10)).save(tmp_path / "epoch_best.png")  # not ours
+    noise_image(0, (2000, 10)).save(tmp_path / "epoch_0001.png")
+    noise_image(0, (2000, 10)).save(tmp_path / "epoch_best.png")  # not ours
     write_progress(tmp_path, "run", "facts", 1.0, [])
     page = (tmp_path / "index.html").read_text()
     assert images_of(page) == ["epoch_0001.png"]

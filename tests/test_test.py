@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_dataset, noise_picture, tiny_model, tiny_networks
+from conftest import TINY, make_dataset, noise_image, tiny_model, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
@@ -103,8 +103,8 @@ def test_a_translation_is_what_the_generator_gives_at_the_size_of_training(run):
 
 def test_native_scale_translates_each_image_at_its_own_size(run):
     Path("photos").mkdir()
-    noise_picture(1, (33, 21)).save("photos/wide.png")
-    noise_picture(2, (8, 8)).save("photos/least.png")
+    noise_image(1, (33, 21)).save("photos/wide.png")
+    noise_image(2, (8, 8)).save("photos/least.png")
     run("--input", "photos", "--direction", "BtoA", "--scale", "native")
     net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_any_epoch_can_be_tested(run):
 def test_one_file_of_weights_and_one_image_are_enough(run):
     shutil.move("saved_models/tiny/G_BA.safetensors", "student.safetensors")
     shutil.rmtree("saved_models")
-    noise_picture(1, (30, 40)).save("cat.photo.jpg")
+    noise_image(1, (30, 40)).save("cat.photo.jpg")
     test_stage.main(["--weights", "student.safetensors", "--input", "cat.photo.jpg", *FP32])
     output = Path("generated_images/tiny/test")
     assert [p.name for p in output.rglob("*.png")].count("cat.photo.png") == 2  # the input and its translation
@@ -154,7 +154,7 @@ def test_names_and_sub_folders_are_kept_and_never_collide(run):
     names = ["a.jpg", "a.png", "b.png", "sub/a.png", "a.jpg.bmp", "<script>&.png", "ü 猫.png", "-dash.png", "50%#?.png"]
     for i, name in enumerate(names):
         Path("in", name).parent.mkdir(parents=True, exist_ok=True)
-        noise_picture(i).save(Path("in", name))
+        noise_image(i).save(Path("in", name))
     run("--input", "in", "--direction", "AtoB", "--output", "out")
     found = {str(p.relative_to("out/fake_B")) for p in Path("out/fake_B").rglob("*.png")}
     assert found >= {"a.jpg.png", "a.png.png", "b.png", "sub/a.png", "<script>&.png"}
@@ -173,8 +173,8 @@ def test_num_test_limits_and_small_or_torn_images_are_skipped(run, capsys):
     assert len(list(Path("two/fake_B").iterdir())) == 2
     Path("in").mkdir()
     for i in range(3):
-        noise_picture(i).save(f"in/{i}.png")
-    noise_picture(9, (6, 20)).save("in/thin.png")
+        noise_image(i).save(f"in/{i}.png")
+    noise_image(9, (6, 20)).save("in/thin.png")
     run("--input", "in", "--direction", "AtoB", "--scale", "native", "--output", "thin")
     assert len(list(Path("thin/fake_B").iterdir())) == 3
     assert "thin.png (6x20 px, the generator needs 8 px a side)" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_num_test_limits_and_small_or_torn_images_are_skipped(run, capsys):
 def test_grey_networks_take_colour_images(tmp_path):
     net = build_generator(GeneratorConfig(channels=1, ngf=4, num_residual=1))
     save_generator(Path("grey.safetensors"), net, {"direction": "AtoB", "size": [16, 16], "run_name": "../../x"})
-    noise_picture(1).save("cat.png")
+    noise_image(1).save("cat.png")
     test_stage.main(["--weights", "grey.safetensors", "--input", "cat.png", *FP32])
     assert opened("generated_images/grey/test/fake_B/cat.png").mode == "L"  # a name that leads elsewhere is not used
 
@@ -256,7 +256,7 @@ def test_the_mean_image_is_that_of_the_training_images(run):
 
 def test_what_is_no_number_is_null_in_json(run):
     for path in Path("datasets/tiny").rglob("*.png"):
-        noise_picture(str(path), (8, 8)).save(path)
+        noise_image(str(path), (8, 8)).save(path)
     scores = run("--metrics", "paired,cycle", "--direction", "AtoB")
     assert np.isnan(scores["AtoB"]["paired"]["model"]["SSIM"])  # its window has 11 px
     written = strict_json("generated_images/tiny/test/metrics.json")
@@ -329,8 +329,8 @@ def test_a_measure_of_one_domain_needs_no_images_of_the_other(run):
 
 
 def test_lazy_images_are_a_mapping_that_knows_its_paths():
-    noise_picture(1, (20, 18)).save("a.png")
-    noise_picture(2, (20, 18)).save("b.png")
+    noise_image(1, (20, 18)).save("a.png")
+    noise_image(2, (20, 18)).save("b.png")
     lazy = images.LazyImages([Path("a.png"), Path("gone.png")], (16, 16))
     assert (len(lazy), list(lazy)) == (2, [Path("a.png"), Path("gone.png")])
     assert torch.equal(lazy[Path("a.png")], load_image(Path("a.png"), (16, 16))[None])
@@ -395,7 +395,7 @@ def test_a_state_of_another_shape_is_refused(run, refused):
 
 def test_inputs_are_never_overwritten(run, refused):
     Path("pics/real_A").mkdir(parents=True)
-    noise_picture(1).save("pics/real_A/x.png")
+    noise_image(1).save("pics/real_A/x.png")
     before = Path("pics/real_A/x.png").read_bytes()
     argv = ["--run_name", "tiny", "--input", "pics/real_A", "--output", "pics", "--direction", "AtoB"]
     assert "--output pics" in refused(test_stage.main, *argv)
@@ -468,7 +468,7 @@ def test_a_generator_under_the_other_ones_name_is_refused(run, refused):
 def test_images_of_several_sizes_come_out_as_they_do_one_by_one(run, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for i in range(40):
-        noise_picture(i, (20, 18) if i % 7 else (24, 16)).save(tmp_path / "in" / f"{i:02d}.png")
+        noise_image(i, (20, 18) if i % 7 else (24, 16)).save(tmp_path / "in" / f"{i:02d}.png")
     run("--input", "in", "--scale", "native", "--output", "many")
     monkeypatch.setattr(inference, "BATCH", 1)
     run("--input", "in", "--scale", "native", "--output", "single")
@@ -502,7 +502,7 @@ def test_a_tile_smaller_than_the_receptive_field_is_warned_about(run, capsys):
 
 def test_a_tile_smaller_than_the_network_takes_is_refused(tiny, refused):
     save_run(argv=["--img_height", 32, "--img_width", 32], n_downsampling=4)
-    noise_picture(1, (64, 48)).save("a.png")
+    noise_image(1, (64, 48)).save("a.png")
     argv = ["--run_name", "tiny", "--input", "a.png", "--scale", "native", *FP32, "--tile"]
     words = refused(test_stage.main, *argv, "16")
     assert "--tile 16" in words
@@ -514,9 +514,9 @@ def test_a_tile_smaller_than_the_network_takes_is_refused(tiny, refused):
 
 def test_one_large_photo_does_not_make_a_large_grid(run, monkeypatch):
     Path("in").mkdir()
-    noise_picture(0, (1500, 400)).save("in/0.png")
+    noise_image(0, (1500, 400)).save("in/0.png")
     for i in range(1, 4):
-        noise_picture(i, (30, 40)).save(f"in/{i}.png")
+        noise_image(i, (30, 40)).save(f"in/{i}.png")
     held = []
     plain = test_stage.images.draw_grid
     monkeypatch.setattr(test_stage.images, "draw_grid", lambda rows: held.extend(rows) or plain(rows))

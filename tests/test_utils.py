@@ -3,8 +3,11 @@ import math
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -468,3 +471,19 @@ def test_buffers_of_other_seeds_exchange_other_images():
     outputs = [FakeImageBuffer(3, seed).exchange(numbered(*range(40))).tolist() for seed in ("0-A", "0-B", "0-A")]
     assert outputs[0] != outputs[1]
     assert outputs[0] == outputs[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc to see how far the imports are")
+def test_ctrl_c_during_the_imports_ends_without_a_traceback():
+    stage = str(Path(utils.__file__).with_name("train.py"))
+    process = subprocess.Popen(
+        [sys.executable, stage, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (-signal.SIGINT, "")  # which a shell calls 130
+    assert "Traceback" not in err

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture
+from conftest import noise_image
 from PIL import Image
 
 import export
@@ -100,18 +100,18 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
     net = export_generator(channels, norm)
     page = open_page("G_AB.onnx")
     assert page.inner_text("#about") == "model.onnx: AtoB, of tiny, trained at 48×40 px"
-    noise_picture(1, (48, 40)).save("same.png")
+    noise_image(1, (48, 40)).save("same.png")
     assert choose(page, "#picture", "same.png").startswith("translated in ")
     with torch.no_grad():
         wanted = tensor_to_image(net(load_image(Path("same.png"), None, channels)[None])[0])
     output, name = download(page)
     assert name == "same_AtoB.png"
     assert mean_difference(output, wanted.convert("RGB")) < 0.1  # of 255
-    noise_picture(1, (150, 90)).save("larger.png")
-    noise_picture(2, (20, 30), "RGBA").save("clear.png")
+    noise_image(1, (150, 90)).save("larger.png")
+    noise_image(2, (20, 30), "RGBA").save("clear.png")
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
-    noise_picture(3, (64, 30)).save("turned.png", exif=turned)
+    noise_image(3, (64, 30)).save("turned.png", exif=turned)
     for name in ("larger", "clear", "turned"):
         argv = ["--weights", "G_AB.safetensors", "--input", f"{name}.png", "--device", "cpu", "--precision", "fp32"]
         test_stage.main(argv)
@@ -125,7 +125,7 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
 def test_whatever_cannot_be_shown_is_refused_in_one_line_and_the_page_lives_on(open_page):
     page = open_page()
     assert "no model.onnx beside this page" in page.inner_text("#message")
-    noise_picture(1, (48, 40)).save("good.png")
+    noise_image(1, (48, 40)).save("good.png")
     assert "no generator yet" in choose(page, "#picture", "good.png")
     export_generator()
     Path("text.onnx").write_text("no model")
