@@ -1,4 +1,4 @@
-# make demo    train on drawn landscapes, test, and say where the pictures are
+# make demo    train on drawn landscapes, test, and say where the images are
 # make smoke   a few steps, to see that all is installed
 # make test    lint, types and the everyday tests
 # make format  let ruff lay out the code
@@ -25,7 +25,7 @@ demo: .venv/installed
 	if [ -f saved_models/day2night/latest.pt ]; then $(BIN)/python train.py --dataset_name day2night --start_from latest; \
 	else $(BIN)/python train.py $(DEMO); fi
 	$(BIN)/python test.py --dataset_name day2night --metrics paired,cycle,losses
-	@echo "watched while it learned: generated_images/day2night/   the test pictures: generated_images/day2night/test/index.html"
+	@echo "watched while it learned: generated_images/day2night/   the test images: generated_images/day2night/test/index.html"
 
 smoke: .venv/installed
 	$(BIN)/python train.py $(DEMO) --run_name smoke --overwrite --num_epochs 1 --steps_per_epoch 20

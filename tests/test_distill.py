@@ -200,6 +200,7 @@ def test_two_directions_at_once_leave_what_two_runs_leave(teacher):
     assert {"output_AB", "hidden_AB", "output_BA", "hidden_BA"} <= rows[0].keys()
 
 
+@pytest.mark.slow
 def test_hidden_states_and_images_of_the_teacher_are_learnt(teacher):
     """With only the two distillation losses a student comes close to its teacher."""
     flags = ("--lambda_gan", 0, "--lambda_cycle", 0, "--lambda_identity", 0, "--steps_per_epoch", 120, "--lr", 2e-3)

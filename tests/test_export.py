@@ -62,6 +62,7 @@ def test_an_onnx_file_gives_what_pytorch_gives_at_any_size_and_batch(flags, monk
     assert facts["channels"] == net.config.channels
 
 
+@pytest.mark.slow
 def test_outputs_that_differ_are_not_written(refused, monkeypatch):
     write_generator(ngf=2, num_residual=1)
     run = export.open_session
