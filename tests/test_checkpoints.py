@@ -34,7 +34,7 @@ from checkpoints import (
     save_state,
 )
 from files import write_text
-from progress import Meter
+from progress import Meter, read_losses
 from utils import InputError, one_line
 
 
@@ -471,3 +471,24 @@ def test_states_with_any_value_in_any_place_are_read_or_refused(tmp_path, source
         take(model, path)
     except InputError as error:
         assert_one_line(error, path)
+
+
+# -- format 1, for ever ------------------------------------------------------------------------
+
+
+def test_a_stored_state_of_format_1_resumes_and_ends_as_its_run_did(tiny):
+    """Written in the middle of epoch 2 by the first code of this format, with averages, a penalty and full buffers."""
+    stored = Path(__file__).parent / "data"
+    folder = Path("saved_models/old")
+    folder.mkdir(parents=True)
+    shutil.copyfile(stored / "format_1.pt", folder / "latest.pt")
+    expected = read_losses(stored / "format_1_losses.csv")
+    write_text(folder / "losses.csv", (stored / "format_1_losses.csv").read_text().replace("\n2,6,", "\n2,7,"))
+    train.main(["--run_name", "old", "--start_from", "latest", "--device", "cpu"])
+    rows = read_losses(folder / "losses.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
+    for name, value in expected[1].items():  # a later torch may add in another order
+        assert rows[1][name] == pytest.approx(value, rel=1e-3), name
+    state = state_of("old")
+    assert (state["epoch"], state["step"]) == (2, 6)
+    assert set(state["ema"]) == {"G_AB", "G_BA"}
