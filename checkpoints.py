@@ -39,7 +39,7 @@ from utils import (
     warn,
     world,
 )
-from weights import check_tensors, load_tensors, read_config, save_generator
+from weights import check_tensors, load_tensors, read_config, same_nets, save_generator
 
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
@@ -363,7 +363,7 @@ def read_best(best: Any) -> dict | None:
     return {"metric": metric, "score": score, "epoch": int(best["epoch"])}
 
 
-def score_to_beat(folder: Path, progress: Progress, best_by: str) -> dict | None:
+def score_to_beat(folder: Path, model: CycleGAN, progress: Progress, best_by: str) -> dict | None:
     """What best.pt holds, if it is of the run that goes on and was chosen by the same measure; else says why not."""
     path = folder / "best.pt"
     if not path.is_file():
@@ -371,10 +371,11 @@ def score_to_beat(folder: Path, progress: Progress, best_by: str) -> dict | None
     try:
         state = load_state(path)
         held = read_best(state.get("best"))
+        own = held == progress.best or same_nets(state["nets"], model.nets)  # saved before it was found to be the best
     except (InputError, ValueError, TypeError, KeyError) as error:
         warn(f"{one_line(error)}; the next evaluation replaces it")
         return None
-    if held is not None and held == progress.best and held["metric"] == best_by:
+    if held is not None and own and held["metric"] == best_by:
         return held
     reason = "does not say its score"
     if held is not None:

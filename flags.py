@@ -302,8 +302,9 @@ def check_run_flags(args: argparse.Namespace) -> None:
         raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
     if args.log == "tensorboard":
         need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
-    if "decay_epoch" in args.given and args.decay_epoch > args.num_epochs:
-        raise InputError(f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}")
+    if args.decay_epoch is not None and args.decay_epoch > args.num_epochs:  # the rate would never fall
+        words = f"expected at most --num_epochs {args.num_epochs}; give a lower one"
+        raise InputError(f"--decay_epoch {args.decay_epoch}: {words}")
 
 
 def with_vit_defaults(args: argparse.Namespace) -> argparse.Namespace:

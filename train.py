@@ -335,7 +335,7 @@ def run(
         saver.take_folder(args.overwrite, checkpoint)
         monitor.open(progress.step, args.log == "tensorboard")
         if state and args.best_by:
-            progress.best = checkpoints.score_to_beat(saver.folder, progress, args.best_by)
+            progress.best = checkpoints.score_to_beat(saver.folder, model, progress, args.best_by)
         describe(args, model, feed.counts)
         show(args, progress, feed.order.steps, monitor, at_once=True)
         try:

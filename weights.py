@@ -85,6 +85,18 @@ def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None
         raise InputError(f"{what}: does not fit the network: {'; '.join(faults[:3])}{more}")
 
 
+def same_nets(saved: Any, nets: Nets) -> bool:
+    """Whether a file holds the very weights of some networks, by their names; nothing in it is trusted."""
+    if not isinstance(saved, dict) or not all(is_state_dict(saved.get(name)) for name in nets):
+        return False
+    for name, net in nets.items():
+        own = {key: x.cpu() for key, x in net.state_dict().items()}
+        alike = saved[name].keys() == own.keys() and all(saved[name][key].dtype == own[key].dtype for key in own)
+        if not alike or not all(torch.equal(saved[name][key], own[key]) for key in own):
+            return False
+    return True
+
+
 def load_tensors(net: nn.Module, tensors: Any, what: object) -> None:
     """Load a state dict strictly; raises InputError as check_tensors does."""
     check_tensors(net.state_dict(), tensors, what)

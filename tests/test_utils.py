@@ -477,7 +477,11 @@ def test_buffers_of_other_seeds_exchange_other_images():
 def test_ctrl_c_during_the_imports_ends_without_a_traceback():
     stage = str(Path(utils.__file__).with_name("train.py"))
     process = subprocess.Popen(
-        [sys.executable, stage, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, stage, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():
