@@ -704,3 +704,58 @@ def test_a_torn_image_is_skipped_named_once_and_training_goes_on(tiny, capsys):
 def test_a_file_in_the_place_of_a_folder_is_one_line(tiny, refused):
     Path("saved_models").write_text("a file")
     assert "saved_models" in refused(train.main, *START)
+
+
+# -- what evaluation, freezing and best.pt must not do -----------------------------------------
+
+
+def test_a_test_image_that_breaks_during_training_costs_no_epoch(tiny, no_plots, capsys):
+    def damage():
+        for path in (tiny / "testB").iterdir():
+            path.write_bytes(b"no image any more")
+
+    with before_steps({2: damage}):
+        run_tiny("--num_epochs", 1, "--eval_interval", 1, "--eval_metrics", "cycle")
+    assert "epoch 1 is not evaluated" in capsys.readouterr().err
+    assert state_of("tiny")["epoch"] == 1
+
+
+def test_frozen_means_that_running_statistics_stay_too(tiny, no_plots):
+    run_tiny("--num_epochs", 1, "--norm", "batch", "--run_name", "first")
+    files = [f"saved_models/first/{name}.safetensors" for name in ("G_AB", "G_BA")]
+    given = ("--norm", "batch", "--num_epochs", 1, "--run_name", "tuned", "--eval_interval", 1)
+    run_tiny(*given, "--init_from", *files, "--freeze", "stem,down,blocks")
+    for file in files:
+        before = load_generator(Path(file))[0].state_dict()
+        after = state_of("tuned")["nets"][Path(file).stem]
+        moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"up", "head"}
+
+
+def test_losses_csv_that_is_deleted_during_training_is_written_anew(tiny, no_plots):
+    with before_steps({5: Path("saved_models/tiny/losses.csv").unlink}):
+        run_tiny("--num_epochs", 2)
+    assert [row["step"] for row in read_losses(Path("saved_models/tiny/losses.csv"))] == [3, 6]
+
+
+def test_best_pt_of_a_branch_that_is_left_is_said_and_its_score_does_not_count(tiny, no_plots, monkeypatch, capsys):
+    scores = iter([10.0, 11.0, 30.0, 20.0, 15.0])  # epochs 1, 2, 3; then 2 and 3 of another branch
+    plain = metrics.measure_nets
+    monkeypatch.setattr(metrics, "measure_nets", lambda *args: {**plain(*args), "PSNR_A": next(scores)})
+    given = ("--eval_interval", 1, "--eval_metrics", "cycle,paired", "--best_by", "PSNR", "--checkpoint_interval", 1)
+    monkeypatch.setattr(metrics, "score_by", lambda best_by, row: row["PSNR_A"])
+    run_tiny("--num_epochs", 3, *given)
+    assert state_of("tiny", "best.pt")["epoch"] == 3
+    train.main(["--dataset_name", "tiny", "--start_from", "1"])
+    assert "best.pt: is of epoch 3 of the branch that this run leaves" in capsys.readouterr().out
+    best = state_of("tiny", "best.pt")
+    assert (best["epoch"], best["best"]["score"]) == (2, 20.0)
+
+
+def test_a_student_is_never_written_over_its_teacher(tiny, no_plots, refused):
+    run_tiny("--num_epochs", 1, "--run_name", "tea3")
+    path = Path("saved_models/tea3/latest.pt")
+    before = path.read_bytes()
+    words = refused(distill.main, "--teacher", path, "--run_name", "tea3", "--overwrite", "--device", "cpu")
+    assert "--run_name tea3" in words
+    assert path.read_bytes() == before
