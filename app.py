@@ -90,7 +90,7 @@ def read_lesson(run_name: str) -> tuple[str | None, str | None]:
     try:
         saved = json.loads((RUNS / run_name / "run.json").read_text(encoding="utf-8"))["flags"]
         return str(saved["teacher"]), str(saved["direction"])
-    except (OSError, ValueError, KeyError, TypeError):  # without run.json a run can still be shown
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # without run.json a run can still be shown
         return None, None
 
 

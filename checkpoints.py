@@ -408,7 +408,7 @@ def flag_changes(run_name: str, flags: dict) -> str:
         for name, value in flags.items():
             if value is not None and name in old and name not in NEVER_INHERITED and old[name] != value:
                 changes.append(f"--{name} {str(old[name])[:60]} → {str(value)[:60]}")
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "with flags that its run.json does not tell"
     return f"with other flags: {', '.join(changes)}" if changes else "with the same flags"
 

@@ -4,6 +4,8 @@ x = load_image(Path("photo.jpg"), (256, 256))  # (3, 256, 256) in [-1, 1]
 save_image(tensor_to_image(x), Path("photo.png"))
 """
 
+import base64
+import io
 import math
 import os
 import re
@@ -253,6 +255,18 @@ def save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def data_address(path: Path, most: tuple[int, int]) -> str:
+    """An image, reduced to at most (width, height), as an address that holds its pixels; "" if it cannot be read."""
+    try:
+        with Image.open(path) as image, io.BytesIO() as data:
+            image = image.convert("RGB")
+            image.thumbnail(most)
+            image.save(data, format="jpeg", quality=88, subsampling=0)
+            return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    except Exception:  # noqa: BLE001 (Pillow's plug-ins raise a dozen kinds on damaged files)
+        return ""
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:

@@ -33,7 +33,8 @@ from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
 from datasets import Feed
 from images import BadImages, limit_pixels
-from progress import Meter, Monitor, cyclegan_rows, load_samples, load_watched
+from logs import Meter
+from progress import Monitor, cyclegan_rows, load_samples, load_watched
 from utils import InputError, max_over_ranks, rank, say
 from weights import load_pair
 

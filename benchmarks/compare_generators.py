@@ -27,7 +27,7 @@ import train
 import utils
 from checkpoints import IMAGES, RUNS
 from files import atomic_write, write_text
-from progress import read_losses
+from logs import read_losses
 from weights import load_generator
 
 FAMILIES = {

@@ -4,7 +4,7 @@ python benchmarks/faults.py kills --count 50
 python benchmarks/faults.py signals
 python benchmarks/faults.py disk
 python benchmarks/faults.py images
-python benchmarks/faults.py fuzz --images 10000 --files 2000
+python benchmarks/faults.py fuzz --images 10000 --files 2000 --csv 10000 --json 10000 --zips 10000
 python benchmarks/faults.py watchdog
 python benchmarks/faults.py plain
 
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import io
+import json
 import os
 import pickle
 import random
@@ -25,6 +26,8 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +39,7 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import app  # noqa: E402
 import distill  # noqa: E402
 import flags  # noqa: E402
 import images  # noqa: E402
@@ -43,8 +47,9 @@ import inference  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
-from checkpoints import Progress, load_state, networks_of, restore  # noqa: E402
-from progress import Meter, read_losses  # noqa: E402
+from checkpoints import Progress, flag_changes, load_state, networks_of, restore  # noqa: E402
+from logs import LossLog, Meter, plot_losses, read_losses  # noqa: E402
+from metrics import format_table  # noqa: E402
 from utils import InputError  # noqa: E402
 
 SMALL = [
@@ -390,13 +395,21 @@ def sow(state, rng):
     return state
 
 
+class Hang(BaseException):
+    """An attempt took too long; no OSError, which stages explain and end with."""
+
+
+class Refused(Exception):
+    """What was read was refused, or left out in part, in one line."""
+
+
 def tally(what, count, attempt, refusal):
     """Call attempt(i) `count` times; anything but a result or a refusal counts as a traceback. Returns the number of those."""
     count_of = Counter()
     slowest = 0.0
 
     def too_long(*_):
-        raise TimeoutError
+        raise Hang
 
     signal.signal(signal.SIGALRM, too_long)
     for i in range(count):
@@ -407,7 +420,7 @@ def tally(what, count, attempt, refusal):
             count_of["read"] += 1
         except refusal:
             count_of["refused"] += 1
-        except Exception as error:  # noqa: BLE001 (what is counted)
+        except (Exception, Hang) as error:  # noqa: BLE001 (what is counted)
             count_of["failed"] += 1
             print(f"{what} {i}: {type(error).__name__}: {error}", flush=True)
             if count_of["failed"] < 4:
@@ -537,14 +550,224 @@ def fuzz_files(count):
     return failed, all_files() - before
 
 
-def fuzz(args):
-    """Damaged images; damaged, edited and malicious checkpoints and weights."""
-    failed = fuzz_images(args.images)
+def damage_text(data, others, rng):
+    """Damage a text as `damage` does; or put some of its characters elsewhere; or repeat a part, up to a very long line."""
+    kind = rng.randrange(4)
+    if kind in (0, 1):
+        data = damage(data, others, rng)
+    i = rng.randrange(len(data) + 1)
+    if kind in (1, 2):
+        part = data[i : i + rng.choice((1, 3, 40, 400))]
+        if rng.random() < 0.5:
+            part = bytes([rng.choice(b'0179-.,;"[{\n\x00 e')])
+        length = rng.choice((2, 50, 500, 5_000, 200_000))
+        data = data[:i] + part * (length // max(1, len(part)) + 1) + data[i:]
+    elif kind == 3:
+        data = bytearray(data)
+        for _ in range(rng.choice((1, 2, 5))):
+            data[rng.randrange(len(data))] = rng.choice(data)
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def one_line_at_most(begins):
+    """Within the block at most one line on stderr begins so; the block gets them all when it is over."""
+    lines = []
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            yield lines
+        finally:
+            lines += [line for line in said.getvalue().replace("\r", "\n").splitlines() if begins in line]
+    if len(lines) > 1:
+        raise AssertionError(f"{len(lines)} lines: {lines[:2]}")
+
+
+def run_with_logs():
+    """A run of three short epochs with all measures, named logs; returns its folder."""
+    if Path("saved_models/logs").exists():
+        return Path("saved_models/logs")
+    measures = ("--eval_interval", "1", "--eval_metrics", "losses,cycle,identity,paired")
+    short = ("--steps_per_epoch", "2", "--num_epochs", "3", "--buffer_size", "2")
+    finish([*SMALL, *short, *measures, "--max_images", "2", "--run_name", "logs"])
+    return Path("saved_models/logs")
+
+
+def read_log(path, last_step, plot):
+    """Read a log in every way in which a run that goes on, its page and its plot would; returns the rows kept."""
+    read_losses(path)
+    log = LossLog(path, ["epoch", "step"], last_step)
+    log.append({"epoch": 9, "step": last_step + 1, "loss_G": 1.0})
+    log.save()
+    again = LossLog(path, ["epoch", "step"], last_step + 1)
+    steps = [row["step"] for row in log.rows]
+    if [row["step"] for row in again.rows] != steps or steps != sorted(set(steps)):
+        raise AssertionError(f"steps {steps[:9]} are not those that are read again, or do not rise")
+    format_table({f"epoch {row['epoch']}": row for row in log.rows[-12:]})
+    if plot:
+        plot_losses(log.rows, Path("fuzzed_losses.png"))
+
+
+def fuzz_logs(count):
+    """Read so many damaged losses.csv and measures.csv; each 50th by going on with its run. Returns the tracebacks."""
+    folder = run_with_logs()
+    whole = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".pt", ".safetensors")
+    }
+    names = ("losses.csv", "measures.csv")
+    logs = [whole[name] for name in names]
+    resume = ["--dataset_name", "day2night", "--run_name", "logs", "--start_from", "latest", "--num_epochs", "4"]
+
+    def read_one(i):
+        rng = random.Random(f"log-{i}")
+        name = rng.choice(names)
+        path = folder / name
+        path.write_bytes(damage_text(whole[name], logs, rng))
+        with one_line_at_most(str(path)) as lines:
+            if i % 50:
+                read_log(path, rng.choice((1, 4, 6, 10**6)), plot=i % 10 == 0)
+            else:
+                for other in whole.keys() - {name}:
+                    (folder / other).write_bytes(whole[other])
+                train.main([*resume, "--steps_per_epoch", "2", "--device", "cpu"])
+        if lines:
+            raise Refused
+
+    return tally("fuzzed logs", count, read_one, Refused)
+
+
+def fuzz_descriptions(count):
+    """Read so many damaged run.json, of a run and of a student, as a second start and the app do."""
+    run_with_logs()
+    run = Path("saved_models/logs/run.json").read_bytes()
+    student = json.loads(run)
+    student["flags"] |= {"teacher": "logs", "direction": "both"}
+    shutil.copytree("saved_models/logs", "saved_models/taught")
+    contents = {"logs": run, "taught": json.dumps(student, indent=1).encode()}
+    given = flags.plain_flags(train.parse_args([*SMALL, "--run_name", "logs"]))
+
+    def read_one(i):
+        rng = random.Random(f"description-{i}")
+        name = rng.choice(list(contents))
+        for other, data in contents.items():
+            Path("saved_models", other, "run.json").write_bytes(data)
+        Path("saved_models", name, "run.json").write_bytes(damage_text(contents[name], list(contents.values()), rng))
+        if not app.family("taught", "AtoB") or not app.family("logs", "BtoA"):
+            raise AssertionError("a run is no relative of itself")
+        with contextlib.suppress(SystemExit), one_line_at_most("error: ") as lines:
+            train.main([*SMALL, "--run_name", name])
+        if len(lines) != 1 or "holds a run already" not in lines[0]:
+            raise AssertionError(f"a second start says {lines}")
+        if "does not tell" in flag_changes(name, given):
+            raise Refused
+
+    return tally("fuzzed run.json", count, read_one, Refused)
+
+
+def hostile_names():
+    """Names of files in a zip that lead out of its folder, or mean trouble to a file system."""
+    here = Path().resolve()
+    ways = ["../" * depth for depth in range(1, 6)] + [
+        "..\\" * 2,
+        "trainA/../../",
+        "trainA\\..\\..\\",
+        f"{here}/",
+        "C:\\",
+    ]
+    names = [f"{way}{inside}evil.png" for way in ways for inside in ("", "trainA/", "trainB/../")]
+    names += ["trainA/" + "n" * 300 + ".png", "trainA/evil.png/evil.png", "trainA/\x00evil.png", "trainA/ .png"]
+    return [*names, "trainA/evil\n\x1b[2J.png", "trainA/0.png", "trainA//evil.png", "trainA/.png"]
+
+
+def make_zip(rng, photos):
+    """A data set in a zip: of any compression, its names and attributes sometimes hostile, its sizes sometimes huge."""
+    compression = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    root = rng.choice(("", "set/", "a/b/set/", "set\\"))
+    hostile = rng.random() < 0.3
+    names = [f"{root}{part}/{i}.png" for part in ("trainA", "trainB", "testA", "testB") for i in range(2)]
+    if hostile:
+        names += rng.choices(hostile_names(), k=rng.choice((1, 3)))
+    rng.shuffle(names)
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", compression) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that stand there twice
+        for name in names:
+            info = zipfile.ZipInfo("x")
+            info.filename = name  # the constructor would put it right
+            info.compress_type = compression
+            if hostile and rng.random() < 0.2:
+                info.external_attr = rng.choice((0xA1FF << 16, 0x41FF << 16, 0x10, rng.getrandbits(32)))
+            archive.writestr(info, bytes(2**22) if hostile and rng.random() < 0.05 else rng.choice(photos))
+    return data.getvalue()
+
+
+def all_around():
+    """What stands in this folder, and what would stand in those above it if a zip were unpacked there."""
+    here = Path().resolve()
+    found = set(here.glob("*"))
+    for folder in here.parents:
+        found |= {*folder.glob("evil*"), *folder.glob("train[AB]*")}
+    return found
+
+
+def fuzz_zips(count):
+    """Unpack so many damaged and hostile data sets, as a download does; nothing may be written beside their folder."""
+    photos = [data for data in sample_images() if data.startswith(b"\x89PNG")]
+    rng = random.Random("zips")
+    others = [make_zip(rng, photos) for _ in range(20)]
+    root = Path("fuzzed_sets")
+    root.mkdir()
+    around = all_around()
+    usual = prepare.fetch
+
+    def read_one(i):
+        rng = random.Random(f"zip-{i}")
+        data = make_zip(rng, photos)
+        if rng.random() < 0.7:
+            data = damage(data, others, rng)
+        prepare.fetch = lambda url, part: part.write_bytes(data)
+        code = 0
+        try:
+            with one_line_at_most("error: ") as lines:
+                prepare.main(["download", "set", "--url", "http://host/set.zip", "--data_root", str(root)])
+        except SystemExit as error:
+            code = error.code
+        finally:
+            prepare.fetch = usual
+        left = {path.name for path in root.iterdir()}
+        strange = {path.name for path in root.glob("set/*")} - {*prepare.SPLITS}
+        strange |= {path.name for path in root.rglob("*") if path.is_symlink()}
+        shutil.rmtree(root)
+        root.mkdir()
+        if all_around() != around or strange or left - {"set", ".set.zip.part"}:
+            raise AssertionError(f"written beside the data set: {all_around() - around or strange or left}")
+        if code not in (0, 1, 2) or (code > 0) != bool(lines) or (code > 0 and "set" in left):
+            raise AssertionError(f"exit code {code}, {lines}, left {left}")
+        if code == 1 and "make room" not in lines[0]:
+            raise AssertionError(f"exit code 1: {lines[0]}")
+        if code:
+            raise Refused
+
+    return tally("fuzzed zips", count, read_one, Refused)
+
+
+def quietly(function, count):
+    """Call one of the above and print only what it counted or found wrong; returns what it returns."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        tracebacks, appeared = fuzz_files(args.files)
-    print("\n".join(line for line in said.getvalue().splitlines() if "fuzzed checkpoints" in line))
+        result = function(count)
+    lines = said.getvalue().splitlines()
+    print("\n".join(line for line in lines if re.match(r"([0-9]+ )?fuzzed ", line)), flush=True)
+    return result
+
+
+def fuzz(args):
+    """Damaged images, logs, run.json and zips; damaged, edited and malicious checkpoints and weights."""
+    failed = fuzz_images(args.images)
+    tracebacks, appeared = quietly(fuzz_files, args.files)
     print(f"files that appeared: {sorted(map(str, appeared))}")
-    raise SystemExit(bool(failed or tracebacks or appeared))
+    failed += tracebacks + len(appeared)
+    for function, count in ((fuzz_logs, args.csv), (fuzz_descriptions, args.json), (fuzz_zips, args.zips)):
+        failed += quietly(function, count) if count else 0
+    raise SystemExit(bool(failed))
 
 
 def watchdog(args):
@@ -651,6 +874,9 @@ def main():
     parser.add_argument("--longest", type=float, default=3.0, help="longest life after a start, s (default: 3)")
     parser.add_argument("--images", type=int, default=10_000, help="fuzzed images (default: 10000)")
     parser.add_argument("--files", type=int, default=2_000, help="fuzzed checkpoints and weights (default: 2000)")
+    parser.add_argument("--csv", type=int, default=10_000, help="fuzzed losses.csv and measures.csv (default: 10000)")
+    parser.add_argument("--json", type=int, default=10_000, help="fuzzed run.json (default: 10000)")
+    parser.add_argument("--zips", type=int, default=10_000, help="fuzzed data sets to unpack (default: 10000)")
     parser.add_argument("--demo", action="store_true", help="watchdog: the demo run instead")
     args = parser.parse_args()
     torch.set_num_threads(1)

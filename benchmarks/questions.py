@@ -23,7 +23,7 @@ import train
 import utils
 from checkpoints import IMAGES, RUNS, numbered_checkpoints
 from files import atomic_write
-from progress import read_losses
+from logs import read_losses
 from weights import load_generator
 
 RECIPE = ["--dataset_name", "day2night", "--img_height", "64", "--img_width", "64", "--num_residual", "3"]

@@ -41,7 +41,7 @@ import utils
 from checkpoints import IMAGES, RUNS
 from datasets import named_images
 from files import write_json, write_text
-from progress import read_losses
+from logs import read_losses
 from weights import load_generator
 
 ROOT = Path(__file__).parents[1]

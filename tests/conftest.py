@@ -138,3 +138,8 @@ def inception(tmp_path, monkeypatch):
 def no_plots(monkeypatch):
     """Leave losses.png out: drawing it takes more time than all else in a tiny run."""
     monkeypatch.setattr("progress.plot_losses", lambda rows, path: None)
+
+
+def warnings_in(capsys):
+    """The warnings said since the last look."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]

@@ -34,7 +34,7 @@ from checkpoints import (
     save_state,
 )
 from files import write_text
-from progress import Meter, read_losses
+from logs import Meter, read_losses
 from utils import InputError, one_line
 
 

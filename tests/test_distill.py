@@ -12,8 +12,8 @@ import distill
 import test as test_stage
 import train
 from checkpoints import load_state
+from logs import read_losses
 from models import GeneratorConfig, build_generator
-from progress import read_losses
 from utils import one_line
 from weights import load_generator
 

@@ -19,7 +19,7 @@ import train
 import utils
 from checkpoints import load_state
 from datasets import EpochSampler
-from progress import Meter, read_losses
+from logs import Meter, read_losses
 
 ROOT = Path(train.__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -17,7 +17,14 @@ from breakage import before_steps
 from conftest import TINY, differences, make_dataset, noise_image
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from tiny_runs import run_tiny, state_of
 
 import distill
@@ -25,7 +32,7 @@ import export
 import test as test_stage
 import train
 from checkpoints import RUNS, load_state
-from progress import read_losses
+from logs import read_losses
 from utils import InputError
 from weights import load_generator
 
@@ -69,22 +76,23 @@ BUILDS = st.fixed_dictionaries(
     {"num_epochs": st.sampled_from([2, 1, 3])},
     optional={"norm": st.just("batch"), "ema": st.just(0.5), "watch": st.just("photo.png"), "decay_epoch": st.just(1)},
 )
-LENGTHS = st.sampled_from([{}, *({"num_epochs": count} for count in (1, 2, 3, 4))])
 CHANGES = st.just({}) | st.one_of(
     EVALUATIONS,
     one(eval_metrics=METRICS),
-    one(best_by=st.sampled_from(list(MEASURE_OF))),
+    one(eval_metrics=METRICS, best_by=st.sampled_from(list(MEASURE_OF))),
     one(eval_interval=st.integers(0, 2)),
-    one(lambda_gp=st.sampled_from([0.0, 0.1])),
-    one(ema=st.sampled_from([0.0, 0.5])),
+    one(lambda_gp=st.sampled_from([0.1, 0.0]), ema=st.sampled_from([0.5, 0.0])),
     one(watch=st.sampled_from(["photo.png", "gone.png"])),
     one(decay_epoch=st.integers(0, 3)),
 )
+MORE = st.sampled_from([1, 2, 3, None, 0, -1])  # epochs than the state has; None: --num_epochs is not given
 STOPS = st.sampled_from([signal.SIGTERM, signal.SIGINT])
-FILES = st.sampled_from(["losses.csv", "latest.pt", "previous.pt", "best.pt", "G_AB.safetensors", "run.json"])
-WAYS = st.sampled_from(["delete", "cut", "cut off", "empty", "junk", "spill"])
-EVENTS = st.none() | st.tuples(st.integers(1, 5), STOPS | st.tuples(FILES, WAYS))  # before which step
-EPOCHS = st.sampled_from(["latest", "best", "1", "2"])
+FILES = st.sampled_from(["losses.csv", "latest.pt", "losses.csv", "best.pt", "previous.pt", "G_AB.safetensors"])
+OTHERS = st.sampled_from(["measures.csv", "run.json", "measures.csv", "epoch_0001.pt", "G_BA.safetensors"])
+WAYS = st.sampled_from(["delete", "cut", "delete", "cut off", "empty", "junk", "spill"])
+AT = st.integers(1, 4)  # before which step
+EVENTS = st.none() | st.tuples(AT, STOPS) | st.tuples(AT, st.tuples(FILES, WAYS))
+EPOCHS = st.sampled_from(["1", "best", "2", "latest"])
 USES = st.one_of(
     st.tuples(st.just(test_stage), EPOCHS, METRICS),
     st.tuples(st.just(export), EPOCHS),
@@ -204,6 +212,7 @@ class Stages(RuleBasedStateMachine):
         self.scores: dict[int, float] = {}  # that best.pt shall be the best of
         self.best_by = None
         self.best_harmed = False  # since the last training began
+        self.starts = 0  # few, so that most rules go on with what is there
 
     def teardown(self):
         os.chdir(self.home)
@@ -215,21 +224,24 @@ class Stages(RuleBasedStateMachine):
     def begin(self, build, evaluation, event):
         self.start(build, evaluation, event, overwrite=False)
 
+    @precondition(lambda self: self.starts < 2)
     @rule(build=BUILDS, evaluation=EVALUATIONS, event=EVENTS, overwrite=st.booleans())
     def start(self, build, evaluation, event, overwrite):
+        self.starts += 1
         given = {**build, **evaluation}
         begun = Saved(flags={**DEFAULTS, **given})
         refused = is_refused(begun.flags, given) or (SAVED.exists() and not overwrite)
         words = [*START, *words_of(given), *(["--overwrite"] if overwrite else [])]
         self.train(words, begun, {}, refused, event)
 
-    @rule(length=LENGTHS, changes=CHANGES, event=EVENTS)
-    def resume(self, length, changes, event):
-        self.go_on("latest", {**length, **changes}, event)
+    @rule(more=MORE, changes=CHANGES, event=EVENTS)
+    def resume(self, more, changes, event):
+        self.go_on("latest", more, changes, event)
 
-    @rule(epoch=EPOCHS, length=LENGTHS, changes=CHANGES, event=EVENTS)
-    def go_back(self, epoch, length, changes, event):
-        self.go_on(epoch, {**length, **changes}, event)
+    @rule(epoch=EPOCHS, more=MORE, changes=CHANGES, event=EVENTS)
+    def go_back(self, epoch, more, changes, event):
+        there = self.file_of(epoch).exists()
+        self.go_on(epoch if there else "latest", more, changes, event)
 
     @rule(use=USES)
     def use(self, use):
@@ -243,10 +255,11 @@ class Stages(RuleBasedStateMachine):
             words = ("--run_name", "tiny", "--epoch", how[0], "--metrics", how[1], "--num_test", 2, *CPU)
             self.look(test_stage.main, how[0], words)
 
-    @rule(name=FILES | st.sampled_from(["losses.csv", "measures.csv", "epoch_0001.pt", "G_BA.safetensors"]), way=WAYS)
+    @rule(name=FILES | OTHERS, way=WAYS)
     def damage(self, name, way):
         path = SAVED / name
         if not path.is_file():
+            Path("photo.png").unlink(missing_ok=True)  # damage all the same
             return
         best = SAVED / "best.pt"
         self.best_harmed |= best.exists() and path.samefile(best)
@@ -254,19 +267,17 @@ class Stages(RuleBasedStateMachine):
         if path.exists():
             self.harmed.add(digest(path))
 
-    @rule()
-    def lose_the_photo(self):
-        Path("photo.png").unlink(missing_ok=True)
-
     # -- looking and distilling --------------------------------------------------------------
 
     def is_good(self, path):
         return path.is_file() and digest(path) not in self.harmed
 
+    def file_of(self, epoch):
+        return SAVED / (f"{epoch}.pt" if epoch in ("latest", "best") else f"epoch_000{epoch}.pt")
+
     def state_path(self, epoch):
         """The file that --start_from takes, if there is a good one."""
-        names = {"latest": ["latest.pt", "previous.pt"], "best": ["best.pt"]}
-        paths = [SAVED / name for name in names.get(epoch, [f"epoch_000{epoch}.pt"])]
+        paths = [self.file_of(epoch), *([SAVED / "previous.pt"] if epoch == "latest" else [])]
         return next(filter(self.is_good, paths), None)
 
     def look(self, main, epoch, words, left_out=()):
@@ -286,23 +297,17 @@ class Stages(RuleBasedStateMachine):
 
     # -- training ----------------------------------------------------------------------------
 
-    def go_on(self, epoch, changes, event):
+    def go_on(self, epoch, more, changes, event):
         path = self.state_path(epoch)
-        words = [*RESUME, "--start_from", epoch, *words_of(changes)]
-        if path is None:
-            self.train(words, Saved(), {}, True, event)
-            return
-        saved = self.known[digest(path)]
+        saved = self.known[digest(path)] if path else Saved()
+        if more is not None:
+            changes = {"num_epochs": max(1, saved.epoch + more), **changes}
         flags = inherited(saved.flags) | changes
-        scores = saved.scores if flags["best_by"] == saved.flags["best_by"] else {}
         begun = Saved(saved.epoch, saved.step, flags, penalties=saved.penalties)
-        self.train(
-            words,
-            begun,
-            scores if self.holds_best_of(scores, flags["best_by"]) else {},
-            is_refused(flags, changes),
-            event,
-        )
+        scores = saved.scores if flags["best_by"] == saved.flags["best_by"] else {}
+        kept = scores if self.holds_best_of(scores, flags["best_by"]) else {}
+        refused = path is None or is_refused(flags, changes)
+        self.train([*RESUME, "--start_from", epoch, *words_of(changes)], begun, kept, refused, event)
 
     def train(self, words, begun, scores, refused, event):
         """Call train.py, from where `begun` says, and compare what it leaves with what it should.

@@ -18,6 +18,7 @@ import cyclegan
 import datasets
 import distill
 import flags
+import logs
 import metrics
 import progress
 import test as test_stage
@@ -25,8 +26,8 @@ import train
 import utils
 from checkpoints import load_state, networks_of
 from images import list_images, read_image
+from logs import read_losses
 from models import VIT_SIZES, VitSize
-from progress import read_losses
 from weights import load_generator
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -42,7 +43,7 @@ EVAL = ["--eval_interval", "1", "--eval_metrics", "losses,cycle,identity,paired"
 # -- what a run leaves -----------------------------------------------------------------------
 
 
-PLOT_LOSSES = progress.plot_losses
+PLOT_LOSSES = logs.plot_losses
 
 
 @pytest.fixture
