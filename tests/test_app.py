@@ -164,13 +164,20 @@ def test_teacher_and_students_stand_beside_each_other_with_milliseconds(photo):
     write_run("both", teacher="teacher", direction="both")
     write_run("orphan", teacher="gone", direction="AtoB")
     write_run("one_way", ("BtoA",), teacher="teacher", direction="AtoB")
-    write_run("broken")
-    Path("saved_models/broken/run.json").write_text('{"flags": 3')
+    for name, text in (("broken", '{"flags": 3'), ("deep", "[" * 10**5)):
+        write_run(name)
+        Path(f"saved_models/{name}/run.json").write_text(text)
     for run_name in ("teacher", "thin", "both"):
         assert app.family(run_name, "BtoA")[0] == "teacher"
         assert sorted(app.family(run_name, "BtoA")) == ["both", "teacher", "thin"]
     assert app.family("teacher", "AtoB") == ["teacher", "both"]
-    for run_name, direction in (("thin", "AtoB"), ("alone", "AtoB"), ("orphan", "AtoB"), ("broken", "BtoA")):
+    for run_name, direction in (
+        ("thin", "AtoB"),
+        ("alone", "AtoB"),
+        ("orphan", "AtoB"),
+        ("broken", "BtoA"),
+        ("deep", "AtoB"),
+    ):
         assert app.family(run_name, direction) == [run_name]
     shown = app.compare({name: opened(name) for name in app.family("both", "AtoB")}, "AtoB", photo)
     assert [caption.split(":")[0] for _, caption in shown] == ["teacher", "both"]

@@ -221,7 +221,7 @@ def test_a_second_start_is_told_in_which_flags_it_differs(tiny, refused, no_plot
     changes = error.split("with other flags: ")[1].split("; go on with")[0].split(", ")
     assert sorted(changes) == ["--flip True → False", "--lr 0.0002 → 0.1", "--num_epochs 1 → 200"]
     assert "with the same flags" in refused(train.main, *START, "--num_epochs", "1")
-    for text in ("[]", '{"flags": 3}', "{", '{"flags": {"lr": null}}'):
+    for text in ("[]", '{"flags": 3}', "{", '{"flags": {"lr": null}}', "[" * 10**5):
         (SAVED / "run.json").write_text(text)
         assert "saved_models/tiny holds a run already, with" in refused(train.main, *START)
 

@@ -207,6 +207,13 @@ def test_large_images_are_reduced_in_the_page(tmp_path):
     assert len(page) < 60_000
 
 
+def test_a_grid_that_cannot_be_read_keeps_its_place_in_the_page(tmp_path):
+    """A disk that was full left half an image; the page links to it, and the run goes on."""
+    (tmp_path / "epoch_0001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    write_progress(tmp_path, "run", "facts", 1.0, [])
+    assert 'src="epoch_0001.png"' in (tmp_path / "index.html").read_text()
+
+
 # -- all of it -------------------------------------------------------------------------------
 
 
