@@ -72,6 +72,24 @@ def replace(source: Path, target: Path) -> None:
             os.close(folder)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well it becomes `folder`, else it is removed.
+
+    raises: InputError if `folder` exists
+    """
+    unfinished = folder.with_name(f".{os.getpid()}.{folder.name}")
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @first_rank
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""

@@ -1,7 +1,6 @@
 """prepare.py: drawing, downloading from a server on this machine that also misbehaves, splitting, checking."""
 
 import errno
-import hashlib
 import io
 import lzma
 import os
@@ -19,6 +18,7 @@ from PIL import Image
 
 import images
 import prepare
+import scenes
 from images import list_images, read_image
 
 
@@ -41,41 +41,20 @@ def fails_with(error):
 # -- drawing ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seed", "time", "digest"),
-    [
-        (0, "day", "e8312da6f231"),
-        (100_000, "night", "6de63227faad"),
-        (200_007, "day", "8b11213cbf49"),
-        (200_007, "night", "081b3211059f"),
-    ],
-)
-def test_demo_scenes_are_fixed(seed, time, digest):
-    assert hashlib.sha256(prepare.draw_scene(seed, time, 64).tobytes()).hexdigest()[:12] == digest
-
-
-def test_the_demo_set_has_unpaired_training_scenes_and_paired_test_scenes():
-    scenes = {name: set(range(first, first + count)) for name, (_, first, count) in prepare.DEMO_FOLDERS.items()}
-    assert [len(scenes[name]) for name in ("trainA", "trainB", "testA", "testB")] == [400, 400, 40, 40]
-    assert scenes["testA"] == scenes["testB"]
-    assert not scenes["trainA"] & scenes["trainB"]
-    assert not scenes["testA"] & (scenes["trainA"] | scenes["trainB"])
-
-
 def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
-    small = {name: (time, first, 3) for name, (time, first, _) in prepare.DEMO_FOLDERS.items()}
-    monkeypatch.setattr(prepare, "DEMO_FOLDERS", small)
+    small = {name: (time, first, 3) for name, (time, first, _) in scenes.DEMO_FOLDERS.items()}
+    monkeypatch.setattr(scenes, "DEMO_FOLDERS", small)
     prepare.main(["draw", "day2night", "--size", "32"])
     assert [p.name for p in sorted(tmp_path.glob("datasets/*"))] == ["day2night"]
     assert len(list_images(tmp_path / "datasets")) == 12
     drawn = read_image(tmp_path / "datasets/day2night/testB/0002.png")
     assert drawn.size == (32, 32)
-    assert drawn.tobytes() == prepare.draw_scene(200_002, "night", 32).tobytes()
+    assert drawn.tobytes() == scenes.draw_scene(200_002, "night", 32).tobytes()
     assert "datasets/day2night" in refused(prepare.main, "draw", "day2night")
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(prepare, "draw_scene", fails_with(OSError(28, "disk full")))
+    monkeypatch.setattr(scenes, "draw_scene", fails_with(OSError(28, "disk full")))
     assert "disk full" in refused(prepare.main, "draw", "day2night", code=1)
     assert list((tmp_path / "datasets").iterdir()) == []
 
@@ -84,7 +63,7 @@ def test_sigterm_while_the_demo_set_is_drawn_leaves_nothing(monkeypatch):
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(prepare, "draw_scene", stopped)
+    monkeypatch.setattr(scenes, "draw_scene", stopped)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_:
         prepare.main(["draw", "day2night"])

@@ -132,7 +132,7 @@ def test_one_file_of_weights_and_one_image_are_enough(run):
 
 
 def test_the_student_that_comes_with_the_project_turns_day_into_night():
-    from prepare import draw_scene
+    from scenes import draw_scene
 
     examples = Path(test_stage.__file__).parent / "examples"
     assert (examples / "day2night.safetensors").stat().st_size <= 1.2e6
