@@ -12,7 +12,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
 
 import errno
-import hashlib
 import http.client
 import math
 import random
@@ -22,21 +21,21 @@ import urllib.parse
 import urllib.request
 import zipfile
 from argparse import Namespace
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import torch
 from tqdm import tqdm
 
+import checks
 import images
 from datasets import DEMO, find_dataset, split_images
-from files import new_folder
+from files import new_folder, refuse_existing
 from flags import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
 from scenes import draw_dataset
-from utils import InputError, RunError, one_line, say, stage
+from utils import InputError, RunError, one_line, say, stage, warn
 
 SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
+SHEET_CELLS = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,13 +174,13 @@ def download_dataset(args: Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Splitting, checking, and the command line
+# Splitting
 
 
 def choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
-    """Draw images from a folder, in random order.
+    """Draw images from a folder, in random order; each is read whole, and named if it cannot be.
 
-    raises: InputError if there are too few that can be read
+    raises: InputError if too many cannot be read, or too few can
     """
     if not source.is_dir():
         raise InputError(f"--{domain} {source}: no such folder; expected a folder with images")
@@ -189,10 +188,23 @@ def choose_images(domain: str, source: Path, seed: int, max_images: int | None) 
     if not paths:
         raise InputError(f"--{domain} {source}: no image inside; expected {' '.join(sorted(images.SUFFIXES))}")
     random.Random(f"{seed}-{domain}").shuffle(paths)
-    paths = images.BadImages(source, len(paths)).readable(paths)[:max_images]
-    if len(paths) < 2:
-        raise InputError(f"--{domain} {source}: {len(paths)} readable image, expected 2: one to train, one to test")
-    return paths
+    whole = []
+    broken = 0
+    for path in tqdm(paths, desc=f"reading {source.name}", leave=False):
+        if len(whole) == max_images:
+            break
+        try:
+            images.read_image(path)
+            whole.append(path)
+        except images.UnreadableImage as error:
+            broken += 1
+            warn(f"{path} cannot be read ({error}); left out")
+    if broken > max(1, images.BAD_FRACTION * len(paths)):
+        words = f"{broken} of {len(paths)} images cannot be read, more than {images.BAD_FRACTION:.0%}"
+        raise InputError(f"--{domain} {source}: {words}; mend or remove those named above")
+    if len(whole) < 2:
+        raise InputError(f"--{domain} {source}: {len(whole)} readable image, expected 2: one to train, one to test")
+    return whole
 
 
 def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
@@ -206,6 +218,8 @@ def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
 
 def split_dataset(args: Namespace) -> None:
     """Make the layout of a data set from two plain folders, by copying."""
+    folder = args.data_root / args.dataset_name
+    refuse_existing(folder)  # before every image is read
     sources = {"A": args.A, "B": args.B}
     one = args.A.resolve()
     other = args.B.resolve()
@@ -214,7 +228,7 @@ def split_dataset(args: Namespace) -> None:
     if one in other.parents or other in one.parents:
         raise InputError(f"--A {args.A} and --B {args.B}: one lies inside the other; expected two folders apart")
     chosen = {d: choose_images(d, source, args.seed, args.max_images) for d, source in sources.items()}
-    with new_folder(args.data_root / args.dataset_name) as unfinished:
+    with new_folder(folder) as unfinished:
         for domain, paths in chosen.items():
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             copy_images(paths[:tests], sources[domain], unfinished / f"test{domain}")
@@ -222,42 +236,8 @@ def split_dataset(args: Namespace) -> None:
             say(f"{args.dataset_name}: {len(paths) - tests} images in train{domain}, {tests} in test{domain}")
 
 
-def save_sheet(split: Path, paths: Sequence[Path], sheet: Path) -> None:
-    """Write a contact sheet: up to 32 images, evenly spread, in rows of 8."""
-    chosen = paths[:: max(1, len(paths) // 32)][:32]
-    cells = torch.stack([images.load_image(path, (96, 96)) for path in chosen])
-    rows = [(split.name, row) for row in cells.split(8) if len(row) == min(8, len(cells))]
-    images.save_image(images.draw_grid(rows), sheet)
-    say(f"  {sheet}")
-
-
-def check_split(split: Path, sheet: Path | None) -> tuple[dict[Path, str], str]:
-    """Read every image of one part whole and print what it holds.
-
-    returns: a hash of the pixels by path, and what makes the part unusable, or ""
-    """
-    paths = images.list_images(split)
-    hashes = {}
-    sizes = Counter()
-    for path in tqdm(paths, desc=split.name, leave=False):
-        try:
-            image = images.read_image(path)
-        except images.UnreadableImage as error:
-            say(f"  unreadable: {path} ({error})")
-            continue
-        sizes[image.size] += 1
-        hashes[path] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    faults = len(paths) - len(hashes)
-    common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
-    if len(sizes) > 3:
-        common.append(f"{len(sizes) - 3} other sizes")
-    say(f"{split.name}: {len(paths)} images, {faults} unreadable; {', '.join(common)} px")
-    if not hashes:
-        return hashes, f"{split.name} holds no readable image"
-    if sheet:
-        save_sheet(split, list(hashes), sheet)
-    fault = f"{faults} of {len(paths)} images in {split.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
-    return hashes, fault if faults > max(1, images.BAD_FRACTION * len(paths)) else ""
+# ---------------------------------------------------------------------------------------------
+# Checking
 
 
 def check_dataset(args: Namespace) -> None:
@@ -265,26 +245,33 @@ def check_dataset(args: Namespace) -> None:
     folder = find_dataset(args.data_root, args.dataset_name)
     for domain in "AB":
         split_images(folder, f"train{domain}")
-    owners = defaultdict(list)  # paths in the data set by hash of their pixels
+    pixels = {}  # hashes by path in the data set
+    cells = {}
     faults = []
     for name in SPLITS:
         if not (folder / name).is_dir():
             continue
-        sheet = Path("generated_images") / args.dataset_name / "check" / f"{name}.png"
-        hashes, fault = check_split(folder / name, sheet if args.sheet else None)
+        facts, fault = checks.check_split(folder / name, SHEET_CELLS[name[:-1]] if args.sheet else 0)
         if fault and name.startswith("train"):
             faults.append(fault)
-        for path, pixels in hashes.items():
-            owners[pixels].append(path.relative_to(folder))
-    twins = [paths for paths in owners.values() if len(paths) > 1]
-    leaks = [paths for paths in twins if len({path.parts[0] for path in paths}) > 1]
-    for paths in leaks[:10]:
-        say(f"  the same image: {' = '.join(map(str, paths))}")
-    say(
-        f"{len(leaks)} images stand in several parts (leaks into the test), {len(twins) - len(leaks)} twice in one part"
-    )
+        pixels |= {path.relative_to(folder): fact.pixels for path, fact in facts.items()}
+        cells[name] = {str(p.relative_to(folder / name)): fact.cell for p, fact in facts.items() if fact.cell}
+    twins = checks.find_twins(pixels)
+    if args.sheet:
+        rows = [{f"{split}{domain}": cells.get(f"{split}{domain}", {}) for domain in "AB"} for split in SHEET_CELLS]
+        sheet = Path("generated_images") / args.dataset_name / "check.png"
+        images.save_image(images.draw_sheet(rows), sheet)
+        say(f"sheet: {sheet}")
+    if args.remove_twins:
+        checks.remove_twins(folder, twins, pixels)
+    elif twins:
+        say(f"to move the extra ones to {folder / 'removed'}, give --remove_twins")
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -306,7 +293,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     split.add_argument("--seed", type=int_between(0), default=0, help="which images are taken (default: 0)")
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
     check.add_argument("dataset_name", type=folder_name)
-    check.add_argument("--sheet", action="store_true", help="also write a contact sheet per part into generated_images")
+    sheet = "also draw images of A beside images of B with their names: generated_images/NAME/check.png"
+    check.add_argument("--sheet", action="store_true", help=sheet)
+    twins = "move all but one of the same images to removed/ in the data set, those in train before those in test"
+    check.add_argument("--remove_twins", action="store_true", help=twins)
     for command in (split, check):
         add_pixel_flag(command.add_argument)
     draw.set_defaults(run=lambda args: draw_dataset(args.data_root, args.size))

@@ -35,7 +35,8 @@ BELOW = {  # what a room may import of the others
     "progress": {"logs", "cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},
     "inference": {"weights", "checkpoints", "flags", "images", "models", "utils"},
     "scenes": {"datasets", "files", "utils"},
-    "prepare": {"scenes", "datasets", "images", "files", "flags", "utils"},
+    "checks": {"datasets", "images", "utils"},
+    "prepare": {"checks", "scenes", "datasets", "images", "files", "flags", "utils"},
 }
 ROOMS = set(BELOW)
 STORY = ("models", "cyclegan", "train", "distill", "test")
