@@ -150,6 +150,12 @@ def test_the_student_that_comes_with_the_project_turns_day_into_night():
     assert pixels("out/fake_B/day.png").mean() < 0.6 * pixels(examples / "day.png").mean()
 
 
+def test_the_student_that_comes_with_the_project_is_called_as_its_file():
+    path = Path(test_stage.__file__).parent / "examples" / "day2night.safetensors"
+    metadata = load_generator(path)[1]
+    assert (metadata["run_name"], metadata["dataset_name"]) == ("day2night", "day2night")
+
+
 def test_names_and_sub_folders_are_kept_and_never_collide(run):
     names = ["a.jpg", "a.png", "b.png", "sub/a.png", "a.jpg.bmp", "<script>&.png", "ü 猫.png", "-dash.png", "50%#?.png"]
     for i, name in enumerate(names):
