@@ -397,7 +397,8 @@ def leftovers(run_name: str) -> list[Path]:
     found += [*numbered_checkpoints(folder).values(), folder / "tensorboard"]
     found += [images / name for name in ("index.html", "losses.png", "watch", "test")]
     found += [path for path in images.glob("epoch_*.png") if path.stem[6:].isdecimal()]
-    return [path for path in found if path.exists()]
+    left = [path for path in found if path.exists()]
+    return [] if left == [images / "test"] else left  # test.py --weights leaves that, without any run
 
 
 def flag_changes(run_name: str, flags: dict) -> str:

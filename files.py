@@ -72,6 +72,29 @@ def replace(source: Path, target: Path) -> None:
             os.close(folder)
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raise InputError if there is such a file or folder."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well it becomes `folder`, else it is removed.
+
+    raises: InputError if `folder` exists
+    """
+    refuse_existing(folder)
+    unfinished = folder.with_name(f".{os.getpid()}.{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @first_rank
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""

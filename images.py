@@ -20,12 +20,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from files import atomic_write
-from utils import InputError, say
+from utils import InputError, one_line, say
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 BAD_FRACTION = 0.05  # of a domain's images may be unreadable; above this the run stops
 CELL = 128  # px; smaller images are enlarged to this side in grids, by a whole factor
+SHEET_CELL = 160  # px, side of an image on a sheet with names
 max_pixels = 178e6  # of one image; set by limit_pixels
 
 
@@ -289,3 +290,49 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     for i, (label, _) in enumerate(rows):
         draw.text((6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm")
     return sheet
+
+
+def sheet_cell(image: Image.Image) -> Image.Image:
+    """Reduce an image to a cell of a sheet, or enlarge it by a whole factor as far as it fits."""
+    factor = SHEET_CELL // max(image.size)
+    if factor > 1:
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    cell = image.copy()
+    cell.thumbnail((SHEET_CELL, SHEET_CELL))
+    return cell
+
+
+def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]], columns: int = 4) -> Image.Image:
+    """Lay out images with their names: in each row blocks beside each other, such as trainA and trainB.
+
+    rows: images of at most SHEET_CELL px a side, by name, by title of the block; a row without images is left out
+    """
+    step = SHEET_CELL + 8
+    rows = [row for row in rows if any(row.values())]
+    lines = [math.ceil(max(map(len, row.values())) / columns) for row in rows]
+    width = max((len(row) for row in rows), default=0) * (columns * step + 16)
+    sheet = Image.new("RGB", (width, sum(28 + count * (step + 16) for count in lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    top = 0
+    for row, count in zip(rows, lines, strict=True):
+        for number, (title, cells) in enumerate(row.items()):
+            left = number * (columns * step + 16) + 12
+            draw.text((left, top + 6), title, fill="black", font=ImageFont.load_default(16))
+            for i, (name, cell) in enumerate(cells.items()):
+                x = left + i % columns * step
+                y = top + 28 + i // columns * (step + 16)
+                sheet.paste(cell, (x + (SHEET_CELL - cell.width) // 2, y + (SHEET_CELL - cell.height) // 2))
+                draw.text((x, y + SHEET_CELL + 2), shortened(name, font), fill="black", font=font)
+        top += 28 + count * (step + 16)
+    return sheet
+
+
+def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The end of a name, which tells numbered files apart, as far as it fits below a cell of a sheet."""
+    name = one_line(name)
+    if font.getlength(name) <= SHEET_CELL:
+        return name
+    while font.getlength(f"...{name}") > SHEET_CELL:
+        name = name[1:]
+    return f"...{name}"

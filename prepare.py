@@ -12,10 +12,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
 
 import errno
-import hashlib
 import http.client
 import math
-import os
 import random
 import shutil
 import urllib.error
@@ -23,139 +21,21 @@ import urllib.parse
 import urllib.request
 import zipfile
 from argparse import Namespace
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import checks
 import images
 from datasets import DEMO, find_dataset, split_images
+from files import new_folder, refuse_existing
 from flags import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
-from utils import InputError, RunError, one_line, say, stage
+from scenes import draw_dataset
+from utils import InputError, RunError, one_line, say, stage, warn
 
 SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
-
-
-@contextmanager
-def new_dataset(data_root: Path, dataset_name: str) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes the data set, else it is removed.
-
-    raises: InputError if the data set exists
-    """
-    folder = data_root / dataset_name
-    unfinished = data_root / f".{os.getpid()}.{dataset_name}"
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# The demo set: the same landscape by day (A) and by night (B), drawn from a seed
-
-SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at its top, at the horizon
-LIGHTS = {"sun": (255, 214, 60), "moon": (236, 238, 225), "star": (255, 255, 240), "lamp": (255, 224, 120)}
-THINGS = {"glass": (74, 92, 116), "roof": (128, 52, 44), "trunk": (94, 62, 40), "leaves": (34, 104, 54)}
-HAZE = (150, 160, 180)
-DARK = (16, 20, 78)
-WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
-GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
-DEMO_FOLDERS = {  # time, seed of the first scene, how many
-    "trainA": ("day", 0, 400),
-    "trainB": ("night", 100_000, 400),
-    "testA": ("day", 200_000, 40),
-    "testB": ("night", 200_000, 40),
-}
-
-
-def mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
-    """Blend two colours; weight 0 gives a, 1 gives b."""
-    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))
-
-
-def lit(colour: tuple, time: str) -> tuple:
-    """What a colour of the day looks like at a time."""
-    return mix(colour, DARK, 0.55) if time == "night" else colour
-
-
-def draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
-    """Draw the sky with the sun, or with the moon and stars; returns the horizon, px from the top."""
-
-    def disc(x: float, y: float, radius: float, colour: str) -> None:
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=LIGHTS[colour])
-
-    horizon = side * rng.uniform(0.35, 0.68)
-    for y in range(side):
-        draw.line([(0, y), (side, y)], fill=mix(*SKY[time], min(1, y / horizon)))
-    if time == "night":
-        for i in range(9):
-            disc(random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side, side / 90, "star")
-    light = "moon" if time == "night" else "sun"
-    disc(side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.28), side * rng.uniform(0.06, 0.11), light)
-    return horizon
-
-
-def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
-    """Draw one landscape as an RGB image of (size, size) px; time is "day" or "night".
-
-    Everything at night follows from the day: the moon stands where the sun stood, walls and hills
-    are dimmed by one rule, windows are lit, and the stars never change. So a test pair is an
-    honest truth for an unpaired model. Drawn at three times the size, then reduced.
-    """
-    rng = random.Random(seed)  # what is drawn follows from the order in which its numbers are taken
-    side = 3 * size
-    image = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(image)
-    horizon = draw_sky(draw, rng, side, time)
-    ground = rng.choice(GROUNDS)
-    for layer, haze in enumerate((0.45, 0.0)):  # two ridges, the farther one in haze
-        base = horizon + layer * side * 0.09
-        phases = [rng.uniform(0, 6.28) for _ in range(3)]
-        ridge = []
-        for x in range(0, side + 3, 3):
-            waves = sum(math.sin(x / side * (3 + 2 * i) + phase) for i, phase in enumerate(phases))
-            ridge.append((x, base - side * 0.045 * waves))
-        draw.polygon([*ridge, (side, side), (0, side)], fill=lit(mix(ground, HAZE, haze), time))
-    for _ in range(rng.randint(1, 3)):  # houses
-        x = side * rng.uniform(0.03, 0.72)
-        y = side * rng.uniform(0.66, 0.92)
-        w = side * rng.uniform(0.17, 0.3)
-        h = w * rng.uniform(0.7, 1.2)
-        draw.rectangle([x, y - h, x + w, y], fill=lit(rng.choice(WALLS), time))
-        roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
-        draw.polygon(roof, fill=lit(THINGS["roof"], time))
-        for left in (0.16, 0.58):
-            window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
-            draw.rectangle(window, fill=LIGHTS["lamp"] if time == "night" else THINGS["glass"])
-    for _ in range(rng.randint(1, 4)):  # trees
-        x = side * rng.uniform(0, 1)
-        y = side * rng.uniform(0.72, 0.98)
-        w = side * rng.uniform(0.1, 0.2)
-        draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=lit(THINGS["trunk"], time))
-        crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
-        draw.polygon(crown, fill=lit(THINGS["leaves"], time))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def draw_dataset(data_root: Path, size: int = 64) -> Path:
-    """Draw day2night: 400 + 400 training images, 40 test pairs."""
-    folder = data_root / DEMO
-    with new_dataset(data_root, DEMO) as unfinished:
-        for name, (time, first, count) in DEMO_FOLDERS.items():
-            (unfinished / name).mkdir()
-            for i in tqdm(range(count), desc=f"drawing {DEMO}/{name}", leave=False):
-                draw_scene(first + i, time, size).save(unfinished / name / f"{i:04d}.png")
-    say(f"drew {folder} at {size}x{size} px: A = landscapes by day, B = by night")
-    return folder
+SHEET_CELLS = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,7 +165,7 @@ def download_dataset(args: Namespace) -> None:
     """Fetch one of the official sets, or any zip with their layout, and check what came."""
     url = archive_url(args.dataset_name, args.url)
     part = args.data_root / f".{args.dataset_name}.zip.part"
-    with new_dataset(args.data_root, args.dataset_name) as unfinished:
+    with new_folder(args.data_root / args.dataset_name) as unfinished:
         say(f"fetching {url}")
         fetch(url, part)
         counts = unpack_download(url, part, unfinished)
@@ -294,13 +174,13 @@ def download_dataset(args: Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Splitting, checking, and the command line
+# Splitting
 
 
 def choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
-    """Draw images from a folder, in random order.
+    """Draw images from a folder, in random order; each is read whole, and named if it cannot be.
 
-    raises: InputError if there are too few that can be read
+    raises: InputError if too many cannot be read, or too few can
     """
     if not source.is_dir():
         raise InputError(f"--{domain} {source}: no such folder; expected a folder with images")
@@ -308,10 +188,23 @@ def choose_images(domain: str, source: Path, seed: int, max_images: int | None) 
     if not paths:
         raise InputError(f"--{domain} {source}: no image inside; expected {' '.join(sorted(images.SUFFIXES))}")
     random.Random(f"{seed}-{domain}").shuffle(paths)
-    paths = images.BadImages(source, len(paths)).readable(paths)[:max_images]
-    if len(paths) < 2:
-        raise InputError(f"--{domain} {source}: {len(paths)} readable image, expected 2: one to train, one to test")
-    return paths
+    whole = []
+    broken = 0
+    for path in tqdm(paths, desc=f"reading {source.name}", leave=False):
+        if len(whole) == max_images:
+            break
+        try:
+            images.read_image(path)
+            whole.append(path)
+        except images.UnreadableImage as error:
+            broken += 1
+            warn(f"{path} cannot be read ({error}); left out")
+    if broken > max(1, images.BAD_FRACTION * len(paths)):
+        words = f"{broken} of {len(paths)} images cannot be read, more than {images.BAD_FRACTION:.0%}"
+        raise InputError(f"--{domain} {source}: {words}; mend or remove those named above")
+    if len(whole) < 2:
+        raise InputError(f"--{domain} {source}: {len(whole)} readable image, expected 2: one to train, one to test")
+    return whole
 
 
 def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
@@ -325,6 +218,8 @@ def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
 
 def split_dataset(args: Namespace) -> None:
     """Make the layout of a data set from two plain folders, by copying."""
+    folder = args.data_root / args.dataset_name
+    refuse_existing(folder)  # before every image is read
     sources = {"A": args.A, "B": args.B}
     one = args.A.resolve()
     other = args.B.resolve()
@@ -333,7 +228,7 @@ def split_dataset(args: Namespace) -> None:
     if one in other.parents or other in one.parents:
         raise InputError(f"--A {args.A} and --B {args.B}: one lies inside the other; expected two folders apart")
     chosen = {d: choose_images(d, source, args.seed, args.max_images) for d, source in sources.items()}
-    with new_dataset(args.data_root, args.dataset_name) as unfinished:
+    with new_folder(folder) as unfinished:
         for domain, paths in chosen.items():
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             copy_images(paths[:tests], sources[domain], unfinished / f"test{domain}")
@@ -341,42 +236,8 @@ def split_dataset(args: Namespace) -> None:
             say(f"{args.dataset_name}: {len(paths) - tests} images in train{domain}, {tests} in test{domain}")
 
 
-def save_sheet(split: Path, paths: Sequence[Path], sheet: Path) -> None:
-    """Write a contact sheet: up to 32 images, evenly spread, in rows of 8."""
-    chosen = paths[:: max(1, len(paths) // 32)][:32]
-    cells = torch.stack([images.load_image(path, (96, 96)) for path in chosen])
-    rows = [(split.name, row) for row in cells.split(8) if len(row) == min(8, len(cells))]
-    images.save_image(images.draw_grid(rows), sheet)
-    say(f"  {sheet}")
-
-
-def check_split(split: Path, sheet: Path | None) -> tuple[dict[Path, str], str]:
-    """Read every image of one part whole and print what it holds.
-
-    returns: a hash of the pixels by path, and what makes the part unusable, or ""
-    """
-    paths = images.list_images(split)
-    hashes = {}
-    sizes = Counter()
-    for path in tqdm(paths, desc=split.name, leave=False):
-        try:
-            image = images.read_image(path)
-        except images.UnreadableImage as error:
-            say(f"  unreadable: {path} ({error})")
-            continue
-        sizes[image.size] += 1
-        hashes[path] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    faults = len(paths) - len(hashes)
-    common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
-    if len(sizes) > 3:
-        common.append(f"{len(sizes) - 3} other sizes")
-    say(f"{split.name}: {len(paths)} images, {faults} unreadable; {', '.join(common)} px")
-    if not hashes:
-        return hashes, f"{split.name} holds no readable image"
-    if sheet:
-        save_sheet(split, list(hashes), sheet)
-    fault = f"{faults} of {len(paths)} images in {split.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
-    return hashes, fault if faults > max(1, images.BAD_FRACTION * len(paths)) else ""
+# ---------------------------------------------------------------------------------------------
+# Checking
 
 
 def check_dataset(args: Namespace) -> None:
@@ -384,26 +245,33 @@ def check_dataset(args: Namespace) -> None:
     folder = find_dataset(args.data_root, args.dataset_name)
     for domain in "AB":
         split_images(folder, f"train{domain}")
-    owners = defaultdict(list)  # paths in the data set by hash of their pixels
+    pixels = {}  # hashes by path in the data set
+    cells = {}
     faults = []
     for name in SPLITS:
         if not (folder / name).is_dir():
             continue
-        sheet = Path("generated_images") / args.dataset_name / "check" / f"{name}.png"
-        hashes, fault = check_split(folder / name, sheet if args.sheet else None)
+        facts, fault = checks.check_split(folder / name, SHEET_CELLS[name[:-1]] if args.sheet else 0)
         if fault and name.startswith("train"):
             faults.append(fault)
-        for path, pixels in hashes.items():
-            owners[pixels].append(path.relative_to(folder))
-    twins = [paths for paths in owners.values() if len(paths) > 1]
-    leaks = [paths for paths in twins if len({path.parts[0] for path in paths}) > 1]
-    for paths in leaks[:10]:
-        say(f"  the same image: {' = '.join(map(str, paths))}")
-    say(
-        f"{len(leaks)} images stand in several parts (leaks into the test), {len(twins) - len(leaks)} twice in one part"
-    )
+        pixels |= {path.relative_to(folder): fact.pixels for path, fact in facts.items()}
+        cells[name] = {str(p.relative_to(folder / name)): fact.cell for p, fact in facts.items() if fact.cell}
+    twins = checks.find_twins(pixels)
+    if args.sheet:
+        rows = [{f"{split}{domain}": cells.get(f"{split}{domain}", {}) for domain in "AB"} for split in SHEET_CELLS]
+        sheet = Path("generated_images") / args.dataset_name / "check.png"
+        images.save_image(images.draw_sheet(rows), sheet)
+        say(f"sheet: {sheet}")
+    if args.remove_twins:
+        checks.remove_twins(folder, twins, pixels)
+    elif twins:
+        say(f"to move the extra ones to {folder / 'removed'}, give --remove_twins")
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -425,7 +293,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     split.add_argument("--seed", type=int_between(0), default=0, help="which images are taken (default: 0)")
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
     check.add_argument("dataset_name", type=folder_name)
-    check.add_argument("--sheet", action="store_true", help="also write a contact sheet per part into generated_images")
+    sheet = "also draw images of A beside images of B with their names: generated_images/NAME/check.png"
+    check.add_argument("--sheet", action="store_true", help=sheet)
+    twins = "move all but one of the same images to removed/ in the data set, those in train before those in test"
+    check.add_argument("--remove_twins", action="store_true", help=twins)
     for command in (split, check):
         add_pixel_flag(command.add_argument)
     draw.set_defaults(run=lambda args: draw_dataset(args.data_root, args.size))

@@ -27,7 +27,7 @@ import files
 import flags
 import metrics
 import models
-import prepare
+import scenes
 import utils
 from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
@@ -178,7 +178,7 @@ def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     rank_slice = utils.rank_slice(args.batch_size)
     with utils.first_rank_first():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
-            prepare.draw_dataset(args.data_root)
+            scenes.draw_dataset(args.data_root)
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     paths = {}
     bad = {}

@@ -45,6 +45,7 @@ import flags  # noqa: E402
 import images  # noqa: E402
 import inference  # noqa: E402
 import prepare  # noqa: E402
+import scenes  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from checkpoints import Progress, flag_changes, load_state, networks_of, restore  # noqa: E402
@@ -435,7 +436,7 @@ def tally(what, count, attempt, refusal):
 
 def sample_images():
     """A small image in every format and mode that a file can have, as bytes."""
-    image = prepare.draw_scene(0, "day", 48)
+    image = scenes.draw_scene(0, "day", 48)
     wanted = [(mode, kind, {}) for mode in ("RGB", "L", "RGBA", "P", "1") for kind in KINDS]
     wanted += [("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "JPEG", {"progressive": True})]
     wanted += [("P", "PNG", {"bits": 4})]
@@ -775,7 +776,7 @@ def watchdog(args):
     if args.demo:
         line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("DEMO := "))
         shutil.rmtree("datasets")
-        prepare.draw_dataset(Path("datasets"))
+        scenes.draw_dataset(Path("datasets"))
         finish(line.removeprefix("DEMO := ").split(), "demo.log")
         print(f"demo: {Path('demo.log').read_text().count('warning: ')} warnings in 12 epochs")
         return
@@ -884,7 +885,7 @@ def main():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)
-    prepare.draw_dataset(Path("datasets"), size=SIDE)
+    scenes.draw_dataset(Path("datasets"), size=SIDE)
     COMMANDS[args.what](args)
 
 

@@ -6,27 +6,74 @@ python examples/onnx_translate.py saved_models/day2night/G_AB.onnx photo.jpg nig
 
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 
+def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
+    """Open a network of export.py with what its metadata says: channels, size.
+
+    raises: ValueError for any other file
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; expected a network written by: python export.py")
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+        return session, {"channels": facts["channels"], "size": facts["size"]}
+    except Exception as error:  # onnxruntime raises a dozen kinds; others' networks have other metadata, or none
+        raise ValueError(f"{path}: no network written by export.py; make one with: python export.py") from error
+
+
+def open_image(path: str, channels: int) -> Image.Image:
+    """Read an image as RGB or grey, turned as its camera was held.
+
+    raises: ValueError if there is none
+    """
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; expected an image") from error
+    except Exception as error:  # Pillow's plug-ins raise a dozen kinds on damaged files
+        raise ValueError(f"{path}: no image that can be read ({error}); expected such as PNG or JPEG") from error
+
+
 def translate(model: str, source: str, target: str) -> None:
-    """Read an image, run it through the network at the size it was trained at, and write the output at the image's size."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-    with Image.open(source) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB" if facts["channels"] == 3 else "L")
+    """Read an image, run it through the network at the size it was trained at, and write the output at the image's size.
+
+    raises: ValueError if the model or the image is none, or the result cannot be written
+    """
+    session, facts = open_model(model)
+    image = open_image(source, facts["channels"])
     height, width = facts["size"] or image.size[::-1]
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]
     (output,) = session.run(None, {session.get_inputs()[0].name: pixels})
     output = np.rint((output[0].clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0).squeeze()
-    Image.fromarray(output).resize(image.size, Image.Resampling.BICUBIC).save(target)
+    try:
+        Image.fromarray(output).resize(image.size, Image.Resampling.BICUBIC).save(target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{target}: cannot be written ({error}); expected a name such as result.png") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    if len(argv) != 3:
+        message = "usage: python examples/onnx_translate.py MODEL.onnx IMAGE RESULT.png"
+    else:
+        try:
+            translate(*argv)
+            return 0
+        except ValueError as error:
+            message = "error: " + " ".join(str(error).split())
+    print(message, file=sys.stderr)  # noqa: T201
+    return 2
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit("usage: python examples/onnx_translate.py MODEL.onnx IMAGE RESULT.png")
-    translate(*sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

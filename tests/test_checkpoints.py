@@ -226,6 +226,14 @@ def test_a_second_start_is_told_in_which_flags_it_differs(tiny, refused, no_plot
         assert "saved_models/tiny holds a run already, with" in refused(train.main, *START)
 
 
+def test_translations_of_a_weights_file_with_the_name_of_a_run_are_no_run_and_stay(tiny, no_plots):
+    image = DRAWN / "test" / "fake_B" / "photo.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"a translation")
+    run_tiny("--num_epochs", 1, "--steps_per_epoch", 1)
+    assert image.read_bytes() == b"a translation"
+
+
 def test_overwrite_keeps_the_earlier_states_until_the_new_run_has_one(tiny, no_plots):
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
     kept = {name: (SAVED / name).read_bytes() for name in ("latest.pt", "epoch_0001.pt", "epoch_0002.pt")}

@@ -80,7 +80,9 @@ def test_a_run_is_exported_and_the_example_translates_without_torch(tiny, monkey
     assert export.main(["--run_name", "tiny", "--direction", "BtoA"]) == Path("saved_models/tiny/G_BA.onnx")
     noise_image(3, (30, 20)).save("photo.png")
     monkeypatch.setattr(sys, "argv", ["onnx_translate.py", "saved_models/tiny/G_BA.onnx", "photo.png", "output.png"])
-    runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"), run_name="__main__")
+    assert exit_.value.code == 0
     flags = ["--direction", "BtoA", "--device", "cpu", "--precision", "fp32"]
     test_stage.main(["--run_name", "tiny", "--input", "photo.png", *flags])
     outputs = [Image.open(p) for p in ("output.png", "generated_images/tiny/test/fake_A/photo.png")]
@@ -88,6 +90,55 @@ def test_a_run_is_exported_and_the_example_translates_without_torch(tiny, monkey
     assert np.abs(ours - theirs).max() <= 1
     first = export.main(["--run_name", "tiny", "--epoch", "1", "--output", "first.onnx"])
     assert first.read_bytes() != Path("saved_models/tiny/G_BA.onnx").read_bytes()
+
+
+def write_identity(path, **facts):
+    """An ONNX network that changes nothing, with this metadata."""
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.helper.make_tensor_value_info(name, 1, ["n", 3, "h", "w"]) for name in ("real_A", "fake_B")]
+    node = onnx.helper.make_node("Identity", ["real_A"], ["fake_B"])
+    graph = onnx.helper.make_graph([node], "identity", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    onnx.save(model, path)
+
+
+@pytest.fixture
+def translate_onnx():
+    """The command line of the example."""
+    return runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"))["main"]
+
+
+def test_the_example_returns_an_image_at_its_own_size(translate_onnx, capsys):
+    write_identity("net.onnx", channels=3, size=None)
+    noise_image(3, (30, 20)).save("photo.png")
+    assert translate_onnx(["net.onnx", "photo.png", "output.png"]) == 0
+    assert capsys.readouterr().err == ""
+    assert Image.open("output.png").tobytes() == noise_image(3, (30, 20)).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "usage: python examples/onnx_translate.py MODEL.onnx IMAGE RESULT.png"),
+        (["none.onnx", "photo.png", "output.png"], "none.onnx: no such file; expected a network written by"),
+        (["photo.png", "photo.png", "output.png"], "photo.png: no network written by export.py"),
+        (["foreign.onnx", "photo.png", "output.png"], "foreign.onnx: no network written by export.py"),
+        (["net.onnx", "none.png", "output.png"], "none.png: no such file; expected an image"),
+        (["net.onnx", "torn.png", "output.png"], "torn.png: no image that can be read"),
+        (["net.onnx", "photo.png", "none/output.png"], "none/output.png: cannot be written"),
+        (["net.onnx", "photo.png", "output.what"], "output.what: cannot be written"),
+    ],
+)
+def test_the_example_refuses_in_one_line(translate_onnx, capsys, argv, words):
+    write_identity("net.onnx", channels=3, size=[20, 24])
+    write_identity("foreign.onnx")
+    noise_image(3, (30, 20)).save("photo.png")
+    Path("torn.png").write_bytes(Path("photo.png").read_bytes()[:500])
+    assert translate_onnx(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not list(Path().glob("output.*"))
 
 
 def test_the_junyanz_layout_goes_out_and_comes_back(capsys):

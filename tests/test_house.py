@@ -34,7 +34,9 @@ BELOW = {  # what a room may import of the others
     "logs": {"files", "utils"},
     "progress": {"logs", "cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},
     "inference": {"weights", "checkpoints", "flags", "images", "models", "utils"},
-    "prepare": {"datasets", "images", "files", "flags", "utils"},
+    "scenes": {"datasets", "files", "utils"},
+    "checks": {"datasets", "images", "utils"},
+    "prepare": {"checks", "scenes", "datasets", "images", "files", "flags", "utils"},
 }
 ROOMS = set(BELOW)
 STORY = ("models", "cyclegan", "train", "distill", "test")

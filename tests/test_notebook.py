@@ -81,12 +81,21 @@ def test_the_first_cell_clones_and_installs_on_colab_only(notebook, tmp_path, mo
     exec(first_cell(notebook), {})
     assert (commands, sys.path[0]) == ([], str(tmp_path))
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    with pytest.raises(AssertionError, match="put the address"):
+    with pytest.raises(SystemExit, match="REPOSITORY is empty: put the address"):
         exec(first_cell(notebook), {})
-    exec(first_cell(notebook).replace("OWNER/REPO", "somebody/something"), {})
+    assert commands == []
+    edited = first_cell(notebook).replace('REPOSITORY = ""', 'REPOSITORY = "https://github.com/somebody/something"')
+    exec(edited, {})
     assert [words[:2] for words in commands] == [["git", "clone"], [sys.executable, "-m"]]
     assert "https://github.com/somebody/something" in commands[0]
     assert sys.path[0] == str(Path.cwd()) == str(tmp_path / "cyclegan")
+
+
+def test_the_linter_reads_the_notebook():
+    ruff = pytest.importorskip("ruff", reason="ruff is missing: pip install -r requirements-dev.txt")
+    words = [ruff.find_ruff_bin(), "check", "--show-files", str(ROOT)]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert str(ROOT / "playground.ipynb") in listed.splitlines()
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """prepare.py: drawing, downloading from a server on this machine that also misbehaves, splitting, checking."""
 
 import errno
-import hashlib
 import io
 import lzma
 import os
@@ -14,11 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import noise_image
+from conftest import noise_image, warnings_in
 from PIL import Image
 
 import images
 import prepare
+import scenes
 from images import list_images, read_image
 
 
@@ -41,41 +41,20 @@ def fails_with(error):
 # -- drawing ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seed", "time", "digest"),
-    [
-        (0, "day", "e8312da6f231"),
-        (100_000, "night", "6de63227faad"),
-        (200_007, "day", "8b11213cbf49"),
-        (200_007, "night", "081b3211059f"),
-    ],
-)
-def test_demo_scenes_are_fixed(seed, time, digest):
-    assert hashlib.sha256(prepare.draw_scene(seed, time, 64).tobytes()).hexdigest()[:12] == digest
-
-
-def test_the_demo_set_has_unpaired_training_scenes_and_paired_test_scenes():
-    scenes = {name: set(range(first, first + count)) for name, (_, first, count) in prepare.DEMO_FOLDERS.items()}
-    assert [len(scenes[name]) for name in ("trainA", "trainB", "testA", "testB")] == [400, 400, 40, 40]
-    assert scenes["testA"] == scenes["testB"]
-    assert not scenes["trainA"] & scenes["trainB"]
-    assert not scenes["testA"] & (scenes["trainA"] | scenes["trainB"])
-
-
 def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
-    small = {name: (time, first, 3) for name, (time, first, _) in prepare.DEMO_FOLDERS.items()}
-    monkeypatch.setattr(prepare, "DEMO_FOLDERS", small)
+    small = {name: (time, first, 3) for name, (time, first, _) in scenes.DEMO_FOLDERS.items()}
+    monkeypatch.setattr(scenes, "DEMO_FOLDERS", small)
     prepare.main(["draw", "day2night", "--size", "32"])
     assert [p.name for p in sorted(tmp_path.glob("datasets/*"))] == ["day2night"]
     assert len(list_images(tmp_path / "datasets")) == 12
     drawn = read_image(tmp_path / "datasets/day2night/testB/0002.png")
     assert drawn.size == (32, 32)
-    assert drawn.tobytes() == prepare.draw_scene(200_002, "night", 32).tobytes()
+    assert drawn.tobytes() == scenes.draw_scene(200_002, "night", 32).tobytes()
     assert "datasets/day2night" in refused(prepare.main, "draw", "day2night")
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(prepare, "draw_scene", fails_with(OSError(28, "disk full")))
+    monkeypatch.setattr(scenes, "draw_scene", fails_with(OSError(28, "disk full")))
     assert "disk full" in refused(prepare.main, "draw", "day2night", code=1)
     assert list((tmp_path / "datasets").iterdir()) == []
 
@@ -84,7 +63,7 @@ def test_sigterm_while_the_demo_set_is_drawn_leaves_nothing(monkeypatch):
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(prepare, "draw_scene", stopped)
+    monkeypatch.setattr(scenes, "draw_scene", stopped)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_:
         prepare.main(["draw", "day2night"])
@@ -452,12 +431,44 @@ def test_a_split_that_fails_leaves_nothing(tmp_path, refused, monkeypatch):
     assert list(Path("datasets").iterdir()) == []
 
 
-def test_split_copies_no_image_whose_header_cannot_be_read(tmp_path, capsys):
-    argv = two_folders(tmp_path)
+def half_a_photo(path):
+    """Write a JPEG that ends in its middle: its header is as good as any."""
+    data = io.BytesIO()
+    noise_image(1, (64, 64)).save(data, format="JPEG")
+    path.write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
+
+
+def test_split_copies_no_image_that_cannot_be_read_to_its_end_and_names_it(tmp_path, capsys):
+    argv = two_folders(tmp_path, (40, 7))
     (tmp_path / "faces" / "torn.png").write_bytes(b"torn")
+    half_a_photo(tmp_path / "faces" / "half.jpg")
     prepare.main(argv)
-    assert capsys.readouterr().err.count("torn.png (") == 1
-    assert not [path for path in left() if path.startswith("datasets") and path.endswith("torn.png")]
+    warned = warnings_in(capsys)
+    assert len(warned) == 2
+    for name in ("torn.png", "half.jpg"):
+        assert sum(f"{tmp_path / 'faces' / name} cannot be read" in line for line in warned) == 1
+        assert not [path for path in left() if path.startswith("datasets") and path.endswith(name)]
+
+
+def test_split_names_all_broken_images_before_it_refuses_too_many(tmp_path, capsys):
+    argv = two_folders(tmp_path)
+    for name in ("a", "b", "c"):
+        half_a_photo(tmp_path / "faces" / f"{name}.jpg")
+    with pytest.raises(SystemExit) as exit_:
+        prepare.main(argv)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    named = [Path(line.split()[1]).name for line in lines if line.startswith("warning: ")]
+    assert sorted(named) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert f"--A {tmp_path / 'faces'}: 3 of 13 images cannot be read, more than 5%" in lines[-1]
+    assert not Path("datasets").exists()
+
+
+def test_split_reads_nothing_for_a_data_set_that_exists(tmp_path, refused, monkeypatch):
+    argv = two_folders(tmp_path)
+    prepare.main(argv)
+    monkeypatch.setattr(images, "read_image", fails_with(AssertionError("an image was read")))
+    assert "datasets/f2d: exists already" in refused(prepare.main, *argv)
 
 
 # -- checking --------------------------------------------------------------------------------
@@ -474,9 +485,10 @@ def test_check_counts_measures_and_finds_leaks(tiny, capsys):
     assert "trainB: 6 images, 1 unreadable; 4 of 20x18, 1 of 40x30 px" in out
     assert "trainB/torn.png (" in out
     assert "trainA/0.png = testA/copy.png" in out
-    assert "1 images stand in several parts (leaks into the test), 1 twice in one part" in out
-    sheet = read_image(tiny.parents[1] / "generated_images/tiny/check/trainB.png")
-    assert sheet.width > 400
+    assert "2 images stand more than once, 1 of them in train and also in test or val" in out
+    assert "--remove_twins" in out
+    sheet = read_image(tiny.parents[1] / "generated_images/tiny/check.png")
+    assert sheet.width > 1000
 
 
 def test_check_tells_the_most_common_sizes_and_counts_the_others(tiny, capsys):

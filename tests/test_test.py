@@ -132,7 +132,7 @@ def test_one_file_of_weights_and_one_image_are_enough(run):
 
 
 def test_the_student_that_comes_with_the_project_turns_day_into_night():
-    from prepare import draw_scene
+    from scenes import draw_scene
 
     examples = Path(test_stage.__file__).parent / "examples"
     assert (examples / "day2night.safetensors").stat().st_size <= 1.2e6
@@ -148,6 +148,12 @@ def test_the_student_that_comes_with_the_project_turns_day_into_night():
     ]
     assert -10 * np.log10(errors).mean() > 20  # dB; the best recolouring of all images by one rule has 18.4
     assert pixels("out/fake_B/day.png").mean() < 0.6 * pixels(examples / "day.png").mean()
+
+
+def test_the_student_that_comes_with_the_project_is_called_as_its_file():
+    path = Path(test_stage.__file__).parent / "examples" / "day2night.safetensors"
+    metadata = load_generator(path)[1]
+    assert (metadata["run_name"], metadata["dataset_name"]) == ("day2night", "day2night")
 
 
 def test_names_and_sub_folders_are_kept_and_never_collide(run):

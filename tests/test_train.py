@@ -90,7 +90,7 @@ def test_one_batch_can_be_learnt(tmp_path):
 
 
 def test_the_demo_set_is_drawn_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
+    monkeypatch.setattr("scenes.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
     train.main(["--dataset_name", "day2night", *TINY, "--num_epochs", "1"])
     assert (tmp_path / "datasets/day2night/trainA/0001.png").exists()
     assert (tmp_path / "saved_models/day2night/latest.pt").exists()

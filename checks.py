@@ -1,0 +1,172 @@
+"""What a person should know of a data set before it is trained on: odd images, and the same image twice.
+
+facts, fault = check_split(folder / "trainA", most_cells=0)
+twins = find_twins({path.relative_to(folder): fact.pixels for path, fact in facts.items()})
+remove_twins(folder, twins, [path.relative_to(folder) for path in facts])
+"""
+
+import hashlib
+import itertools
+import os
+import shutil
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import images
+from datasets import spread
+from utils import InputError, say, warn
+
+FEW = 6  # are named, others only counted
+GREY_LEVELS = 6  # between the colours of a grey image, at most, in means over 32x32 parts: JPEG adds some
+SMALL = 256  # px, the usual size of a training; below it, and below half the median of its part, a side is very small
+LONG = 3  # times as long as wide is very elongated: squeezed in training until nobody knows it
+
+
+@dataclass
+class Facts:
+    """What check keeps of one image."""
+
+    pixels: bytes  # hash of its size and pixels
+    size: tuple[int, int]  # width, height, px
+    is_grey: bool
+    cell: Image.Image | None  # the image reduced for the sheet, where it is chosen for it
+
+
+def look_at(path: Path, with_cell: bool) -> Facts:
+    """Read one image whole.
+
+    raises: UnreadableImage
+    """
+    image = images.read_image(path)
+    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+    colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
+    is_grey = bool(colours.max() <= GREY_LEVELS)
+    return Facts(pixels, image.size, is_grey, images.sheet_cell(image) if with_cell else None)
+
+
+def check_split(split: Path, most_cells: int) -> tuple[dict[Path, Facts], str]:
+    """Read every image of one part whole and print what it holds.
+
+    most_cells: so many images, evenly spread, keep a cell for the sheet
+    returns:    facts by path, and what makes the part unusable, or ""
+    """
+    paths = images.list_images(split)
+    chosen = set(spread(paths, most_cells))
+    facts = {}
+    for path in tqdm(paths, desc=split.name, leave=False):
+        try:
+            facts[path] = look_at(path, path in chosen)
+        except images.UnreadableImage as error:
+            say(f"  unreadable: {path} ({error})")
+    faults = len(paths) - len(facts)
+    sizes = Counter(fact.size for fact in facts.values())
+    common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
+    if len(sizes) > 3:
+        common.append(f"{len(sizes) - 3} other sizes")
+    say(f"{split.name}: {len(paths)} images, {faults} unreadable; {', '.join(common)} px")
+    if not facts:
+        return facts, f"{split.name} holds no readable image"
+    for words, odd in odd_images(facts).items():
+        if odd:
+            say(f"  {len(odd)} {words}: {some([path.relative_to(split.parent) for path in odd])}")
+    fault = f"{faults} of {len(paths)} images in {split.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
+    return facts, fault if faults > max(1, images.BAD_FRACTION * len(paths)) else ""
+
+
+def odd_images(facts: dict[Path, Facts]) -> dict[str, list[Path]]:
+    """Find the images of one part that a person should look at, by what is odd about them."""
+    grey = [path for path, fact in facts.items() if fact.is_grey]
+    if 2 * len(grey) > len(facts):  # a grey data set
+        grey = []
+    sides = {path: min(fact.size) for path, fact in facts.items()}
+    limit = min(SMALL, statistics.median(sides.values()) / 2)
+    return {
+        "grey among coloured ones": grey,
+        f"very small (a side under {limit:g} px)": [path for path, side in sides.items() if side < limit],
+        f"very elongated (over {LONG:g}:1)": [p for p, fact in facts.items() if max(fact.size) > LONG * sides[p]],
+    }
+
+
+def some(paths: Sequence[Path]) -> str:
+    """Name the first few, and count the others."""
+    more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
+    return ", ".join(map(str, paths[:FEW])) + more
+
+
+def find_twins(pixels: dict[Path, bytes]) -> list[list[Path]]:
+    """Group the images with the same pixels, print the groups and count them; paths begin with their part."""
+    owners = defaultdict(list)
+    for path, value in pixels.items():
+        owners[value].append(path)
+    twins = [paths for paths in owners.values() if len(paths) > 1]
+    leaks = []
+    for paths in twins:
+        kinds = {path.parts[0][:-1] for path in paths}
+        if "train" in kinds and len(kinds) > 1:
+            leaks.append(paths)
+    for paths in [*leaks, *(paths for paths in twins if paths not in leaks)][:FEW]:
+        say(f"  the same image: {' = '.join(map(str, paths))}")
+    if len(twins) > FEW:
+        say(f"  and {len(twins) - FEW} more")
+    say(f"{len(twins)} images stand more than once, {len(leaks)} of them in train and also in test or val")
+    return twins
+
+
+def extra_twins(twins: Sequence[Sequence[Path]]) -> dict[Path, Path]:
+    """Choose one of each image of a domain to stay: in test, else in val, else the first.
+
+    returns: the path that stays by the path of each of the others
+    """
+    extra = {}
+    for paths in twins:
+        for domain in "AB":
+            own = [path for path in paths if path.parts[0].endswith(domain)]
+            own.sort(key=lambda path: ("test", "val", "train").index(path.parts[0][:-1]))
+            for path in own[1:]:
+                extra[path] = own[0]
+    return extra
+
+
+def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Iterable[Path]) -> None:
+    """Move all but one of each image of a domain to removed/.
+
+    Nothing is deleted or replaced: where a name is taken there, another is found.
+    paths:  all images of the data set; these and the twins' paths begin with their part
+    raises: InputError, and moves nothing, if no image would be left in a part
+    """
+    extra = extra_twins(twins)
+    counts = Counter(path.parts[0] for path in paths)
+    for part, count in Counter(path.parts[0] for path in extra).items():
+        if count == counts[part]:
+            words = f"all {count} images of {part} stand elsewhere, too; nothing is moved"
+            raise InputError(
+                f"--remove_twins: {words}; make the parts of different images with: python prepare.py split"
+            )
+    moved = []
+    for path in sorted(extra, key=lambda path: not (folder / path).is_symlink()):  # links before what they lead to
+        source = folder / path
+        if not source.is_symlink() and source.resolve() == (folder / extra[path]).resolve():
+            warn(f"{source} stays: {folder / extra[path]} is a link to it")
+            continue
+        target = folder / "removed" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        numbers = itertools.count(2)
+        while os.path.lexists(target):
+            target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
+        if source.is_symlink():  # a relative link would lead nowhere from there
+            target.symlink_to(source.resolve())
+            source.unlink()
+        else:
+            shutil.move(source, target)
+        moved.append(path)
+    say(f"moved {len(moved)} images to {folder / 'removed'}{': ' if moved else ''}{some(moved)}")
+    both = [paths for paths in twins if len({path.parts[0][-1] for path in paths}) > 1]
+    if both:
+        say(f"{len(both)} images stand in both domains and stay: which one is right, only you can tell")

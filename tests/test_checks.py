@@ -1,0 +1,174 @@
+"""checks.py: what prepare.py check names, draws and moves away."""
+
+from pathlib import Path
+
+import numpy as np
+from conftest import noise_image
+from PIL import Image
+
+import checks
+import images
+import prepare
+
+
+def copy(source, *targets):
+    for target in targets:
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
+def contents(folder):
+    """All files of a data set by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- what is odd -----------------------------------------------------------------------------
+
+
+def test_grey_small_and_elongated_images_are_named(tiny, capsys):
+    noise_image("g", mode="L").save(tiny / "trainA" / "grey.png")
+    noise_image("g").convert("L").convert("RGB").save(tiny / "trainB" / "grey.jpg")
+    noise_image("s", (12, 8)).save(tiny / "trainA" / "small.png")
+    noise_image("l", (90, 22)).save(tiny / "testB" / "long.png")
+    prepare.main(["check", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  1 grey among coloured ones: trainA/grey.png" in lines
+    assert "  1 grey among coloured ones: trainB/grey.jpg" in lines
+    assert "  1 very small (a side under 9 px): trainA/small.png" in lines
+    assert "  1 very elongated (over 3:1): testB/long.png" in lines
+    assert sum(line.startswith("  ") for line in lines) == 4
+
+
+def test_the_first_few_are_named_and_the_others_counted(tiny, capsys):
+    for i in range(checks.FEW + 3):
+        noise_image(i, (90, 22)).save(tiny / "testA" / f"long{i}.png")
+        copy(tiny / "trainA/0.png", tiny / f"trainB/twin{i}.png")
+        copy(tiny / "trainB/0.png", tiny / f"trainB/other{i}.png")
+        noise_image(f"t{i}").save(tiny / f"trainA/first{i}.png")
+        copy(tiny / f"trainA/first{i}.png", tiny / f"trainA/second{i}.png")
+    prepare.main(["check", "tiny"])
+    out = capsys.readouterr().out
+    assert "testA/long5.png and 3 more\n" in out
+    assert "testA/long6.png" not in out
+    assert out.count("  the same image: ") == checks.FEW
+    assert f"  and {checks.FEW + 3 + 2 - checks.FEW} more\n" in out
+
+
+def test_a_grey_data_set_is_not_odd(tiny, capsys):
+    for path in images.list_images(tiny):
+        Image.open(path).convert("L").save(path)
+    prepare.main(["check", "tiny"])
+    out = capsys.readouterr().out
+    assert "grey" not in out
+    assert "0 images stand more than once" in out
+
+
+def test_what_is_large_enough_to_train_on_is_not_small(tiny, capsys):
+    (tiny / "valA").mkdir()
+    for grey in range(3):
+        Image.new("RGB", (900, 800), (grey, 99, 0)).save(tiny / "valA" / f"{grey}.png")
+    noise_image(1, (300, 260)).save(tiny / "valA" / "fine.png")
+    prepare.main(["check", "tiny"])
+    assert "very small" not in capsys.readouterr().out
+
+
+# -- the sheet -------------------------------------------------------------------------------
+
+
+def test_the_sheet_shows_A_beside_B_with_names_in_cells_of_at_most_256_px(tiny):
+    for split, colour in (("trainA", "red"), ("trainB", "blue")):
+        for i in range(6):
+            Image.new("RGB", (600, 200), colour).save(tiny / split / f"large{i}.png")
+    prepare.main(["check", "tiny", "--sheet"])
+    sheet = np.asarray(images.read_image(Path("generated_images/tiny/check.png")))
+    red = np.flatnonzero((sheet == (255, 0, 0)).all(2).any(0))  # columns in which an image of A stands
+    blue = np.flatnonzero((sheet == (0, 0, 255)).all(2).any(0))
+    assert red.max() < sheet.shape[1] // 2 < blue.min()
+    widths = [len(run) for run in np.split(red, np.flatnonzero(np.diff(red) > 1) + 1)]
+    assert 100 < max(widths) <= images.SHEET_CELL <= 256
+
+
+def test_long_names_and_small_images_fit_into_the_cells_of_a_sheet():
+    cell = images.sheet_cell(noise_image(0, (20, 16)))
+    assert cell.size == (160, 128)
+    plain = images.draw_sheet([{"trainA": {"a": cell, "b": cell}}])
+    sheet = images.draw_sheet([{"trainA": {f"{'a long name ' * 9}{i}": cell for i in "ab"}}, {"testA": {}}])
+    assert sheet.size == plain.size
+    assert (np.asarray(sheet)[:, 12 + images.SHEET_CELL :][:, 2:6] == 255).all()  # between the two nothing is drawn
+
+
+# -- twins -----------------------------------------------------------------------------------
+
+
+def test_images_with_the_same_pixels_are_twins_whatever_the_file(tiny, capsys):
+    Image.open(tiny / "trainA/1.png").save(tiny / "trainA/other.bmp")
+    prepare.main(["check", "tiny"])
+    assert "  the same image: trainA/1.png = trainA/other.bmp\n" in capsys.readouterr().out
+
+
+def test_twins_are_moved_those_in_train_before_those_in_test_and_none_is_lost(tiny, capsys):
+    copy(tiny / "trainA/0.png", tiny / "trainA/again.png", tiny / "testA/copy.png", tiny / "valA/copy.png")
+    noise_image("val").save(tiny / "valA" / "0.png")
+    copy(tiny / "testB/0.png", tiny / "testB/twin.png")
+    before = contents(tiny)
+    prepare.main(["check", "tiny", "--remove_twins"])
+    moved = ("trainA/0.png", "trainA/again.png", "valA/copy.png", "testB/twin.png")
+    expected = {f"removed/{name}" if name in moved else name: data for name, data in before.items()}
+    assert contents(tiny) == expected
+    out = capsys.readouterr().out
+    assert "moved 4 images to datasets/tiny/removed: " in out
+    for name in moved:
+        assert name in out.splitlines()[-1]
+    prepare.main(["check", "tiny", "--remove_twins"])
+    assert "moved 0 images" in capsys.readouterr().out
+    assert contents(tiny) == expected
+
+
+def test_check_alone_moves_nothing(tiny):
+    copy(tiny / "trainA/0.png", tiny / "testA/copy.png")
+    before = contents(tiny)
+    prepare.main(["check", "tiny", "--sheet"])
+    assert contents(tiny) == before
+
+
+def test_a_name_that_is_taken_among_the_removed_is_not_replaced(tiny):
+    copy(tiny / "trainA/0.png", tiny / "trainA/twin.png")
+    (tiny / "removed/trainA").mkdir(parents=True)
+    for name in ("twin.png", "twin_2.png"):
+        (tiny / "removed/trainA" / name).write_bytes(name.encode())
+    prepare.main(["check", "tiny", "--remove_twins"])
+    kept = {path.name: path.read_bytes() for path in (tiny / "removed/trainA").iterdir()}
+    twin = (tiny / "trainA/0.png").read_bytes()
+    assert kept == {"twin.png": b"twin.png", "twin_2.png": b"twin_2.png", "twin_3.png": twin}
+
+
+def test_an_image_of_both_domains_stays_and_is_named(tiny, capsys):
+    copy(tiny / "trainA/0.png", tiny / "trainB/horse.png")
+    before = contents(tiny)
+    prepare.main(["check", "tiny", "--remove_twins"])
+    assert contents(tiny) == before
+    out = capsys.readouterr().out
+    assert "trainA/0.png = trainB/horse.png" in out
+    assert "1 images stand in both domains and stay" in out
+
+
+def test_links_stay_readable_when_their_twins_move(tiny, capsys):
+    (tiny / "testA/link.png").symlink_to("../trainA/0.png")  # the file itself is in train
+    (tiny / "trainA/link.png").symlink_to("1.png")
+    copy(tiny / "testB/0.png", tiny / "trainB/a.png")
+    (tiny / "trainB/b.png").symlink_to("a.png")
+    prepare.main(["check", "tiny", "--remove_twins"])
+    assert "trainA/0.png stays" in capsys.readouterr().err
+    assert not (tiny / "trainA/link.png").exists()
+    for path in ("testA/link.png", "removed/trainA/link.png", "removed/trainB/a.png"):
+        images.read_image(tiny / path)
+    assert (tiny / "trainA/1.png").exists()
+
+
+def test_no_part_is_emptied(tiny, refused):
+    for path in images.list_images(tiny / "trainB"):
+        copy(path, tiny / "testB" / f"copy_{path.name}")
+    before = contents(tiny)
+    words = refused(prepare.main, "check", "tiny", "--remove_twins")
+    assert "all 4 images of trainB stand elsewhere, too; nothing is moved" in words
+    assert contents(tiny) == before
