@@ -598,7 +598,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_taught(tiny, tiny_v
     scores = test_stage.main(["--run_name", "whole", "--metrics", "paired", "--scale", "native", *CPU])
     assert scores["AtoB"]["paired"]["model"]["PSNR"] > 0
     distill.main(["--teacher", "whole", "--student_residual", "2", "--num_epochs", "1", "--lambda_gp", "0", *CPU])
-    assert "student: 2 blocks:" in capsys.readouterr().out
+    assert "student G_BA, 2 blocks:" in capsys.readouterr().out
     student = load_generator(Path("saved_models/whole_student/G_BA.safetensors"))[0]
     assert (student.config.generator, student.config.vit_blocks) == ("unet_vit", 2)
     error = refused(distill.main, "--teacher", "whole", "--student_ngf", "8", "--run_name", "thin", *CPU)
