@@ -1,7 +1,7 @@
 """Distil a trained teacher into a student with fewer blocks or channels.
 
     python distill.py --dataset_name horse2zebra
-    python distill.py --teacher day2night --direction both --student_residual 3 --student_ngf 16 --run_name thin
+    python distill.py --teacher day2night --direction AtoB --student_residual 3 --student_ngf 16 --run_name thin
     python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
@@ -42,13 +42,13 @@ from checkpoints import IMAGES, RUNS
 from files import write_json
 from inference import check_together, load_run
 from models import DIRECTIONS
-from progress import cyclegan_rows
+from progress import distillation_rows
+from report import compare_costs, compare_generators, refuse_large
 from utils import InputError, say
 from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "head")  # all but the blocks, whose number differs
 FIXED_FLAGS = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
-COLUMNS = 6  # images in the report's grid
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,21 +107,6 @@ class DistillationLoss:
         return loss, terms, outputs
 
 
-def distillation_rows(
-    model: cyclegan.CycleGAN, real_A: Tensor, real_B: Tensor, teachers: models.Nets
-) -> list[tuple[str, Tensor]]:
-    """The rows of a CycleGAN grid, and under each student's images those of its teacher."""
-    reals = {"A": real_A, "B": real_B}
-    rows = []
-    for label, row in cyclegan_rows(model, real_A, real_B):
-        rows.append((label, row))
-        for name, teacher in teachers.items():
-            if label == f"fake_{name[3]}":
-                taught = cyclegan.translate(teacher, reals[name[2]], model.precision)
-                rows.append((f"teacher_{name[3]}", taught))
-    return rows
-
-
 # ---------------------------------------------------------------------------------------------
 # Teacher and student
 
@@ -144,8 +129,8 @@ class Teacher:
 def load_teacher(name: str, students: Sequence[str]) -> Teacher:
     """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's).
 
-    students: names of the generators that shall get one
-    raises:   InputError if there is no such teacher, or it lacks one of these generators
+    students: names of the generators that shall get one; the first names a file that tells no direction
+    raises:   InputError if there is no such teacher, or it cannot be used
     """
     path = Path(name)
     state = None
@@ -162,14 +147,22 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
         name = next((key for key in DIRECTIONS if DIRECTIONS[key] == metadata["direction"]), students[0])
         say(f"{path}: a single generator, so the other one and the discriminators start new")
         teacher = Teacher({name: net}, None, path, single=True, size=metadata["size"])
-    missing = [DIRECTIONS[key] for key in students if key not in teacher.nets]
-    if missing:
-        present = ", ".join(DIRECTIONS[key] for key in teacher.nets if key in DIRECTIONS)
-        raise InputError(f"--teacher {path}: translates {present} only, not {missing[0]}; give that --direction")
     check_together(teacher.nets, path, teacher.size)
     for net in teacher.nets.values():
         net.requires_grad_(False).eval()
     return teacher
+
+
+def settle_direction(args: Namespace, teacher: Teacher) -> Namespace:
+    """Let a single generator have the one student that it can have; raises InputError if another one was asked for."""
+    present = [direction for name, direction in DIRECTIONS.items() if name in teacher.nets]
+    if len(present) == 1 and "direction" not in args.given:
+        return flags.changed(args, direction=present[0])
+    missing = [DIRECTIONS[name] for name in students_of(args) if name not in teacher.nets]
+    if missing:
+        words = f"translates {', '.join(present) or 'nothing'} only, not {missing[0]}; give that --direction"
+        raise InputError(f"--teacher {teacher.path}: {words}")
+    return args
 
 
 def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> None:
@@ -185,17 +178,20 @@ def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> N
     say(f"student takes from its teacher: {', '.join(whole) or 'no whole part: the widths differ'}")
 
 
-def make_student(teacher: models.Generator, num_residual: int, ngf: int, transfer: bool) -> models.Generator:
+def student_config(args: Namespace, teacher: models.GeneratorConfig) -> models.GeneratorConfig:
+    """The config of a teacher, but for the blocks and the width of its student."""
+    if teacher.generator == "resnet":
+        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=args.student_ngf or teacher.ngf)
+    if args.student_ngf:
+        raise InputError(f"--student_ngf {args.student_ngf}: the width of a {teacher.generator} is fixed; leave it out")
+    return dataclasses.replace(teacher, vit_blocks=args.student_residual)
+
+
+def make_student(teacher: models.Generator, config: models.GeneratorConfig, transfer: bool) -> models.Generator:
     """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
-    resnet = teacher.config.generator == "resnet"
-    smaller = {"num_residual": num_residual, "ngf": ngf} if resnet else {"vit_blocks": num_residual}
-    student = models.build_generator(dataclasses.replace(teacher.config, **smaller))
+    student = models.build_generator(config)
     if transfer:
         copy_outer_layers(student, teacher)
-    ratio = sum(p.numel() for p in teacher.parameters()) / sum(p.numel() for p in student.parameters())
-    say(f"student: {num_residual} blocks{f', ngf {ngf}' if resnet else ''}: {ratio:.1f}x fewer parameters")
-    if ratio < 1:
-        utils.warn("the student is larger than its teacher")
     return student
 
 
@@ -218,12 +214,10 @@ def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
     config_D = models.DiscriminatorConfig(channels=config.channels)
     deepest = config_D.largest_n_layers(min(args.img_height, args.img_width))
     config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
-    if args.student_ngf and config.generator != "resnet":
-        raise InputError(f"--student_ngf {args.student_ngf}: the width of a {config.generator} is fixed; leave it out")
     nets: models.Nets = {}
     for name in students_of(args):
-        ngf = args.student_ngf or teacher.nets[name].config.ngf
-        nets[name] = make_student(teacher.nets[name], args.student_residual, ngf, args.transfer)
+        net = teacher.nets[name]
+        nets[name] = make_student(net, student_config(args, net.config), args.transfer)
     for name in ("G_AB", "G_BA", "D_A", "D_B"):
         if name not in nets and name in teacher.nets:
             nets[name] = copy.deepcopy(teacher.nets[name])
@@ -260,32 +254,20 @@ def report_rows(args: Namespace, teacher: Teacher, name: str) -> tuple[dict[str,
     return rows, sizes["student"]
 
 
-def report_direction(args: Namespace, teacher: Teacher, name: str, device: torch.device) -> dict:
+def report_direction(
+    args: Namespace, rows: dict[str, tuple], size: tuple[int, int], name: str, device: torch.device
+) -> dict:
     """Compare networks of one direction: cost, and quality on the held-out images; returns the figures by row."""
-    source, target = name[2:]
-    rows, size = report_rows(args, teacher, name)
+    for nets, _ in rows.values():
+        for net in nets.values():
+            net.to(device)
     precision = utils.pick_precision(args.precision, device)
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     split = datasets.held_out_split(dataset)
-    channels = teacher.nets[name].config.channels
-    reals = datasets.named_images(dataset / f"{split}{source}", size, channels, args.on_bad_image)
-    truths = datasets.named_images(dataset / f"{split}{target}", size, channels, args.on_bad_image)
-    chosen = list(reals)[:: max(1, len(reals) // COLUMNS)][:COLUMNS]
-    shown = {f"real_{source}": reals}
-    table = {}
-    taught = {}
-    for label, (nets, file) in rows.items():
-        for net in nets.values():
-            net.to(device)
-        table[label] = metrics.describe_generator(nets[name], nets.get(f"G_{target}{source}"), reals, truths, precision)
-        fakes = {stem: cyclegan.translate(nets[name], x, precision).cpu() for stem, x in reals.items()}
-        taught = taught or fakes
-        table[label]["MB"] = file.stat().st_size / 1e6
-        table[label]["L1 to teacher"] = metrics.mean_distance([(fakes[stem], taught[stem]) for stem in reals])
-        shown[label] = fakes
-    if set(chosen) <= truths.keys():
-        shown[f"real_{target}"] = truths
-    grid = [(label, torch.cat([row[stem] for stem in chosen])) for label, row in shown.items()]
+    channels = rows["teacher"][0][name].config.channels
+    reals = datasets.named_images(dataset / f"{split}{name[2]}", size, channels, args.on_bad_image)
+    truths = datasets.named_images(dataset / f"{split}{name[3]}", size, channels, args.on_bad_image)
+    table, grid = compare_generators(rows, name, reals, truths, precision)
     images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
     where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
     say(f"{DIRECTIONS[name]} at {where}")
@@ -297,7 +279,13 @@ def report_direction(args: Namespace, teacher: Teacher, name: str, device: torch
 def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
     images.limit_pixels(1e6 * args.max_megapixels)
-    tables = {name: report_direction(args, teacher, name, device) for name in students_of(args)}
+    tables = {}
+    for name in students_of(args):
+        rows, size = report_rows(args, teacher, name)
+        if "direction" in args.given or rows["student"][0][name].config != teacher.nets[name].config:
+            tables[name] = report_direction(args, rows, size, name, device)
+        else:
+            say(f"{DIRECTIONS[name]}: {args.run_name} has no student for it")
     write_json(IMAGES / args.run_name / "report.json", tables)
     say(f"written to {IMAGES / args.run_name}/report.json, images beside it")
 
@@ -340,7 +328,8 @@ def make_parser() -> flags.Parser:
     add = flags.flag_group(parser, "distillation")
     words = "run, checkpoint or generator file (default: the run named --dataset_name)"
     add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
-    add("--direction", choices=("BtoA", "AtoB", "both"), default="BtoA", help="which generator gets a student")
+    words = "which generators get a student (of a single file: the one that it holds)"
+    add("--direction", choices=("both", *DIRECTIONS.values()), default="both", help=words)
     add("--student_residual", type=flags.int_between(0, 1000), default=3, help="blocks of the student")
     add("--student_ngf", type=flags.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
     words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
@@ -402,6 +391,9 @@ def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
 
 def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None) -> None:
     """Build the students and what they learn from, and run train.py's loop with their objective."""
+    if state is None:
+        for name in students_of(args):
+            refuse_large(student_config(args, teacher.nets[name].config), teacher.nets[name].config)
     dataset, feed = train.make_feed(args, device)
     nets = make_nets(args, teacher)
     teachers = {name: teacher.nets[name].to(device) for name in students_of(args)}
@@ -409,6 +401,10 @@ def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict 
     adapters = make_adapters(teachers, nets, pairs)
     loss = DistillationLoss(teachers, adapters, pairs, args.lambda_hidden, args.lambda_output)
     model = train.make_model(args, nets, device, adapters, loss)
+    if state is None:
+        for name, net in teachers.items():
+            costs = compare_costs(nets[name], net, (args.img_height, args.img_width), model.precision)
+            say(f"student {name}, {nets[name].config.blocks} blocks: {costs}")
     draw_rows = functools.partial(distillation_rows, teachers=teachers)
     terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
     monitor = train.make_monitor(args, dataset, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
@@ -431,6 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif not args.report:
         checkpoints.refuse_second_run(args.run_name, args.overwrite, flags.plain_flags(args))
     teacher = load_teacher(str(args.teacher), students_of(args))
+    args = settle_direction(args, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():  # however it is named
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
     if state is None:

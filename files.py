@@ -19,9 +19,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
+from torch import Tensor
 
 from utils import InputError, first_rank, one_line, rank, warn
 
@@ -236,3 +238,15 @@ def read_archive(path: Path) -> object:
     except Exception as error:
         reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether `value` maps names to ordinary tensors, none larger than what the file holds of it."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(x, Tensor)
+        and x.layout == torch.strided
+        and not (x.is_quantized or x.is_meta or x.is_nested)
+        and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+        for name, x in value.items()
+    )

@@ -54,10 +54,8 @@ def check_together(nets: Nets, what: object, size: Sequence[int] | None = None) 
     side = min(size or [2**30])
     for name, config in ((name, net.config) for name, net in nets.items()):
         fits = side >= config.smallest_side if isinstance(config, GeneratorConfig) else config.map_side(side) >= 1
-        if not fits:
-            raise InputError(
-                f"{what}: says its images are {'x'.join(map(str, (size or [])[::-1]))} px, too small for its {name}"
-            )
+        if size and not fits:
+            raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
 
 
 def load_networks(
@@ -168,10 +166,12 @@ def translate_tiled(net: Generator, translate: Callable, images: Tensor, tile: i
         both = torch.stack([mean, var + mean.square()]) / count
         sums[module] = sums[module].add_(both) if module in sums else both  # new ones would scatter the free memory
 
-    def normalise(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def normalise(module: Any, inputs: tuple, output: Tensor) -> Tensor:
         mean, square = sums[module]
         scale = torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)
-        return ((inputs[0].float() - mean) * scale).to(output.dtype)
+        x = (inputs[0].float() - mean) * scale
+        x = x if module.weight is None else x * module.weight[:, None, None] + module.bias[:, None, None]
+        return x.to(output.dtype)
 
     for hook in (collect, normalise):
         with ExitStack() as hooks:  # they go with the block

@@ -317,17 +317,21 @@ def is_better(best_by: str, score: float, before: float) -> bool:
     return score > before if best_by in ("PSNR", "SSIM") else score < before
 
 
+def generator_cost(net: Generator, image: Tensor, precision: str, repeats: int = 20) -> dict[str, float]:
+    """What a generator costs: parameters, and for an image (1, C, H, W) millions of multiply-accumulates and ms."""
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "MMACs": count_macs(net, *image.shape[-2:]) / 1e6,
+        "ms": median_ms(lambda: translate(net, image, precision).cpu(), repeats),
+    }
+
+
 def describe_generator(
     net: Generator, back: Generator | None, sources: Images, targets: Images, precision: str
 ) -> dict[str, float]:
     """What a generator costs, and its quality on held-out images: cycle error, and scores where images are pairs."""
-    image = next(iter(sources.values()))
-    figures = {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "MMACs": count_macs(net, *image.shape[-2:]) / 1e6,
-        "ms": median_ms(lambda: translate(net, image, precision).cpu()),
-    }
-    return figures | generator_scores(net, back, sources, targets, ("cycle", "paired"), precision)
+    cost = generator_cost(net, next(iter(sources.values())), precision)
+    return cost | generator_scores(net, back, sources, targets, ("cycle", "paired"), precision)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from cyclegan import CycleGAN
+from cyclegan import CycleGAN, translate
 from datasets import held_out_split
 from files import attempt, write_page
 from images import (
@@ -32,6 +32,7 @@ from images import (
 )
 from logs import Board, LossLog, Meter, plot_losses
 from metrics import format_table
+from models import Nets
 from utils import InputError, first_rank, one_line, say, warn
 
 COLUMNS = 6  # images in a sample grid
@@ -106,6 +107,19 @@ def cyclegan_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor) -> Rows:
     rec_B = model.translate("G_AB", fake_A)
     rows = {"real_A": real_A, "fake_B": fake_B, "rec_A": rec_A, "real_B": real_B, "fake_A": fake_A, "rec_B": rec_B}
     return list(rows.items())
+
+
+def distillation_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor, teachers: Nets) -> Rows:
+    """The rows of a CycleGAN grid, and under each student's images those of its teacher."""
+    reals = {"A": real_A, "B": real_B}
+    rows = []
+    for label, row in cyclegan_rows(model, real_A, real_B):
+        rows.append((label, row))
+        for name, teacher in teachers.items():
+            if label == f"fake_{name[3]}":
+                taught = translate(teacher, reals[name[2]], model.precision)
+                rows.append((f"teacher_{name[3]}", taught))
+    return rows
 
 
 def warn_if_collapsed(rows: Rows) -> None:

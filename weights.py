@@ -9,7 +9,8 @@ torch.save(to_junyanz(G_AB), "latest_net_G_A.pth")
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from files import atomic_write, read_archive
+from files import atomic_write, is_state_dict, read_archive
 from models import (
     DIRECTIONS,
     DISCRIMINATORS,
@@ -49,18 +50,6 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
 
-def is_state_dict(value: Any) -> bool:
-    """Whether `value` maps names to ordinary tensors, none larger than what the file holds of it."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(x, Tensor)
-        and x.layout == torch.strided
-        and not (x.is_quantized or x.is_meta or x.is_nested)
-        and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
-        for name, x in value.items()
-    )
-
-
 def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
     """Compare a state dict with that of a network before it is loaded, or say in one line what does not fit.
 
@@ -71,9 +60,9 @@ def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None
     faults = []
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors:
-            faults.append(f"{name} is missing")
+            faults.append(f"{name} is missing, expected {tuple(wanted[name].shape)}")
         elif name not in wanted:
-            faults.append(f"{one_line(name)[:80]} is not part of this network")
+            faults.append(f"{one_line(name)[:80]}, {tuple(tensors[name].shape)}, is not part of this network")
         elif tensors[name].shape != wanted[name].shape:
             faults.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}")
         elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
@@ -173,37 +162,43 @@ def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
 # Layouts of other projects
 
 
-def module_names(config: GeneratorConfig, layout: str, second: int = 5) -> Iterator[tuple[str, str]]:
-    """Yield (their name, our name) of every convolution of a generator and of the norm after it.
-
-    layout: "junyanz" or "pytorch_gan"; they differ in their blocks' name and in the upsampling
-    second: place of the second convolution in a block of theirs: 5, after a dropout 6
-    source: junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator;
-            eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet
-    """
-    block, lead, conv = ("conv_block", 0, 0) if layout == "junyanz" else ("block", 1, 2)
-    yield from (("model.1", "stem.1"), ("model.2", "stem.2"))
-    place = 4  # in their one long Sequential
-    for i in range(config.n_downsampling):
-        yield from ((f"model.{place}", f"down.{i}.0"), (f"model.{place + 1}", f"down.{i}.1"))
-        place += 3
-    for i in range(config.num_residual):
-        for theirs, ours in ((1, 1), (2, 2), (second, 5), (second + 1, 6)):
-            yield f"model.{place}.{block}.{theirs}", f"blocks.{i}.body.{ours}"
-        place += 1
-    for i in range(config.n_downsampling):
-        place += lead  # an nn.Upsample stands before the convolution
-        yield f"model.{place}", f"up.{i}.{conv}"
-        yield f"model.{place + 1}", f"up.{i}.{conv + 1}"
-        place += 3
-    yield f"model.{place + 1}", "head.1"
+def conv_layers(net: nn.Module) -> list[str]:
+    """Names of the convolutions of a generator of ours, in their order; behind each stands its normalisation layer."""
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
 
 
-def tensor_names(net: Generator, layout: str, second: int = 5) -> dict[str, str]:
-    """Name every tensor of a generator of ours in their layout: their name → our name."""
-    theirs = {ours: name for name, ours in module_names(net.config, layout, second)}
-    split = [name.rpartition(".") for name in net.state_dict()]
+def next_layer(name: str) -> str:
+    """Name of the layer behind another one in its Sequential."""
+    container, _, place = name.rpartition(".")
+    return f"{container}.{int(place) + 1}"
+
+
+def tensor_names(state: Iterable[str], layers: dict[str, str]) -> dict[str, str]:
+    """Name tensors of ours as another project does: their name → our name; layers: likewise of the convolutions."""
+    theirs = {ours: name for name, ours in layers.items()}
+    theirs |= {next_layer(ours): next_layer(name) for name, ours in layers.items()}
+    split = [name.rpartition(".") for name in state]
     return {f"{theirs[module]}.{leaf}": f"{module}.{leaf}" for module, _, leaf in split}
+
+
+def junyanz_layers(net: Generator) -> dict[str, str]:
+    """Name the convolutions of a resnet as pytorch-CycleGAN-and-pix2pix does: their name → our name.
+
+    source: junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator
+    """
+    layers = {}
+    place = 0  # in their one long Sequential
+    for ours in conv_layers(net):
+        part = ours.partition(".")[0]
+        if part == "blocks":
+            layer = ours.rpartition(".")[2]
+            layers[f"model.{place}.conv_block.{layer}"] = ours
+            place += layer == "5"  # the second convolution ends a block
+        else:
+            place += part in ("stem", "head")  # padding stands before it
+            layers[f"model.{place}"] = ours
+            place += 3  # normalisation and ReLU
+    return layers
 
 
 def to_junyanz(net: Generator) -> dict[str, Tensor]:
@@ -227,13 +222,22 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
         raise InputError(
             f"{fault}: the junyanz layout cannot hold it; expected a resnet with deconv and no norm_output"
         )
-    names = {theirs: ours for theirs, ours in tensor_names(net, "junyanz").items() if ours not in left_out}
+    names = tensor_names(tensors.keys() - left_out, junyanz_layers(net))
     return {theirs: tensors[ours].detach().cpu().contiguous() for theirs, ours in names.items()}
 
 
-def refuse_stranger(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise InputError, with what it is, on a file of weights that is no ResNet generator of a known layout."""
+def find_convs(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Find the convolutions of a ResNet generator, in their order: name → place in its one long Sequential, in a block or -1.
+
+    What the Sequential and the blocks are called does not matter: "model.10.conv_block.1", "model.10.block.1".
+    raises: InputError, with what it is, for another network
+    """
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    convs = {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"(\w+\.([0-9]{1,4})(?:\.\w+\.([0-9]{1,2}))?)\.weight", name)
+        if match and len(shape) == 4:
+            convs[match[1]] = (int(match[2]), int(match[3] or -1))
     found = None
     if "net.0.weight" in shapes or shapes.get("model.0.weight", ())[2:] == (4, 4):
         found = "a discriminator"
@@ -243,47 +247,126 @@ def refuse_stranger(path: Path, tensors: dict[str, Tensor]) -> None:
         found = "a U-Net of pytorch-CycleGAN-and-pix2pix"
     elif any(name.startswith("net.") for name in shapes):
         found = "a network of UVCGAN"
-    elif len(shapes.get("model.1.weight", ())) != 4:
-        found = f"an unknown layout ({', '.join(one_line(n)[:80] for n in sorted(shapes)[:3])})"
+    elif not convs:
+        first = [f"{one_line(name)[:80]} {shapes[name]}" for name in sorted(shapes)[:3]]
+        found = f"an unknown layout ({', '.join(first)})"
     if found:
         raise InputError(
             f"{path}: holds {found}; expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
         )
+    return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 
-def infer_config(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, str, int]:
-    """Read the config, the layout and the place of a block's second convolution off names and shapes.
+def infer_norm(tensors: dict[str, Tensor], *convs: str) -> str:
+    """Name the normalisation layer that most convolutions have behind them, all but the last."""
+    kinds = Counter()
+    for norm in map(next_layer, convs[:-1]):
+        learnt = "batch" if f"{norm}.running_mean" in tensors else "instance_affine"
+        kinds[learnt if f"{norm}.weight" in tensors else "instance"] += 1
+    most = kinds.most_common(1)[0][0]
+    hints = {name for name in tensors if name.endswith((".bias", ".running_mean"))} - {f"{convs[-1]}.bias"}
+    return (
+        "none" if most == "instance" and not hints else most
+    )  # it has no weights, but the convolution before it a bias
 
-    Only the likeliest answer: check_tensors compares every name and shape with it afterwards.
+
+def infer_config(path: Path, tensors: dict[str, Tensor], convs: dict[str, tuple[int, int]]) -> GeneratorConfig:
+    """Read the config of a ResNet generator off its convolutions; match_layers compares every one with it afterwards.
+
+    raises: InputError if convolutions are missing, or there are more than a network here can have
     """
-    blocks = {m[0] for name in tensors if (m := re.match(r"model\.[0-9]+\.(conv_)?block\.", name))}
-    places = [m[1] for name in tensors if (m := re.fullmatch(r"model\.([0-9]{1,4})\.weight", name))]
-    head = max(int(place) for place in places if tensors[f"model.{place}.weight"].dim() == 4)
-    steps = head - 5 - len(blocks)  # 6 of their modules halve and double once; 7 where one is an nn.Upsample
-    named_block = any(".block." in name for name in blocks)
-    layout = "pytorch_gan" if named_block or (not blocks and steps % 6) else "junyanz"
-    ngf, channels = tensors["model.1.weight"].shape[:2]
-    hints = {name for name in tensors if name.endswith((".bias", ".running_mean"))}
-    if {"model.2.weight", "model.2.running_mean"} <= tensors.keys():
-        norm = "batch"
-    else:  # an instance norm has no weights, but the convolution before it has a bias
-        norm = "instance" if hints - {f"model.{head}.bias"} else "none"
-    upsample, step = ("deconv", 6) if layout == "junyanz" else ("resize", 7)
-    sizes: dict[str, Any] = {"ngf": ngf, "num_residual": len(blocks), "n_downsampling": steps // step}
-    sizes = {name: min(max(value, LIMITS[name][0]), LIMITS[name][1]) for name, value in sizes.items()}
-    config = GeneratorConfig(channels=1 if channels == 1 else 3, upsample=upsample, norm=norm, **sizes)
-    dropout = any(n.endswith("block.6.weight") and x.dim() == 4 for n, x in tensors.items())
-    return config, layout, 6 if dropout else 5
+    lost = {f"{name.removesuffix('.bias')}.weight" for name in tensors if name.endswith(".bias")} - tensors.keys()
+    if lost:
+        raise InputError(f"{path}: {one_line(min(lost))[:80]} is missing")
+    outer = {name: tuple(tensors[f"{name}.weight"].shape) for name, (_, layer) in convs.items() if layer < 0}
+    if len(outer) < 2 or len(outer) % 2:
+        found = ", ".join(f"{one_line(name)[:80]}.weight {shape}" for name, shape in list(outer.items())[:8])
+        words = "expected a first, a last, and as many that double the image as halve it"
+        raise InputError(f"{path}: {len(outer)} convolutions outside of blocks ({found}); {words}")
+    shapes = list(outer.values())
+    rises = shapes[len(shapes) // 2]  # of a transposed convolution the number of inputs comes first
+    sizes: dict[str, Any] = {"ngf": shapes[0][0], "n_downsampling": len(shapes) // 2 - 1}
+    sizes["num_residual"] = len({place for place, layer in convs.values() if layer >= 0})
+    for name, value in sizes.items():
+        least, most = LIMITS[name]
+        if not least <= value <= most:
+            raise InputError(f"{path}: by names and shapes its {name} is {value}; expected {least} to {most}")
+    upsample = "resize" if sizes["n_downsampling"] and rises[0] < rises[1] else "deconv"
+    channels = 1 if shapes[0][1] == 1 else 3
+    return GeneratorConfig(channels=channels, upsample=upsample, norm=infer_norm(tensors, *convs), **sizes)
+
+
+def match_layers(
+    path: Path, tensors: dict[str, Tensor], convs: dict[str, tuple[int, int]], net: Generator
+) -> dict[str, str]:
+    """Pair each convolution of a file with the one of ours that comes next, by shape and place: their name → our name.
+
+    Before the one of a "resize" stand an nn.Upsample and maybe padding; a dropout may move a block's second one.
+    raises: InputError with the first that is not what comes next
+    """
+    leads = {"stem": [1], "head": [1], "up": [0] if net.config.upsample == "deconv" else [1, 2]}
+    state = net.state_dict()
+    layers = {}
+    free = 0  # next place
+    pairs = zip(convs.items(), conv_layers(net), strict=False)  # where their numbers differ, a block has one or three
+    for (theirs, (place, layer)), ours in pairs:
+        part = ours.partition(".")[0]
+        places = [free + lead for lead in leads.get(part, [0])]
+        inner = {"1": [1], "5": [5, 6]}[ours[-1]] if part == "blocks" else [-1]
+        shape = tuple(tensors[f"{theirs}.weight"].shape)
+        wanted = tuple(state[f"{ours}.weight"].shape)
+        if shape != wanted or place not in places or layer not in inner:
+            where = f"layer {' or '.join(map(str, inner))} of the block at " if part == "blocks" else ""
+            where += f"place {' or '.join(map(str, places))}"
+            raise InputError(f"{path}: {theirs}.weight is {shape}; expected {wanted} at {where}")
+        layers[theirs] = ours
+        free = place + (3 if part != "blocks" else ours.endswith("5"))
+    return layers
+
+
+def fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, layers: dict[str, str]) -> dict[str, Tensor]:
+    """Bring the tensors of a file into the form that a generator of ours loads; `layers` as match_layers gives them.
+
+    Statistics of instance normalisations are dropped, missing biases before a normalisation are zeros, and those
+    before a batch norm, which shift what it subtracts, become part of its mean.
+    raises: InputError with the first three names that do not fit
+    """
+    tensors = dict(tensors)
+    state = net.state_dict()
+    names = tensor_names(state, layers)
+    wanted = {theirs: state[ours] for theirs, ours in names.items()}
+    inner = list(layers)[:-1]
+    folded = 0
+    for theirs in inner:
+        bias = f"{theirs}.bias"
+        mean = f"{next_layer(theirs)}.running_mean"
+        if net.config.norm != "batch":
+            for leaf in STATISTICS:
+                tensors.pop(f"{next_layer(theirs)}.{leaf}", None)
+        elif bias in tensors and mean in tensors and tensors[bias].shape == tensors[mean].shape == wanted[mean].shape:
+            tensors[mean] = tensors[mean] - tensors.pop(bias)
+            folded += 1
+    optional = {f"{theirs}.bias" for theirs in inner}
+    optional |= {name for name in wanted if name.endswith(".num_batches_tracked")}  # old files do not count
+    missing = (optional & wanted.keys()) - tensors.keys()
+    tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
+    check_tensors(wanted, tensors, path)
+    if folded:
+        say(f"{path}: {folded} biases before batch norms became part of their means")
+    if missing:
+        without = " and no sign of a normalisation: read as a network without one" if net.config.norm == "none" else ""
+        say(f"{path}: missing {min(missing)} ({len(missing)} such tensors){without}; filled with zeros")
+    return {ours: tensors[theirs] for theirs, ours in names.items()}
 
 
 def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a generator file of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, or PyTorch-GAN.
+    """Read a generator file of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, or a mix of them.
 
-    Running statistics of instance normalisations, which old files hold, are dropped; missing biases are zeros.
     PyTorch-GAN pads with zeros after upsampling, the network here by reflection: the border differs,
     and the rest a little, since the normalisation layers see the border too.
     returns: config, state dict in our names, metadata (size None: such files do not record it)
-    raises:  InputError with what the file holds instead, or the first three names that do not fit
+    raises:  InputError with what the file holds instead, or what in it does not fit
+    source:  eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet; others: to_junyanz
     """
     value: Any = read_archive(path)
     if isinstance(value, dict) and {"format", "nets"} <= value.keys():
@@ -296,34 +379,20 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         raise InputError(f"{path}: holds no tensors by name; expected the weights of one network")
     # DataParallel and torch.compile put themselves into the names, also one inside the other
     tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
-    refuse_stranger(path, tensors)
-    config, layout, second = infer_config(tensors)
+    convs = find_convs(path, tensors)
+    config = infer_config(path, tensors, convs)
     net = meta_network(config)
-    for theirs, ours in module_names(config, layout, second):
-        if isinstance(net.get_submodule(ours), nn.InstanceNorm2d):
-            for leaf in STATISTICS:
-                tensors.pop(f"{theirs}.{leaf}", None)
-    names = tensor_names(net, layout, second)
-    state = net.state_dict()
-    wanted = {theirs: state[ours] for theirs, ours in names.items()}
-    optional = ".num_batches_tracked" if config.norm == "batch" else ".bias"
-    missing = [n for n in wanted.keys() - tensors.keys() if n.endswith(optional) and names[n] != "head.1.bias"]
-    tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
-    check_tensors(wanted, tensors, f"{path} ({layout} layout)")
-    if missing:
-        without = " and no sign of a normalisation: read as a network without one" if config.norm == "none" else ""
-        say(f"{path}: missing {min(missing)} ({len(missing)} such tensors){without}; filled with zeros")
+    tensors = fit_tensors(path, tensors, net, match_layers(path, tensors, convs, net))
     if config.upsample == "resize" and config.n_downsampling:
         say(f"{path}: PyTorch-GAN pads with zeros after upsampling, here it is reflection; borders will differ")
     match = re.search(r"(?<![A-Za-z])(?:net_G_(A|B)|G_(AB|BA))(?![A-Za-z])", path.name)
     metadata = {
-        "layout": layout,
         "direction": {"A": "AtoB", "B": "BtoA"}[(match[1] or match[2])[0]] if match else None,
         "size": None,
         "range": [-1, 1],
         "config": dataclasses.asdict(config),
     }
-    return config, {ours: tensors[theirs] for theirs, ours in names.items()}, metadata
+    return config, tensors, metadata
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,7 +402,7 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
 def load_generator(path: Path) -> tuple[Generator, dict]:
     """Read a generator file of this or another project: the network on the CPU in eval mode, and its metadata.
 
-    returns: of our files the metadata that save_generator wrote; of others layout, range, config,
+    returns: of our files the metadata that save_generator wrote; of others range, config,
              direction ("AtoB", "BtoA"; None where the file's name tells none) and size None
     raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
     """

@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from conftest import TINY, make_dataset
 from torch import nn
 
 import distill
+import metrics
 import test as test_stage
 import train
 from checkpoints import load_state
@@ -41,7 +44,13 @@ def teacher(taught, tmp_path):
 
 
 def run(*argv):
-    distill.main(["--dataset_name", "tiny", *CPU, "--student_residual", "1", "--num_epochs", "1", *map(str, argv)])
+    """Distil one student, unless `argv` says otherwise."""
+    given = ["--direction", "BtoA", "--student_residual", "1", "--num_epochs", "1", *map(str, argv)]
+    distill.main(["--dataset_name", "tiny", *CPU, *given])
+
+
+def make_student(net, num_residual, ngf, transfer):
+    return distill.make_student(net, dataclasses.replace(net.config, num_residual=num_residual, ngf=ngf), transfer)
 
 
 def state_of(name):
@@ -65,6 +74,26 @@ def test_the_teacher_of_a_data_set_is_found_and_its_flags_inherited(teacher, cap
     assert state["args"]["lambda_identity"] == 5.0
     assert (state["epoch"], state["step"]) == (2, 4)
     assert state["teacher"]["path"] == "saved_models/tiny/latest.pt"
+    assert state["args"]["direction"] == "both"
+    assert [state["config"][name]["num_residual"] for name in ("G_AB", "G_BA")] == [1, 1]
+
+
+def test_the_cost_of_a_student_is_said_before_it_learns(teacher, capsys):
+    run("--direction", "both", "--student_ngf", 2)
+    out = capsys.readouterr().out
+    own, theirs = (GeneratorConfig(ngf=ngf, num_residual=blocks) for ngf, blocks in ((2, 1), (4, 3)))
+    costs = []
+    for config in (own, theirs):
+        net = build_generator(config)
+        costs += [sum(p.numel() for p in net.parameters()), metrics.count_macs(net, 16, 16) / 1e6]
+    for name in ("G_AB", "G_BA"):
+        (line,) = re.findall(rf"student {name}, 1 blocks: .*", out)
+        assert out.index(line) < out.index("watch generated_images/tiny_student/index.html")
+        assert f"{costs[0]:,} parameters (its teacher {costs[2]:,}, {costs[2] / costs[0]:.1f} times as many)" in line
+        assert f"{costs[1]:,.1f} million multiply-accumulates an image of 16x16 px ({costs[3]:,.1f}, " in line
+        assert re.search(r"[0-9.]+ ms on cpu \([0-9.]+, [0-9.]+ times\)$", line)
+    distill.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
+    assert "million multiply-accumulates" not in capsys.readouterr().out
 
 
 def test_the_student_learns_and_the_teacher_does_not(teacher, monkeypatch):
@@ -121,7 +150,7 @@ def strange_teacher(**config):
 
 def test_without_transfer_the_student_starts_with_fresh_weights_and_none_of_its_teachers():
     net = strange_teacher(ngf=8, num_residual=3)
-    fresh = distill.make_student(net, 1, 8, False)
+    fresh = make_student(net, 1, 8, False)
     assert len(fresh.blocks) == 1
     assert_fresh(fresh)
     theirs = net.state_dict()
@@ -131,7 +160,7 @@ def test_without_transfer_the_student_starts_with_fresh_weights_and_none_of_its_
 
 def test_with_transfer_only_the_blocks_are_fresh():
     net = strange_teacher(ngf=8, num_residual=3)
-    copied = distill.make_student(net, 2, 8, True)
+    copied = make_student(net, 2, 8, True)
     assert len(copied.blocks) == 2
     assert_fresh(copied.blocks)
     for part in ("stem", "down", "up", "head"):
@@ -140,7 +169,7 @@ def test_with_transfer_only_the_blocks_are_fresh():
 
 def test_a_thinner_student_takes_what_has_the_same_shape_and_the_rest_is_fresh():
     net = strange_teacher(ngf=8, num_residual=3)
-    thin = distill.make_student(net, 3, 4, True)
+    thin = make_student(net, 3, 4, True)
     assert thin.config == GeneratorConfig(ngf=4, num_residual=3)
     for part in (thin.stem, thin.down, thin.blocks, thin.up):
         assert_fresh(part)
@@ -156,16 +185,23 @@ def test_a_run_without_transfer_has_a_name_of_its_own(teacher):
 @pytest.mark.parametrize(("ngf", "said"), [(8, "stem, down, up, head"), (4, "no whole part: the widths differ")])
 def test_what_a_student_takes_is_said_of_parts_that_it_has(ngf, said, capsys):
     net = build_generator(GeneratorConfig(ngf=8, num_residual=2), "normal")
-    distill.make_student(net, 1, ngf, True)
+    make_student(net, 1, ngf, True)
     assert f"student takes from its teacher: {said}\n" in capsys.readouterr().out
 
 
-def test_a_larger_student_is_warned_about(capsys):
-    net = build_generator(GeneratorConfig(ngf=4, num_residual=3))
-    distill.make_student(net, 2, 4, False)
-    assert capsys.readouterr().err == ""
-    distill.make_student(net, 5, 8, False)
-    assert capsys.readouterr().err.startswith("warning: ")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "--student_residual 3: a student of 18,019 parameters is not smaller than its teacher of 18,019"),
+        (["--student_residual", "4"], "--student_residual 4: "),
+        (["--student_residual", "2", "--student_ngf", "8"], "--student_residual 2 --student_ngf 8: "),
+    ],
+)
+def test_a_student_that_is_not_smaller_is_refused_with_what_would_be(teacher, refused, given, words):
+    error = refused(distill.main, "--dataset_name", "tiny", *CPU, *given)
+    assert words in error
+    assert error.endswith("fewer than 3 blocks (--student_residual 1) or 3 blocks narrower than 4 (--student_ngf 2)")
+    assert not Path("saved_models/tiny_student").exists()
 
 
 def test_a_student_file_is_a_generator_file_without_adapters(teacher):
@@ -237,6 +273,9 @@ def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
     assert state["args"]["img_height"] == 16
     assert state["config"]["G_AB"]["num_residual"] == 3
     assert state["config"]["G_BA"]["num_residual"] == 1
+    assert state["args"]["direction"] == "BtoA"
+    distill.main(["--run_name", "alone_student", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
+    assert state_of("alone_student")["epoch"] == 2
     for direction in ("AtoB", "both"):
         error = refused(distill.main, *flags, "--direction", direction, "--overwrite")
         assert "--teacher alone.safetensors" in error
@@ -292,6 +331,11 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
     assert {"ms", "MB", "PSNR", "SSIM", "match@1", "cycle"} <= table["student"].keys()
     assert "1 threads" in out
     assert Path("generated_images/tiny_student/report_G_BA.png").is_file()
+    assert "AtoB: tiny_student has no student for it" in out
+    assert not Path("generated_images/tiny_student/report_G_AB.png").exists()
+    distill.main(["--dataset_name", "tiny", "--report", "--direction", "AtoB", *CPU])
+    table = json.loads(Path("generated_images/tiny_student/report.json").read_text())["G_AB"]
+    assert table["teacher"]["parameters"] == table["student"]["parameters"]
 
 
 # -- wrong flags -----------------------------------------------------------------------------
@@ -307,7 +351,10 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
         (["--hidden_layers", "3", "--student_residual", "1"], "from 0 to 2"),
         (["--hidden_layers", "x"], "--hidden_layers: given 'x'"),
         (["--channels", "1"], "--channels 1: the teacher saved_models/tiny/latest.pt has 3"),
-        (["--img_height", "4", "--img_width", "4"], "images of 4x4 px: 2 downsamplings need at least 8 px"),
+        (
+            ["--student_residual", "1", "--img_height", "4", "--img_width", "4"],
+            "images of 4x4 px: 2 downsamplings need at least 8 px",
+        ),
         (["--start_from", "latest"], "--start_from latest: no saved_models/tiny_student/latest.pt"),
         (["--start_from", "latest", "--overwrite"], "--overwrite contradicts --start_from latest"),
     ],

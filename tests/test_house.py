@@ -31,6 +31,7 @@ BELOW = {  # what a room may import of the others
     "weights": {"models", "files", "utils"},
     "checkpoints": {"cyclegan", "weights", "files", "flags", "models", "utils"},
     "metrics": {"cyclegan", "datasets", "images", "models", "utils"},
+    "report": {"metrics", "weights", "cyclegan", "models", "utils"},
     "logs": {"files", "utils"},
     "progress": {"logs", "cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},
     "inference": {"weights", "checkpoints", "flags", "images", "models", "utils"},

@@ -113,8 +113,18 @@ def lopsided_image():
     return image
 
 
-def test_all_tiles_are_normalised_alike_so_that_a_flat_one_does_not_stand_out():
-    net = generator(ngf=8, num_residual=2)
+def with_random_scales(net):
+    """A network whose instance norms, if they learn, have learnt."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.InstanceNorm2d) and module.affine:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return net
+
+
+@pytest.mark.parametrize("norm", ["instance", "instance_affine"])
+def test_all_tiles_are_normalised_alike_so_that_a_flat_one_does_not_stand_out(norm):
+    net = with_random_scales(generator(ngf=8, num_residual=2, norm=norm))
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             torch.nn.init.normal_(module.weight, 0, 0.2)
@@ -138,8 +148,9 @@ def test_hooks_go_when_a_tile_fails():
     assert all(not module._forward_hooks for module in net.modules())
 
 
-def test_one_tile_that_holds_the_image_gives_what_the_whole_gives():
-    net = generator()
+@pytest.mark.parametrize("norm", ["instance", "instance_affine"])
+def test_one_tile_that_holds_the_image_gives_what_the_whole_gives(norm):
+    net = with_random_scales(generator(norm=norm))
     with torch.no_grad():
         whole = net(lopsided_image())
         assert torch.allclose(translate_tiled(net, net, lopsided_image(), 96), whole, atol=1e-5)

@@ -37,6 +37,8 @@ def count(net):
         ({"num_residual": 6, "n_downsampling": 1}, 1_937_539),
         ({"channels": 1}, 11_365_633),
         ({"norm": "batch"}, 11_383_427),
+        ({"norm": "instance_affine"}, 11_378_179 + 2 * (2 * 64 + 2 * 128 + 19 * 256)),  # a scale and a shift a channel
+        ({"norm": "instance_affine", "ngf": 128}, 45_485_571),
     ],
 )
 def test_generator_parameter_counts_are_those_of_the_paper_and_its_variants(flags, parameters):
@@ -102,9 +104,9 @@ def test_output_layer_has_no_norm_unless_asked_for():
     assert before_tanh.mean((2, 3)).abs().max() < 0.05  # so no image can be dark as a whole
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
 def test_norm_flag_reaches_every_network(norm):
-    kinds = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+    kinds = {"instance": nn.InstanceNorm2d, "instance_affine": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
     nets = [
         build_generator(GeneratorConfig(ngf=2, num_residual=1, norm=norm)),
         build_discriminator(DiscriminatorConfig(ndf=2, n_layers=2, norm=norm)),
@@ -114,6 +116,7 @@ def test_norm_flag_reaches_every_network(norm):
         found = [m for m in net.modules() if isinstance(m, tuple(kinds.values()))]
         assert len(found) == (0 if norm == "none" else expected)
         assert norm == "none" or all(isinstance(m, kinds[norm]) for m in found)
+        assert norm == "none" or all(m.affine == (norm != "instance") for m in found)
         assert net(torch.rand(2, 3, 16, 16)).shape[0] == 2
 
 
@@ -126,6 +129,7 @@ def test_norm_flag_reaches_every_network(norm):
         ({"n_layers": 1}, 136_385),
         ({"n_layers": 2}, 662_977),
         ({"n_layers": 3}, 2_764_737),
+        ({"n_layers": 3, "norm": "instance_affine"}, 2_764_737 + 2 * (128 + 256 + 512)),
         ({"n_layers": 4}, 6_959_553),
         ({"n_layers": 3, "max_mult": 2}, 3_136 + 131_200 + 2 * 262_272 + 2_049),
         ({"discriminator": "pixel"}, 8_705),
@@ -221,6 +225,20 @@ def test_unknown_words_are_refused():
 def test_instance_norm_is_that_of_torch(shape, layout):
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout)
     assert torch.allclose(InstanceNorm2d(5)(x), nn.InstanceNorm2d(5)(x), atol=1e-12)
+    ours = InstanceNorm2d(5, affine=True).double()
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    theirs = nn.InstanceNorm2d(5, affine=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.allclose(ours(x), theirs(x), atol=1e-12)
+
+
+def test_learnt_scales_of_instance_norms_begin_as_if_there_were_none():
+    plain = build_generator(GeneratorConfig(ngf=2, num_residual=1)).double()
+    affine = build_generator(GeneratorConfig(ngf=2, num_residual=1, norm="instance_affine")).double()
+    affine.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    assert torch.allclose(affine(x), plain(x), atol=1e-12)
 
 
 @pytest.mark.parametrize("out_channels", [1, 3])
@@ -268,7 +286,7 @@ def test_unet_vit_parameter_counts_are_those_of_uvcgan(flags, parameters):
 
 
 @pytest.mark.parametrize("flags", [{}, {"vit_size": "uvcgan", "vit_blocks": 2, "vit_heads": 3}])
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
 @pytest.mark.parametrize("upsample", ["deconv", "resize"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 128), (100, 70), (33, 32)])
 def test_one_unet_vit_translates_images_of_any_size(tiny_vits, flags, norm, upsample, size):

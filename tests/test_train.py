@@ -28,7 +28,7 @@ from checkpoints import load_state, networks_of
 from images import list_images, read_image
 from logs import read_losses
 from models import VIT_SIZES, VitSize
-from weights import load_generator
+from weights import load_generator, to_junyanz
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 ROOT = Path(train.__file__).parent
@@ -598,7 +598,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_taught(tiny, tiny_v
     scores = test_stage.main(["--run_name", "whole", "--metrics", "paired", "--scale", "native", *CPU])
     assert scores["AtoB"]["paired"]["model"]["PSNR"] > 0
     distill.main(["--teacher", "whole", "--student_residual", "2", "--num_epochs", "1", "--lambda_gp", "0", *CPU])
-    assert "student: 2 blocks:" in capsys.readouterr().out
+    assert "student G_BA, 2 blocks:" in capsys.readouterr().out
     student = load_generator(Path("saved_models/whole_student/G_BA.safetensors"))[0]
     assert (student.config.generator, student.config.vit_blocks) == ("unet_vit", 2)
     error = refused(distill.main, "--teacher", "whole", "--student_ngf", "8", "--run_name", "thin", *CPU)
@@ -719,6 +719,24 @@ def test_a_test_image_that_breaks_during_training_costs_no_epoch(tiny, no_plots,
         run_tiny("--num_epochs", 1, "--eval_interval", 1, "--eval_metrics", "cycle")
     assert "epoch 1 is not evaluated" in capsys.readouterr().err
     assert state_of("tiny")["epoch"] == 1
+
+
+def test_learnt_scales_of_instance_norms_resume_are_shipped_and_start_another_run(tiny, capsys, no_plots):
+    given = ("--norm", "instance_affine", "--ema", 0.9)
+    run_tiny(*given, "--num_epochs", 2, "--decay_epoch", 1, "--run_name", "whole")
+    run_tiny(*given, "--num_epochs", 1, "--decay_epoch", 1, "--run_name", "parts")
+    train.main(["--run_name", "parts", "--start_from", "latest", "--num_epochs", "2"])
+    for key in ("nets", "optims", "ema"):
+        assert differences(state_of("whole")[key], state_of("parts")[key]) == [], key
+    net = load_generator(Path("saved_models/whole/G_AB.safetensors"))[0]
+    assert net.config.norm == "instance_affine"
+    assert 0 < (net.stem[2].weight - 1).abs().max() < 0.1
+    torch.save(to_junyanz(net), "9_net_G_A.pth")
+    run_tiny("--num_epochs", 1, "--steps_per_epoch", 1, "--init_from", "9_net_G_A.pth", "--run_name", "tuned")
+    assert "G_AB starts from 9_net_G_A.pth" in capsys.readouterr().out
+    tuned = state_of("tuned")
+    assert {config["norm"] for config in tuned["config"].values()} == {"instance_affine"}
+    assert "layers.3.weight" in tuned["nets"]["D_A"]
 
 
 def test_frozen_means_that_running_statistics_stay_too(tiny, no_plots):

@@ -98,7 +98,7 @@ def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path):
         (lambda m: m.update(config=[1]), "no GeneratorConfig"),
         (lambda m: m["config"].update(ngf=8), r"blocks.0.body.1.bias is \(16,\), expected \(32,\)"),
         (lambda m: m["config"].update(num_residual=2), "blocks.1.body.1.bias is missing"),
-        (lambda m: m["config"].update(num_residual=0), "blocks.0.body.1.bias is not part of this network"),
+        (lambda m: m["config"].update(num_residual=0), r"blocks.0.body.1.bias, \(16,\), is not part of this network"),
     ],
 )
 def test_metadata_is_not_trusted(saved, change, words):
@@ -171,12 +171,14 @@ def test_discriminator_configs_are_read_with_the_same_distrust():
 NGF = 4
 JUNYANZ = ("conv_block", "deconv")  # the name of a block, and how it is upsampled
 PYTORCH_GAN = ("block", "resize")
+MIXES = [("block", "deconv"), ("conv_block", "resize")]  # of the two
+WITH_BIASES = ("instance", "instance_affine")
 
 
 def norm_tensors(noise, width, norm, stale):
     """What a file holds of a normalisation layer."""
     tensors = {}
-    if norm == "batch":
+    if norm in ("batch", "instance_affine"):
         tensors = {"weight": 1 + noise(width), "bias": noise(width)}
     if norm == "batch" or "mean" in stale:
         tensors |= {"running_mean": noise(width), "running_var": 1 + noise(width).abs()}
@@ -185,8 +187,11 @@ def norm_tensors(noise, width, norm, stale):
     return tensors
 
 
-def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=5, stale=()):
-    """Random weights under the names and shapes of another project; stale: statistics beside instance norms."""
+def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=5, lead=1, stale=(), biases=None):
+    """Random weights under the names and shapes of another project.
+
+    stale: statistics beside instance norms; lead: layers before a "resize" convolution
+    """
     source = torch.Generator().manual_seed(0)
     state = {}
     block, up = project
@@ -194,7 +199,7 @@ def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=
     def noise(*shape):
         return torch.randn(*shape, generator=source) * 0.1
 
-    def conv(name, width_in, width_out, side, transposed=False, bias=norm == "instance"):
+    def conv(name, width_in, width_out, side, transposed=False, bias=biases or norm in WITH_BIASES):
         widths = (width_in, width_out) if transposed else (width_out, width_in)
         state[f"{name}.weight"] = noise(*widths, side, side)
         if bias:
@@ -218,7 +223,7 @@ def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=
             normed(f"model.{at}.{block}.{place + 1}", width)
         at += 1
     for _ in range(n):
-        at += up == "resize"
+        at += lead if up == "resize" else 0
         conv(f"model.{at}", width, width // 2, 3, transposed=up == "deconv")
         width //= 2
         normed(f"model.{at + 1}", width)
@@ -227,7 +232,7 @@ def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=
     return state
 
 
-def translate(state, x, blocks=1, project=JUNYANZ, n=2, norm="instance", second=5, resize_pad="reflect"):
+def translate(state, x, blocks=1, project=JUNYANZ, n=2, norm="instance", second=5, lead=1, resize_pad="reflect"):
     """What the other project computes, in plain function calls.
 
     PyTorch-GAN pads with zeros after upsampling: resize_pad="constant". The networks here use reflection.
@@ -240,10 +245,13 @@ def translate(state, x, blocks=1, project=JUNYANZ, n=2, norm="instance", second=
     def normed(x, name):
         if norm == "none":
             return x
-        if norm == "instance":
+        if norm in ("instance", "instance_affine"):
             mean = x.mean((2, 3), keepdim=True)
             var = x.var((2, 3), unbiased=False, keepdim=True)
-            return (x - mean) / (var + 1e-5).sqrt()
+            x = (x - mean) / (var + 1e-5).sqrt()
+            if norm == "instance":
+                return x
+            return x * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
         stats = [state[f"{name}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")]
         return F.batch_norm(x, *stats, training=False)
 
@@ -259,7 +267,7 @@ def translate(state, x, blocks=1, project=JUNYANZ, n=2, norm="instance", second=
         at += 1
     for _ in range(n):
         if up == "resize":
-            at += 1
+            at += lead
             x = conv(F.interpolate(x, scale_factor=2), f"model.{at}", 1, resize_pad)
         else:
             kernel = state[f"model.{at}.weight"]
@@ -283,14 +291,14 @@ def assert_same(state, net, metadata, **variant):
     """The loaded network computes what `state` does in its own project; in float64, beyond the noise of rounding."""
     x = random_images(net.config.channels).double()
     state = {name: value.double() for name, value in state.items()}
-    variant = {key: value for key, value in variant.items() if key not in ("channels", "stale")}
+    rounded = 1e-6 if "biases" in variant else 1e-9  # a bias goes into a mean in float32
+    variant = {key: value for key, value in variant.items() if key not in ("channels", "stale", "biases")}
     with torch.no_grad():
         mine = net.double()(x)
         theirs = translate(state, x, **variant)
     assert theirs.std() > 0.05  # not all alike
-    assert torch.allclose(mine, theirs, rtol=0, atol=1e-9)
+    assert torch.allclose(mine, theirs, rtol=0, atol=rounded)
     assert not net.training
-    assert metadata["layout"] == ("junyanz" if variant.get("project", JUNYANZ) == JUNYANZ else "pytorch_gan")
     assert (metadata["size"], metadata["range"]) == (None, [-1, 1])
     assert GeneratorConfig(**metadata["config"]) == net.config
 
@@ -315,6 +323,8 @@ def refused(value, *words):
         ({"stale": ("mean", "count")}, 117),
         ({"norm": "batch"}, 140),
         ({"norm": "none"}, 25),
+        ({"norm": "batch", "biases": True}, 163),
+        ({"norm": "instance_affine"}, 94),
         ({"project": PYTORCH_GAN}, 48),
     ],
 )
@@ -342,7 +352,7 @@ def test_the_made_up_files_are_numbered_as_real_ones(blocks, project, shapes):
 # -- reading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN])
+@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN, *MIXES], ids="-".join)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -360,7 +370,10 @@ def test_the_made_up_files_are_numbered_as_real_ones(blocks, project, shapes):
         {"blocks": 2, "second": 6, "stale": ("mean", "count")},
         {"blocks": 9, "norm": "batch"},
         {"blocks": 2, "norm": "batch", "second": 6},
+        {"blocks": 2, "norm": "batch", "biases": True},
         {"blocks": 1, "norm": "none"},
+        {"blocks": 2, "norm": "instance_affine"},
+        {"blocks": 1, "norm": "instance_affine", "second": 6, "lead": 2},
     ],
     ids=str,
 )
@@ -371,7 +384,26 @@ def test_a_foreign_generator_computes_what_it_computed_at_home(project, variant)
     config = net.config
     assert (config.num_residual, config.n_downsampling) == (variant["blocks"], variant.get("n", 2))
     assert (config.norm, config.ngf) == (variant.get("norm", "instance"), NGF)
-    assert (config.upsample, config.channels) == (project[1], variant.get("channels", 3))
+    assert config.channels == variant.get("channels", 3)
+    assert config.upsample == (project[1] if variant.get("n", 2) else "deconv")
+
+
+def test_blocks_of_either_name_can_stand_in_one_file_and_other_words_too():
+    state = foreign(2, norm="instance_affine")
+    theirs = rename(state, r"model\.11\.conv_block", "model.11.block")
+    net, metadata = load(theirs)
+    assert_same(state, net, metadata, blocks=2, norm="instance_affine")
+    net, metadata = load(rename(rename(state, "conv_block", "res"), "model", "main"))
+    assert_same(state, net, metadata, blocks=2, norm="instance_affine")
+
+
+@pytest.mark.parametrize(("norm", "parameters"), [("instance", 7_707_651), ("instance_affine", 7_712_259)])
+def test_a_wide_mix_is_read_with_all_its_parameters(norm, parameters, monkeypatch):
+    """Blocks as in PyTorch-GAN, transposed convolutions as in junyanz, twice the usual width."""
+    monkeypatch.setitem(globals(), "NGF", 128)
+    net, _ = load(foreign(1, MIXES[0], norm=norm))
+    assert (net.config.ngf, net.config.num_residual, net.config.upsample) == (128, 1, "deconv")
+    assert sum(p.numel() for p in net.parameters()) == parameters
 
 
 def test_a_network_without_blocks_and_strides_is_read():
@@ -485,6 +517,14 @@ def test_batch_norms_from_before_they_counted_are_read(capsys):
     )
 
 
+def test_biases_before_batch_norms_are_kept_in_their_means_and_said(capsys):
+    state = foreign(2, norm="batch", biases=True)
+    net, metadata = load(state)
+    assert_same(state, net, metadata, blocks=2, norm="batch", biases=True)
+    assert "latest_net_G.pth: 9 biases before batch norms became part of their means" in capsys.readouterr().out
+    assert "stem.1.bias" not in net.state_dict()
+
+
 def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
     state = foreign(2, PYTORCH_GAN)
     x = random_images(side=64)
@@ -521,13 +561,14 @@ DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torc
         (DISCRIMINATOR, ["holds a discriminator", "expected a ResNet generator"]),
         (DISCRIMINATOR | {"model.2.filt": torch.zeros(4, 1, 3, 3)}, ["holds a discriminator"]),
         ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, ["holds a discriminator"]),
-        ({name: torch.zeros(1) for name in "edcba"}, ["an unknown layout (a, b, c)"]),
-        ({"model.1.weight": torch.zeros(4)}, ["an unknown layout (model.1.weight)"]),
-        ({"a\nb": torch.zeros(1)}, [r"(a\nb)"]),
+        ({name: torch.zeros(1) for name in "edcba"}, ["an unknown layout (a (1,), b (1,), c (1,))"]),
+        ({"model.1.weight": torch.zeros(4)}, ["an unknown layout (model.1.weight (4,))"]),
+        ({"a\nb": torch.zeros(1)}, [r"(a\nb (1,))"]),
         (
             {"model.1.weight": torch.zeros(4, 3, 7, 7)},
-            ["does not fit the network: model.5.bias is missing; model.5.weight is missing"],
+            ["1 convolutions outside of blocks (model.1.weight (4, 3, 7, 7)); expected a first, a last, and as many"],
         ),
+        (without(foreign(), "model.4.weight", "model.4.bias"), ["5 convolutions outside of blocks (model.1.weight"]),
         ({"format": 1, "nets": {}}, ["a whole training state", "--run_name and --epoch", "G_AB.safetensors"]),
         ({}, ["holds no tensors by name"]),
         (torch.zeros(3), ["holds no tensors by name"]),
@@ -537,38 +578,59 @@ DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torc
         ({"model.1.weight": torch.zeros(1).expand(4, 3, 7, 7)}, ["holds no tensors by name"]),
         ({"model.1.weight": torch.zeros(4, 3, 7, 7).to_sparse()}, ["holds no tensors by name"]),
         ({"model.1.weight": torch.zeros(4, 3, 7, 7, device="meta")}, ["holds no tensors by name"]),
-        (without(foreign(), "model.18.bias"), ["(junyanz layout)", "model.18.bias is missing"]),
+        (without(foreign(), "model.18.bias"), ["model.18.bias is missing, expected (3,)"]),
         (without(foreign(), "model.4.weight"), ["model.4.weight is missing"]),
-        (without(foreign(norm="batch"), "model.5.running_var"), ["model.5.running_var is missing"]),
-        (without(foreign(norm="batch"), "model.5.bias"), ["model.5.bias is missing"]),
-        (without(foreign(norm="batch"), "model.2.weight"), ["model.10.conv_block.2.bias is not part"]),
-        (foreign(norm="batch") | {"model.1.bias": torch.zeros(4)}, ["model.1.bias is not part of this network"]),
-        (foreign() | {"model.2.weight": torch.ones(4)}, ["model.2.weight is not part of this network"]),
-        (foreign() | {"model.1.running_mean": torch.ones(4)}, ["model.1.running_mean is not part of this network"]),
-        (foreign() | {"n_averaged": torch.tensor(3)}, ["n_averaged is not part of this network"]),
+        (without(foreign(norm="batch"), "model.5.running_var"), ["model.5.running_var is missing, expected (8,)"]),
+        (without(foreign(norm="batch"), "model.5.bias"), ["model.5.bias is missing, expected (8,)"]),
+        (without(foreign(norm="batch"), "model.2.weight"), ["model.2.weight is missing"]),
+        (without(foreign(norm="instance_affine"), "model.5.bias"), ["model.5.bias is missing, expected (8,)"]),
+        (without(foreign(norm="instance_affine"), "model.5.weight"), ["model.5.weight is missing"]),
+        (foreign(norm="batch") | {"model.1.bias": torch.zeros(5)}, ["model.1.bias, (5,), is not part"]),
+        (foreign() | {"model.2.weight": torch.ones(4)}, ["model.2.weight, (4,), is not part of this network"]),
+        (foreign() | {"model.1.running_mean": torch.ones(4)}, ["model.1.running_mean, (4,), is not part"]),
+        (foreign() | {"n_averaged": torch.tensor(3)}, ["n_averaged, (), is not part of this network"]),
+        (foreign() | {"model.13.query.weight": torch.ones(1, 8, 1, 1)}, ["model.13.query.weight, (1, 8, 1, 1), is"]),
         (foreign() | {"model.1.bias": torch.full((4,), float("nan"))}, ["model.1.bias is not finite"]),
         (foreign() | {"model.1.bias": torch.full((4,), 1e300, dtype=torch.float64)}, ["model.1.bias is not finite"]),
         (foreign() | {"model.1.bias": torch.zeros(4, dtype=torch.int64)}, ["model.1.bias is torch.int64"]),
-        (foreign() | {"model.1.weight": torch.zeros(4, 4, 7, 7)}, ["model.1.weight is (4, 4, 7, 7), expected (4, 3,"]),
-        (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, ["model.1.weight is (0, 3, 7, 7), expected (1, 3,"]),
-        (foreign(n=5), ["model.16.bias is not part of this network"]),
-        (foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)}, ["does not fit the network", "more"]),
-        (foreign(2, ("conv_block", "resize")), ["does not fit the network"]),
-        (foreign(2, ("block", "deconv")), ["does not fit the network"]),
-        (rename(foreign(2), r"conv_block\.1\.", "conv_block.0."), ["conv_block.0.bias is not part"]),
-        (rename(foreign(2), r"model\.11\.", "model.111."), ["model.11", "does not fit the network"]),
-        (foreign() | {"a\nb": torch.zeros(1)}, [r"a\nb is not part of this network"]),
+        (foreign() | {"model.1.weight": torch.zeros(4, 4, 7, 7)}, ["model.1.weight is (4, 4, 7, 7); expected (4, 3,"]),
+        (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, ["its ngf is 0; expected 1 to 4096"]),
+        (foreign(n=5), ["its n_downsampling is 5; expected 0 to 4"]),
+        (
+            foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)},
+            ["7 convolutions", "model.9999.weight (1, 1, 1, 1)"],
+        ),
+        (
+            foreign() | {"model.4.weight": torch.zeros(8, 4, 4, 4)},
+            ["model.4.weight is (8, 4, 4, 4); expected (8, 4, 3, 3) at place 4"],
+        ),
+        (
+            rename(foreign(2), r"conv_block\.1\.", "conv_block.0."),  # blocks that pad with zeros
+            [
+                "model.10.conv_block.0.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at place 10"
+            ],
+        ),
+        (
+            {k: x for k, x in foreign(2).items() if "10.conv_block.5" not in k},
+            ["model.11.conv_block.1.weight is (16, 16, 3, 3)", "at layer 5 or 6 of the block at place 10"],
+        ),
+        (
+            rename(foreign(2), r"model\.11\.", "model.111."),
+            ["model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at place 11"],
+        ),
+        (foreign(2, PYTORCH_GAN, lead=3), ["model.15.weight is (8, 16, 3, 3)", "at place 13 or 14"]),
+        (foreign(2, JUNYANZ) | {"a\nb": torch.zeros(1)}, [r"a\nb, (1,), is not part of this network"]),
     ],
 )
 def test_what_is_no_generator_of_a_known_layout_is_refused_by_name(state, words):
     refused(state, *words)
 
 
-def test_a_resize_file_in_a_deconv_layout_is_refused_by_its_shapes():
+def test_a_file_that_doubles_in_two_ways_is_refused_by_its_shapes():
     """Convolutions have the number of outputs first, transposed ones the number of inputs."""
     state = foreign(2)
-    state["model.12.weight"] = state["model.12.weight"].transpose(0, 1).contiguous()
-    refused(state, "model.12.weight is (8, 16, 3, 3), expected (16, 8, 3, 3)")
+    state["model.15.weight"] = state["model.15.weight"].transpose(0, 1).contiguous()
+    refused(state, "model.15.weight is (4, 8, 3, 3); expected (8, 4, 3, 3) at place 15")
 
 
 def test_a_training_state_of_ours_is_refused(tmp_path):
@@ -604,7 +666,7 @@ def test_damaged_files_are_refused(tmp_path):
 # -- writing ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
 @pytest.mark.parametrize(("blocks", "n", "channels"), [(9, 2, 3), (6, 2, 1), (0, 0, 3), (1, 3, 3)])
 def test_ours_to_junyanz_and_back_is_exact(norm, blocks, n, channels):
     config = GeneratorConfig(ngf=NGF, num_residual=blocks, n_downsampling=n, channels=channels, norm=norm)
@@ -622,8 +684,9 @@ def test_ours_to_junyanz_and_back_is_exact(norm, blocks, n, channels):
         assert torch.equal(back.state_dict()[name], x)
 
 
-def test_theirs_to_ours_and_back_is_exact():
-    state = foreign(2, norm="batch")
+@pytest.mark.parametrize("norm", ["batch", "instance_affine"])
+def test_theirs_to_ours_and_back_is_exact(norm):
+    state = foreign(2, norm=norm)
     back = to_junyanz(load(state)[0])
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], x) for name, x in state.items())
