@@ -10,6 +10,7 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -48,6 +49,12 @@ class RunError(Exception):
 def one_line(text: object) -> str:
     """Make `text` safe to print: line breaks, control characters and broken unicode are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def domain_names(dataset_name: str) -> tuple[str, str]:
+    """What the domains of a data set are called: horse and zebra in horse2zebra; A and B where the name tells none."""
+    parts = re.split(r"(?<=[^\W\d_])2(?=[^\W\d_])", dataset_name)  # a 2 between letters: not that of photos2 or v2.1
+    return (parts[0], parts[1]) if len(parts) == 2 else ("A", "B")
 
 
 def say(text: object, file: TextIO | None = None) -> None:

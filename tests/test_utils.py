@@ -18,6 +18,7 @@ from utils import (
     InputError,
     RunError,
     StopRequest,
+    domain_names,
     explain,
     one_line,
     pick_device,
@@ -125,6 +126,19 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(capsys, monkeypatch):
 
 def test_one_line_escapes_what_a_terminal_would_obey():
     assert one_line("é 猫 a\nb\r\udcff") == "é 猫 a\\nb\\r\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("dataset_name", "names"),
+    [
+        ("horse2zebra", ("horse", "zebra")),
+        ("summer2winter_yosemite", ("summer", "winter_yosemite")),
+        ("my_Äpfel2Birnen", ("my_Äpfel", "Birnen")),
+        *((name, ("A", "B")) for name in ("maps", "photos2", "2cats", "set2023", "a2b2c", "cat_2_dog", "v2.1", "")),
+    ],
+)
+def test_domains_are_named_after_a_data_set_whose_name_says_what_becomes_what(dataset_name, names):
+    assert domain_names(dataset_name) == names
 
 
 def test_words_go_to_stdout_and_warnings_to_stderr_each_on_one_line(capsys):
