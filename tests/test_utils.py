@@ -359,26 +359,52 @@ def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_noted_once_and_obeyed_the_second_time(signum):
+def test_a_stop_is_answered_and_noted_once_and_obeyed_the_second_time(signum, capfd):
     before = signal.getsignal(signum)
     with StopRequest() as stop:
         assert stop.signum is None
         signal.raise_signal(signum)
         assert stop.signum == signum
         assert stop.agreed() == signum
+        assert capfd.readouterr().err == "\nfinishing this step, then saving; once more to leave without saving\n"
         with pytest.raises(SystemExit) as exit_:
             signal.raise_signal(signum)
         assert exit_.value.code == 128 + signum
     assert signal.getsignal(signum) is before
 
 
-def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch):
+def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch, capfd):
     """Since torchrun hands on what the terminal sent to all of them already."""
     monkeypatch.setattr(utils, "world", lambda: 2)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.signum == signal.SIGINT
+    assert capfd.readouterr().err == "\nfinishing this step, then saving\n"  # said once, and nothing that is not so
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends a signal")
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_signal_is_heard_between_two_layers_of_a_backward_pass(heard):
+    class Stopped(Exception):
+        pass
+
+    def stop(signum, frame):
+        raise Stopped
+
+    net = torch.nn.Sequential(*(torch.nn.Linear(200, 200) for _ in range(30)))
+    x = torch.ones(2000, 200, requires_grad=True)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with StopRequest(net if heard else ()):
+            output = net(net(x))  # used twice, like a generator in a round trip: its weights wait for both
+            signal.setitimer(signal.ITIMER_REAL, 1e-3)
+            with pytest.raises(Stopped):
+                output.sum().backward()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (net[-1].weight.grad is None) == heard  # the pass ended on its way through the second use
+    assert not any(layer._forward_hooks for layer in net)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to lose")
