@@ -184,7 +184,7 @@ class Saver:
 
     folder: Path
     facts: dict  # stage, args, schedules; of a distillation also teacher: path and sha256
-    metadata: dict  # of the generator files: stage, run_name, dataset_name, size
+    metadata: dict  # of the generator files: stage, run_name, dataset_name, data_root, size
     checkpoint_interval: int = 10  # epochs
     keep_checkpoints: int = 0
     save_minutes: float = 10.0

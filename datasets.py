@@ -38,6 +38,17 @@ CHECKSUM_BYTES = 8  # of each image in a cache
 # Folders of a data set
 
 
+def recorded_root(recorded: object) -> Path:
+    """The folder of the data sets that a run was trained on, as its files say; "datasets" where they do not.
+
+    raises: InputError if it is gone
+    """
+    root = Path(recorded if isinstance(recorded, str) else "datasets")
+    if root != Path("datasets") and not root.is_dir():
+        raise InputError(f"{root}: held the data sets when the run was trained, and is gone; give their --data_root")
+    return root
+
+
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
     """Return the folder of a data set, or say which one may have been meant."""
     folder = data_root / dataset_name

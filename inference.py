@@ -78,7 +78,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     """Find the networks of a run: those of its generator files, else, or with discriminators, of a whole-state file.
 
     epoch:   "latest", "best" or a number
-    returns: networks by name, and metadata with size, dataset_name, epoch and step; of a state also its flags
+    returns: networks by name, and metadata with size, dataset_name, data_root, epoch, step; of a state also its flags
     raises:  InputError if there is no such run or epoch, or if its networks do not fit together
     """
     folder = RUNS / run_name
@@ -115,8 +115,8 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Nets, dict]:
     check_together(nets, path, size)
     if not DIRECTIONS.keys() & nets.keys():
         raise InputError(f"{path}: holds no generator; use another checkpoint")
-    counts = {name: state.get(name) for name in ("epoch", "step")}
-    return nets, {"size": size, "flags": saved, "dataset_name": saved["dataset_name"], **counts}
+    about = {"epoch": state.get("epoch"), "step": state.get("step"), "data_root": str(saved["data_root"])}
+    return nets, {"size": size, "flags": saved, "dataset_name": saved["dataset_name"], **about}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ SIGMA = 1.5  # px, of the Gaussian in it
 DELTAS = (5, 10)  # 8-bit levels
 FEW = 1000  # images; below, FID says more about their number than about the model
 PIXELS_AT_ONCE = 2**16  # values of each image that match_at_1 holds in float64
+HEADINGS = {  # of tables: the unit, and which way is better
+    **{"PSNR": "dB ↑", **dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), "↑")},
+    **{"L1": "levels ↓", "RMSE": "levels ↓", "L1 to teacher": "↓", "cycle": "↓", "identity": "↓"},
+    **dict.fromkeys(("FID", "KID", "parameters", "MMACs", "ms", "MB"), "↓"),
+}
 PATIENCE = 3.0  # seconds before a progress bar appears
 
 Images = Mapping[Path, Tensor]  # (1, C, H, W) in [-1, 1] by name; read one by one, so it may load them when asked
@@ -407,12 +412,25 @@ def fid_kid(
 # Tables
 
 
+def heading(name: str) -> str:
+    """A measure with its unit, and ↑ where higher is better, ↓ where lower is; losses of two players have neither."""
+    return f"{name} {HEADINGS.get(name.removesuffix('_A').removesuffix('_B'), '')}".rstrip()
+
+
+def below_mean_image(table: dict[str, dict[str, float]]) -> list[str]:
+    """What has to be said of a paired_table whose model scores below the mean image, which has no content at all."""
+    if not table or table["model"]["PSNR"] >= table["mean picture"]["PSNR"]:
+        return []
+    model, flat = (table[row]["PSNR"] for row in ("model", "mean picture"))
+    return [f"PSNR {model:.3g} dB is below {flat:.3g} dB, that of the mean image: it has not learnt this yet"]
+
+
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures under their headings, as lines of text."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    widths = {name: max(12, len(name) + 2) for name in columns}
+    widths = {name: max(12, len(heading(name)) + 2) for name in columns}
     margin = max(map(len, rows))
-    lines = [" " * margin + "".join(f"{name:>{widths[name]}}" for name in columns)]
+    lines = [" " * margin + "".join(f"{heading(name):>{widths[name]}}" for name in columns)]
     for label, row in rows.items():
         line = label.ljust(margin)
         for name in columns:

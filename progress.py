@@ -1,12 +1,13 @@
 """What a run shows while it learns: grids, watched photos, a page; with the numbers of `logs`.
 
-monitor = Monitor(saved, images, title, samples, photos, cyclegan_rows, loss_names(config))
+monitor = Monitor(saved, images, (run_name, dataset_name), samples, photos, cyclegan_rows, loss_names(config))
 monitor.open(step=0, with_tensorboard=False)
 attempt(monitor.draw, model, epoch, step, True)
 """
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,20 @@ from images import (
 from logs import Board, LossLog, Meter, plot_losses
 from metrics import format_table
 from models import Nets
-from utils import InputError, first_rank, one_line, say, warn
+from utils import InputError, domain_names, first_rank, one_line, say, warn
 
 COLUMNS = 6  # images in a sample grid
 COLLAPSED_FRACTION = 0.02  # outputs that differ less than this times the inputs do not depend on them
 MOMENTS = 8  # of a watched photo in the page, from the first epoch to the newest
 PAGE_SIDE = 900  # px; larger images are reduced in the page and open at full size
 MEASURES_SHOWN = 12  # rows of measures.csv in the page
+FIRST_GRID = 60  # s after the start
+FIRST_PACE = 30  # s of steps, after which it is said how long the run will take
+SHOW_SECONDS = 30  # at least, between two drawings of the page
+SHOW_FRACTION = 0.02  # of the time that a run may spend on them
+LONG_EPOCH = 3600  # s; on a CPU it is worth a word
+SMALLER = {"img_height": 64, "img_width": 64, "batch_size": 1}  # what a CPU trains in an evening: docs/recipes.md
+NARROWER = {"num_residual": 6, "ngf": 32, "ndf": 32, "n_layers_D": 2}  # the same, in networks that start new
 
 Rows = Sequence[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
@@ -134,7 +142,103 @@ def warn_if_collapsed(rows: Rows) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# How long it takes, and how it goes on
+
+
+class Clock:
+    """The pace of a run, and what is due. Time is that of the wall, in s."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.first = math.nan  # when the first step ended, which is slower than the others
+        self.last = math.nan  # when the newest one ended
+        self.steps = 0
+        self.said = False
+        self.grids = 0
+        self.next_page = -math.inf
+
+    @property
+    def pace(self) -> float:
+        """Seconds a step, with all that happens between two: saving, evaluating. nan until there were two steps."""
+        return (self.last - self.first) / (self.steps - 1) if self.steps > 1 else math.nan
+
+    def tick(self) -> bool:
+        """Count a step that has ended; returns True once, when the pace is known well enough to be said."""
+        self.last = time.monotonic()
+        self.steps += 1
+        if self.steps == 1:
+            self.first = self.last
+        due = not self.said and self.last - self.first >= FIRST_PACE
+        self.said = self.said or due
+        return due
+
+    def first_grid_due(self) -> bool:
+        return not self.grids and time.monotonic() - self.begun >= FIRST_GRID
+
+    def page_due(self) -> bool:
+        return time.monotonic() >= self.next_page
+
+
+def duration(seconds: float) -> str:
+    """A time to be read: 0.13 s, 206 s, 45 minutes, 69 hours, 5 days."""
+    units = (("s", 1, 600), ("minutes", 60, 7200), ("hours", 3600, 4 * 86400), ("days", 86400, math.inf))
+    unit, length, _ = next(unit for unit in units if seconds < unit[2])
+    number = seconds / length
+    return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
+
+
+@first_rank
+def say_duration(pace: float, left: int, steps_per_epoch: int, flags: dict, device: torch.device) -> None:
+    """Say how long a run will take; on a CPU also what would be faster, if that is long.
+
+    pace:  seconds a step
+    left:  steps
+    flags: of the run, as plain values
+    """
+    epoch = pace * steps_per_epoch
+    say(f"{duration(pace)} a step, {duration(epoch)} an epoch: this run will take about {duration(pace * left)} more")
+    if device.type == "cpu" and epoch > LONG_EPOCH:
+        anew = "start again with --overwrite" if flags.get("start_from") == "0" else "go on with"
+        words = f"an epoch takes {duration(epoch)} on this CPU; {anew} and flags that fit it"
+        warn(f"{words} (docs/recipes.md): {faster_flags(pace, flags)}")
+
+
+def faster_flags(pace: float, flags: dict) -> str:
+    """The flags that fit a CPU, of those that a run can still get and that would make it faster."""
+    fitting = dict(SMALLER)
+    if flags.get("start_from") == "0" and not flags.get("init_from"):
+        fitting |= NARROWER
+    if flags.get("generator") == "unet_vit":
+        fitting = {name: value for name, value in fitting.items() if name not in ("num_residual", "ngf")}
+    faster = [f"--{name} {value}" for name, value in fitting.items() if flags.get(name, 0) > value]
+    faster = faster or [f"--steps_per_epoch {max(1, int(LONG_EPOCH / pace / 6))}"]  # ten minutes
+    return " ".join(faster)
+
+
+def command(stage: str, *words: str) -> str:
+    """A command line of a stage that works in the folder where this one was typed, whatever its words hold."""
+    script = Path(__file__).resolve().with_name(stage)
+    here = Path.cwd()
+    return shlex.join(["python", str(script.relative_to(here) if script.is_relative_to(here) else script), *words])
+
+
+# ---------------------------------------------------------------------------------------------
 # The page, which opens from disk
+
+
+def legend(domains: tuple[str, str], taught: Sequence[str]) -> list[tuple[str, str]]:
+    """What the rows of a grid are: their labels, each with its words; taught: generators that have a teacher."""
+    lines = []
+    for (source, target), name in zip(("AB", "BA"), domains, strict=True):
+        into = domains[1] if source == "A" else domains[0]
+        lines.append((f"real_{source}", f"{name}: images that are not learnt from, where the data set has such"))
+        lines.append((f"fake_{target}", f"{into}: what G_{source}{target} makes of real_{source}"))
+        if f"{source}{target}" in taught:
+            lines.append((f"teacher_{target}", f"{into}: what its teacher makes of real_{source}"))
+        lines.append(
+            (f"rec_{source}", f"{name}: what G_{target}{source} makes of fake_{target}; ideally real_{source} again")
+        )
+    return lines
 
 
 def embedded(folder: Path, path: Path) -> tuple[str, str, str]:
@@ -156,17 +260,28 @@ def evenly(paths: Sequence[Path], most: int) -> list[Path]:
 
 
 @first_rank
-def write_progress(folder: Path, title: str, facts: str, fraction: float, table: Sequence[str]) -> None:
+def write_progress(
+    folder: Path,
+    title: str,
+    facts: str,
+    fraction: float,
+    table: Sequence[str],
+    domains: tuple[str, str] = ("A", "B"),
+    taught: Sequence[str] = (),
+) -> None:
     """Write index.html of a run: how far it is, curves, newest grids, and how the watched photos changed.
 
     fraction: of the steps that are done, in [0, 1]; below 1 the page loads itself anew every 15 s
     table:    lines of measures
+    domains:  the names of A and B
+    taught:   "AB", "BA": which generators are students
     """
     grids = sample_grids(folder)[::-1]
     newest = [path for path in (*grids[:1], folder / "losses.png") if path.is_file()]
     rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
     for photo in sorted((folder / "watch").glob("*")):
-        rows.append((one_line(photo.name), "row small", evenly(sample_grids(photo), MOMENTS)))
+        heading = f"{one_line(photo.name)}: the photo; {domains[1]}, made of it by G_AB; {domains[0]}, by G_BA"
+        rows.append((heading, "row small", evenly(sample_grids(photo), MOMENTS)))
     write_page(
         folder / "index.html",
         "progress.html",
@@ -174,6 +289,8 @@ def write_progress(folder: Path, title: str, facts: str, fraction: float, table:
         facts=one_line(facts),
         fraction=fraction,
         table=table,
+        domains=domains,
+        legend=legend(domains, taught),
         tested=(folder / "test" / "index.html").is_file(),
         newest=[embedded(folder, path) for path in newest],
         rows=[(heading, kind, [embedded(folder, path) for path in paths]) for heading, kind, paths in rows],
@@ -190,7 +307,7 @@ class Monitor:
 
     saved: Path  # folder of losses.csv, measures.csv and tensorboard/
     images: Path  # folder of index.html, losses.png, the grids and watch/
-    title: str  # of the page
+    names: tuple[str, str]  # of the run and of its data set
     samples: tuple[Tensor, Tensor]  # what the grids show, of load_samples
     photos: dict[str, Tensor]  # watched ones by name, of load_watched
     draw_rows: Callable[[CycleGAN, Tensor, Tensor], Rows]  # of a grid, from a model and the samples
@@ -199,10 +316,11 @@ class Monitor:
     measures: Any = None  # measures.csv
     meter: Meter = field(default_factory=Meter)  # of the losses since the last row
     board: Board = field(default_factory=Board)
-    shown_at: float = -math.inf  # when the loop last called `show`, s
+    clock: Clock = field(default_factory=Clock)  # begun anew by `open`
 
     def open(self, step: int, with_tensorboard: bool) -> None:
         """Begin the logs, or go on with them after `step`; rows of later steps are cut off."""
+        self.clock = Clock()
         self.log = LossLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
         self.measures = LossLog(self.saved / "measures.csv", ["epoch", "step"], step)
         self.board = Board(self.saved / "tensorboard" if with_tensorboard else None, step)
@@ -231,6 +349,7 @@ class Monitor:
         epoch:    finished ones
         finished: the last of them just now; otherwise the grid is that of the epoch under way
         """
+        self.clock.grids += 1
         file = f"epoch_{epoch if finished else epoch + 1:04d}.png"
         rows = self.draw_rows(model, *self.samples)
         if finished:
@@ -246,18 +365,29 @@ class Monitor:
     @first_rank
     def show(self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int) -> None:
         """Write losses.csv, losses.png and the page (raises OSError if the disk is full); epoch: finished ones."""
+        begun = time.monotonic()
+        self.clock.next_page = begun + SHOW_SECONDS  # also where the disk takes no page
         attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
         facts = f"{epoch} of {num_epochs} epochs"
         if step_in_epoch:
             facts += f" and {step_in_epoch} steps of the next"
-        facts += f"; step {step:,}; written {time.strftime('%H:%M:%S')}"
+        facts += f"; step {step:,}"
+        left = (num_epochs - epoch) * steps_per_epoch - step_in_epoch
+        if left and math.isfinite(self.clock.pace):
+            facts += f"; about {duration(left * self.clock.pace)} left"
+        facts += f"; written {time.strftime('%H:%M:%S')}"
         fraction = min(1.0, epoch / num_epochs + step_in_epoch / (num_epochs * steps_per_epoch))
         measures = {}
         for row in self.measures.rows[-MEASURES_SHOWN:]:
             measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
         table = format_table(measures) if measures else []
-        write_progress(self.images, self.title, facts, fraction, table)
+        run_name, dataset_name = self.names
+        domains = domain_names(dataset_name)
+        title = f"{run_name}: {domains[0]} ↔ {domains[1]}"
+        taught = [term.removeprefix("output_") for term in self.term_names if term.startswith("output_")]
+        write_progress(self.images, title, facts, fraction, table, domains, taught)
+        self.clock.next_page = begun + max(SHOW_SECONDS, (time.monotonic() - begun) / SHOW_FRACTION)
 
     def close(self) -> None:
         """End the log of TensorBoard."""

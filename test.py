@@ -191,6 +191,7 @@ def report(scores: dict) -> list[str]:
         if tables:
             lines.append("losses on the test set" if direction == "losses" else direction)
         lines += [line for table in tables for line in metrics.format_table(table)]
+        lines += metrics.below_mean_image(measures.get("paired", {}))
     return lines
 
 
@@ -203,7 +204,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(prog="test.py", description=__doc__)
     add = flags.flag_group(parser, "what")
     add("--dataset_name", type=flags.folder_name, help="set whose test images are translated (default: the run's)")
-    add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
+    add("--data_root", type=Path, default=None, help="folder that holds the data sets (default: the run's)")
     add("--run_name", type=flags.folder_name, help="run in saved_models (default: --dataset_name, else horse2zebra)")
     add("--epoch", type=flags.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
     add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
@@ -258,7 +259,10 @@ def settle_names(args: Namespace, metadata: dict) -> Namespace:
     if args.weights:
         run_name = plain_name(metadata.get("run_name")) or args.weights.stem
     dataset_name = args.dataset_name or plain_name(metadata.get("dataset_name")) or run_name
-    return flags.changed(args, dataset_name=dataset_name, output=args.output or IMAGES / run_name / "test")
+    recorded = None if args.weights or args.input else metadata.get("data_root")
+    data_root = args.data_root or datasets.recorded_root(recorded)
+    output = args.output or IMAGES / run_name / "test"
+    return flags.changed(args, dataset_name=dataset_name, data_root=data_root, output=output)
 
 
 @utils.stage

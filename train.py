@@ -12,7 +12,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import dataclasses
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,12 +33,11 @@ from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, l
 from datasets import Feed
 from images import BadImages, limit_pixels
 from logs import Meter
-from progress import Monitor, cyclegan_rows, load_samples, load_watched
+from progress import Monitor, command, cyclegan_rows, load_samples, load_watched, say_duration
 from utils import InputError, max_over_ranks, rank, say
 from weights import load_pair
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
-SHOW_SECONDS = 30  # at least, between two drawings of the page
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 
 
@@ -55,7 +53,8 @@ def training_loop(
     done_steps = progress.epoch * steps + progress.step_in_epoch
     bar = tqdm(total=args.num_epochs * steps, initial=done_steps, unit="step", mininterval=0.5, disable=rank() > 0)
     signum = 0
-    with utils.StopRequest() as stop, bar:
+    layers = [layer for net in model.nets.values() for layer in net.modules()]
+    with utils.StopRequest(layers if model.device.type == "cpu" else ()) as stop, bar:
         while progress.epoch < args.num_epochs and not signum:
             factor = linear_decay(progress.epoch, args.num_epochs, flags.decay_epoch(args))
             model.set_learning_rate(factor)
@@ -65,23 +64,29 @@ def training_loop(
                 progress.step += 1
                 progress.step_in_epoch += 1
                 bar.update()
+                if monitor.clock.tick():
+                    left = (args.num_epochs - progress.epoch) * steps - progress.step_in_epoch
+                    say_duration(monitor.clock.pace, left, steps, saver.facts["args"], model.device)
                 ended = progress.step_in_epoch == steps
                 if monitor.meter.count == LOG_EVERY or ended:
                     means = log_losses(model, progress, feed, saver, monitor, args.lr * factor)
                     bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3]}, refresh=False)
-                if ended:
-                    progress.epoch += 1
-                    progress.step_in_epoch = 0
-                if ended or progress.step % args.sample_interval == 0:
-                    files.attempt(monitor.draw, model, progress.epoch, progress.step, ended)
-                    show(args, progress, steps, monitor)
                 signum = stop.agreed()
-                if signum:
+                if signum or ended:
                     break
-                if not ended and max_over_ranks(saver.due()):
+                if progress.step % args.sample_interval == 0 or monitor.clock.first_grid_due():
+                    files.attempt(monitor.draw, model, progress.epoch, progress.step, False)
+                show(args, progress, steps, monitor)
+                if max_over_ranks(saver.due()):
                     save(model, progress, feed, saver, monitor)
+            if progress.step_in_epoch >= steps:
+                progress.epoch += 1
+                progress.step_in_epoch = 0
+                files.attempt(monitor.draw, model, progress.epoch, progress.step, True)
+                show(args, progress, steps, monitor)
             save(model, progress, feed, saver, monitor)
             evaluate(args, model, progress, feed, saver, monitor)
+            signum = signum or stop.agreed()
             show(args, progress, steps, monitor, at_once=progress.epoch == args.num_epochs or signum > 0)
     return signum
 
@@ -124,10 +129,8 @@ def stop_if_not_finite(
 
 def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False) -> None:
     """Write the page that shows where the run is, losses.csv and its plot; not too often, unless at_once."""
-    if at_once or time.monotonic() - monitor.shown_at > SHOW_SECONDS:
-        counts = (progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
-        files.attempt(monitor.show, *counts)
-        monitor.shown_at = time.monotonic()
+    if at_once or monitor.clock.page_due():
+        files.attempt(monitor.show, progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,11 +272,11 @@ def make_model(
 def make_saver(args: Namespace, stage: str, **facts: object) -> Saver:
     """Settle where and when states go, and what stands in each; facts: what a distillation adds."""
     schedules = {"num_epochs": args.num_epochs, "decay_epoch": flags.decay_epoch(args)}
-    metadata = {"stage": stage, "run_name": args.run_name, "dataset_name": args.dataset_name}
+    names = {name: str(getattr(args, name)) for name in ("run_name", "dataset_name", "data_root")}
     return Saver(
         RUNS / args.run_name,
         {"stage": stage, "args": flags.plain_flags(args), "schedules": schedules, **facts},
-        {**metadata, "size": [args.img_height, args.img_width]},
+        {"stage": stage, **names, "size": [args.img_height, args.img_width]},
         checkpoint_interval=args.checkpoint_interval,
         keep_checkpoints=args.keep_checkpoints,
         save_minutes=args.save_minutes,
@@ -285,7 +288,8 @@ def make_monitor(args: Namespace, dataset: Path, terms: Sequence[str], draw_rows
     size = (args.img_height, args.img_width)
     samples = load_samples(dataset, size, args.channels, args.on_bad_image)
     photos = load_watched(args.watch, size, args.channels, resumed="watch" not in args.given)
-    return Monitor(RUNS / args.run_name, IMAGES / args.run_name, args.run_name, samples, photos, draw_rows, terms)
+    names = (args.run_name, args.dataset_name)
+    return Monitor(RUNS / args.run_name, IMAGES / args.run_name, names, samples, photos, draw_rows, terms)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,8 +311,7 @@ def go_on(args: Namespace, model: CycleGAN, steps: int, meter: Meter, state: dic
     say(f"going on after epoch {progress.epoch}, step {progress.step} of {checkpoint}")
     if progress.step_in_epoch >= steps:
         say(f"an epoch has {steps} steps now, and {progress.step_in_epoch} are done: this one counts as finished")
-        progress.epoch += 1
-        progress.step_in_epoch = 0
+        progress.step_in_epoch = steps
     if progress.epoch >= args.num_epochs:
         finished = f"{progress.epoch} of {args.num_epochs} epochs are finished"
         say(f"nothing left to do: {finished}; raise --num_epochs to go on")
@@ -348,12 +351,12 @@ def run(
         words = f"the last save failed, {saver.last_state()}"
         raise utils.RunError(f"{saver.save_error}; {words}; free the disk and go on from it")
     if signum:
-        again = f"go on with: --run_name {args.run_name} --start_from latest"
-        say(f"stopped and saved after step {progress.step}; {again}")
+        again = command(f"{saver.facts['stage']}.py", "--run_name", args.run_name, "--start_from", "latest")
+        say(f"stopped and saved after step {progress.step}; go on with: {again}")
         utils.leave_ranks()
         raise SystemExit(128 + signum)
     done = f"{progress.epoch} epochs, {progress.step} steps; see {monitor.images}/epoch_{progress.epoch:04d}.png"
-    say(f"done: {done}, then: python test.py --run_name {args.run_name}")
+    say(f"done: {done}, then: {command('test.py', '--run_name', args.run_name)}")
 
 
 def make_parser() -> flags.Parser:

@@ -10,12 +10,13 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,12 @@ class RunError(Exception):
 def one_line(text: object) -> str:
     """Make `text` safe to print: line breaks, control characters and broken unicode are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def domain_names(dataset_name: str) -> tuple[str, str]:
+    """What the domains of a data set are called: horse and zebra in horse2zebra; A and B where the name tells none."""
+    parts = re.split(r"(?<=[^\W\d_])2(?=[^\W\d_])", dataset_name)  # a 2 between letters: not that of photos2 or v2.1
+    return (parts[0], parts[1]) if len(parts) == 2 else ("A", "B")
 
 
 def say(text: object, file: TextIO | None = None) -> None:
@@ -349,11 +356,13 @@ def set_rng_state(state: dict) -> None:
 class StopRequest:
     """Turn Ctrl-C, SIGTERM and a lost terminal into a request that the loop reads between two steps.
 
-    A second one is obeyed at once. nohup's choice to ignore the loss of the terminal is kept.
+    The first is answered at once, a second one obeyed. nohup's choice to ignore the loss of the terminal is kept.
+    layers: hooks on what they return let Python hear a signal in a CPU's backward pass, for it one call of minutes
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[torch.nn.Module] = ()) -> None:
         self.signum: int | None = None
+        self._hooks = [layer.register_forward_hook(self._listen) for layer in layers]
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -366,9 +375,18 @@ class StopRequest:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
+    @staticmethod
+    def _listen(layer: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: None)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and world() == 1:  # torchrun hands Ctrl-C on to ranks that had it already
             raise SystemExit(128 + signum)
+        if self.signum is None and rank() == 0:
+            again = "; once more to leave without saving" if world() == 1 else ""
+            with suppress(OSError):  # of a terminal that is lost; not by `say`, whose stream may be in use right now
+                os.write(2, f"\nfinishing this step, then saving{again}\n".encode())
         self.signum = signum
 
     def agreed(self) -> int:
@@ -376,6 +394,8 @@ class StopRequest:
         return max_over_ranks(self.signum or 0)
 
     def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 

@@ -118,7 +118,7 @@ def save_generator(path: Path, net: Generator, metadata: dict) -> None:
     """Write the weights of a generator and how to build and feed it.
 
     metadata: direction ("AtoB" or "BtoA"), size (height and width of the training images in px),
-            stage, run_name, dataset_name, epoch, step; the network's config and the range are added
+            stage, run_name, dataset_name, data_root, epoch, step; the network's config and the range are added
     """
     metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **metadata}
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}

@@ -1,12 +1,43 @@
-"""What breaks from outside, for tests: a disk that is full, a process that ends or is stopped in the middle."""
+"""What breaks from outside, for tests: a disk that is full, a process that ends or is stopped in the middle, time."""
 
 import signal
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
 
+import progress
 from cyclegan import CycleGAN
+
+
+class FakeTime:
+    """A clock of the wall that stands still between two looks, unless it is set; for the rooms that show time."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.strftime = time.strftime
+
+    def monotonic(self):
+        return self.now
+
+
+@contextmanager
+def steps_that_take(seconds):
+    """Within the block each step of a training takes so many seconds of a fake clock; the first of them 100 more."""
+    clock = FakeTime()
+    plain = CycleGAN.step
+    calls = []
+
+    def step(*args):
+        calls.append(1)
+        clock.now += seconds + (100 if len(calls) == 1 else 0)
+        return plain(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "time", clock)
+        patch.setattr(CycleGAN, "step", step)
+        yield clock
 
 
 class Dead(BaseException):

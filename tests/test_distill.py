@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from breakage import steps_that_take
 from conftest import TINY, make_dataset
 from torch import nn
 
@@ -14,7 +15,7 @@ import distill
 import metrics
 import test as test_stage
 import train
-from checkpoints import load_state
+from checkpoints import load_state, save_state
 from logs import read_losses
 from models import GeneratorConfig, build_generator
 from utils import one_line
@@ -308,6 +309,30 @@ def test_a_changed_teacher_and_another_student_are_refused_on_resume(teacher, re
     with (teacher / "latest.pt").open("ab") as file:
         file.write(b"\0")
     assert "saved_models/tiny/latest.pt: not the teacher" in refused(distill.main, *resume)
+
+
+def test_of_an_older_state_each_flag_that_it_lacks_is_said_once(teacher, capsys):
+    run("--checkpoint_interval", 1, "--num_epochs", 2)
+    path = Path("saved_models/tiny_student/epoch_0001.pt")
+    state = load_state(path)
+    for name in ("lambda_gp", "cache"):
+        del state["args"][name]
+    save_state(path, state)
+    capsys.readouterr()
+    distill.main(["--dataset_name", "tiny", "--start_from", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.count("older than") == 1
+    assert "older than --cache, --lambda_gp" in out or "older than --lambda_gp, --cache" in out
+    assert (state_of("tiny_student")["args"]["cache"], state_of("tiny_student")["args"]["lambda_gp"]) == ("none", 0)
+
+
+def test_a_slow_distillation_says_how_long_it_takes_and_names_flags_that_it_has(teacher, capsys):
+    with steps_that_take(4000):
+        run("--steps_per_epoch", 3)
+    out, err = capsys.readouterr()
+    assert "67 minutes a step, 3.3 hours an epoch: this run will take about 67 minutes more" in out
+    (line,) = [line for line in err.splitlines() if "on this CPU" in line]
+    distill.parse_args(line.partition("recipes.md): ")[2].split())
 
 
 # -- the report ------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from files import read_archive
 from images import load_image, range_to_bytes
 from metrics import (
     all_losses,
+    below_mean_image,
     count_macs,
     format_table,
     is_better,
@@ -164,6 +166,26 @@ def test_table_puts_the_baselines_beside_the_model():
     assert table["copy"]["PSNR"] == pytest.approx(paired_scores(inputs, targets)["PSNR"])
     assert table["mean picture"]["PSNR"] > table["copy"]["PSNR"]
     assert [line.split()[0] for line in format_table(table)] == ["L1", "model", "copy", "mean"]
+
+
+def test_a_model_that_scores_below_the_mean_image_is_told_so():
+    targets = [image(0), image(1)]
+    table = paired_table(targets, targets, targets, torch.stack(targets).double().mean(0))
+    assert below_mean_image(table) == []
+    assert below_mean_image({}) == []
+    table["model"]["PSNR"] = 9.87654
+    table["mean picture"]["PSNR"] = 17.0
+    assert below_mean_image(table) == [
+        "PSNR 9.88 dB is below 17 dB, that of the mean image: it has not learnt this yet"
+    ]
+
+
+def test_a_table_says_units_and_which_way_is_better():
+    names = ("PSNR", "SSIM_B", "cycle_A", "L1", "L1 to teacher", "match@1", "loss_D_A", "images")
+    heading = format_table({"model": dict.fromkeys(names, 1.0)})[0]
+    assert [" ".join(words.split()) for words in re.split(r"  +", heading.strip())] == [
+        *("PSNR dB ↑", "SSIM_B ↑", "cycle_A ↓", "L1 levels ↓", "L1 to teacher ↓", "match@1 ↑", "loss_D_A", "images")
+    ]
 
 
 def test_a_table_leaves_a_cell_empty_where_a_row_has_no_figure():

@@ -2,13 +2,14 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
 import torch
-from breakage import full_disk
+from breakage import FakeTime, full_disk
 from conftest import differences, make_dataset, noise_image, tiny_model, warnings_in
 from PIL import Image
 
@@ -17,7 +18,21 @@ import utils
 from cyclegan import TERMS
 from files import attempt, page_templates
 from logs import read_losses
-from progress import MOMENTS, Monitor, cyclegan_rows, load_samples, load_watched, warn_if_collapsed, write_progress
+from progress import (
+    MOMENTS,
+    Clock,
+    Monitor,
+    command,
+    cyclegan_rows,
+    duration,
+    faster_flags,
+    legend,
+    load_samples,
+    load_watched,
+    say_duration,
+    warn_if_collapsed,
+    write_progress,
+)
 from utils import InputError
 
 # -- grids and watched photos ----------------------------------------------------------------
@@ -91,7 +106,162 @@ def test_a_single_sample_image_tells_nothing_of_a_collapse(capsys):
     assert "--start_from" in warning
 
 
+# -- how long it takes, and how it goes on -----------------------------------------------------
+
+
+@pytest.fixture
+def fake_time(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_the_pace_is_that_of_all_steps_but_the_first_and_of_what_happens_between_them(fake_time):
+    clock = Clock()
+    for seconds in (100, 2, 2):
+        fake_time.now += seconds
+        clock.tick()
+    assert clock.pace == 2
+    fake_time.now += 60 + 2  # an evaluation, a step
+    clock.tick()
+    assert clock.pace == (2 + 2 + 62) / 3
+    assert math.isnan(Clock().pace)
+
+
+@pytest.mark.parametrize(("seconds", "due"), [(206, [2]), (2, [16]), (30, [2]), (29, [3])])
+def test_the_pace_is_said_once_and_not_before_half_a_minute_of_steps(fake_time, seconds, due):
+    clock = Clock()
+    said = []
+    for step in range(1, 31):
+        fake_time.now += seconds + (500 if step == 1 else 0)
+        if clock.tick():
+            said.append(step)
+            assert clock.pace == seconds
+    assert said == due
+
+
+def test_a_first_grid_is_due_after_a_minute_unless_there_was_one(fake_time, tmp_path):
+    monitor = monitor_of(tmp_path)
+    fake_time.now += 500  # of building: the run begins where it opens its logs
+    monitor.open(0, with_tensorboard=False)
+    assert not monitor.clock.first_grid_due()
+    fake_time.now += 59
+    assert not monitor.clock.first_grid_due()
+    fake_time.now += 1
+    assert monitor.clock.first_grid_due()
+    monitor.draw(tiny_model(), 0, 1, False)
+    assert not monitor.clock.first_grid_due()
+
+
+def test_pages_take_little_of_a_runs_time_also_where_a_disk_takes_none(fake_time, tmp_path, monkeypatch):
+    monitor = monitor_of(tmp_path)
+    monitor.open(0, with_tensorboard=False)
+    assert monitor.clock.page_due()
+
+    def write(seconds, error=None):
+        fake_time.now += seconds
+        if error:
+            raise error
+
+    for seconds, pause in ((0.1, 30), (5, 250)):
+        monkeypatch.setattr(progress, "write_progress", lambda *_, seconds=seconds: write(seconds))
+        begun = fake_time.now
+        monitor.show(0, 1, 1, 2, 2)
+        fake_time.now = begun + pause - 0.01
+        assert not monitor.clock.page_due()
+        fake_time.now = begun + pause
+        assert monitor.clock.page_due()
+    monkeypatch.setattr(progress, "write_progress", lambda *_: write(1, OSError("full")))
+    attempt(monitor.show, 0, 1, 1, 2, 2)
+    assert not monitor.clock.page_due()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.1312, "0.13 s"),
+        (206.4, "206 s"),
+        (2700, "45 minutes"),
+        (9000, "2.5 hours"),
+        (69 * 3600, "69 hours"),
+        (95.2 * 86400, "95 days"),
+    ],
+)
+def test_times_are_said_as_a_person_would(seconds, words):
+    assert duration(seconds) == words
+
+
+PAPER = {"start_from": "0", "generator": "resnet", "img_height": 256, "img_width": 256, "batch_size": 10}
+PAPER |= {"num_residual": 9, "ngf": 64, "ndf": 64, "n_layers_D": 3, "init_from": []}
+CPU = torch.device("cpu")
+
+
+def test_it_is_said_how_long_a_run_takes_and_on_a_slow_cpu_what_would_be_faster(capsys):
+    say_duration(206, 1200, 6, PAPER, CPU)
+    assert capsys.readouterr() == ("206 s a step, 21 minutes an epoch: this run will take about 69 hours more\n", "")
+    say_duration(206, 12000, 60, PAPER, CPU)
+    out, err = capsys.readouterr()
+    assert out == "206 s a step, 3.4 hours an epoch: this run will take about 29 days more\n"
+    assert err.startswith("warning: an epoch takes 3.4 hours on this CPU; start again with --overwrite and flags that")
+    assert err.count("\n") == 1
+    say_duration(206, 12000, 60, PAPER, torch.device("cuda"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_flags_that_fit_a_cpu_are_those_of_the_recipes_as_far_as_they_can_still_be_changed():
+    recipes = (Path(progress.__file__).parent / "docs/recipes.md").read_text()
+    small = "--img_height 64 --img_width 64 --batch_size 1"
+    narrow = "--num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
+    assert faster_flags(206, PAPER) == f"{small} {narrow}"
+    for flag in (*small.split(" --"), narrow):
+        assert flag in recipes
+    assert faster_flags(206, {**PAPER, "start_from": "latest"}) == small
+    assert faster_flags(206, {**PAPER, "init_from": ["G_AB.safetensors"]}) == small
+    assert faster_flags(206, {**PAPER, "generator": "unet_vit"}) == f"{small} --ndf 32 --n_layers_D 2"
+    student = {name: PAPER[name] for name in ("start_from", "img_height", "img_width", "batch_size")}
+    assert faster_flags(206, {**student, "img_height": 64}) == "--img_width 64 --batch_size 1"
+    assert (
+        faster_flags(0.2, {**student, "img_height": 32, "img_width": 32, "batch_size": 1}) == "--steps_per_epoch 3000"
+    )
+
+
+def test_a_command_works_where_it_is_typed_and_quotes_what_a_shell_would_take_apart(monkeypatch):
+    words = shlex.split(command("test.py", "--run_name", "my run; rm $HOME"))
+    assert words[2:] == ["--run_name", "my run; rm $HOME"]
+    assert Path(words[1]).is_file()
+    monkeypatch.chdir(Path(progress.__file__).parent)
+    assert command("test.py", "--run_name", "tiny") == "python test.py --run_name tiny"
+    monkeypatch.chdir("tests")
+    assert Path(shlex.split(command("test.py"))[1]).is_file()
+
+
 # -- the page --------------------------------------------------------------------------------
+
+
+def test_a_legend_names_the_domains_and_explains_each_row_of_a_grid():
+    plain = dict(legend(("horse", "zebra"), []))
+    assert list(plain) == ["real_A", "fake_B", "rec_A", "real_B", "fake_A", "rec_B"]
+    assert plain["real_A"].startswith("horse: ")
+    assert plain["fake_B"] == "zebra: what G_AB makes of real_A"
+    assert plain["fake_A"] == "horse: what G_BA makes of real_B"
+    taught = dict(legend(("A", "B"), ["BA"]))
+    assert list(taught) == ["real_A", "fake_B", "rec_A", "real_B", "fake_A", "teacher_A", "rec_B"]
+
+
+def test_a_page_explains_its_rows_its_curves_and_its_measures_where_it_has_them(tmp_path):
+    noise_image(0).save(tmp_path / "epoch_0001.png")
+    write_progress(tmp_path, "run", "facts", 1.0, [], ("horse", "<zebra>"), ["AB"])
+    page = (tmp_path / "index.html").read_text()
+    assert "<dt>fake_B</dt><dd>&lt;zebra&gt;: what G_AB makes of real_A</dd>" in page
+    assert "<dt>teacher_B</dt>" in page
+    assert "Flat curves" not in page
+    assert "higher is better" not in page
+    (tmp_path / "epoch_0001.png").rename(tmp_path / "losses.png")
+    write_progress(tmp_path, "run", "facts", 1.0, ["PSNR"])
+    page = (tmp_path / "index.html").read_text()
+    assert "<dt>" not in page
+    assert "Flat curves" in page
+    assert "higher is better" in page
 
 
 def images_of(page):
@@ -224,7 +394,12 @@ def monitor_of(tmp_path, photos=(), count=2, **changes):
         folder.mkdir(exist_ok=True)
     samples = torch.rand(2, count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     watched = {name: torch.rand(1, 3, 16, 20) * 2 - 1 for name in photos}
-    values = {"title": "tiny", "samples": tuple(samples), "photos": watched, "draw_rows": cyclegan_rows}
+    values = {
+        "names": ("tiny", "horse2zebra"),
+        "samples": tuple(samples),
+        "photos": watched,
+        "draw_rows": cyclegan_rows,
+    }
     return Monitor(saved, drawn, **{**values, "term_names": TERMS, **changes})
 
 
@@ -274,7 +449,7 @@ def test_a_monitor_leaves_logs_plots_grids_photos_and_a_page(tmp_path, capsys):
 def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        progress, "write_progress", lambda folder, title, facts, fraction, rows: seen.append((facts, fraction))
+        progress, "write_progress", lambda folder, title, facts, fraction, *_: seen.append((facts, fraction))
     )
     monitor = monitor_of(tmp_path)
     monitor.open(0, with_tensorboard=False)
@@ -282,6 +457,24 @@ def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
         monitor.show(epoch, 2 * epoch + place, place, 2, 2)
     assert [fraction for _, fraction in seen] == [0, 0.25, 0.5, 0.75, 1.0]
     assert seen[3][0].startswith("1 of 2 epochs and 1 steps of the next; step 3; written ")
+
+
+def test_the_page_is_titled_by_run_and_domains_and_says_how_long_is_left(tmp_path, monkeypatch, fake_time):
+    seen = []
+    monkeypatch.setattr(progress, "write_progress", lambda *args: seen.append(args))
+    monitor = monitor_of(tmp_path, term_names=[*TERMS, "output_BA", "hidden_BA"])
+    monitor.open(0, with_tensorboard=False)
+    monitor.show(0, 0, 0, 2, 60)
+    for _ in range(3):
+        fake_time.now += 206
+        monitor.clock.tick()
+    monitor.show(0, 3, 3, 2, 60)
+    monitor.show(2, 120, 0, 2, 60)
+    assert all(args[1] == "tiny: horse ↔ zebra" and args[5:] == (("horse", "zebra"), ["BA"]) for args in seen)
+    facts = [args[2].partition("; written")[0] for args in seen]
+    assert facts[0] == "0 of 2 epochs; step 0"
+    assert facts[1] == "0 of 2 epochs and 3 steps of the next; step 3; about 6.7 hours left"
+    assert facts[2] == "2 of 2 epochs; step 120"
 
 
 def test_a_monitor_that_goes_on_cuts_its_logs_back(tmp_path):

@@ -222,6 +222,33 @@ def test_all_measures_are_printed_and_written(run, capsys):
     assert "match@1" in page
 
 
+def test_a_run_is_tested_on_the_images_it_was_trained_on_unless_others_are_named(trained, tmp_path, refused, capsys):
+    shutil.copytree(trained / "datasets", tmp_path / "my sets")
+    shutil.copytree(trained / "datasets", tmp_path / "other")
+    save_run(argv=("--data_root", "my sets"))
+    argv = ["--run_name", "tiny", *FP32, "--direction", "AtoB"]
+    for given in ([], ["--epoch", "1"], ["--metrics", "losses"]):
+        test_stage.main([*argv, *given])
+    shutil.rmtree("my sets")
+    for given in ([], ["--epoch", "1"]):
+        error = refused(test_stage.main, *argv, *given)
+        assert "my sets: held the data sets when the run was trained, and is gone; give their --data_root" in error
+    test_stage.main([*argv, "--data_root", "other"])
+    test_stage.main([*argv, "--input", "other/tiny/testA"])
+    weights = ["--weights", "saved_models/tiny/G_AB.safetensors", *FP32]  # may be a stranger's: no path of its counts
+    assert "datasets/tiny: no such data set" in refused(test_stage.main, *weights)
+
+
+def test_a_model_below_the_mean_image_is_told_so_where_its_scores_are(run, capsys):
+    for path in Path("datasets/tiny").glob("t*B/*.png"):
+        Image.new("RGB", (20, 18), (9, 9, 9)).save(path)  # so that their mean is each of them
+    scores = run("--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]
+    assert scores["model"]["PSNR"] < scores["mean picture"]["PSNR"]
+    line = f"PSNR {scores['model']['PSNR']:.3g} dB is below"
+    assert capsys.readouterr().out.count(line) == 1
+    assert line in Path("generated_images/tiny/test/index.html").read_text()
+
+
 def test_paired_scores_compare_the_written_image_with_its_truth(run):
     scores = run("--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]
     levels = []

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from breakage import before_steps, stops_in_step
+from breakage import before_steps, steps_that_take, stops_in_step
 from conftest import TINY, differences, make_dataset, noise_image
 from PIL import Image
 from tiny_runs import run_tiny, save_run, state_of
@@ -122,9 +123,9 @@ def test_a_run_leaves_a_page_with_grids_curves_measures_and_the_watched_photos(t
 
 def test_the_page_is_renewed_within_an_epoch(tiny, monkeypatch):
     fractions = []
-    monkeypatch.setattr(train, "SHOW_SECONDS", -1)
+    monkeypatch.setattr(progress.Clock, "page_due", lambda clock: True)
     monkeypatch.setattr(
-        progress, "write_progress", lambda folder, title, facts, fraction, table: fractions.append(fraction)
+        progress, "write_progress", lambda folder, title, facts, fraction, *_: fractions.append(fraction)
     )
     run_tiny("--sample_interval", 1, "--steps_per_epoch", 2, "--num_epochs", 2)
     assert fractions == sorted(fractions)
@@ -140,6 +141,65 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
     real = np.asarray(read_image(list_images(tiny / "testA")[0]).resize((16, 16), Image.Resampling.BICUBIC))
     left = grid.shape[1] - (2 * 130 + 2)
     assert np.array_equal(grid[2:130:8, left + 2 : left + 130 : 8], real)
+
+
+def page_facts(monkeypatch):
+    """The sentences of all pages that are written from here on."""
+    facts = []
+    monkeypatch.setattr(progress, "write_progress", lambda folder, title, words, *_: facts.append(words))
+    return facts
+
+
+def test_a_slow_run_says_how_long_it_takes_and_shows_an_early_grid_and_the_time_left_also_resumed(
+    tiny, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr(progress, "save_image", lambda image, path: drawn.append(path.name))
+    facts = page_facts(monkeypatch)
+    with steps_that_take(2000):
+        run_tiny("--num_epochs", 2)
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if "a step, " in line]
+    assert lines == ["33 minutes a step, 100 minutes an epoch: this run will take about 2.2 hours more"]  # 4 steps
+    assert err.count("an epoch takes 100 minutes on this CPU; start again with --overwrite") == 1
+    assert drawn == ["epoch_0001.png"] * 2 + ["epoch_0002.png"]  # after the first step, and where epochs end
+    assert "; step 2; about 2.2 hours left; written" in "".join(facts)
+    assert "left" not in facts[-1]
+    with stops_in_step(2, signal.SIGINT), steps_that_take(2000):
+        run_tiny("--num_epochs", 4, "--start_from", "latest")
+    assert "; step 8; about 2.2 hours left; written" in facts[-1]
+    capsys.readouterr()
+    with steps_that_take(2000):
+        run_tiny("--start_from", "latest")
+    out, err = capsys.readouterr()
+    assert "an epoch: this run will take about 67 minutes more" in out  # 2 of 12 steps
+    assert "on this CPU; go on with" in err
+    assert "--overwrite" not in err
+
+
+def test_a_fast_run_says_nothing_of_its_time(tiny, capsys):
+    with steps_that_take(9):
+        run_tiny("--num_epochs", 1)
+    out, err = capsys.readouterr()
+    assert "a step, " not in out
+    assert "CPU;" not in err
+
+
+def test_the_command_at_the_end_tests_the_run_wherever_its_images_are(tmp_path, capsys):
+    make_dataset(tmp_path / "my sets/tiny")
+    run_tiny("--data_root", "my sets", "--run_name", "my run", "--num_epochs", 1)
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    words = shlex.split(line.partition("then: ")[2])
+    assert (words[0], words[2:]) == ("python", ["--run_name", "my run"])
+    assert Path(words[1]).samefile(ROOT / "test.py")
+    test_stage.main([*words[2:], *CPU])
+    assert len(list(Path("generated_images/my run/test/fake_B").iterdir())) == 2
+    assert load_generator(Path("saved_models/my run/G_AB.safetensors"))[1]["data_root"] == "my sets"
+    with stops_in_step(1, signal.SIGINT):
+        run_tiny("--run_name", "my run", "--start_from", "latest", "--num_epochs", 2)
+    again = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].partition("go on with: ")[2])
+    train.main([*again[2:], "--device", "cpu"])
+    assert state_of("my run")["epoch"] == 2
 
 
 def test_without_test_images_the_grids_show_training_images(tmp_path, capsys):
@@ -272,9 +332,12 @@ def test_resume_takes_flags_from_the_checkpoint_logs_changes_and_refuses_other_n
 def test_an_epoch_that_became_shorter_than_what_is_done_is_finished(tiny, capsys):
     with stops_in_step(4, signal.SIGINT):
         run_tiny("--num_epochs", 2, "--steps_per_epoch", 6)
-    train.main([*RESUME, "--steps_per_epoch", "3"])
+    train.main([*RESUME, "--steps_per_epoch", "3", "--eval_interval", "1"])
     assert "an epoch has 3 steps now, and 4 are done" in capsys.readouterr().out
     assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
+    measured = [(row["epoch"], row["step"]) for row in read_losses(SAVED / "measures.csv")]
+    assert measured == [(1, 4), (2, 7)]  # the one that counts as finished is measured and drawn like the others
+    assert (DRAWN / "epoch_0001.png").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tiny, refused):

@@ -18,6 +18,7 @@ from utils import (
     InputError,
     RunError,
     StopRequest,
+    domain_names,
     explain,
     one_line,
     pick_device,
@@ -125,6 +126,19 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(capsys, monkeypatch):
 
 def test_one_line_escapes_what_a_terminal_would_obey():
     assert one_line("é 猫 a\nb\r\udcff") == "é 猫 a\\nb\\r\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("dataset_name", "names"),
+    [
+        ("horse2zebra", ("horse", "zebra")),
+        ("summer2winter_yosemite", ("summer", "winter_yosemite")),
+        ("my_Äpfel2Birnen", ("my_Äpfel", "Birnen")),
+        *((name, ("A", "B")) for name in ("maps", "photos2", "2cats", "set2023", "a2b2c", "cat_2_dog", "v2.1", "")),
+    ],
+)
+def test_domains_are_named_after_a_data_set_whose_name_says_what_becomes_what(dataset_name, names):
+    assert domain_names(dataset_name) == names
 
 
 def test_words_go_to_stdout_and_warnings_to_stderr_each_on_one_line(capsys):
@@ -345,26 +359,52 @@ def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_noted_once_and_obeyed_the_second_time(signum):
+def test_a_stop_is_answered_and_noted_once_and_obeyed_the_second_time(signum, capfd):
     before = signal.getsignal(signum)
     with StopRequest() as stop:
         assert stop.signum is None
         signal.raise_signal(signum)
         assert stop.signum == signum
         assert stop.agreed() == signum
+        assert capfd.readouterr().err == "\nfinishing this step, then saving; once more to leave without saving\n"
         with pytest.raises(SystemExit) as exit_:
             signal.raise_signal(signum)
         assert exit_.value.code == 128 + signum
     assert signal.getsignal(signum) is before
 
 
-def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch):
+def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch, capfd):
     """Since torchrun hands on what the terminal sent to all of them already."""
     monkeypatch.setattr(utils, "world", lambda: 2)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.signum == signal.SIGINT
+    assert capfd.readouterr().err == "\nfinishing this step, then saving\n"  # said once, and nothing that is not so
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends a signal")
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_signal_is_heard_between_two_layers_of_a_backward_pass(heard):
+    class Stopped(Exception):
+        pass
+
+    def stop(signum, frame):
+        raise Stopped
+
+    net = torch.nn.Sequential(*(torch.nn.Linear(200, 200) for _ in range(30)))
+    x = torch.ones(2000, 200, requires_grad=True)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with StopRequest(net if heard else ()):
+            output = net(net(x))  # used twice, like a generator in a round trip: its weights wait for both
+            signal.setitimer(signal.ITIMER_REAL, 1e-3)
+            with pytest.raises(Stopped):
+                output.sum().backward()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (net[-1].weight.grad is None) == heard  # the pass ended on its way through the second use
+    assert not any(layer._forward_hooks for layer in net)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to lose")

@@ -27,6 +27,7 @@ def save_run(name="tiny", epochs=2, argv=(), **changes):
     config = model.nets["G_AB"].config
     size = (saved["img_height"], saved["img_width"])
     metadata = {"stage": "train", "run_name": name, "dataset_name": "tiny", "size": list(size)}
+    metadata["data_root"] = saved["data_root"]
     saver = Saver(folder, {"stage": "train", "args": saved}, metadata, checkpoint_interval=1)
     noise = torch.Generator().manual_seed(1)
     for epoch in range(1, epochs + 1):
