@@ -409,6 +409,8 @@ def test_two_visitors_at_once_get_their_own_translations(server, two_clients):
     client = pytest.importorskip("gradio_client", reason="comes with gradio")
     _, address = server
     visitors = [client.Client(address, verbose=False, download_files=False) for _ in QUESTIONS[:2]]
+    for visitor in visitors:
+        visitor.predict(api_name="/refresh")  # as a browser does that opens the page
     for _ in range(2):
         jobs = []
         for visitor, (*choice, photo) in zip(visitors, QUESTIONS, strict=False):
