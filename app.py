@@ -281,7 +281,7 @@ def build_page(args: argparse.Namespace, folder: Path) -> Any:
             with gr.Row():
                 photo = gr.Image(height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
-                rec = gr.Image(label="round trip", interactive=False, **look)
+                rec = gr.Image(label="round trip", interactive=False, visible=not args.weights, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
