@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 import flags
 import images
@@ -42,7 +43,11 @@ NO_RUN = (
     "or python train.py --dataset_name NAME, then reload"
 )
 SIZE = [256, 256]  # height and width in px that a network sees whose file does not record it: those of the paper
+TITLE = "CycleGAN: translate images"
+SCALES = [("training size", "train"), ("own size", "native")]
+TILE = 512  # px a side; at its own size a larger image comes in tiles, lest it fill the memory
 REPEATS = 3  # timed passes; their median is shown
+LOCAL = ("localhost", "127.", "::1")  # how hosts begin that only this machine reaches
 CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* small ones, too */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds stand at its end */
@@ -54,25 +59,36 @@ FORGET = 3600  # seconds after which an upload or a zip is deleted
 # Runs and their networks
 
 
+def trained_steps(path: Path) -> int:
+    """After how many steps a generator file was saved; 0 where it does not say, or cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads((file.metadata() or {})["recipe"])["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
 def find_runs(direction: str = "?To?") -> list[str]:
-    """Names of the runs that have generators, or that of a direction, the newest first."""
-    files = RUNS.glob(f"*/G_{direction[0]}{direction[-1]}.safetensors")
-    times = {path.parent.name: path.stat().st_mtime for path in files}
-    return sorted(times, key=lambda name: times[name], reverse=True)
+    """Names of the runs that have generators, or that of a direction: the longest-trained first, of equals the newest."""
+    ranks: dict[str, tuple[int, float]] = {}
+    for path in RUNS.glob(f"*/G_{direction[0]}{direction[-1]}.safetensors"):
+        rank = (trained_steps(path), path.stat().st_mtime)
+        ranks[path.parent.name] = max(rank, ranks.get(path.parent.name, rank))
+    return sorted(ranks, key=lambda name: ranks[name], reverse=True)
 
 
 @functools.lru_cache(maxsize=4)
 def load_translator(
-    weights: Path | None, run_name: str, device: str, precision: str, stamps: tuple[int, ...]
+    weights: Path | None, run_name: str, device: str, precision: str, scale: str, stamps: tuple[int, ...]
 ) -> Translator:
     """Load networks as test.py does; stamps: times of their files, so that a training run shows its newest."""
     nets, metadata = load_networks(weights, run_name)
-    size = metadata["size"] or SIZE  # a photo at its own size could fill the memory
-    return Translator(nets, {**metadata, "size": size}, device, precision)
+    metadata = {**metadata, "size": metadata["size"] or SIZE}
+    return Translator(nets, metadata, device, precision, scale, TILE if scale == "native" else None)
 
 
-def open_run(args: argparse.Namespace, run_name: str | None) -> Translator:
-    """The networks of a run, or those of --weights."""
+def open_run(args: argparse.Namespace, run_name: str | None, scale: str = "train") -> Translator:
+    """The networks of a run, or those of --weights; scale: "train", or "native" for images at their own size."""
     if not (args.weights or run_name):
         raise InputError(NO_RUN)
     paths = [args.weights]
@@ -82,7 +98,7 @@ def open_run(args: argparse.Namespace, run_name: str | None) -> Translator:
     except argparse.ArgumentTypeError as error:  # not out of the list in the page
         raise InputError(f"run: {error}") from None
     stamps = tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
-    return load_translator(args.weights, run_name or "", args.device, args.precision, stamps)
+    return load_translator(args.weights, run_name or "", args.device, args.precision, scale, stamps)
 
 
 def read_lesson(run_name: str) -> tuple[str | None, str | None]:
@@ -132,16 +148,26 @@ def translate(
     return source.image, output_image(fake[0], source.image.size), rec
 
 
+def timed(translator: Translator, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Output of a network and its milliseconds: the median of some passes, those of the one where an image needs tiles."""
+    busy = translator.busy
+    output = run()
+    if max(output.shape[-2:]) > TILE:
+        return output, 1000 * (translator.busy - busy)
+    return output, metrics.median_ms(run, REPEATS)
+
+
 def compare(translators: dict[str, Translator], direction: str, path: Path) -> list[tuple[Image.Image, str]]:
-    """What several runs make of one file, each with its name, the median milliseconds in the network and its size."""
+    """What several runs make of one file, each with its name, the milliseconds in the network and its size."""
     shown = []
     for name, translator in translators.items():
         net, _ = translator.generators(direction)
         source = read_photo(translator, path)
         run = functools.partial(translator, net, images.image_to_tensor(source.seen)[None])
         millions = sum(p.numel() for p in net.parameters()) / 1e6
-        caption = f"{name}: {metrics.median_ms(run, REPEATS):.1f} ms, {millions:.2f} M weights"
-        shown.append((output_image(run()[0], source.image.size), caption))
+        fake, milliseconds = timed(translator, run)
+        caption = f"{name}: {milliseconds:.1f} ms, {millions:.2f} M weights"
+        shown.append((output_image(fake[0], source.image.size), caption))
     return shown
 
 
@@ -202,21 +228,24 @@ def refresh(args: argparse.Namespace) -> list:
     return [notice, gr.Dropdown(runs, value=runs[0] if runs else None)]
 
 
-def show(args: argparse.Namespace, run_name: str | None, direction: str, photo: str | None) -> list:
+def show(args: argparse.Namespace, run_name: str | None, direction: str, scale: str, photo: str | None) -> list:
     """Translation, round trip, before and after, and what the relatives of the run make of it."""
     import gradio as gr
 
-    translator = open_run(args, run_name)
+    translator = open_run(args, run_name, scale)
     if not photo:
         raise InputError("no image given; drop one, or take a photo")
     image, fake, rec = translate(translator, direction, Path(photo))
     names = family(run_name, direction) if run_name and not args.weights else []
-    translators = {name: open_run(args, name) for name in names if len(names) > 1}
-    relatives = gr.Gallery(compare(translators, direction, Path(photo)), visible=bool(translators))
+    translators = {name: open_run(args, name, scale) for name in names if len(names) > 1}
+    beside = compare(translators, direction, Path(photo))
+    relatives = gr.update(value=beside, visible=bool(translators))  # a new Gallery would also write them as lossy WebP
     return [fake, rec, (image, fake), relatives]
 
 
-def pack(args: argparse.Namespace, folder: Path, run_name: str | None, direction: str, paths: list[str] | None) -> list:
+def pack(
+    args: argparse.Namespace, folder: Path, run_name: str | None, direction: str, scale: str, paths: list[str] | None
+) -> list:
     """A zip of many translations, and what was left out.
 
     It lies where no other visitor overwrites it or guesses its address, below the folder whose files gradio deletes.
@@ -226,7 +255,7 @@ def pack(args: argparse.Namespace, folder: Path, run_name: str | None, direction
     output = folder / secrets.token_urlsafe() / f"{direction}.zip"
     output.parent.mkdir()
     progress = gr.Progress().tqdm([Path(path) for path in paths or []], unit="images")
-    faults = translate_batch(open_run(args, run_name), direction, progress, output)
+    faults = translate_batch(open_run(args, run_name, scale), direction, progress, output)
     return [str(output), "\n".join(f"* left out: {utils.one_line(fault)}" for fault in faults)]
 
 
@@ -236,11 +265,13 @@ def build_page(args: argparse.Namespace, folder: Path) -> Any:
 
     directions = open_run(args, None).directions if args.weights else list(DOMAINS)
     choices = [(f"{direction[0]} → {direction[-1]}", direction) for direction in directions]
-    with gr.Blocks(title="CycleGAN", fill_width=True, delete_cache=(FORGET // 6, FORGET)) as page:
+    with gr.Blocks(title=TITLE, fill_width=True, delete_cache=(FORGET // 6, FORGET)) as page:
+        gr.Markdown(f"# {TITLE}")
         notice = gr.Markdown(visible=False)
         with gr.Row():
             run = gr.Dropdown([], label="run")
             direction = gr.Radio(choices, value=directions[0], label="direction")
+            scale = gr.Radio(SCALES, value="train", label="size in the network")
         look: dict[str, Any] = {
             "format": "png",
             "height": 300,
@@ -250,7 +281,7 @@ def build_page(args: argparse.Namespace, folder: Path) -> Any:
             with gr.Row():
                 photo = gr.Image(height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
-                rec = gr.Image(label="round trip", interactive=False, **look)
+                rec = gr.Image(label="round trip", interactive=False, visible=not args.weights, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
@@ -268,9 +299,9 @@ def build_page(args: argparse.Namespace, folder: Path) -> Any:
         }  # else the milliseconds would count the neighbours
         shown = [fake, rec, slider, relatives]
         show_it = in_page(functools.partial(show, args))
-        button.click(show_it, [run, direction, photo], shown, api_name="show", **one)
+        button.click(show_it, [run, direction, scale, photo], shown, api_name="show", **one)
         pack_them = in_page(functools.partial(pack, args, folder))
-        pack_button.click(pack_them, [run, direction, paths], [packed, faults], api_name="pack", **one)
+        pack_button.click(pack_them, [run, direction, scale, paths], [packed, faults], api_name="pack", **one)
     return page
 
 
@@ -303,6 +334,12 @@ def refuse_taken(host: str, port: int) -> None:
         raise InputError(f"--host {host} --port {port}: {words}") from None
 
 
+def invitation(host: str, port: int) -> str:
+    """The line that says where the page is, and who else can use it."""
+    others = "" if host.startswith(LOCAL) else ", which everyone in the network can use"
+    return f"open http://{host}:{port}{others} ; Ctrl-C ends it"
+
+
 @utils.stage
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the page and serve it until Ctrl-C."""
@@ -317,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         address = {"server_name": args.host, "server_port": args.port, "max_file_size": round(2**20 * args.max_mb)}
         alone = {"share": False, "ssr_mode": False, "footer_links": [], "css": CSS}
         page.launch(**address, **alone, prevent_thread_lock=True, quiet=True)
-        utils.say(f"open http://{args.host}:{args.port} ; Ctrl-C ends it")
+        utils.say(invitation(args.host, args.port))
         try:
             while True:
                 time.sleep(1)  # gradio's own wait would swallow Ctrl-C and SIGTERM

@@ -1,13 +1,17 @@
+import functools
 import io
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +31,15 @@ ROOT = Path(app.__file__).parent
 EXACT = ["--device", "cpu", "--precision", "fp32"]
 
 
-def write_run(name="tiny", directions=("AtoB", "BtoA"), **lesson):
+def write_run(name="tiny", directions=("AtoB", "BtoA"), first_seed=0, step=None, **lesson):
     """Generators of a run, and of a student the flags that say so."""
     folder = Path("saved_models", name)
     folder.mkdir(parents=True)
-    for seed, direction in enumerate(directions):
+    for seed, direction in enumerate(directions, first_seed):
         torch.manual_seed(seed)
         net = build_generator(GeneratorConfig(ngf=4, num_residual=1), "kaiming")
         file = folder / f"G_{direction[0]}{direction[-1]}.safetensors"
-        save_generator(file, net, {"direction": direction, "size": [16, 24], "dataset_name": "tiny"})
+        save_generator(file, net, {"direction": direction, "size": [16, 24], "dataset_name": "tiny", "step": step})
     if lesson:
         (folder / "run.json").write_text(json.dumps({"flags": lesson}))
     return net
@@ -131,15 +135,135 @@ def test_each_call_writes_a_zip_of_its_own(photo):
     Path("zips").mkdir()
     args = app.parse_args(EXACT)
     noise_image(1).save("other.png")
-    packed = [app.pack(args, Path("zips"), "tiny", "AtoB", [name, "bad.png"]) for name in ("photo.png", "other.png")]
-    for (path, faults), name in zip(packed, ("photo.png", "other.png"), strict=True):
+    names = ("photo.png", "other.png")
+    packed = [app.pack(args, Path("zips"), "tiny", "AtoB", "train", [name, "bad.png"]) for name in names]
+    for (path, faults), name in zip(packed, names, strict=True):
         with zipfile.ZipFile(path) as archive:
             assert archive.namelist() == [f"fake_B/{name}"]
         assert "left out: bad.png" in faults
         assert len(Path(path).parent.name) >= 40
     with pytest.raises(InputError, match="no file given"):
-        app.pack(args, Path("zips"), "tiny", "AtoB", None)
+        app.pack(args, Path("zips"), "tiny", "AtoB", "train", None)
     assert len(list(Path("zips").rglob("*.*"))) == 2
+
+
+def at_once(call, questions, rounds=3):
+    """What a function answers to several clients who ask in the same moment, by question."""
+    start = threading.Barrier(len(questions))
+
+    def ask(question):
+        start.wait(10)
+        return call(*question)
+
+    answers = {question: [] for question in questions}
+    with ThreadPoolExecutor(len(questions)) as clients:
+        for _ in range(rounds):
+            for question, answer in zip(questions, clients.map(ask, questions), strict=True):
+                answers[question].append(answer)
+    return answers
+
+
+QUESTIONS = [  # run, direction, scale, photo: two clients who differ in all, and two in one thing each
+    ("teacher", "AtoB", "train", "photo.png"),
+    ("thin", "BtoA", "native", "other.png"),
+    ("teacher", "BtoA", "train", "photo.png"),
+    ("teacher", "AtoB", "train", "other.png"),
+]
+
+
+@pytest.fixture
+def two_clients(photo):
+    """Two runs, teacher and student, and two photos; returns the flags of the app."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-app.txt")
+    noise_image(4, (40, 28)).save("other.png")
+    write_run("teacher", step=20)
+    write_run("thin", first_seed=5, step=10, teacher="teacher", direction="both")
+    app.load_translator.cache_clear()  # the first clients of all load the networks at once, too
+    return app.parse_args(EXACT)
+
+
+def test_clients_who_translate_at_once_get_each_their_own_images(two_clients):
+    answers = at_once(functools.partial(app.show, two_clients), QUESTIONS)
+    for (run_name, direction, scale, photo), given in answers.items():
+        expected = app.translate(app.open_run(two_clients, run_name, scale), direction, Path(photo))
+        relatives = [app.open_run(two_clients, name, scale) for name in ("teacher", "thin")]
+        beside = [app.translate(relative, direction, Path(photo))[1] for relative in relatives]
+        for fake, rec, (image, after), gallery in given:
+            shown = (image, fake, rec)
+            assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(shown, expected, strict=True))
+            assert np.array_equal(pixels(after), pixels(fake))
+            assert [caption.split(":")[0] for _, caption in gallery["value"]] == ["teacher", "thin"]
+            for (relative, _), wanted in zip(gallery["value"], beside, strict=True):
+                assert np.array_equal(pixels(relative), pixels(wanted))
+
+
+def test_clients_who_pack_at_once_get_each_their_own_zip(two_clients):
+    Path("zips").mkdir()
+
+    def pack(run_name, direction, scale, photo):
+        return app.pack(two_clients, Path("zips"), run_name, direction, scale, [photo])[0]
+
+    answers = at_once(pack, QUESTIONS)
+    assert len({path for paths in answers.values() for path in paths}) == 3 * len(QUESTIONS)
+    for (run_name, direction, scale, photo), paths in answers.items():
+        _, fake, _ = app.translate(app.open_run(two_clients, run_name, scale), direction, Path(photo))
+        for path in paths:
+            with zipfile.ZipFile(path) as archive:
+                (name,) = archive.namelist()
+                assert name == f"fake_{direction[-1]}/{photo}"
+                assert np.array_equal(pixels(Image.open(io.BytesIO(archive.read(name)))), pixels(fake))
+
+
+def test_clients_who_load_the_page_while_another_is_served_see_all_runs(two_clients):
+    def load_or_translate(what):
+        if what == "show":
+            return app.show(two_clients, *QUESTIONS[0])
+        return app.refresh(two_clients)
+
+    for notice, runs in at_once(load_or_translate, [("refresh",), ("refresh again",), ("show",)])[("refresh",)]:
+        assert not notice.visible
+        assert [name for name, _ in runs.choices] == ["teacher", "thin"]
+        assert runs.value == "teacher"
+
+
+def test_the_page_opens_the_run_that_was_trained_longest():
+    for name, step in (("long", 4800), ("short", 20), ("unsaid", None)):
+        write_run(name, step=step)
+    write_run("damaged")
+    for path in Path("saved_models/damaged").iterdir():
+        path.write_bytes(b"no weights")
+    times = {"long": 1, "short": 4, "unsaid": 2, "damaged": 3}
+    for path in Path("saved_models").glob("*/*"):
+        os.utime(path, (times[path.parent.name],) * 2)
+    assert app.find_runs() == ["long", "short", "damaged", "unsaid"]
+    assert app.find_runs("AtoB") == ["long", "short", "damaged", "unsaid"]
+
+
+def test_at_its_own_size_a_photo_is_translated_as_by_the_native_scale_of_test_py(photo):
+    write_run()
+    fake = app.translate(opened(), "AtoB", photo)[1]
+    native = app.translate(app.open_run(app.parse_args(EXACT), "tiny", "native"), "AtoB", photo)[1]
+    argv = ["--run_name", "tiny", "--input", "photo.png", "--direction", "AtoB", "--scale", "native", *EXACT]
+    test_stage.main(argv)
+    assert np.array_equal(pixels(native), pixels(Image.open("generated_images/tiny/test/fake_B/photo.png")))
+    assert not np.array_equal(pixels(native), pixels(fake))
+
+
+def test_at_its_own_size_a_large_photo_comes_in_tiles_and_is_timed_once(monkeypatch):
+    write_run()
+    monkeypatch.setattr(app, "TILE", 32)
+    app.load_translator.cache_clear()
+    noise_image(1, (70, 40)).save("large.png")
+    translator = app.open_run(app.parse_args(EXACT), "tiny", "native")
+    sizes = []
+    for net in translator.nets.values():
+        net.register_forward_hook(lambda net, inputs, output: sizes.append(max(output.shape[-2:])))
+    ((image, caption),) = app.compare({"tiny": translator}, "AtoB", Path("large.png"))
+    assert image.size == (70, 40)
+    assert max(sizes) == 32
+    assert len(sizes) == 2 * 3 * 2  # two passes over three by two tiles
+    assert float(caption.split()[1]) > 0
+    app.load_translator.cache_clear()
 
 
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(photo):
@@ -213,6 +337,14 @@ def test_only_this_machine_is_let_in_unless_asked_otherwise():
     assert app.parse_args([]).host == "127.0.0.1"
 
 
+def test_the_console_says_in_one_line_whether_the_whole_network_can_use_the_page():
+    for host, others in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.7", True)):
+        words = app.invitation(host, 7860)
+        assert ("everyone in the network can use" in words) == others
+        assert words.startswith(f"open http://{host}:7860")
+        assert "\n" not in words
+
+
 # ---------------------------------------------------------------------------------------------
 # In a browser
 
@@ -263,7 +395,7 @@ def test_two_visitors_at_once_get_their_own_zips_which_nobody_guesses(server):
         visitor = client.Client(address, verbose=False, download_files=False)
         visitor.predict(api_name="/refresh")
         files = [client.handle_file(f"{name}.png")]
-        return visitor.submit("tiny", "AtoB", files, api_name="/pack")
+        return visitor.submit("tiny", "AtoB", "train", files, api_name="/pack")
 
     jobs = {name: ask(name) for name in ("one", "two")}
     addresses = {name: job.result()[0]["url"] for name, job in jobs.items()}
@@ -276,6 +408,27 @@ def test_two_visitors_at_once_get_their_own_zips_which_nobody_guesses(server):
     assert all(url.endswith("/AtoB.zip") for url in addresses.values())
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
+    assert "Traceback" not in Path("app.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_visitors_at_once_get_their_own_translations(server, two_clients):
+    client = pytest.importorskip("gradio_client", reason="comes with gradio")
+    _, address = server
+    visitors = [client.Client(address, verbose=False, download_files=False) for _ in QUESTIONS[:2]]
+    for visitor in visitors:
+        visitor.predict(api_name="/refresh")  # as a browser does that opens the page
+    for _ in range(2):
+        jobs = []
+        for visitor, (*choice, photo) in zip(visitors, QUESTIONS, strict=False):
+            jobs.append(visitor.submit(*choice, client.handle_file(photo), api_name="/show"))
+        pages = [visitor.submit(api_name="/refresh") for visitor in visitors]
+        for job, page, (run_name, direction, scale, photo) in zip(jobs, pages, QUESTIONS, strict=False):
+            shown = [Image.open(io.BytesIO(urllib.request.urlopen(file["url"]).read())) for file in job.result()[:2]]
+            expected = app.translate(app.open_run(two_clients, run_name, scale), direction, Path(photo))[1:]
+            for image, wanted in zip(shown, expected, strict=True):
+                assert np.array_equal(pixels(image), pixels(wanted))
+            assert "teacher" in str(page.result()[1])
     assert "Traceback" not in Path("app.log").read_text()
 
 

@@ -1,9 +1,16 @@
-"""The page of examples/web, in headless Chromium."""
+"""The page of examples/web: what serves it, and what it does in headless Chromium."""
 
+import base64
 import functools
 import http.server
+import importlib.util
+import json
+import re
 import shutil
 import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,58 +21,125 @@ from PIL import Image
 
 import export
 import test as test_stage
-from images import load_image, tensor_to_image
+from images import image_to_tensor, load_image, tensor_to_image
 from models import GeneratorConfig, build_generator
 from weights import save_generator
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
-onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install -r requirements-export.txt")
 WEB = Path(export.__file__).parent / "examples" / "web"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-RUNTIME = WEB / "node_modules" / "onnxruntime-web"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed"),
-    pytest.mark.skipif(not RUNTIME.is_dir(), reason="no node_modules: npm ci --ignore-scripts in examples/web"),
+QUIET = [
+    "--no-sandbox",
+    *(f"--disable-{name}" for name in ("background-networking", "component-update", "sync", "quic")),
 ]
-QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+SOFTWARE_GPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
+SOFTWARE_GPU += ["--use-vulkan=swiftshader"]
+GPU_RUNTIME = "node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs"
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *words):
-        pass
+def load_serve():
+    spec = importlib.util.spec_from_file_location("serve", WEB / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def serving(server):
+    """The address of a server that runs meanwhile."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_page_is_served_isolated_to_this_machine_and_its_modules_under_their_types(tmp_path, monkeypatch):
+    monkeypatch.setattr("mimetypes.guess_type", lambda *a, **k: ("text/plain", None))  # as some Windows registries say
+    for name in ("page.js", "runtime.mjs", "runtime.wasm"):
+        Path(name).write_text("")
+    server = load_serve().make_server(0, tmp_path)
+    assert server.server_address[0] == "127.0.0.1"
+    with serving(server) as home:
+        types = {}
+        for name in ("page.js", "runtime.mjs", "runtime.wasm"):
+            with urllib.request.urlopen(home + name) as response:
+                types[name] = response.headers["Content-Type"]
+                assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+                assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+                assert response.headers["Content-Security-Policy"] == "connect-src 'self'"
+        assert types == {
+            "page.js": "text/javascript",
+            "runtime.mjs": "text/javascript",
+            "runtime.wasm": "application/wasm",
+        }
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(home + "model.onnx")
+
+
+@pytest.mark.parametrize("port", ["http", "70000", "taken"])
+def test_a_port_that_cannot_be_used_is_refused_in_one_line(port, capsys):
+    serve = load_serve()
+    with serve.make_server(0) as server, pytest.raises(SystemExit) as exit_:
+        serve.main([str(server.server_port) if port == "taken" else port])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "expected a free port, such as 8080" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# In a browser
+
+
+def in_browser(test):
+    for reason, missing in {
+        "no chromium is installed": not CHROMIUM,
+        "no node_modules: npm ci --ignore-scripts in examples/web": not (
+            WEB / "node_modules" / "onnxruntime-web"
+        ).is_dir(),
+    }.items():
+        test = pytest.mark.skipif(missing, reason=reason)(test)
+    return pytest.mark.slow(test)
 
 
 @pytest.fixture
-def open_page(tmp_path):
-    """Serve a copy of the page as `python -m http.server` does, and open it; nothing may be asked of another server."""
+def site(tmp_path):
+    """A copy of the page's folder, where a model may be laid."""
+    pytest.importorskip("onnx", reason="onnx is missing: pip install -r requirements-export.txt")
     site = tmp_path / "site"
     shutil.copytree(WEB, site, ignore=shutil.ignore_patterns("node_modules", "*.onnx"))
-    (site / "node_modules").symlink_to(WEB / "node_modules")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    home = f"http://127.0.0.1:{server.server_port}/"
-    asked = []
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", *(f"--disable-{name}" for name in QUIET)]
-        )
-        page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: asked.append(f"error: {error}"))
+    runtime = site / "node_modules" / "onnxruntime-web" / "dist"
+    runtime.mkdir(parents=True)
+    for path in (WEB / "node_modules" / "onnxruntime-web" / "dist").glob("*.*m*"):
+        (runtime / path.name).symlink_to(path)  # single files, so that a test can put another in the place of one
+    return site
 
-        def open_(model=None):
+
+@pytest.fixture
+def open_page(site):
+    """Serve the site and open it; nothing may be asked of another server, and nothing go wrong unseen."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+    asked = []
+    with serving(load_serve().make_server(0, site)) as home, driver.sync_playwright() as play:
+        browsers = []
+
+        def open_(model=None, flags=("--disable-gpu",), address=home, query="", script=""):
+            browsers.append(play.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *flags]))
+            page = browsers[-1].new_page(viewport={"width": 860, "height": 800})
+            page.set_default_timeout(120_000)  # WebGPU in software takes its time
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("pageerror", lambda error: asked.append(f"error: {error}"))
+            page.add_init_script(script)
             if model:
                 shutil.copy(model, site / "model.onnx")
-            page.goto(home)
+            page.goto(address + query)
             page.wait_for_selector("#inputs:enabled")
             return page
 
         yield open_
-        browser.close()
-    server.shutdown()
-    server.server_close()
-    assert [url for url in asked if not url.startswith((home, f"blob:{home}", "data:"))] == []
+        for browser in browsers:
+            browser.close()
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:"))] == []
 
 
 def choose(page, field, path):
@@ -82,12 +156,21 @@ def download(page):
         return image.convert("RGB"), waiting.value.suggested_filename
 
 
-def export_generator(channels=3, norm="instance"):
-    """Write a random generator for 48x40 px and its ONNX file; returns the network."""
+@functools.cache
+def exported(channels, norm, size):
+    """A random generator for images of a height and width: the network, its file and its ONNX file."""
     torch.manual_seed(1)
     net = build_generator(GeneratorConfig(ngf=4, num_residual=1, channels=channels, norm=norm), "kaiming").eval()
-    save_generator(Path("G_AB.safetensors"), net, {"direction": "AtoB", "size": [40, 48], "run_name": "tiny"})
+    save_generator(Path("G_AB.safetensors"), net, {"direction": "AtoB", "size": list(size), "run_name": "tiny"})
     export.main(["--weights", "G_AB.safetensors"])
+    return net, Path("G_AB.safetensors").read_bytes(), Path("G_AB.onnx").read_bytes()
+
+
+def export_generator(channels=3, norm="instance", size=(40, 48)):
+    """Write a random generator and its ONNX file, which takes seconds to make; returns the network."""
+    net, weights, model = exported(channels, norm, size)
+    Path("G_AB.safetensors").write_bytes(weights)
+    Path("G_AB.onnx").write_bytes(model)
     return net
 
 
@@ -95,13 +178,14 @@ def mean_difference(one, other):
     return np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).mean()
 
 
+@in_browser
 @pytest.mark.parametrize(("channels", "norm"), [(3, "instance"), (1, "none")])  # a norm hides a wrong range
 def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
     net = export_generator(channels, norm)
     page = open_page("G_AB.onnx")
     assert page.inner_text("#about") == "model.onnx: AtoB, of tiny, trained at 48×40 px"
     noise_image(1, (48, 40)).save("same.png")
-    assert choose(page, "#picture", "same.png").startswith("translated in ")
+    assert choose(page, "#image", "same.png").startswith("translated in ")
     with torch.no_grad():
         wanted = tensor_to_image(net(load_image(Path("same.png"), None, channels)[None])[0])
     output, name = download(page)
@@ -115,21 +199,23 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
     for name in ("larger", "clear", "turned"):
         argv = ["--weights", "G_AB.safetensors", "--input", f"{name}.png", "--device", "cpu", "--precision", "fp32"]
         test_stage.main(argv)
-        assert choose(page, "#picture", f"{name}.png").startswith("translated in ")
+        assert choose(page, "#image", f"{name}.png").startswith("translated in ")
         wanted = Image.open(f"generated_images/tiny/test/fake_B/{name}.png")
         output = download(page)[0]
         assert output.size == wanted.size
         assert mean_difference(output, wanted.convert("RGB")) < 0.3
 
 
+@in_browser
 def test_whatever_cannot_be_shown_is_refused_in_one_line_and_the_page_lives_on(open_page):
     page = open_page()
     assert "no model.onnx beside this page" in page.inner_text("#message")
     noise_image(1, (48, 40)).save("good.png")
-    assert "no generator yet" in choose(page, "#picture", "good.png")
+    assert "no generator yet" in choose(page, "#image", "good.png")
     export_generator()
     Path("text.onnx").write_text("no model")
     Path("half.onnx").write_bytes(Path("G_AB.onnx").read_bytes()[:9000])
+    onnx = pytest.importorskip("onnx")
     model = onnx.load("G_AB.onnx")
     for name, facts in (("foreign", {}), ("two", {"channels": "2"}), ("huge", {"channels": "3", "size": "[1, 99999]"})):
         onnx.helper.set_model_props(model, facts)
@@ -144,9 +230,262 @@ def test_whatever_cannot_be_shown_is_refused_in_one_line_and_the_page_lives_on(o
         assert f"{name}.onnx: not a model for this page: {words}" in choose(page, "#model", f"{name}.onnx")
     assert "translated in " in choose(page, "#model", "G_AB.onnx")
     assert page.is_visible("#after")
-    Path("text.png").write_text("no picture")
-    assert "text.png: no picture that this browser can read" in choose(page, "#picture", "text.png")
+    Path("text.png").write_text("no image")
+    assert "text.png: no image that this browser can read" in choose(page, "#image", "text.png")
     assert page.is_hidden("#after")  # an older answer would pass for this one
     Image.new("L", (8000, 5000)).save("large.png")
-    assert "large.png: 8000×5000 px are too large" in choose(page, "#picture", "large.png")
-    assert "translated in " in choose(page, "#picture", "good.png")
+    assert "large.png: 8000×5000 px are too large" in choose(page, "#image", "large.png")
+    assert "translated in " in choose(page, "#image", "good.png")
+
+
+def drop(page, path):
+    """Drop a file on the page and wait; returns what the page says."""
+    page.set_input_files("#image", [])
+    page.evaluate("""() => {
+        const field = Object.assign(document.createElement("input"), { type: "file", id: "dropped", hidden: true });
+        document.body.append(field);
+    }""")
+    page.set_input_files("#dropped", path)
+    page.evaluate("""() => {
+        const field = document.getElementById("dropped"), dataTransfer = new DataTransfer();
+        dataTransfer.items.add(field.files[0]);
+        field.remove();
+        document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+    }""")
+    page.wait_for_selector("#inputs:enabled")
+    return page.inner_text("#message")
+
+
+@in_browser
+def test_files_are_dropped_and_a_wrong_one_leaves_the_model_that_is_in_use(open_page):
+    export_generator()
+    page = open_page("G_AB.onnx")
+    noise_image(1, (48, 40)).save("good.png")
+    assert drop(page, "good.png").startswith("translated in ")
+    about = page.inner_text("#about")
+    Path("text.onnx").write_text("no model")
+    Path("notes.txt").write_text("no model")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load("G_AB.onnx")
+    model.graph.output[0].name = next(node.output[0] for node in model.graph.node if node.op_type == "Conv")
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    onnx.save(model, "cut.onnx")  # runs, but gives no image
+    assert "text.onnx: not a model for this page: no ONNX file" in drop(page, "text.onnx")
+    assert "cut.onnx: not a model for this page: " in drop(page, "cut.onnx")
+    assert "notes.txt: neither an image nor a generator" in drop(page, "notes.txt")
+    assert page.inner_text("#about") == about
+    assert drop(page, "good.png").startswith("translated in ")
+    shutil.copy("G_AB.onnx", "other.onnx")
+    drop(page, "other.onnx")
+    assert page.inner_text("#about") == "other.onnx: AtoB, of tiny, trained at 48×40 px"
+
+
+@in_browser
+def test_without_the_runtime_the_page_says_what_to_do(open_page, site):
+    shutil.rmtree(site / "node_modules")
+    export_generator()
+    assert "run npm ci" in open_page("G_AB.onnx").inner_text("#message")
+
+
+# ---------------------------------------------------------------------------------------------
+# The camera
+
+
+def write_film(path, frames=30, size=(96, 80)):
+    """What the fake camera sees: dark on its left, bright on its right, and a bar that moves down."""
+    width, height = size
+    chroma = bytes([90]) * (width * height // 4) + bytes([150]) * (width * height // 4)
+    with path.open("wb") as file:
+        file.write(f"YUV4MPEG2 W{width} H{height} F30:1 Ip A1:1 C420mpeg2\n".encode())
+        for i in range(frames):
+            luma = np.tile(np.linspace(20, 180, width, dtype=np.uint8), (height, 1))
+            luma[i * height // frames :][:8] = 230
+            file.write(b"FRAME\n" + luma.tobytes() + chroma)
+
+
+@pytest.fixture
+def camera():
+    """Flags of a browser with a camera."""
+    write_film(Path("camera.y4m"))
+    return [*CAMERA, "--disable-gpu", f"--use-file-for-fake-video-capture={Path('camera.y4m').resolve()}"]
+
+
+def start_camera(page):
+    page.click("#camera")
+    page.wait_for_selector("#live:not([hidden])")
+    page.locator("#speed", has_text=re.compile("[1-9].* frames")).wait_for()
+
+
+def save_still(page):
+    """The newest frame and its translation, as arrays."""
+    with page.expect_download() as waiting:
+        page.click("#still")
+    page.wait_for_selector("#inputs:enabled")
+    with Image.open(waiting.value.path()) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return np.split(pixels, 2, axis=1)
+
+
+def largest_difference(net, seen, made):
+    """Between a frame's translation and PyTorch's, of 255."""
+    with torch.no_grad():
+        expected = tensor_to_image(net(image_to_tensor(Image.fromarray(seen))[None])[0])
+    return np.abs(np.asarray(expected).astype(int) - made).max()
+
+
+@in_browser
+def test_the_camera_is_translated_frame_by_frame_mirrored_as_pytorch_does(open_page, camera):
+    net = export_generator()
+    page = open_page("G_AB.onnx", camera)
+    start_camera(page)
+    words = page.inner_text("#speed")
+    assert re.fullmatch(r"[\d.]+ frames a second, 48×40 px, WebAssembly, (\d threads|one thread)", words), words
+    stills = [save_still(page)]
+    page.wait_for_timeout(300)
+    stills.append(save_still(page))
+    for seen, made in stills:
+        assert seen.shape == made.shape == (40, 48, 3)
+        assert largest_difference(net, seen, made) <= 2
+        assert seen[:, :8].mean() > seen[:, -8:].mean() + 40  # mirrored: the bright side is on the left
+    assert not np.array_equal(stills[0][0], stills[1][0])
+    assert not np.array_equal(stills[0][1], stills[1][1])
+    page.select_option("#side", json.dumps({"width": 128, "height": 107}, separators=(",", ":")))
+    page.locator("#speed", has_text="128×107 px").wait_for()
+    assert largest_difference(net, *save_still(page)) <= 2
+    for words in ("off", "on", "off"):
+        page.click("#camera")
+        page.wait_for_selector("#inputs:enabled")
+        assert page.inner_text("#message") == f"the camera is {words}"
+    assert page.is_hidden("#live")
+    noise_image(1, (48, 40)).save("still.png")
+    assert choose(page, "#image", "still.png").startswith("translated in ")
+
+
+@in_browser
+def test_the_last_two_seconds_are_saved_as_a_film_and_the_camera_goes_on(open_page, camera):
+    export_generator()
+    page = open_page("G_AB.onnx", camera)
+    start_camera(page)
+    page.wait_for_timeout(2500)
+    with page.expect_download() as waiting:
+        page.click("#film")
+    page.wait_for_selector("#inputs:enabled")
+    assert waiting.value.suggested_filename == "camera.webm"
+    film = Path(waiting.value.path()).read_bytes()
+    assert film[:4] == b"\x1a\x45\xdf\xa3"  # Matroska, and so WebM
+    before = save_still(page)[0]
+    page.wait_for_timeout(300)
+    assert not np.array_equal(save_still(page)[0], before)
+    player = page.context.browser.new_page()
+    width, height, seconds = player.evaluate(
+        """async (text) => {
+            const film = document.createElement("video");
+            film.src = URL.createObjectURL(new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]));
+            await new Promise((resolve, reject) => { film.onloadeddata = resolve; film.onerror = reject; });
+            const end = new Promise((resolve) => { film.onseeked = resolve; });
+            film.currentTime = 60;  // its end: the length is not in its head
+            await end;
+            return [film.videoWidth, film.videoHeight, film.currentTime];
+        }""",
+        base64.b64encode(film).decode(),
+    )
+    assert (width, height) == (2 * 48 * 6, 40 * 6)
+    assert 1.3 < seconds < 3
+
+
+@in_browser
+def test_a_page_without_the_isolating_headers_runs_one_thread_and_says_so(open_page, site, camera):
+    class Plain(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *words):
+            super().__init__(*words, directory=str(site))
+
+        def log_message(self, *words):
+            pass
+
+    net = export_generator()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Plain)) as address:
+        page = open_page("G_AB.onnx", camera, address)
+        start_camera(page)
+        words = "WebAssembly, one thread, since this page came without the headers that serve.py sends"
+        assert words in page.inner_text("#speed")
+        assert largest_difference(net, *save_still(page)) <= 2
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("NotAllowedError", "refused"),
+        ("NotFoundError", "no camera was found"),
+        ("NotReadableError", "close what else uses it"),
+    ],
+)
+def test_a_camera_that_cannot_be_had_is_one_line_on_the_page(open_page, fault, words):
+    export_generator()
+    refuse = f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('', '{fault}'); }}"
+    page = open_page("G_AB.onnx", script=refuse)
+    page.click("#camera")
+    page.wait_for_selector("#message.error")
+    assert words in page.inner_text("#message")
+    assert page.inner_text("#camera") == "Start the camera"
+    noise_image(1, (48, 40)).save("good.png")
+    assert choose(page, "#image", "good.png").startswith("translated in ")
+
+
+# ---------------------------------------------------------------------------------------------
+# WebGPU
+
+FAKE_GPU = """
+import * as real from "./ort.wasm.bundle.min.mjs";
+export const env = { wasm: {} };
+export const InferenceSession = { async create(buffer) {
+  const session = await real.InferenceSession.create(buffer), { inputNames, outputNames, release } = session;
+  async function run(feeds) {
+    const { [outputNames[0]]: output } = await session.run(feeds);
+    FAULT
+    return { [outputNames[0]]: output };
+  }
+  return { inputNames, outputNames, run, release: () => session.release() };
+} };
+"""
+FAULTS = {
+    "": "WebGPU",
+    "throw new Error('Only Conv2d or Conv1d are supported.');": "WebAssembly",
+    "output.data[7] += 0.1;": "WebAssembly",  # wrong in one pixel
+    "output.data.fill(NaN);": "WebAssembly",
+}
+
+
+def device_of(page):
+    """Where the frames of the camera are translated."""
+    start_camera(page)
+    return re.search("WebGPU|WebAssembly", page.inner_text("#speed"))[0]
+
+
+@pytest.fixture
+def gpu_flags(camera):
+    return [flag for flag in camera if flag != "--disable-gpu"] + SOFTWARE_GPU
+
+
+@in_browser
+def test_webgpu_is_used_only_while_it_gives_what_webassembly_gives(open_page, site, gpu_flags):
+    net = export_generator()
+    page = open_page("G_AB.onnx", gpu_flags)
+    assert device_of(page) == "WebAssembly"  # of itself the page takes no graphics card that is none
+    for fault, device in FAULTS.items():
+        (site / GPU_RUNTIME).unlink()
+        (site / GPU_RUNTIME).write_text(FAKE_GPU.replace("FAULT", fault))
+        page.goto(page.url.split("?")[0] + "?device=webgpu")
+        page.wait_for_selector("#inputs:enabled")
+        assert device_of(page) == device, fault
+        assert largest_difference(net, *save_still(page)) <= 2
+
+
+@in_browser
+def test_on_webgpu_a_frame_is_what_pytorch_makes_of_it(open_page, gpu_flags):
+    net = export_generator(size=(16, 16))  # on no graphics card, but the same programs
+    page = open_page("G_AB.onnx", gpu_flags, query="?device=webgpu")
+    if page.evaluate("navigator.gpu?.requestAdapter().then((adapter) => !adapter) ?? true"):
+        pytest.skip("this Chromium has no WebGPU in software")
+    assert device_of(page) == "WebGPU"
+    assert largest_difference(net, *save_still(page)) <= 2

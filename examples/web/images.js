@@ -1,0 +1,72 @@
+// Images: {data: bytes R G B A, width, height}. Resized as pillow does, whatever the browser.
+
+const MOST_PIXELS = 32e6; // of an image
+
+/** Decode a file into a canvas, as the network will see it: over white, and grey for one channel. */
+export async function readImage(file, channels, canvas) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }); // as pillow: no colour profile applied
+  } catch {
+    throw new Error(`${file.name}: no image that this browser can read; choose a PNG, JPEG or WebP file`);
+  }
+  const { width, height } = bitmap;
+  if (width * height > MOST_PIXELS) {
+    throw new Error(`${file.name}: ${width}×${height} px are too large; choose one of ${MOST_PIXELS / 1e6} megapixels at most`);
+  }
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  const image = context.getImageData(0, 0, width, height), { data } = image;
+  for (let i = 0; channels === 1 && i < data.length; i += 4) {
+    data.fill((19595 * data[i] + 38470 * data[i + 1] + 7471 * data[i + 2] + 32768) >> 16, i, i + 3); // pillow's "L"
+  }
+  context.putImageData(image, 0, 0);
+  return image;
+}
+
+/** Pillow's bicubic kernel, a = -0.5. */
+function bicubic(x) {
+  x = Math.abs(x);
+  return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((2.5 - 0.5 * x) * x - 4) * x + 2 : 0;
+}
+
+/** Resize the rows of an image to `length` px and swap its axes: (width, height) → (height, length). */
+function resizeRows({ data, width, height }, length) {
+  const scale = width / length, stretch = Math.max(scale, 1); // shrinking averages over all pixels, as pillow does
+  const out = new Uint8ClampedArray(4 * height * length); // rounds and clamps
+  for (let i = 0; i < length; i++) {
+    const centre = (i + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(centre - 2 * stretch + 0.5));
+    const last = Math.min(width, Math.trunc(centre + 2 * stretch + 0.5));
+    const weights = Array.from({ length: last - first }, (_, j) => bicubic((first + j + 0.5 - centre) / stretch));
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    for (let y = 0; y < height; y++) {
+      for (let c = 0; c < 4; c++) {
+        let sum = 0;
+        for (let j = 0, at = 4 * (y * width + first) + c; j < weights.length; j++, at += 4) sum += weights[j] * data[at];
+        out[4 * (i * height + y) + c] = sum / total;
+      }
+    }
+  }
+  return { data: out, width: height, height: length };
+}
+
+/** Resize an image as pillow does, which made the images of the training; what browsers do differs among them. */
+export function resize(image, width, height) {
+  return resizeRows(resizeRows(image, width), height);
+}
+
+/** Show an image in a canvas. */
+export function draw(canvas, { data, width, height }) {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
+}
+
+/** A canvas → a PNG. */
+export function toPng(canvas) {
+  return new Promise((resolve) => canvas.toBlob(resolve));
+}

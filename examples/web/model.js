@@ -1,0 +1,50 @@
+// What export.py noted in a model file; onnxruntime-web does not show it.
+
+/** Yield [number, bytes] of each field of a protobuf message that has a length; throws where the bytes are no message. */
+function* fields(bytes) {
+  let at = 0;
+  function number() {
+    for (let value = 0, scale = 1; at < bytes.length; scale *= 128) { // no shifts: a length may pass 2**31
+      value += (bytes[at] & 127) * scale;
+      if (bytes[at++] < 128) return value;
+    }
+    throw new Error("no ONNX file, or a part of one");
+  }
+  while (at < bytes.length) {
+    const tag = number(), kind = tag % 8;
+    if (kind === 0) number();
+    const length = kind === 2 ? number() : { 0: 0, 1: 8, 5: 4 }[kind];
+    if (!(at + length <= bytes.length)) throw new Error("no ONNX file, or a part of one");
+    if (kind === 2) yield [Math.floor(tag / 8), bytes.subarray(at, at + length)];
+    at += length;
+  }
+}
+
+/** Is it a height and a width, or null, as where the weights came from another project? */
+function isSize(size) {
+  return size === null || (size.length === 2 && size.every((side) => Number.isInteger(side) && side > 0 && side <= 4096));
+}
+
+/**
+ * The metadata of a model that this page can use: field 14 of its message holds keys and values.
+ *
+ * model:   the bytes of an .onnx file
+ * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), direction and run_name
+ * throws:  what is wrong with the file
+ */
+export function readFacts(model) {
+  const facts = { channels: null, smallest_side: 64, size: null, direction: null, run_name: null };
+  const text = (bytes) => new TextDecoder().decode(bytes);
+  for (const [number, entry] of fields(model)) {
+    const { 1: key, 2: value } = number === 14 ? Object.fromEntries(fields(entry)) : {};
+    if (text(key) in facts) facts[text(key)] = JSON.parse(text(value)); // what other tools note is left alone
+  }
+  const { channels, size, smallest_side } = facts;
+  if (channels === null) throw new Error("does not say its channels");
+  if (channels !== 1 && channels !== 3) throw new Error(`has ${channels} channels, the page shows 1 or 3`);
+  if (!isSize(size)) {
+    throw new Error(`says it was trained at ${JSON.stringify(size)}; expected [height, width], each up to 4096 px`);
+  }
+  if (!isSize([smallest_side, smallest_side])) throw new Error(`says it needs ${JSON.stringify(smallest_side)} px a side`);
+  return facts;
+}
