@@ -19,9 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 from torch import Tensor
 
@@ -31,6 +30,9 @@ if os.name == "nt":
     import msvcrt
 else:
     import fcntl
+
+if TYPE_CHECKING:
+    import jinja2
 
 MOST_VALUES = 10**5  # in a whole-state file; the largest network has thousands
 MOST_LEVELS = 100  # of values in values; a state has six
@@ -131,8 +133,10 @@ def attempt(write: Callable, *args: object) -> str:
 
 
 @functools.cache
-def page_templates() -> jinja2.Environment:
+def page_templates() -> "jinja2.Environment":
     """The pages in templates/; whatever is put into them is escaped."""
+    import jinja2  # here: most calls of a stage end before a page is written
+
     folder = Path(__file__).parent / "templates"
     loader = jinja2.FileSystemLoader(folder)
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

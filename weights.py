@@ -31,6 +31,8 @@ from models import (
     Generator,
     GeneratorConfig,
     Nets,
+    ResnetGenerator,
+    UnetVitGenerator,
     build_generator,
 )
 from utils import InputError, one_line, say
@@ -127,9 +129,13 @@ def save_generator(path: Path, net: Generator, metadata: dict) -> None:
 
 
 def meta_network(config: GeneratorConfig) -> Generator:
-    """Build a generator of shapes only, on the meta device: a lying file costs no memory."""
+    """Build a generator of shapes only, on the meta device: a lying file costs no memory.
+
+    Not by build_generator: for random numbers on that device torch imports its compiler, which takes seconds.
+    """
+    kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
     with torch.device("meta"):
-        return build_generator(config)
+        return kind(config)
 
 
 def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:

@@ -164,6 +164,31 @@ def test_importing_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_a_typo_and_one_translated_image_wait_for_nothing_they_do_not_use(tmp_path):
+    """Each of these imports takes as long as a third of torch, or more."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import train, test
+
+def call(main, argv, code, unused):
+    try:
+        main(argv)
+    except SystemExit as error:
+        assert error.code == code, error.code
+    assert not unused & sys.modules.keys(), (argv, unused & sys.modules.keys())
+
+heavy = {"torchvision", "matplotlib", "torch._dynamo", "tensorboard", "onnxruntime", "gradio"}
+call(train.main, ["--help"], 0, heavy | {"jinja2"})
+call(train.main, ["--num_epoch", "3"], 2, heavy | {"jinja2"})
+examples = sys.argv[1] + "/examples/"
+call(test.main, ["--weights", examples + "day2night.safetensors", "--input", examples + "day.png"], None, heavy)
+"""
+    words = [sys.executable, "-c", code, str(ROOT)]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 # -- commands and flags ------------------------------------------------------------------------
 
 

@@ -340,3 +340,10 @@ def test_edited_images_are_read_or_called_unreadable(tmp_path, edits, kind):
     assert x.min() >= -1
     assert x.max() <= 1
     assert all(map(math.isfinite, x.flatten().tolist()))
+
+
+@pytest.mark.parametrize(("count", "channels", "columns"), [(6, 3, 3), (2, 3, 1), (4, 3, 4)])
+def test_cells_are_tiled_as_torchvision_does(count, channels, columns):
+    make_grid = pytest.importorskip("torchvision.utils").make_grid
+    cells = torch.randint(0, 256, (count, channels, 7, 5), dtype=torch.uint8)
+    assert torch.equal(images.tile_cells(cells, columns), make_grid(cells, nrow=columns, padding=2, pad_value=255))
