@@ -47,7 +47,7 @@ from report import compare_costs, compare_generators, refuse_large
 from utils import InputError, say
 from weights import load_generator
 
-COPIED = ("stem", "down", "position", "leave", "up", "head")  # all but the blocks, whose number differs
+COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
 FIXED_FLAGS = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
 
 

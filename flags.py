@@ -17,7 +17,7 @@ from utils import InputError, need_package, say, total_memory, world
 MEASURES = ("losses", "cycle", "identity", "paired")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 VIT_FLAGS = ("vit_size", "vit_blocks", "vit_heads")
-RESNET_FLAGS = ("num_residual", "ngf", "n_downsampling")
+RESNET_FLAGS = ("num_residual", "ngf", "n_downsampling", "skips")
 FIXED_FLAGS = (  # a resumed run keeps them
     *(*VIT_FLAGS, *RESNET_FLAGS),
     *("channels", "generator", "upsample", "norm", "norm_output", "init", "freeze"),
@@ -184,6 +184,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--num_residual", type=int_between(0, 1000), default=9, help="residual blocks of a resnet")
     add("--ngf", type=int_between(1, 4096), default=64, help="width of the first layer of a resnet")
     add("--n_downsampling", type=int, choices=range(5), default=2, help="halvings of the image in a resnet")
+    add("--skips", action="store_true", help="lead what the halvings lose around the blocks of a resnet: outlines stay")
     add("--vit_size", choices=models.VIT_SIZES, default="small", help="unet_vit of the 64x64 study, or UVCGAN's")
     add("--vit_blocks", type=int_between(0, 1000), help="blocks of a unet_vit (default: 4 in small, 12 in uvcgan)")
     add("--vit_heads", type=int_between(1, 4096), help="heads of a unet_vit (default: 4 in small, 6 in uvcgan)")

@@ -21,7 +21,7 @@ NORMS = ("instance", "instance_affine", "batch", "none")
 UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
 GAN_LOSSES = ("lsgan", "bce", "hinge")
-PARTS = ("stem", "down", "blocks", "up", "head", "D")  # what can be frozen: parts of a generator, or discriminators
+PARTS = ("stem", "down", "blocks", "up", "skips", "head", "D")  # what can be frozen: parts of G, or discriminators
 DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}  # the generators and what they translate
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
@@ -51,7 +51,7 @@ VIT_SIZES = {
 class GeneratorConfig:
     """Everything that shapes a generator. Defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px.
 
-    ngf, num_residual and n_downsampling shape a resnet, vit_size, vit_blocks and vit_heads a unet_vit.
+    ngf, num_residual, n_downsampling and skips shape a resnet, vit_size, vit_blocks and vit_heads a unet_vit.
     """
 
     generator: str = "resnet"
@@ -62,6 +62,7 @@ class GeneratorConfig:
     upsample: str = "deconv"
     norm: str = "instance"
     norm_output: bool = False
+    skips: bool = False
     vit_size: str = "small"
     vit_blocks: int = 4
     vit_heads: int = 4
@@ -222,6 +223,9 @@ def pad_to_halve(x: Tensor, config: GeneratorConfig) -> Tensor:
 class ResnetGenerator(nn.Module):
     """Translate images: stem, strided convolutions, residual blocks, upsampling, head.
 
+    With config.skips each doubled map is joined by the one of its size from before the halvings, which knows where
+    edges were (Ronneberger et al. 2015, U-Net); the paper has none.
+
     x:       (N, channels, H, W) in [-1, 1]; H and W at least config.smallest_side, else free:
              what the downsampling does not divide is padded by reflection and cropped back
     returns: (N, channels, H, W) in [-1, 1]; with return_hidden also the list of the outputs of
@@ -250,19 +254,30 @@ class ResnetGenerator(nn.Module):
             layers = upsample_layers(config.upsample, width, width // 2, bias)
             width //= 2
             self.up.append(normed(norm, width, *layers))
+        if config.skips:  # without a nonlinearity behind each, the input's colours show through whatever stands there
+            widths = [config.ngf * 2**i for i in reversed(range(config.n_downsampling))]
+            self.skips = nn.ModuleList(normed(norm, w, nn.Conv2d(2 * w, w, 1, bias=bias)) for w in widths)
         self.head = nn.Sequential(nn.ReflectionPad2d(3), ThinConv2d(width, config.channels, 7))
         if config.norm_output:
             self.head.append(norm_layer(norm, config.channels))
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
-        x = self.down(self.stem(pad_to_halve(x, self.config)))  # (N, ngf * 2**n, H / 2**n, W / 2**n)
+        x = self.stem(pad_to_halve(x, self.config))  # (N, ngf, H, W)
+        skipped = []
         hidden = []
+        for halve in self.down:
+            if self.config.skips:
+                skipped.append(x)
+            x = halve(x)  # (N, ngf * 2**i, H / 2**i, W / 2**i)
         for block in self.blocks:
             x = block(x)
             hidden.append(x)
-        x = torch.tanh(self.head(self.up(x)))  # (N, channels, H, W)
-        x = x[..., :height, :width]
+        for i, double in enumerate(self.up):
+            x = double(x)
+            if self.config.skips:
+                x = self.skips[i](torch.cat([x, skipped.pop()], dim=1))
+        x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
         return (x, hidden) if return_hidden else x
 
 

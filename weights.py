@@ -47,7 +47,7 @@ WORDS = {
     **{"generator": GENERATORS, "discriminator": DISCRIMINATORS, "upsample": UPSAMPLES, "norm": NORMS},
     "vit_size": tuple(VIT_SIZES),
 }
-LATER = {"vit_size", "vit_blocks", "vit_heads"}  # files from before these came do not have them
+LATER = {"vit_size", "vit_blocks", "vit_heads", "skips"}  # files from before these came do not have them
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
@@ -221,12 +221,13 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
         f"generator {config.generator}": config.generator != "resnet",
         f"upsample {config.upsample}": config.upsample != "deconv",
         "norm_output": config.norm_output,
+        "skips": config.skips,
         "norm none with biases": any(tensors[name].any() for name in left_out),
     }
     if any(faults.values()):
         fault = ", ".join(name for name, present in faults.items() if present)
         raise InputError(
-            f"{fault}: the junyanz layout cannot hold it; expected a resnet with deconv and no norm_output"
+            f"{fault}: the junyanz layout cannot hold it; expected a resnet with deconv, no norm_output and no skips"
         )
     names = tensor_names(tensors.keys() - left_out, junyanz_layers(net))
     return {theirs: tensors[ours].detach().cpu().contiguous() for theirs, ours in names.items()}

@@ -41,6 +41,7 @@ def write_generator(path=Path("G_AB.safetensors"), direction="AtoB", **flags):
             {"ngf": 2, "num_residual": 1, "upsample": "resize", "norm": "batch", "channels": 1, "n_downsampling": 3},
             marks=pytest.mark.slow,
         ),
+        pytest.param({"ngf": 2, "num_residual": 1, "skips": True}, marks=pytest.mark.slow),
         pytest.param({"generator": "unet_vit", "vit_blocks": 1}, marks=pytest.mark.slow),
         pytest.param(
             {"generator": "unet_vit", "vit_size": "uvcgan", "vit_blocks": 1, "vit_heads": 3, "norm": "none"},

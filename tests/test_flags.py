@@ -155,7 +155,7 @@ def test_an_error_is_one_line_with_the_program_to_ask():
         (["--channels", "4"], "invalid choice"),
         (["--load_scale", "0.5"], "of at least 1"),
         (["--eval_metrics", "psnr"], "expected some of losses,cycle,identity,paired"),
-        (["--freeze", "tail"], "expected some of stem,down,blocks,up,head,D"),
+        (["--freeze", "tail"], "expected some of stem,down,blocks,up,skips,head,D"),
         (["--init_from"], "expected at least one argument"),
     ],
 )
@@ -312,10 +312,12 @@ def test_the_rate_falls_from_half_of_the_epochs_unless_it_is_said():
 
 def test_network_flags_become_configs():
     argv = ["--num_residual", 3, "--ngf", 8, "--n_downsampling", 1, "--upsample", "resize", "--norm", "batch"]
+    argv += ["--skips"]
     argv += ["--norm_output", "--channels", 1, "--discriminator", "pixel", "--ndf", 6, "--n_layers_D", 2]
     argv += ["--max_mult_D", 4, "--pool_D"]
     generator, discriminator = flags.network_configs(parse(*argv))
-    shape = {"ngf": 8, "num_residual": 3, "n_downsampling": 1, "upsample": "resize", "norm_output": True}
+    shape = {"ngf": 8, "num_residual": 3, "n_downsampling": 1, "upsample": "resize"}
+    shape |= {"norm_output": True, "skips": True}
     assert generator == models.GeneratorConfig(channels=1, norm="batch", **shape)
     shape = {"ndf": 6, "n_layers": 2, "max_mult": 4, "pool": True}
     assert discriminator == models.DiscriminatorConfig("pixel", channels=1, norm="batch", **shape)
@@ -588,7 +590,17 @@ def test_changes_are_said_and_other_networks_refused(capsys):
 
 def test_all_flags_that_shape_networks_are_fixed():
     shapes = {"channels", "generator", "discriminator", "ngf", "ndf", "num_residual", "n_downsampling", "n_layers_D"}
-    shapes |= {"max_mult_D", "upsample", "norm", "norm_output", "pool_D", "vit_size", "vit_blocks", "vit_heads"}
+    shapes |= {
+        "max_mult_D",
+        "upsample",
+        "norm",
+        "norm_output",
+        "skips",
+        "pool_D",
+        "vit_size",
+        "vit_blocks",
+        "vit_heads",
+    }
     assert set(flags.FIXED_FLAGS) == shapes | {"init", "freeze"}
     parser = Parser()
     flags.add_network_flags(parser)

@@ -39,6 +39,8 @@ def count(net):
         ({"norm": "batch"}, 11_383_427),
         ({"norm": "instance_affine"}, 11_378_179 + 2 * (2 * 64 + 2 * 128 + 19 * 256)),  # a scale and a shift a channel
         ({"norm": "instance_affine", "ngf": 128}, 45_485_571),
+        ({"skips": True}, 11_419_331),
+        ({"skips": True, "num_residual": 6, "n_downsampling": 1}, 1_945_795),
     ],
 )
 def test_generator_parameter_counts_are_those_of_the_paper_and_its_variants(flags, parameters):
@@ -90,6 +92,20 @@ def test_hidden_states_are_the_outputs_of_all_blocks():
     expected = net.blocks[0](net.down(net.stem(x)))
     assert torch.equal(hidden[0], expected)
     assert not torch.equal(hidden[0], hidden[1])
+
+
+def test_skips_lead_what_the_halvings_lose_to_the_output():
+    """Without them, what a halving's convolution does not pass on is lost."""
+    net = build_generator(GeneratorConfig(ngf=4, num_residual=1, n_downsampling=2, skips=True), "kaiming")
+    x = torch.rand(2, 3, 18, 21) * 2 - 1
+    for halve in net.down:
+        nn.init.zeros_(halve[0].weight)  # no way through the middle
+    a, b = net(x)
+    assert not torch.allclose(a, b, atol=1e-2)
+    for join in net.skips:
+        nn.init.zeros_(join[0].weight[:, join[0].out_channels :])
+    a, b = net(x)
+    assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_output_layer_has_no_norm_unless_asked_for():

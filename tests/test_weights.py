@@ -704,6 +704,7 @@ def test_what_is_written_computes_the_same_over_there():
     [
         ({"upsample": "resize"}, "upsample resize"),
         ({"norm_output": True}, "norm_output"),
+        ({"skips": True}, "skips"),
         ({"norm": "none"}, "norm none with biases"),
         ({"generator": "unet_vit"}, "generator unet_vit"),
     ],
