@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import InstanceNorm2d, ThinConv2d
+
 GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
 NORMS = ("instance", "instance_affine", "batch", "none")
@@ -134,15 +136,6 @@ class DiscriminatorConfig:
 # Building blocks
 
 
-class InstanceNorm2d(nn.InstanceNorm2d):
-    """Instance normalisation, (N, C, H, W) → (N, C, H, W); on a CPU as a faster group norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.is_contiguous() and x.shape[2] * x.shape[3] > 1 and not torch.compiler.is_exporting():
-            return F.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
-        return super().forward(x)
-
-
 def norm_layer(norm: str, width: int) -> nn.Module:
     """Make the normalisation layer that follows a convolution of `width` output channels.
 
@@ -168,28 +161,6 @@ def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) ->
 def normed(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
     """Layers whose last gives `width` channels, then normalisation and ReLU."""
     return nn.Sequential(*layers, norm_layer(norm, width), nn.ReLU(inplace=True))
-
-
-class ThinConv2d(nn.Conv2d):
-    """A convolution to the few channels of an image, twice to three times as fast on a CPU; stride 1, no padding.
-
-    x: (N, in_channels, H, W) → (N, out_channels, H - k + 1, W - k + 1)
-
-    A CPU computes 16 output channels at a time, so that 3 waste most of it. Here the k rows of the kernel become
-    channels of their own, 3k of them, whose results are added after a shift of a row each: the same sum.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or torch.compiler.is_exporting():
-            return super().forward(x)
-        thin, wide, k, _ = self.weight.shape
-        height = x.shape[2]
-        with torch.autocast("cpu", enabled=False):  # parts of a sum are not to be rounded to bfloat16
-            rows = self.weight.transpose(1, 2).reshape(thin * k, wide, 1, k)
-            x = F.conv2d(x.to(rows.dtype), rows)  # (N, thin * k, H, W - k + 1)
-        # k rows more, and a view that is one row longer than the map, move map i up by i rows without a copy of each
-        x = F.pad(x.reshape(len(x), thin, k * height, -1), (0, 0, 0, k)).unflatten(2, (k, height + 1))
-        return x[:, :, :, : height - k + 1].sum(2) + self.bias[:, None, None]  # ty: ignore[not-subscriptable]
 
 
 class ResnetBlock(nn.Module):

@@ -21,7 +21,8 @@ from utils import InputError
 ROOT = Path(train.__file__).parent
 STAGES = {"train": train, "distill": distill, "test": test_stage, "export": export, "app": app, "prepare": prepare}
 BELOW = {  # what a room may import of the others
-    "models": set(),
+    "layers": set(),
+    "models": {"layers"},
     "utils": set(),
     "cyclegan": {"models", "utils"},
     "files": {"utils"},

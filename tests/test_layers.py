@@ -1,0 +1,36 @@
+"""The layers that a CPU computes faster give what torch's give."""
+
+import pytest
+import torch
+from torch import nn
+
+from layers import InstanceNorm2d, ThinConv2d
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 5, 2, 1), (2, 5, 40, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_is_that_of_torch(shape, layout):
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout)
+    assert torch.allclose(InstanceNorm2d(5)(x), nn.InstanceNorm2d(5)(x), atol=1e-12)
+    ours = InstanceNorm2d(5, affine=True).double()
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    theirs = nn.InstanceNorm2d(5, affine=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.allclose(ours(x), theirs(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("out_channels", [1, 3])
+def test_thin_convolution_is_the_plain_one(out_channels):
+    thin = ThinConv2d(6, out_channels, 7).double()
+    nn.init.normal_(thin.bias)
+    plain = nn.Conv2d(6, out_channels, 7).double()
+    plain.load_state_dict(thin.state_dict())
+    x = torch.randn(2, 6, 13, 10, dtype=torch.float64)
+    assert thin(x).shape == (2, out_channels, 7, 4)
+    assert torch.allclose(thin(x), plain(x), atol=1e-12)
+    half = x.bfloat16()  # what the layer before gives; the parts of the sum are not rounded to it
+    with torch.autocast("cpu", torch.bfloat16):
+        output = thin.float()(half)
+    assert output.dtype == torch.float32
+    assert torch.allclose(output, plain.float()(half.float()), atol=1e-5)
