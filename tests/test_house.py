@@ -33,7 +33,8 @@ BELOW = {  # what a room may import of the others
     "metrics": {"cyclegan", "datasets", "images", "models", "utils"},
     "logs": {"files", "utils"},
     "progress": {"logs", "cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},
-    "inference": {"weights", "checkpoints", "flags", "images", "models", "utils"},
+    "tiles": {"models"},
+    "inference": {"tiles", "files", "weights", "checkpoints", "flags", "images", "models", "utils"},
     "prepare": {"datasets", "images", "files", "flags", "utils"},
 }
 ROOMS = set(BELOW)
