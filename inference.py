@@ -314,7 +314,8 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
     batch = []
     for source in sources:
         alike = batch and source.seen and batch[0].seen and source.seen.size == batch[0].seen.size
-        most = min(BATCH, BATCH_PIXELS // math.prod(source.seen.size)) if alike else 0
+        room = AHEAD_PIXELS // max(1, source.pixels)  # a photo waits at its own size for its small copy's neighbours
+        most = min(BATCH, BATCH_PIXELS // math.prod(source.seen.size), room) if alike else 0
         if batch and len(batch) >= most:
             yield batch
             batch = []

@@ -187,6 +187,12 @@ def test_batches_hold_alike_images_in_order_and_none_too_many_pixels(monkeypatch
     assert found == [[10, 10, 10], [10], [20, 20], [20], [0], [0], [30], [30], [10]]
 
 
+def test_photos_that_are_reduced_for_the_network_do_not_wait_for_a_batch():
+    image = Image.new("RGB", (10, 10))
+    sources = [Source(Path("x"), image, image, pixels=pixels) for pixels in (100, 100, 12_000_000, 12_000_000)]
+    assert [len(batch) for batch in inference.in_batches(iter(sources))] == [2, 1, 1]
+
+
 def test_photos_that_would_fill_the_memory_of_a_transformer_are_left_out(monkeypatch):
     monkeypatch.setattr(utils, "total_memory", lambda device: 4e6)
     net = generator(generator="unet_vit", vit_blocks=0)
