@@ -7,25 +7,27 @@ remove_twins(folder, twins, [path.relative_to(folder) for path in facts])
 
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import images
 from datasets import spread
-from utils import InputError, say, warn
+from utils import InputError, one_line, say, warn
 
 FEW = 6  # are named, others only counted
 GREY_LEVELS = 6  # between the colours of a grey image, at most, in means over 32x32 parts: JPEG adds some
 SMALL = 256  # px, the usual size of a training; below it, and below half the median of its part, a side is very small
+SHEET_CELL = 160  # px, side of an image on a sheet with names
 LONG = 3  # times as long as wide is very elongated: squeezed in training until nobody knows it
 
 
@@ -48,7 +50,7 @@ def look_at(path: Path, with_cell: bool) -> Facts:
     pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
     is_grey = bool(colours.max() <= GREY_LEVELS)
-    return Facts(pixels, image.size, is_grey, images.sheet_cell(image) if with_cell else None)
+    return Facts(pixels, image.size, is_grey, sheet_cell(image) if with_cell else None)
 
 
 def check_split(split: Path, most_cells: int) -> tuple[dict[Path, Facts], str]:
@@ -170,3 +172,53 @@ def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Iterable[
     both = [paths for paths in twins if len({path.parts[0][-1] for path in paths}) > 1]
     if both:
         say(f"{len(both)} images stand in both domains and stay: which one is right, only you can tell")
+
+
+# ---------------------------------------------------------------------------------------------
+# The sheet
+
+
+def sheet_cell(image: Image.Image) -> Image.Image:
+    """Reduce an image to a cell of a sheet, or enlarge it by a whole factor as far as it fits."""
+    factor = SHEET_CELL // max(image.size)
+    if factor > 1:
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    cell = image.copy()
+    cell.thumbnail((SHEET_CELL, SHEET_CELL))
+    return cell
+
+
+def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]], columns: int = 4) -> Image.Image:
+    """Lay out images with their names: in each row blocks beside each other, such as trainA and trainB.
+
+    rows: images of at most SHEET_CELL px a side, by name, by title of the block; a row without images is left out
+    """
+    step = SHEET_CELL + 8
+    rows = [row for row in rows if any(row.values())]
+    lines = [math.ceil(max(map(len, row.values())) / columns) for row in rows]
+    width = max((len(row) for row in rows), default=0) * (columns * step + 16)
+    sheet = Image.new("RGB", (width, sum(28 + count * (step + 16) for count in lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    top = 0
+    for row, count in zip(rows, lines, strict=True):
+        for number, (title, cells) in enumerate(row.items()):
+            left = number * (columns * step + 16) + 12
+            draw.text((left, top + 6), title, fill="black", font=ImageFont.load_default(16))
+            for i, (name, cell) in enumerate(cells.items()):
+                x = left + i % columns * step
+                y = top + 28 + i // columns * (step + 16)
+                sheet.paste(cell, (x + (SHEET_CELL - cell.width) // 2, y + (SHEET_CELL - cell.height) // 2))
+                draw.text((x, y + SHEET_CELL + 2), shortened(name, font), fill="black", font=font)
+        top += 28 + count * (step + 16)
+    return sheet
+
+
+def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The end of a name, which tells numbered files apart, as far as it fits below a cell of a sheet."""
+    name = one_line(name)
+    if font.getlength(name) <= SHEET_CELL:
+        return name
+    while font.getlength(f"...{name}") > SHEET_CELL:
+        name = name[1:]
+    return f"...{name}"

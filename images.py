@@ -5,29 +5,40 @@ save_image(tensor_to_image(x), Path("photo.png"))
 """
 
 import base64
+import functools
+import importlib
+import importlib.util
 import io
+import json
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
-from files import atomic_write
-from utils import InputError, one_line, say
+from files import atomic_write, write_json
+from utils import InputError, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+REMEDIES = {  # what reads the formats of phones, by format
+    "HEIF": "pip install pillow-heif",
+    "AVIF": "pip install --upgrade pillow",  # from 11.3 on
+}
 BAD_FRACTION = 0.05  # of a domain's images may be unreadable; above this the run stops
 CELL = 128  # px; smaller images are enlarged to this side in grids, by a whole factor
-SHEET_CELL = 160  # px, side of an image on a sheet with names
+LARGEST_CELL = 256  # px; larger ones are reduced to it, there and in galleries
+KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
+WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
 max_pixels = 178e6  # of one image; set by limit_pixels
 
 
@@ -68,6 +79,31 @@ class UnreadableImage(Exception):
     """Raised for a file that is no whole image, whatever is wrong with it."""
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that can be read here: those of phones where Pillow, or pillow-heif, has what it takes."""
+    more = []
+    if "avif" in features.modules and features.check("avif"):  # older ones warn about what they do not know
+        more.append("AVIF")
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        more.append("HEIF")
+    return (*FORMATS, *more)
+
+
+def missing_reader(path: Path) -> str:
+    """What to do so that a file of this suffix can be read; "" where it can."""
+    kinds = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
+    kind = kinds.get(path.suffix.lower())
+    return "" if kind is None or kind in formats() else REMEDIES[kind]
+
+
+@functools.cache
+def warn_of_skipped(words: str) -> None:
+    """Say once what was left out, however often a folder is listed."""
+    warn(words)
+
+
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
@@ -77,10 +113,11 @@ def list_images(folder: Path) -> list[Path]:
     """All images below a folder, by their suffix, in natural order; hidden files are left out.
 
     A sub-folder that cannot be read, and a link that leads nowhere or in a circle, are listed too:
-    who reads them names them as unreadable images.
+    who reads them names them as unreadable images. Photos in a format that nothing here reads are counted and left out.
     raises: OSError if the folder itself cannot be read
     """
     found = []
+    skipped = Counter()  # by suffix and remedy
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -93,8 +130,13 @@ def list_images(folder: Path) -> list[Path]:
             path = Path(parent, name)
             if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 continue
-            if path.is_file() or (path.is_symlink() and not path.exists()):
+            remedy = missing_reader(path)
+            if remedy:
+                skipped[path.suffix.lower(), remedy] += 1
+            elif path.is_file() or (path.is_symlink() and not path.exists()):
                 found.append(path)
+    for (suffix, remedy), count in sorted(skipped.items()):
+        warn_of_skipped(f"{folder}: {count} file{'s' if count > 1 else ''} skipped ({suffix}): {remedy}")
     return sorted(found, key=natural_key)
 
 
@@ -125,8 +167,11 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on odd tags and large images
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=formats())
     except Exception as error:  # Pillow's plug-ins raise a dozen kinds on hostile files
+        remedy = missing_reader(path)
+        if remedy:
+            raise UnreadableImage(f"nothing here reads {path.suffix}: {remedy}") from error
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
     if image.width * image.height > max_pixels:
         image.close()
@@ -176,11 +221,14 @@ class BadImages:
     def note(self, path: Path, reason: object) -> None:
         """Take down one unreadable image.
 
-        raises: InputError when more than BAD_FRACTION of them (and more than one) are unreadable; with "stop" always
+        raises: InputError when more than BAD_FRACTION of them (and more than one) are unreadable, or the only one is;
+                with "stop" always
         """
         if path in self.found:
             return
         self.found.add(path)
+        if self.total == 1:
+            raise InputError(f"{path}: of no use ({reason}); give another image, such as a PNG or JPEG")
         if self.on_bad == "stop":
             raise InputError(f"{path}: unreadable ({reason}); mend or remove it, or take --on_bad_image skip")
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
@@ -284,13 +332,50 @@ def tile_cells(cells: Tensor, columns: int, gap: int = 2) -> Tensor:
     return F.pad(grid, (0, gap, 0, gap), value=255)
 
 
+def save_thumbnail(image: Image.Image, path: Path) -> None:
+    """Write a JPEG of at most LARGEST_CELL px a side; its folder is made. For a smaller image one is removed."""
+    if max(image.size) <= LARGEST_CELL:  # is shown as it is
+        path.unlink(missing_ok=True)
+        return
+    small = image.copy() if max(image.size) < 4 * LARGEST_CELL else image.reduce(max(image.size) // (2 * LARGEST_CELL))
+    small.thumbnail((LARGEST_CELL, LARGEST_CELL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        small.save(temporary, format="JPEG", quality=88, subsampling=0)
+
+
+def reduced(x: Tensor) -> Tensor:
+    """(N, C, H, W) at its own size, or at one of at most LARGEST_CELL px a side."""
+    factor = LARGEST_CELL / max(x.shape[-2:])
+    if factor >= 1:
+        return x
+    size = [max(1, round(side * factor)) for side in x.shape[-2:]]
+    return F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def draw_file_grid(rows: Sequence[tuple[str, Sequence[Path]]]) -> Image.Image:
+    """Lay out labelled rows of image files, all at the size of the first."""
+    size = None
+    cells = []
+    for label, paths in rows:
+        row = []
+        for path in paths:
+            image = read_image(path)
+            if size is None:
+                image.thumbnail((LARGEST_CELL, LARGEST_CELL))
+                size = image.size
+            row.append(image_to_tensor(resize_image(image, size)))
+        cells.append((label, torch.stack(row)))
+    return draw_grid(cells)
+
+
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Lay out labelled rows of images, one column per image.
+    """Lay out labelled rows of images, one column per image; each takes CELL to LARGEST_CELL px.
 
     rows: pairs of a label and (N, 3 or 1, H, W) in [-1, 1]; N and the size are the same in each row
     """
     columns = len(rows[0][1])
-    cells = range_to_bytes(torch.cat([x.float().cpu() for _, x in rows]))
+    cells = range_to_bytes(torch.cat([reduced(x.float().cpu()) for _, x in rows]))
     factor = max(1, CELL // max(cells.shape[-2:]))
     cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = Image.fromarray(tile_cells(cells.expand(-1, 3, -1, -1), columns).permute(1, 2, 0).numpy())
@@ -304,47 +389,63 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     return sheet
 
 
-def sheet_cell(image: Image.Image) -> Image.Image:
-    """Reduce an image to a cell of a sheet, or enlarge it by a whole factor as far as it fits."""
-    factor = SHEET_CELL // max(image.size)
-    if factor > 1:
-        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    cell = image.copy()
-    cell.thumbnail((SHEET_CELL, SHEET_CELL))
-    return cell
+# ---------------------------------------------------------------------------------------------
+# Folders of results
 
 
-def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]], columns: int = 4) -> Image.Image:
-    """Lay out images with their names: in each row blocks beside each other, such as trainA and trainB.
+def thumbnail(file: Path) -> Path:
+    """Where the small copy of a result lies, beside the folders of all; there is one if the result is large."""
+    return Path("thumbnails", file).with_suffix(".jpg")
 
-    rows: images of at most SHEET_CELL px a side, by name, by title of the block; a row without images is left out
+
+def shown_file(output: Path, file: Path) -> Path:
+    """The small copy of a result, or the result itself where that is small."""
+    small = thumbnail(file)
+    return small if (output / small).is_file() else file
+
+
+def add_thumbnails(output: Path, files: Iterable[Path]) -> None:
+    """Write the small copies of results that were left without."""
+    for file in files:
+        if not (output / thumbnail(file)).exists():
+            save_thumbnail(read_image(output / file), output / thumbnail(file))
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and time of a file, which change with it; empty if it is not there."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+
+
+def is_result(name: str) -> bool:
+    """Tell whether a name out of WRITTEN is one that a test gives to its files."""
+    parts = Path(name).parts
+    return ".." not in parts and (parts[:1] in [(kind,) for kind in (*KINDS, "thumbnails")] or name == "metrics.json")
+
+
+def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], keep: bool) -> None:
+    """Remove what earlier tests wrote into `output` and this one did not; say what else lies in its folders.
+
+    Only files that WRITTEN names are removed, and only those that have not changed since and are no inputs.
+    files: what this test wrote, relative to output; with thumbnails, where there are any
+    keep:  remove nothing
     """
-    step = SHEET_CELL + 8
-    rows = [row for row in rows if any(row.values())]
-    lines = [math.ceil(max(map(len, row.values())) / columns) for row in rows]
-    width = max((len(row) for row in rows), default=0) * (columns * step + 16)
-    sheet = Image.new("RGB", (width, sum(28 + count * (step + 16) for count in lines)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    top = 0
-    for row, count in zip(rows, lines, strict=True):
-        for number, (title, cells) in enumerate(row.items()):
-            left = number * (columns * step + 16) + 12
-            draw.text((left, top + 6), title, fill="black", font=ImageFont.load_default(16))
-            for i, (name, cell) in enumerate(cells.items()):
-                x = left + i % columns * step
-                y = top + 28 + i // columns * (step + 16)
-                sheet.paste(cell, (x + (SHEET_CELL - cell.width) // 2, y + (SHEET_CELL - cell.height) // 2))
-                draw.text((x, y + SHEET_CELL + 2), shortened(name, font), fill="black", font=font)
-        top += 28 + count * (step + 16)
-    return sheet
-
-
-def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The end of a name, which tells numbered files apart, as far as it fits below a cell of a sheet."""
-    name = one_line(name)
-    if font.getlength(name) <= SHEET_CELL:
-        return name
-    while font.getlength(f"...{name}") > SHEET_CELL:
-        name = name[1:]
-    return f"...{name}"
+    mine = {str(file) for file in files}
+    mine |= {str(small) for file in files if (output / (small := thumbnail(file))).is_file()}
+    try:
+        earlier = dict(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        earlier = {}
+    left = {name: old for name, old in earlier.items() if name not in mine and is_result(name)}
+    left = {name: old for name, old in left.items() if stamp(output / name) == old}
+    needed = {path.resolve() for path in inputs}
+    removed = [] if keep else [name for name in left if (output / name).resolve() not in needed]
+    for name in removed:
+        (output / name).unlink()
+        del left[name]
+    if removed:
+        say(f"{output}: removed {len(removed)} files of an earlier test")
+    found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
+    stay = [path for path in found if str(path.relative_to(output)) not in mine]
+    if stay:
+        say(f"{output}: {len(stay)} files stay that this test did not write, such as {stay[0]}")
+    write_json(output / WRITTEN, left | {name: stamp(output / name) for name in sorted(mine)})

@@ -1,4 +1,4 @@
-"""Networks for use: find them, translate one image, a batch, a folder, or a large image in tiles.
+"""Networks for use: find them, translate one image, a batch, a folder.
 
 nets, metadata = load_networks(None, "horse2zebra")
 translator = Translator(nets, metadata, device="auto")
@@ -8,25 +8,41 @@ translate_folder(translator, "AtoB", Path("photos"), list_images(Path("photos"))
 import hashlib
 import math
 import os
+import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import flags
 import utils
 from checkpoints import RUNS, found_runs, load_checkpoint, networks_of
-from images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, save_image, tensor_to_image
+from files import write_page
+from images import (
+    KINDS,
+    BadImages,
+    UnreadableImage,
+    add_thumbnails,
+    image_to_tensor,
+    read_image,
+    resize_image,
+    save_image,
+    save_thumbnail,
+    shown_file,
+    tensor_to_image,
+    thumbnail,
+)
 from models import DIRECTIONS, Generator, GeneratorConfig, Nets
+from tiles import receptive_field, translate_tiled
 from utils import InputError, say, warn
 from weights import load_generator
 
@@ -36,6 +52,12 @@ BATCH = 16  # images that pass a network together, at most
 BATCH_PIXELS = 2**20  # in them all; a larger image comes alone
 AHEAD_PIXELS = 2**23  # of images that are read, or wait to be written, while a network is busy
 THREADS = 4  # that read and write
+LEGEND = {  # of the gallery
+    "real": "{} as it was given",
+    "fake": "the translation to {}",
+    "truth": "the image of the same name among those of {}",
+    "rec": "the translation, translated back to {}",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,88 +142,6 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Nets, dict]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Tiles
-
-
-def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin, so that they overlap by a quarter at least and the last one ends at the edge."""
-    count = math.ceil((length - tile // 4) / (tile - tile // 4)) if length > tile else 1
-    return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
-
-
-def blend_tiles(translate: Callable, images: Tensor, tile: int) -> Tensor:
-    """Translate (N, C, H, W) in overlapping tiles and blend them, each fading out linearly towards its edges."""
-    height, width = images.shape[-2:]
-
-    def fade(length: int) -> Tensor:
-        edge = torch.arange(length) + 0.5  # the outermost pixels saw padding: they count where no other does
-        return (torch.minimum(edge, edge.flip(0)) - tile // 16).div(max(1, tile // 8)).clamp(1e-3, 1)
-
-    window = torch.outer(fade(min(tile, height)), fade(min(tile, width)))
-    blended = torch.zeros_like(images)
-    total = torch.zeros(height, width)
-    for top in tile_starts(height, tile):
-        for left in tile_starts(width, tile):
-            rows = slice(top, top + tile)
-            columns = slice(left, left + tile)
-            blended[..., rows, columns] += window * translate(images[..., rows, columns]).cpu()
-            total[rows, columns] += window
-    return blended.div_(total)
-
-
-def translate_tiled(net: Generator, translate: Callable, images: Tensor, tile: int) -> Tensor:
-    """Translate (N, C, H, W) in tiles that all share the statistics of their instance norms, so that none stands out.
-
-    A first pass takes mean and variance over all tiles, each normalised by its own; the second uses them. Close to
-    what the whole image would give, not equal: deeper layers of the first pass saw tiles normalised by themselves.
-    """
-    norms = [module for module in net.modules() if isinstance(module, nn.InstanceNorm2d)]
-    if not norms:
-        return blend_tiles(translate, images, tile)
-    count = len(tile_starts(images.shape[2], tile)) * len(tile_starts(images.shape[3], tile))
-    sums = {}
-
-    def collect(module: nn.Module, inputs: tuple, _: Tensor) -> None:
-        var, mean = torch.var_mean(inputs[0].float(), (2, 3), correction=0, keepdim=True)
-        both = torch.stack([mean, var + mean.square()]) / count
-        sums[module] = sums[module].add_(both) if module in sums else both  # new ones would scatter the free memory
-
-    def normalise(module: Any, inputs: tuple, output: Tensor) -> Tensor:
-        mean, square = sums[module]
-        scale = torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)
-        x = (inputs[0].float() - mean) * scale
-        x = x if module.weight is None else x * module.weight[:, None, None] + module.bias[:, None, None]
-        return x.to(output.dtype)
-
-    for hook in (collect, normalise):
-        with ExitStack() as hooks:  # they go with the block
-            for module in norms:
-                hooks.enter_context(module.register_forward_hook(hook))
-            blended = blend_tiles(translate, images, tile)
-    return blended
-
-
-def receptive_field(config: GeneratorConfig) -> float:
-    """Side of the square of input px on which an output pixel depends, at most, but for the normalisation layers."""
-    if config.generator == "unet_vit":
-        return math.inf  # attention looks everywhere
-    sides = []
-    for pixel in range(2**config.n_downsampling):  # the side varies with the pixel's place on the grid of the halvings
-        first = pixel - 3  # the head's 7x7 convolution
-        last = pixel + 3
-        for _ in range(config.n_downsampling):  # upwards: which pixels of the smaller map these depend on
-            first = (first if config.upsample == "deconv" else first - 1) // 2
-            last = (last + 1) // 2
-        first -= 2 * config.num_residual  # two 3x3 convolutions each
-        last += 2 * config.num_residual
-        for _ in range(config.n_downsampling):
-            first = 2 * first - 1
-            last = 2 * last + 1
-        sides.append(last - first + 7)  # the stem's 7x7 convolution
-    return max(sides)
-
-
-# ---------------------------------------------------------------------------------------------
 # Networks in use
 
 
@@ -272,7 +212,7 @@ class Translator:
                 return net(x.to(self.device)).float()
 
         if self.tile and max(images.shape[-2:]) > self.tile:
-            outputs = translate_tiled(net, translate, images.cpu(), self.tile)
+            outputs = torch.cat([translate_tiled(net, translate, image[None], self.tile) for image in images.cpu()])
         else:
             outputs = translate(images)
         if self.device.type == "cuda":
@@ -309,11 +249,17 @@ def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
 
 @dataclass
 class Result:
-    """A translated image: its input, and the files written for it by folder (real_A, fake_B, rec_A)."""
+    """A translated image: its input, and the files written for it by folder (real_A, fake_B, truth_B, rec_A)."""
 
     input: Path
     name: Path
     files: dict[str, Path]
+
+
+def domain_names(dataset_name: str) -> tuple[str, str]:
+    """What the two domains show, as far as the name of a data set such as horse2zebra tells; else A and B."""
+    match = re.fullmatch(r"([^\W\d]+)2([^\W\d]+)", dataset_name)
+    return (match[1], match[2]) if match else ("A", "B")
 
 
 def free_name(name: Path, taken: set[str]) -> Path:
@@ -335,27 +281,28 @@ def shortened(stem: str, most: int = 251) -> str:
     return stem + mark
 
 
-def plan_results(translator: Translator, direction: str, root: Path, paths: Sequence[Path]) -> dict[Path, Result]:
+def plan_results(
+    direction: str, root: Path, paths: Sequence[Path], round_trip: bool, truths: Collection[Path] = ()
+) -> dict[Path, Result]:
     """Name what each input will get after its stem, sub-folders kept; where two share one, their suffixes stay too."""
     source, target = DOMAINS[direction]
-    kinds = [f"real_{source}", f"fake_{target}"]
-    if translator.generators(direction)[1]:
-        kinds.append(f"rec_{source}")
+    plain = [f"real_{source}", f"fake_{target}"]
+    back = [f"rec_{source}"] if round_trip else []
     stems = {path: path.relative_to(root).with_suffix("") for path in paths}
     count = Counter(stems.values())
     taken = set()
     results = {}
     for path, stem in stems.items():
         name = free_name(stem if count[stem] == 1 else path.relative_to(root), taken)
-        results[path] = Result(path, name, {kind: Path(kind, name) for kind in kinds})
+        truth = [f"truth_{target}"] if path in truths else []
+        results[path] = Result(path, name, {kind: Path(kind, name) for kind in (*plain, *truth, *back)})
     return results
 
 
 def refuse_overwriting(output: Path, results: dict[Path, Result]) -> None:
     """Raise InputError if an input lies where a file of this or the other direction would go."""
     inputs = {path.resolve() for path in results}
-    folders = [output / f"{kind}_{domain}" for kind in ("real", "fake", "rec") for domain in "AB"]
-    clash = {(folder / result.name).resolve() for folder in folders for result in results.values()} & inputs
+    clash = {(output / kind / result.name).resolve() for kind in KINDS for result in results.values()} & inputs
     if clash:
         raise InputError(f"--output {output}: would overwrite the input {min(clash)}; choose another folder")
 
@@ -365,7 +312,8 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
     batch = []
     for source in sources:
         alike = batch and source.seen and batch[0].seen and source.seen.size == batch[0].seen.size
-        most = min(BATCH, BATCH_PIXELS // math.prod(source.seen.size)) if alike else 0
+        room = AHEAD_PIXELS // max(1, source.pixels)  # a photo waits at its own size for its small copy's neighbours
+        most = min(BATCH, BATCH_PIXELS // math.prod(source.seen.size), room) if alike else 0
         if batch and len(batch) >= most:
             yield batch
             batch = []
@@ -389,10 +337,10 @@ def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[Sourc
 
 
 def translate_sources(
-    translator: Translator, direction: str, sources: Iterable[Source], bad: BadImages
+    translator: Translator, nets: tuple[Generator, Generator | None], sources: Iterable[Source], bad: BadImages
 ) -> Iterator[tuple[Source, list[Tensor]]]:
     """Yield images with their translation and, where there is a way back, their round trip: (C, H, W) in [-1, 1]."""
-    net, back = translator.generators(direction)
+    net, back = nets
     for batch in in_batches(sources):
         if batch[0].fault:
             bad.note(batch[0].path, batch[0].fault)
@@ -413,26 +361,41 @@ def translate_folder(
     output: Path,
     on_bad: str = "skip",
     skip_existing: bool = False,
+    round_trip: bool = True,
+    truths: Mapping[Path, Path] | None = None,
 ) -> list[Result]:
     """Translate images into `output`, each under its input's name; reads and writes in threads; returns all that are there.
 
-    root:   the folder that names are relative to
-    raises: InputError if an input would be overwritten, or none can be translated
+    root:       the folder that names are relative to
+    round_trip: also translate back, where there is a network for it
+    truths:     by input, what it should become, to be shown beside it
+    raises:     InputError if an input would be overwritten, or none can be translated
     """
-    results = plan_results(translator, direction, root, paths)
+    truths = truths or {}
+    net, back = translator.generators(direction)
+    back = back if round_trip else None
+    results = plan_results(direction, root, paths, back is not None, truths)
     refuse_overwriting(output, results)
     existing = set()
     if skip_existing:
         existing = {p for p, result in results.items() if all((output / f).exists() for f in result.files.values())}
+        add_thumbnails(output, [file for path in existing for file in results[path].files.values()])
     waiting = [path for path in paths if path not in existing]
     bad = BadImages(root, len(paths), on_bad)
 
     def write(item: tuple[Source, list[Tensor]]) -> Source:
         source, tensors = item
         image = source.image if translator.output_size == "input" else source.seen
-        images = [image, *(output_image(x, image.size) for x in tensors)]
-        for file, shown in zip(results[source.path].files.values(), images, strict=True):
-            save_image(shown, output / file)
+        shown = [image, *(output_image(x, image.size) for x in tensors)]
+        files = results[source.path].files
+        if source.path in truths:
+            try:
+                shown.insert(2, read_image(truths[source.path], translator.channels))
+            except UnreadableImage:
+                files.pop(f"truth_{DOMAINS[direction][1]}")
+        for file, result in zip(files.values(), shown, strict=True):
+            save_image(result, output / file)
+            save_thumbnail(result, output / thumbnail(file))
         return source
 
     start = time.perf_counter()
@@ -440,7 +403,7 @@ def translate_folder(
     with ThreadPoolExecutor(THREADS) as pool:
         read = ahead(pool, translator.read_seen, waiting)
         with tqdm(read, direction, len(waiting), unit="image", mininterval=0.5) as sources:
-            written = {x.path for x in ahead(pool, write, translate_sources(translator, direction, sources, bad))}
+            written = {x.path for x in ahead(pool, write, translate_sources(translator, (net, back), sources, bad))}
     if not written | existing:
         raise InputError(f"{root}: no image could be translated (see above)")
     seconds = time.perf_counter() - start
@@ -448,3 +411,28 @@ def translate_folder(
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {len(written)} images in {seconds:.1f} s, {speed}{kept}")
     return [result for path, result in results.items() if path in written | existing]
+
+
+# ---------------------------------------------------------------------------------------------
+# The gallery
+
+
+def write_gallery(
+    output: Path, dataset_name: str, about: dict, results: dict[str, list[Result]], table: Sequence[str]
+) -> None:
+    """Write index.html: input, translation and what else there is of every image, small, each leading to its file."""
+    names = dict(zip("AB", domain_names(dataset_name), strict=True))
+    known = [f"{name} {value}" for name, value in about.items() if value is not None]  # epoch and step
+    title = ", ".join([utils.one_line(output.parent.name), *known])
+    directions = []
+    for direction, translated in results.items():
+        source, target = DOMAINS[direction]
+        kinds = dict.fromkeys(kind for result in translated for kind in result.files)
+        legend = [(kind, LEGEND[kind[:-2]].format(names[kind[-1]])) for kind in kinds]
+        rows = []
+        for result in translated:
+            files_ = [(kind, file, shown_file(output, file)) for kind, file in result.files.items()]
+            figures = [(kind, *(quote(os.fsencode(p.as_posix())) for p in both)) for kind, *both in files_]
+            rows.append((utils.one_line(result.name), figures))
+        directions.append((f"{names[source]} → {names[target]}: {len(rows)} images", legend, rows))
+    write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)

@@ -31,6 +31,7 @@ WINDOW = 11  # px, side of SSIM's window
 SIGMA = 1.5  # px, of the Gaussian in it
 DELTAS = (5, 10)  # 8-bit levels
 FEW = 1000  # images; below, FID says more about their number than about the model
+MATCH_SIDE = 64  # px a side at which match_at_1 compares images, at most: a folder of photos has to fit into memory
 PIXELS_AT_ONCE = 2**16  # values of each image that match_at_1 holds in float64
 HEADINGS = {  # of tables: the unit, and which way is better
     **{"PSNR": "dB ↑", **dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), "↑")},
@@ -90,10 +91,10 @@ def ssim(output: Tensor, target: Tensor) -> float:
 def match_at_1(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
     """Fraction of outputs whose nearest target (L2) among all is their own; a model that ignores its input scores 1/N.
 
-    outputs, targets: uint8 (C, H, W), the i-th belong together; differing sizes are compared at that of the first
-                      target; of targets at one distance the first counts as nearest
+    outputs, targets: uint8 (C, H, W), the i-th belong together; compared at the size of the first target, or one of
+                      at most MATCH_SIDE px a side; of targets at one distance the first counts as nearest
     """
-    size = targets[0].shape[-2:]
+    size = match_size(targets[0])
     x = torch.stack([resized(image, size).flatten() for image in outputs])  # (N, C * H * W)
     y = torch.stack([resized(image, size).flatten() for image in targets])
     distances = torch.zeros(len(x), len(y), dtype=torch.float64)  # |x - y|² less |x|², which does not matter
@@ -102,6 +103,13 @@ def match_at_1(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         distances += wide.square().sum(1) - 2 * x_part.double() @ wide.T
     own = torch.arange(len(x))
     return (distances.argmin(1) == own).sum().item() / len(x)
+
+
+def match_size(target: Tensor) -> tuple[int, int]:
+    """Height and width at which match_at_1 compares images with one of the size of `target`."""
+    height, width = target.shape[-2:]
+    factor = min(1, MATCH_SIDE / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def resized(image: Tensor, size: Sequence[int]) -> Tensor:
@@ -139,32 +147,53 @@ def paired_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[
     returns:          L1 and RMSE in 8-bit levels, PSNR in dB, SSIM, the fraction of pixels whose every
                       channel is within 5 and 10 levels of the target, match@1
     """
-    rows = []
+    scores = PairedScores()
     for output, target in zip(outputs, targets, strict=True):
+        scores.add(output, target)
+    return scores.means()
+
+
+class PairedScores:
+    """The scores of paired_scores, taken pair by pair: of the images themselves only small copies are kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.outputs: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Score one image, uint8 (C, H, W), against its truth."""
+        size = self.targets[0].shape[-2:] if self.targets else match_size(target)
+        self.outputs.append(resized(output, size))
+        self.targets.append(resized(target, size))
         target = resized(target, output.shape[-2:])
         difference = (output.double() - target.double()).abs()
         worst = difference.amax(0)  # (H, W), over the channels
         row = {"L1": difference.mean().item(), "RMSE": (difference**2).mean().sqrt().item()}
         row |= {"PSNR": psnr(output, target), "SSIM": ssim(output, target)}
         row |= {f"within_{delta}": (worst <= delta).double().mean().item() for delta in DELTAS}
-        rows.append(row)
-    return mean_row(rows) | {"match@1": match_at_1(outputs, targets)}
+        self.rows.append(row)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each score over all pairs, and match@1."""
+        return mean_row(self.rows) | {"match@1": match_at_1(self.outputs, self.targets)}
 
 
-def paired_table(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor], mean_image: Tensor
-) -> dict[str, dict]:
+def paired_table(triples: Iterable[tuple[Tensor, Tensor, Tensor]], mean_image: Tensor) -> dict[str, dict]:
     """Score a model beside two baselines that need no model: the input itself, and the mean image of the target domain.
 
+    triples:    output, input and truth of each image, uint8 (C, H, W); looked at one by one, so they may be read then
     mean_image: float (C, H, W) in [0, 255], of the training images, so that no truth is looked at
     """
     flat = mean_image.round().to(torch.uint8)
-    copies = [resized(x, output.shape[-2:]) for x, output in zip(inputs, outputs, strict=True)]
-    return {  # the rows of metrics.json, which readers of older ones know by these names
-        "model": paired_scores(outputs, targets),
-        "copy": paired_scores(copies, targets),
-        "mean picture": paired_scores([resized(flat, output.shape[-2:]) for output in outputs], targets),
-    }
+    # the rows of metrics.json, which readers of older ones know by these names
+    table = {"model": PairedScores(), "copy": PairedScores(), "mean picture": PairedScores()}
+    for output, x, target in triples:
+        size = output.shape[-2:]
+        table["model"].add(output, target)
+        table["copy"].add(resized(x, size), target)
+        table["mean picture"].add(resized(flat, size), target)
+    return {name: scores.means() for name, scores in table.items()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def check_dataset(args: Namespace) -> None:
     if args.sheet:
         rows = [{f"{split}{domain}": cells.get(f"{split}{domain}", {}) for domain in "AB"} for split in SHEET_CELLS]
         sheet = Path("generated_images") / args.dataset_name / "check.png"
-        images.save_image(images.draw_sheet(rows), sheet)
+        images.save_image(checks.draw_sheet(rows), sheet)
         say(f"sheet: {sheet}")
     if args.remove_twins:
         checks.remove_twins(folder, twins, pixels)

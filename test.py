@@ -11,12 +11,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
 
 import functools
-import os
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -29,12 +27,11 @@ import metrics
 import utils
 from checkpoints import IMAGES
 from cyclegan import LossConfig
-from inference import DOMAINS, Result, Translator, load_networks, translate_folder
+from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
 from utils import InputError
 
 MEASURES = (*flags.MEASURES, "fid", "kid")
 COLUMNS = 6  # images in the grid
-CELL = 256  # px a side that an image has there at most
 
 
 def find_inputs(args: Namespace, direction: str) -> tuple[Path, list[Path]]:
@@ -54,38 +51,26 @@ def find_inputs(args: Namespace, direction: str) -> tuple[Path, list[Path]]:
     return root, images.BadImages(root, len(paths), args.on_bad_image).readable(paths)[: args.num_test]
 
 
-# ---------------------------------------------------------------------------------------------
-# The gallery
-
-
-def write_gallery(output: Path, title: str, results: dict[str, list[Result]], table: Sequence[str]) -> None:
-    """Write index.html: input, translation and round trip of every image; opens from disk."""
-    directions = []
-    for direction, translated in results.items():
-        rows = []
-        for result in translated:
-            figures = [(folder, quote(os.fsencode(file.as_posix()))) for folder, file in result.files.items()]
-            rows.append((utils.one_line(result.name), figures))
-        directions.append((f"{direction}: {len(rows)} images", rows))
-    files.write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)
+def find_truths(args: Namespace, direction: str, paths: Sequence[Path]) -> dict[Path, Path]:
+    """By input, the image of the same name in the other domain's test folder, if the data set has one."""
+    if args.input:
+        return {}
+    source, target = (datasets.find_dataset(args.data_root, args.dataset_name) / f"test{d}" for d in DOMAINS[direction])
+    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
+    pairs = {path: named.get(datasets.pair_name(path, source)) for path in paths}
+    return {path: truth for path, truth in pairs.items() if truth}
 
 
 def write_grid(output: Path, results: dict[str, list[Result]]) -> None:
-    """Write grid.png: some images of each direction, all at the size of the first, which is reduced to a cell."""
+    """Write grid.png: some images of each direction."""
     columns = min(COLUMNS, *(len(translated) for translated in results.values()))
     rows = []
-    size = None
     for translated in results.values():
-        for folder in translated[0].files:
-            cells = []
-            for result in translated[:: len(translated) // columns][:columns]:
-                image = images.read_image(output / result.files[folder])
-                if size is None:
-                    image.thumbnail((CELL, CELL))
-                    size = image.size
-                cells.append(images.image_to_tensor(images.resize_image(image, size)))
-            rows.append((folder, torch.stack(cells)))
-    images.save_image(images.draw_grid(rows), output / "grid.png")
+        chosen = translated[:: len(translated) // columns][:columns]
+        for kind in chosen[0].files:
+            if all(kind in result.files for result in chosen):
+                rows.append((kind, [output / images.shown_file(output, result.files[kind]) for result in chosen]))
+    images.save_image(images.draw_file_grid(rows), output / "grid.png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,29 +134,35 @@ def measure_distribution(args: Namespace, translator: Translator, target: str, r
 
 
 def measure_paired(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
-    """Compare the written images with those of the same name in the other domain's test folder."""
+    """Compare the written images with those of the same name in the other domain's test folder, one at a time."""
     source, target = DOMAINS[direction]
     folder = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{target}"
-    inputs = folder.with_name(f"test{source}")
     channels = translator.channels
-    truths = {datasets.pair_name(path, folder): path for path in readable(args, folder.name)}
-    triples = []  # output, input, truth
-    for result in results:
-        truth = truths.get(datasets.pair_name(result.input, inputs))
-        if truth:
-            fake = as_bytes(args.output / result.files[f"fake_{target}"], None, channels)
-            its_size: Any = fake.shape[-2:]
-            triples.append((fake, as_bytes(result.input, its_size, channels), as_bytes(truth, its_size, channels)))
-    if not triples:
-        words = f"no image in {folder} has the name of one in {inputs}; leave it out for unpaired sets"
+    truths = find_truths(args, direction, [result.input for result in results])
+    if not truths:
+        words = f"no image in {folder} has the name of one in test{source}; leave it out for unpaired sets"
         raise InputError(f"--metrics paired: {words}")
-    if len(triples) < len(results):
-        utils.say(f"{folder}: {len(triples)} of {len(results)} images have their truth there; only these are scored")
-    size: Any = translator.size or triples[0][0].shape[-2:]
+    if len(truths) < len(results):
+        utils.say(f"{folder}: {len(truths)} of {len(results)} images have their truth there; only these are scored")
+    bad = images.BadImages(folder, len(truths), args.on_bad_image)
+
+    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for result in results:
+            if result.input in truths:
+                fake = as_bytes(args.output / result.files[f"fake_{target}"], None, channels)
+                its_size: Any = fake.shape[-2:]
+                try:
+                    truth = as_bytes(truths[result.input], its_size, channels)
+                except images.UnreadableImage as error:
+                    bad.note(truths[result.input], error)
+                    continue
+                yield fake, as_bytes(result.input, its_size, channels), truth
+
+    size: Any = translator.size or next(triples())[0].shape[-2:]
     mean = torch.zeros(channels, *size, dtype=torch.float64)
     for count, (_, x) in enumerate(load_split(args, f"train{target}", size, channels), start=1):
         mean += (images.range_to_bytes(x) - mean) / count
-    return metrics.paired_table(*zip(*triples, strict=True), mean)
+    return metrics.paired_table(triples(), mean)
 
 
 def mean_losses(args: Namespace, translator: Translator, saved: dict) -> dict[str, float]:
@@ -209,15 +200,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--epoch", type=flags.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
     add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add("--input", type=Path, metavar="FILE_OR_FOLDER", help="images of one domain, in place of a data set")
-    add("--direction", choices=("both", "AtoB", "BtoA"), default="both", help="which generator to use")
+    words = "which generator to use (default: both; for --input AtoB, or what the file says)"
+    add("--direction", choices=("both", "AtoB", "BtoA"), default=None, help=words)
     add("--skip_existing", action="store_true", help="leave images out whose results exist already")
     add("--num_test", type=flags.int_between(1), default=None, help="translate at most so many images (default: all)")
     add = flags.flag_group(parser, "how")
-    add("--scale", choices=("train", "native"), default="train", help="the network sees it as in training, or whole")
-    words = "translate larger images in overlapping tiles of so many px a side (default: whole)"
+    add("--scale", choices=("train", "native"), default=None, help="seen as in training (default), or at its own size")
+    add("--round_trip", action=BooleanOptionalAction, help="also translate back (default: data sets yes, --input no)")
+    words = "native, in tiles of so many px a side: takes less memory, and more time (default: whole)"
     add("--tile", type=flags.int_between(16, 2**16), default=None, metavar="PIXELS", help=words)
     add("--output_size", choices=("input", "net"), default="input", help="size of the results: input's or network's")
-    add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run>/test)")
+    add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run or file>/test)")
     kinds = {"type": flags.words_of(MEASURES), "default": [], "metavar": ",".join(MEASURES)}
     add("--metrics", **kinds, help="measures on the test images (default: none)")
     add("--inception_weights", type=flags.path_name, metavar="FILE", help="weights for fid and kid (default: download)")
@@ -228,13 +221,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     flags.refuse_both(parser, args, *pairs)
     if args.inception_weights and not {"fid", "kid"} & set(args.metrics):
         parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
-    return flags.changed(args, run_name=args.run_name or args.dataset_name or "horse2zebra")
+    if args.tile and args.scale == "train":
+        parser.error("--tile: cuts images at their own size, and --scale train reduces them; leave one of them out")
+    scale = args.scale or ("native" if args.tile else "train")
+    round_trip = args.input is None if args.round_trip is None else args.round_trip
+    run_name = args.run_name or args.dataset_name or "horse2zebra"
+    return flags.changed(args, run_name=run_name, scale=scale, round_trip=round_trip)
 
 
 def choose_directions(args: Namespace, translator: Translator) -> list[str]:
     """Return the directions to translate; refuse what these weights cannot do."""
     present = translator.directions
-    wanted = present if args.direction == "both" else [args.direction]
+    wanted = [args.direction] if args.direction in DOMAINS else present
+    if args.input and args.direction is None:
+        wanted = present[:1]
+        utils.say(f"--input {args.input}: translated {wanted[0]}; --direction chooses another")
     if not set(wanted) <= set(present):
         raise InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
     needed = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
@@ -255,9 +256,7 @@ def plain_name(value: object) -> str | None:
 
 def settle_names(args: Namespace, metadata: dict) -> Namespace:
     """Fill in on which data set the networks are tested and where results go, as far as that was not given."""
-    run_name = args.run_name
-    if args.weights:
-        run_name = plain_name(metadata.get("run_name")) or args.weights.stem
+    run_name = args.weights.stem if args.weights else args.run_name
     dataset_name = args.dataset_name or plain_name(metadata.get("dataset_name")) or run_name
     recorded = None if args.weights or args.input else metadata.get("data_root")
     data_root = args.data_root or datasets.recorded_root(recorded)
@@ -272,16 +271,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     images.limit_pixels(1e6 * args.max_megapixels)
     if args.inception_weights:
         files.read_archive(args.inception_weights)  # torch-fidelity would execute what a hostile file holds
-    direction = None if args.direction == "both" else args.direction
+    direction = args.direction if args.direction in DOMAINS else None
     nets, metadata = load_networks(args.weights, args.run_name, args.epoch, direction, "losses" in args.metrics)
     args = settle_names(args, metadata)
     translator = Translator(nets, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
     results = {}
     scores = {}
     inputs = {direction: find_inputs(args, direction) for direction in choose_directions(args, translator)}
-    how = (args.output, args.on_bad_image, args.skip_existing)
+    how = (args.output, args.on_bad_image, args.skip_existing, args.round_trip)
     for direction, (root, paths) in inputs.items():
-        results[direction] = translate_folder(translator, direction, root, paths, *how)
+        truths = find_truths(args, direction, paths)
+        results[direction] = translate_folder(translator, direction, root, paths, *how, truths)
         scores[direction] = measure(args, translator, direction, results[direction])
     if "losses" in args.metrics:
         scores["losses"] = mean_losses(args, translator, metadata["flags"])
@@ -289,14 +289,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for line in table:
         utils.say(line)
     about = {name: metadata.get(name) for name in ("epoch", "step")}
-    title = f"{utils.one_line(args.output.parent.name)}: epoch {about['epoch']}, step {about['step']}"
-    write_gallery(args.output, title, results, table)
+    write_gallery(args.output, args.dataset_name, about, results, table)
     write_grid(args.output, results)
     if args.metrics:
         counts = {direction: len(translated) for direction, translated in results.items()}
         row = {"dataset_name": args.dataset_name, **about, "images": counts, **scores}
         files.write_json(args.output / "metrics.json", row)
-    utils.say(f"{sum(map(len, results.values()))} images translated; look at {args.output / 'index.html'}")
+    translated = [result for some in results.values() for result in some]
+    written = [file for result in translated for file in result.files.values()]
+    written += [Path("metrics.json")] if args.metrics else []
+    images.sweep(args.output, written, [result.input for result in translated], args.skip_existing)
+    utils.say(f"{len(translated)} images translated; look at {args.output / 'index.html'}")
     return scores
 
 

@@ -62,7 +62,7 @@ def pixels(image):
 def test_a_photo_is_translated_as_test_py_does_it(photo):
     write_run()
     image, fake, rec = app.translate(opened(), "BtoA", photo)
-    test_stage.main(["--run_name", "tiny", "--input", "photo.png", "--direction", "BtoA", *EXACT])
+    test_stage.main(["--run_name", "tiny", "--input", "photo.png", "--direction", "BtoA", "--round_trip", *EXACT])
     for shown, folder in ((image, "real_B"), (fake, "fake_A"), (rec, "rec_B")):
         written = Image.open(f"generated_images/tiny/test/{folder}/photo.png")
         assert shown.size == (30, 20)

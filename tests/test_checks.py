@@ -85,16 +85,16 @@ def test_the_sheet_shows_A_beside_B_with_names_in_cells_of_at_most_256_px(tiny):
     blue = np.flatnonzero((sheet == (0, 0, 255)).all(2).any(0))
     assert red.max() < sheet.shape[1] // 2 < blue.min()
     widths = [len(run) for run in np.split(red, np.flatnonzero(np.diff(red) > 1) + 1)]
-    assert 100 < max(widths) <= images.SHEET_CELL <= 256
+    assert 100 < max(widths) <= checks.SHEET_CELL <= 256
 
 
 def test_long_names_and_small_images_fit_into_the_cells_of_a_sheet():
-    cell = images.sheet_cell(noise_image(0, (20, 16)))
+    cell = checks.sheet_cell(noise_image(0, (20, 16)))
     assert cell.size == (160, 128)
-    plain = images.draw_sheet([{"trainA": {"a": cell, "b": cell}}])
-    sheet = images.draw_sheet([{"trainA": {f"{'a long name ' * 9}{i}": cell for i in "ab"}}, {"testA": {}}])
+    plain = checks.draw_sheet([{"trainA": {"a": cell, "b": cell}}])
+    sheet = checks.draw_sheet([{"trainA": {f"{'a long name ' * 9}{i}": cell for i in "ab"}}, {"testA": {}}])
     assert sheet.size == plain.size
-    assert (np.asarray(sheet)[:, 12 + images.SHEET_CELL :][:, 2:6] == 255).all()  # between the two nothing is drawn
+    assert (np.asarray(sheet)[:, 12 + checks.SHEET_CELL :][:, 2:6] == 255).all()  # between the two nothing is drawn
 
 
 # -- twins -----------------------------------------------------------------------------------

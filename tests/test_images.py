@@ -1,8 +1,10 @@
 import io
+import json
 import math
 import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,31 @@ def test_a_saved_image_is_a_whole_png_in_a_folder_that_is_made(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert read_image(path).tobytes() == image.tobytes()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_no_cell_of_a_grid_is_larger_than_256_px():
+    grid = draw_grid([("x", torch.zeros(2, 3, 1200, 700)), ("y", torch.zeros(2, 3, 1200, 700))])
+    assert grid.width < 2 * 160 + 60
+    assert 2 * 256 <= grid.height < 2 * 260 + 10
+    assert images.reduced(torch.zeros(1, 3, 200, 256)).shape == (1, 3, 200, 256)
+    assert images.reduced(torch.zeros(1, 3, 9000, 1)).shape == (1, 3, 256, 1)
+
+
+def test_a_thumbnail_is_small_and_gone_when_its_image_is(tmp_path):
+    path = tmp_path / "new" / "x.jpg"
+    for size, expected in (
+        ((300, 200), (256, 171)),
+        ((4000, 100), (256, 7)),
+        ((256, 1), None),
+        ((257, 257), (256, 256)),
+    ):
+        images.save_thumbnail(Image.new("L", size, 200), path)
+        if expected is None:
+            assert not path.exists()
+        else:
+            with Image.open(path) as small:
+                assert small.size == expected
+                assert abs(small.getpixel((0, 0)) - 200) < 3
 
 
 # -- reading ---------------------------------------------------------------------------------
@@ -224,6 +251,57 @@ def test_an_image_of_the_right_size_is_not_touched():
     assert resize_image(image, (9, 20)).size == (9, 20)
 
 
+# -- photos of phones ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_readers(monkeypatch):
+    """As where neither pillow-heif nor a Pillow that knows AVIF is installed."""
+    monkeypatch.setattr(images, "formats", lambda: images.FORMATS)
+    images.warn_of_skipped.cache_clear()
+
+
+def test_photos_that_nothing_reads_are_counted_and_named_once(tmp_path, capsys, without_readers):
+    for name in ("1.heic", "2.HEIC", "3.avif", ".hidden.heic"):
+        (tmp_path / name).write_bytes(b"photo")
+    noise_image(0).save(tmp_path / "4.png")
+    for _ in range(2):
+        assert list_images(tmp_path) == [tmp_path / "4.png"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {tmp_path}: 1 file skipped (.avif): pip install --upgrade pillow",
+        f"warning: {tmp_path}: 2 files skipped (.heic): pip install pillow-heif",
+    ]
+
+
+def test_one_photo_that_nothing_reads_says_what_would(tmp_path, without_readers):
+    (tmp_path / "1.heic").write_bytes(b"photo")
+    with pytest.raises(UnreadableImage, match="pip install pillow-heif"):
+        read_image(tmp_path / "1.heic")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    image = Image.new("RGB", (64, 32), (200, 30, 90))
+    image.save(tmp_path / "1.heic")
+    image.save(tmp_path / "mislabelled.jpg", format="HEIF")
+    assert list_images(tmp_path) == [tmp_path / "1.heic", tmp_path / "mislabelled.jpg"]
+    for name in ("1.heic", "mislabelled.jpg"):
+        found = read_image(tmp_path / name)
+        assert found.size == (64, 32)
+        assert np.abs(np.asarray(found).astype(int) - (200, 30, 90)).max() <= 8
+    (tmp_path / "1.heic").write_bytes((tmp_path / "1.heic").read_bytes()[:100])
+    with pytest.raises(UnreadableImage):
+        read_image(tmp_path / "1.heic")
+
+
+@pytest.mark.skipif("AVIF" not in images.formats(), reason="needs a Pillow with AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "x.avif")
+    assert list_images(tmp_path) == [tmp_path / "x.avif"]
+    assert np.abs(np.asarray(read_image(tmp_path / "x.avif")).astype(int) - (200, 30, 90)).max() <= 6
+
+
 # -- bad files -------------------------------------------------------------------------------
 
 
@@ -347,3 +425,59 @@ def test_cells_are_tiled_as_torchvision_does(count, channels, columns):
     make_grid = pytest.importorskip("torchvision.utils").make_grid
     cells = torch.randint(0, 256, (count, channels, 7, 5), dtype=torch.uint8)
     assert torch.equal(images.tile_cells(cells, columns), make_grid(cells, nrow=columns, padding=2, pad_value=255))
+
+
+# -- folders of results ----------------------------------------------------------------------
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def leave(folder, *names):
+    """What a test wrote: files, and the list of them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    images.sweep(folder, [Path(name) for name in names], [], keep=False)
+
+
+def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
+    leave(tmp_path, "fake_B/old.png", "fake_B/changed.png", "fake_B/input.png", "fake_B/kept.png", "metrics.json")
+    (tmp_path / "fake_B/changed.png").write_text("touched up by hand")
+    (tmp_path / "fake_B/mine.png").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    images.sweep(tmp_path, [Path("fake_B/kept.png")], [tmp_path / "fake_B/input.png"], keep=False)
+    expected = {f"fake_B/{name}.png" for name in ("changed", "input", "kept", "mine")} | {"notes.txt", images.WRITTEN}
+    assert files_in(tmp_path) == expected
+    out = capsys.readouterr().out
+    assert "removed 2 files" in out
+    assert "3 files stay that this test did not write" in out
+
+
+def test_what_is_kept_once_can_be_removed_later(tmp_path):
+    leave(tmp_path, "fake_B/old.png")
+    images.sweep(tmp_path, [], [], keep=True)
+    assert "fake_B/old.png" in files_in(tmp_path)
+    images.sweep(tmp_path, [], [], keep=False)
+    assert files_in(tmp_path) == {images.WRITTEN}
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "notes.txt", "fake_B/../../mine.txt", "/etc/none", ""])
+def test_a_list_that_leads_elsewhere_removes_nothing(tmp_path, name):
+    output = tmp_path / "output"
+    leave(output, "fake_B/a.png")
+    (tmp_path / "mine.txt").write_text("mine")
+    (output / "notes.txt").write_text("mine")
+    (output / images.WRITTEN).write_text(json.dumps({name: images.stamp(output / name)}))
+    images.sweep(output, [], [], keep=False)
+    assert {"mine.txt", "output/notes.txt", "output/fake_B/a.png"} <= files_in(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "7", '{"fake_B/a.png": null}'])
+def test_a_damaged_list_removes_nothing(tmp_path, text):
+    leave(tmp_path, "fake_B/a.png")
+    (tmp_path / images.WRITTEN).write_text(text)
+    images.sweep(tmp_path, [], [], keep=False)
+    assert "fake_B/a.png" in files_in(tmp_path)

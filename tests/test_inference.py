@@ -1,6 +1,5 @@
 import os
 from concurrent.futures import Future
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ from PIL import Image
 from tiny_runs import save_pair, save_run
 
 import inference
+import tiles
 import utils
 from images import list_images, load_image, range_to_bytes
-from inference import Source, Translator, blend_tiles, receptive_field, tile_starts, translate_folder, translate_tiled
+from inference import Source, Translator, domain_names, translate_folder
 from models import GeneratorConfig, build_generator
 from utils import InputError
 from weights import load_generator, save_generator
@@ -80,104 +80,8 @@ def test_generator_files_of_two_saves_give_way_to_the_state(capsys):
 # -- large images ----------------------------------------------------------------------------
 
 
-def test_tiles_cover_an_image_overlap_and_leave_what_does_not_depend_on_them():
-    for length, tile in ((100, 32), (64, 64), (65, 64), (40, 64), (1000, 96)):
-        starts = tile_starts(length, tile)
-        assert starts[0] == 0
-        assert starts[-1] + min(tile, length) == length
-        assert all(0 < b - a <= tile - tile // 4 for a, b in pairwise(starts))
-    images = torch.rand(2, 3, 50, 131) * 2 - 1
-    assert torch.allclose(blend_tiles(lambda x: x * 2, images, 32), images * 2, atol=1e-6)
-
-
-def test_an_image_in_tiles_equals_the_whole_where_no_norm_looks_further_than_the_network():
-    net = generator("kaiming", n_downsampling=1, norm="none")
-    image = torch.rand(1, 3, 120, 100) * 2 - 1
-    inner = []
-
-    def translate(x):
-        inner.append(x.shape)
-        return net(x)
-
-    with torch.no_grad():
-        whole = net(image)
-        tiled = blend_tiles(translate, image, 80)
-    assert inner == [(1, 3, 80, 80)] * 4
-    assert (whole - tiled).abs().mean() < 0.02 * whole.abs().mean()  # a tile's border is padded by reflection
-
-
-def lopsided_image():
-    """One half nearly flat, the other noise: tiles of very different statistics."""
-    image = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    image[..., :48] = 0.01 * image[..., :48] + 0.5
-    return image
-
-
-def with_random_scales(net):
-    """A network whose instance norms, if they learn, have learnt."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.InstanceNorm2d) and module.affine:
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
-    return net
-
-
-@pytest.mark.parametrize("norm", ["instance", "instance_affine"])
-def test_all_tiles_are_normalised_alike_so_that_a_flat_one_does_not_stand_out(norm):
-    net = with_random_scales(generator(ngf=8, num_residual=2, norm=norm))
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-            torch.nn.init.normal_(module.weight, 0, 0.2)
-    image = lopsided_image()
-    with torch.no_grad():
-        whole = net(image)
-        alone = blend_tiles(net, image, 48)
-        shared = translate_tiled(net, net, image, 48)
-    assert (shared - whole).abs().mean() < 0.6 * (alone - whole).abs().mean()
-    assert all(not module._forward_hooks for module in net.modules())
-
-
-def test_hooks_go_when_a_tile_fails():
-    net = generator()
-
-    def fail(x):
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        translate_tiled(net, fail, lopsided_image(), 48)
-    assert all(not module._forward_hooks for module in net.modules())
-
-
-@pytest.mark.parametrize("norm", ["instance", "instance_affine"])
-def test_one_tile_that_holds_the_image_gives_what_the_whole_gives(norm):
-    net = with_random_scales(generator(norm=norm))
-    with torch.no_grad():
-        whole = net(lopsided_image())
-        assert torch.allclose(translate_tiled(net, net, lopsided_image(), 96), whole, atol=1e-5)
-
-
-@pytest.mark.parametrize("halvings", range(5))
-@pytest.mark.parametrize("upsample", ["deconv", "resize"])
-@pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_the_receptive_field_is_where_an_output_pixel_looks(halvings, upsample, blocks):
-    config = GeneratorConfig(ngf=1, num_residual=blocks, n_downsampling=halvings, upsample=upsample, norm="none")
-    net = build_generator(config).double()
-    for weight in net.parameters():  # positive, so that no ReLU hides a path
-        torch.nn.init.constant_(weight, 0 if weight.dim() == 1 else 1 / weight[0].numel())
-    grid = 2**halvings  # the field varies with the pixel's place in it
-    middle = grid * (receptive_field(config) // grid + 1)
-    image = torch.rand(1, 3, max(8, 4 * grid), 2 * middle, dtype=torch.float64, requires_grad=True)
-    output = net(image)
-    sides = []
-    for pixel in range(middle, middle + grid):
-        (slope,) = torch.autograd.grad(output[0, :, 2 * grid, pixel].sum(), image, retain_graph=True)
-        seen = slope.abs().sum((0, 1, 2)).nonzero()
-        sides.append(int(seen.max() - seen.min()) + 1)
-    assert max(sides) == receptive_field(config)
-
-
 def test_a_transformer_looks_everywhere(capsys):
-    assert receptive_field(GeneratorConfig(generator="unet_vit")) == float("inf")
+    assert tiles.receptive_field(GeneratorConfig(generator="unet_vit")) == float("inf")
     net = generator(generator="unet_vit", vit_blocks=0)
     translator(net, tile=16)
     assert "--tile 16" in capsys.readouterr().err
@@ -196,8 +100,20 @@ def test_tiles_are_as_large_as_all_networks_need(capsys):
 # -- names -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("dataset_name", "names"),
+    [
+        ("horse2zebra", ("horse", "zebra")),
+        ("summer2winter_yosemite", ("summer", "winter_yosemite")),
+        *((name, ("A", "B")) for name in ("maps", "a2b2c", "2day", "run2", "set12")),
+    ],
+)
+def test_domains_are_called_as_the_name_of_the_data_set_says(dataset_name, names):
+    assert domain_names(dataset_name) == names
+
+
 def names_of(paths):
-    plan = inference.plan_results(translator(), "AtoB", Path("in"), [Path("in", path) for path in paths])
+    plan = inference.plan_results("AtoB", Path("in"), [Path("in", path) for path in paths], round_trip=False)
     return [str(result.name) for result in plan.values()]
 
 
@@ -269,6 +185,12 @@ def test_batches_hold_alike_images_in_order_and_none_too_many_pixels(monkeypatch
     batches = inference.in_batches(map(source, sides))
     found = [[item.seen.size[0] if item.seen else 0 for item in batch] for batch in batches]
     assert found == [[10, 10, 10], [10], [20, 20], [20], [0], [0], [30], [30], [10]]
+
+
+def test_photos_that_are_reduced_for_the_network_do_not_wait_for_a_batch():
+    image = Image.new("RGB", (10, 10))
+    sources = [Source(Path("x"), image, image, pixels=pixels) for pixels in (100, 100, 12_000_000, 12_000_000)]
+    assert [len(batch) for batch in inference.in_batches(iter(sources))] == [2, 1, 1]
 
 
 def test_photos_that_would_fill_the_memory_of_a_transformer_are_left_out(monkeypatch):

@@ -160,7 +160,7 @@ def test_sizes_may_differ_between_images_and_from_the_truth():
 def test_table_puts_the_baselines_beside_the_model():
     targets = [image(0), image(1)]
     inputs = [image(2), image(3)]
-    table = paired_table(targets, inputs, targets, torch.stack(targets).double().mean(0))
+    table = paired_table(zip(targets, inputs, targets, strict=True), torch.stack(targets).double().mean(0))
     assert list(table) == ["model", "copy", "mean picture"]
     assert table["model"]["PSNR"] == 100
     assert table["copy"]["PSNR"] == pytest.approx(paired_scores(inputs, targets)["PSNR"])

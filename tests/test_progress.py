@@ -320,17 +320,30 @@ def test_a_gallery_escapes_what_users_named(tmp_path):
             title="<i>",
             table=["<s>", "  1  2"],
             directions=[
-                ("AtoB: 1 images", [("<b>.png", [("real_A", "real_A/%3Cb%3E.png"), ("fake_B", "fake_B/x.png")])])
+                (
+                    "A → B: 1 images",
+                    [("real_A", "<u> as it was given")],
+                    [
+                        (
+                            "<b>.png",
+                            [
+                                ("real_A", "real_A/%3Cb%3E.png", "thumbnails/real_A/%3Cb%3E.jpg"),
+                                ("fake_B", "fake_B/x.png", "fake_B/x.png"),
+                            ],
+                        )
+                    ],
+                )
             ],
         )
     )
-    assert not any(f"<{letter}>" in page for letter in "bis")
+    assert not any(f"<{letter}>" in page for letter in "isu")
+    assert "<b>.png" not in page
     assert "<pre>&lt;s&gt;\n  1  2</pre>" in page
     assert re.findall(r'<a href="(.*?)"><img loading="lazy" src="(.*?)" alt="">', page) == [
-        ("real_A/%3Cb%3E.png", "real_A/%3Cb%3E.png"),
+        ("real_A/%3Cb%3E.png", "thumbnails/real_A/%3Cb%3E.jpg"),
         ("fake_B/x.png", "fake_B/x.png"),
     ]
-    assert "<h2>AtoB: 1 images</h2>" in page
+    assert "<h2>A → B: 1 images</h2>" in page
     assert page.count("<figure>") == 2
     assert "http" not in page  # nothing from elsewhere
     assert "<pre>" not in page_templates().get_template("gallery.html").render(title="", table=[], directions=[])
