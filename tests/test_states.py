@@ -37,7 +37,7 @@ from utils import InputError
 from weights import load_generator
 
 STEPS = 2  # in an epoch
-RATE = 2e-4
+RATES = [2e-4, 0.05]  # the second spoils what was learned, so that a later epoch is not always the better one
 SAVED = RUNS / "tiny"
 CPU = ("--device", "cpu", "--precision", "fp32")
 SMALL = ("--n_downsampling", 1, "--buffer_size", 3, "--load_scale", 1)
@@ -45,7 +45,7 @@ START = ("--dataset_name", "tiny", *TINY, *SMALL, "--checkpoint_interval", 1)
 RESUME = ("--dataset_name", "tiny", "--device", "cpu")
 MEASURE_OF = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 DEFAULTS = {
-    **{"num_epochs": 200, "decay_epoch": None, "lambda_gp": 0.0},
+    **{"num_epochs": 200, "decay_epoch": None, "lambda_gp": 0.0, "lr": RATES[0]},
     **{"eval_interval": 0, "eval_metrics": "cycle,identity", "best_by": None},
 }
 CLOSE = {"rel_tol": 1e-5, "abs_tol": 1e-6}  # of scores: measures.csv rounds
@@ -130,7 +130,7 @@ def rate_after(epoch, flags):
     """The learning rate of the epoch that follows `epoch` finished ones."""
     last = flags["num_epochs"]
     decay = last // 2 if flags["decay_epoch"] is None else flags["decay_epoch"]
-    return RATE if epoch <= decay else RATE * (last - epoch) / (last - decay)
+    return flags["lr"] * (1.0 if epoch <= decay else (last - epoch) / (last - decay))
 
 
 def is_refused(flags, given):
@@ -238,10 +238,10 @@ class Stages(RuleBasedStateMachine):
     def resume(self, more, changes, event):
         self.go_on("latest", more, changes, event)
 
-    @rule(epoch=EPOCHS, more=MORE, changes=CHANGES, event=EVENTS)
-    def go_back(self, epoch, more, changes, event):
+    @rule(epoch=EPOCHS, more=MORE, changes=CHANGES, event=EVENTS, lr=st.sampled_from(RATES))
+    def go_back(self, epoch, more, changes, event, lr):
         there = self.file_of(epoch).exists()
-        self.go_on(epoch if there else "latest", more, changes, event)
+        self.go_on(epoch if there else "latest", more, {"lr": lr, **changes}, event)
 
     @rule(use=USES)
     def use(self, use):
@@ -331,11 +331,12 @@ class Stages(RuleBasedStateMachine):
             code = 128 + what
         kept = [row["step"] for row in self.rows("losses.csv", begun.step)]
         self.best_harmed = False
+        older = {path.stat().st_mtime_ns for path in SAVED.glob("*.pt")}
         with before_steps(actions):
             assert exit_code(train.main, *words) == code
         self.check_losses(kept, begun, last)
         self.take_scores(scores, begun, last)
-        self.check_states(begun, last)
+        self.check_states(begun, last, older)
 
     def rows(self, name, last_step):
         """The rows of a log up to a step; as far as they can be read."""
@@ -363,9 +364,12 @@ class Stages(RuleBasedStateMachine):
         if self.best_by:
             self.scores |= {epoch: score_of(self.best_by, row) for epoch, row in evaluated.items()}
 
-    def check_states(self, begun, last):
-        """Look at the newest state and the generators beside it, and note all states that are new."""
-        penalties = begun.penalties + (last - begun.step if begun.flags["lambda_gp"] else 0)
+    def check_states(self, begun, last, older):
+        """Look at the newest state and the generators beside it, and note all states that are new.
+
+        older: times of those that were there before; a branch that is trained again saves the same bytes again
+        """
+        penalised = bool(begun.flags["lambda_gp"])  # each of the steps
         latest = self.read(SAVED / "latest.pt")
         assert (latest["epoch"], latest["place"], latest["step"]) == (*divmod(last, STEPS), last)
         if self.scores:
@@ -373,12 +377,13 @@ class Stages(RuleBasedStateMachine):
         for name in ("G_AB", "G_BA"):
             assert self.read(SAVED / f"{name}.safetensors")["step"] == last
         for name, counts in latest["passes"].items():
-            looked = 3 * last + (penalties if name.startswith("D") else 0)
+            looked = 3 * last + (begun.penalties + penalised * (last - begun.step) if name.startswith("D") else 0)
             assert counts <= {looked}, f"{name}: its batch norm saw images that it does not learn from"
         for path in SAVED.glob("*.pt"):
-            if self.is_good(path) and digest(path) not in self.known:
+            if self.is_good(path) and path.stat().st_mtime_ns not in older:
                 facts = self.read(path)
                 scores = {epoch: score for epoch, score in self.scores.items() if epoch <= facts["epoch"]}
+                penalties = begun.penalties + penalised * (facts["step"] - begun.step)
                 self.known[digest(path)] = Saved(facts["epoch"], facts["step"], begun.flags, scores, penalties)
 
     def read(self, path):
