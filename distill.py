@@ -422,7 +422,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = RUNS / args.run_name
         state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill")
         args = flags.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
-        later = {name: action.default for name, action in add_inherited_flags(flags.Parser()).flags.items()}
+        parser = add_inherited_flags(flags.Parser())
+        defaults = {name: action.default for name, action in parser.flags.items()}  # of flags that came later
+        later = flags.saved_flags(parser, defaults | state["args"], checkpoint)
         args = flags.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
     elif not args.report:
         checkpoints.refuse_second_run(args.run_name, args.overwrite, flags.plain_flags(args))

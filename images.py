@@ -93,8 +93,7 @@ def formats() -> tuple[str, ...]:
 
 def missing_reader(path: Path) -> str:
     """What to do so that a file of this suffix can be read; "" where it can."""
-    kinds = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
-    kind = kinds.get(path.suffix.lower())
+    kind = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}.get(path.suffix.lower())
     return "" if kind is None or kind in formats() else REMEDIES[kind]
 
 
@@ -228,7 +227,7 @@ class BadImages:
             return
         self.found.add(path)
         if self.total == 1:
-            raise InputError(f"{path}: of no use ({reason}); give another image, such as a PNG or JPEG")
+            raise InputError(f"{path}: cannot be read ({reason}); give another image, such as a PNG or JPEG")
         if self.on_bad == "stop":
             raise InputError(f"{path}: unreadable ({reason}); mend or remove it, or take --on_bad_image skip")
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)

@@ -27,6 +27,7 @@ import metrics
 import utils
 from checkpoints import IMAGES
 from cyclegan import LossConfig
+from fidelity import fid_kid
 from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
 from utils import InputError
 
@@ -129,7 +130,7 @@ def measure_distribution(args: Namespace, translator: Translator, target: str, r
     tables = {}
     for split in (f"test{target}", f"train{target}"):
         reals = readable(args, split)
-        tables[split] = metrics.fid_kid(fakes, reals, load, wanted, args.inception_weights, translator.device)
+        tables[split] = fid_kid(fakes, reals, load, wanted, args.inception_weights, translator.device)
     return tables
 
 

@@ -260,8 +260,8 @@ def test_at_its_own_size_a_large_photo_comes_in_tiles_and_is_timed_once(monkeypa
         net.register_forward_hook(lambda net, inputs, output: sizes.append(max(output.shape[-2:])))
     ((image, caption),) = app.compare({"tiny": translator}, "AtoB", Path("large.png"))
     assert image.size == (70, 40)
-    assert max(sizes) == 32
-    assert len(sizes) == 2 * 3 * 2  # two passes over three by two tiles
+    assert 16 < max(sizes) <= 32
+    assert len(sizes) == 3 * 2  # tiles; the pass before them ends at the last norm
     assert float(caption.split()[1]) > 0
     app.load_translator.cache_clear()
 

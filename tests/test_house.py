@@ -32,6 +32,7 @@ BELOW = {  # what a room may import of the others
     "weights": {"models", "files", "utils"},
     "checkpoints": {"cyclegan", "weights", "files", "flags", "models", "utils"},
     "metrics": {"cyclegan", "datasets", "images", "models", "utils"},
+    "fidelity": {"utils"},
     "report": {"metrics", "weights", "cyclegan", "models", "utils"},
     "logs": {"files", "utils"},
     "progress": {"logs", "cyclegan", "metrics", "datasets", "images", "files", "models", "utils"},

@@ -410,7 +410,7 @@ def test_unpaired_sets_and_torn_inputs_are_refused(run, refused):
         path.rename(path.with_name(f"other{path.name}"))
     assert "datasets/tiny/testB" in refused(test_stage.main, "--run_name", "tiny", "--metrics", "paired")
     Path("torn.png").write_bytes(b"torn")
-    assert "error: torn.png: of no use" in refused(test_stage.main, "--run_name", "tiny", "--input", "torn.png")
+    assert "error: torn.png: cannot be read" in refused(test_stage.main, "--run_name", "tiny", "--input", "torn.png")
     shutil.rmtree("datasets/tiny/testA")
     assert "no testA/ inside" in refused(test_stage.main, "--run_name", "tiny")
 
