@@ -237,11 +237,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--start_from", type=epoch_name, default="0", help="0: new; N: go on after epoch_N.pt; latest: after latest.pt")
     add("--run_name", type=folder_name, help="folder in saved_models and generated_images (default: --dataset_name)")
     add("--overwrite", action="store_true", help="delete what an earlier run left under this name")
-<<<<<<< HEAD
-    add("--sample_interval", type=int_between(1), default=200, help="steps between grids; an epoch ends with one, too")
-=======
     add("--sample_interval", type=int_between(1), default=200, help="steps between grids; more: 1st minute, epoch ends")
->>>>>>> h-run
     add("--checkpoint_interval", type=int_between(1), default=10, help="epochs between two checkpoints that are kept")
     add("--keep_checkpoints", type=int_between(0), default=0, help="keep only the newest so many epoch_NNNN.pt; 0: all")
     add("--eval_interval", type=int_between(0), default=0, help="epochs between evaluations on val, else test; 0: none")
