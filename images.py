@@ -9,14 +9,13 @@ import functools
 import importlib
 import importlib.util
 import io
-import json
 import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
-from files import atomic_write, write_json
+from files import atomic_write
 from utils import InputError, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
@@ -37,8 +36,6 @@ REMEDIES = {  # what reads the formats of phones, by format
 BAD_FRACTION = 0.05  # of a domain's images may be unreadable; above this the run stops
 CELL = 128  # px; smaller images are enlarged to this side in grids, by a whole factor
 LARGEST_CELL = 256  # px; larger ones are reduced to it, there and in galleries
-KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
-WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
 max_pixels = 178e6  # of one image; set by limit_pixels
 
 
@@ -331,18 +328,6 @@ def tile_cells(cells: Tensor, columns: int, gap: int = 2) -> Tensor:
     return F.pad(grid, (0, gap, 0, gap), value=255)
 
 
-def save_thumbnail(image: Image.Image, path: Path) -> None:
-    """Write a JPEG of at most LARGEST_CELL px a side; its folder is made. For a smaller image one is removed."""
-    if max(image.size) <= LARGEST_CELL:  # is shown as it is
-        path.unlink(missing_ok=True)
-        return
-    small = image.copy() if max(image.size) < 4 * LARGEST_CELL else image.reduce(max(image.size) // (2 * LARGEST_CELL))
-    small.thumbnail((LARGEST_CELL, LARGEST_CELL))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        small.save(temporary, format="JPEG", quality=88, subsampling=0)
-
-
 def reduced(x: Tensor) -> Tensor:
     """(N, C, H, W) at its own size, or at one of at most LARGEST_CELL px a side."""
     factor = LARGEST_CELL / max(x.shape[-2:])
@@ -386,65 +371,3 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     for i, (label, _) in enumerate(rows):
         draw.text((6, (i + 0.5) * grid.height / len(rows)), label, fill="black", font=font, anchor="lm")
     return sheet
-
-
-# ---------------------------------------------------------------------------------------------
-# Folders of results
-
-
-def thumbnail(file: Path) -> Path:
-    """Where the small copy of a result lies, beside the folders of all; there is one if the result is large."""
-    return Path("thumbnails", file).with_suffix(".jpg")
-
-
-def shown_file(output: Path, file: Path) -> Path:
-    """The small copy of a result, or the result itself where that is small."""
-    small = thumbnail(file)
-    return small if (output / small).is_file() else file
-
-
-def add_thumbnails(output: Path, files: Iterable[Path]) -> None:
-    """Write the small copies of results that were left without."""
-    for file in files:
-        if not (output / thumbnail(file)).exists():
-            save_thumbnail(read_image(output / file), output / thumbnail(file))
-
-
-def stamp(path: Path) -> list[int]:
-    """Size and time of a file, which change with it; empty if it is not there."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-
-
-def is_result(name: str) -> bool:
-    """Tell whether a name out of WRITTEN is one that a test gives to its files."""
-    parts = Path(name).parts
-    return ".." not in parts and (parts[:1] in [(kind,) for kind in (*KINDS, "thumbnails")] or name == "metrics.json")
-
-
-def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], keep: bool) -> None:
-    """Remove what earlier tests wrote into `output` and this one did not; say what else lies in its folders.
-
-    Only files that WRITTEN names are removed, and only those that have not changed since and are no inputs.
-    files: what this test wrote, relative to output; with thumbnails, where there are any
-    keep:  remove nothing
-    """
-    mine = {str(file) for file in files}
-    mine |= {str(small) for file in files if (output / (small := thumbnail(file))).is_file()}
-    try:
-        earlier = dict(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        earlier = {}
-    left = {name: old for name, old in earlier.items() if name not in mine and is_result(name)}
-    left = {name: old for name, old in left.items() if stamp(output / name) == old}
-    needed = {path.resolve() for path in inputs}
-    removed = [] if keep else [name for name in left if (output / name).resolve() not in needed]
-    for name in removed:
-        (output / name).unlink()
-        del left[name]
-    if removed:
-        say(f"{output}: removed {len(removed)} files of an earlier test")
-    found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
-    stay = [path for path in found if str(path.relative_to(output)) not in mine]
-    if stay:
-        say(f"{output}: {len(stay)} files stay that this test did not write, such as {stay[0]}")
-    write_json(output / WRITTEN, left | {name: stamp(output / name) for name in sorted(mine)})

@@ -8,7 +8,6 @@ translate_folder(translator, "AtoB", Path("photos"), list_images(Path("photos"))
 import hashlib
 import math
 import os
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,21 +26,9 @@ import flags
 import utils
 from checkpoints import RUNS, found_runs, load_checkpoint, networks_of
 from files import write_page
-from images import (
-    KINDS,
-    BadImages,
-    UnreadableImage,
-    add_thumbnails,
-    image_to_tensor,
-    read_image,
-    resize_image,
-    save_image,
-    save_thumbnail,
-    shown_file,
-    tensor_to_image,
-    thumbnail,
-)
+from images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, save_image, tensor_to_image
 from models import DIRECTIONS, Generator, GeneratorConfig, Nets
+from results import KINDS, add_thumbnails, save_thumbnail, shown_file, thumbnail
 from tiles import receptive_field, translate_tiled
 from utils import InputError, say, warn
 from weights import load_generator
@@ -256,12 +243,6 @@ class Result:
     files: dict[str, Path]
 
 
-def domain_names(dataset_name: str) -> tuple[str, str]:
-    """What the two domains show, as far as the name of a data set such as horse2zebra tells; else A and B."""
-    match = re.fullmatch(r"([^\W\d]+)2([^\W\d]+)", dataset_name)
-    return (match[1], match[2]) if match else ("A", "B")
-
-
 def free_name(name: Path, taken: set[str]) -> Path:
     """Add .png to a name, which is changed if it is too long, or among those taken, to which the new one is added."""
     stem = name.name
@@ -330,7 +311,8 @@ def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[Sourc
         waiting.append(pool.submit(function, item))
         while len(waiting) > most:
             result = waiting.popleft().result()
-            most = min(2 * BATCH, max(1, AHEAD_PIXELS // max(1, result.pixels)))
+            if result.pixels:  # what cannot be read tells nothing about the next ones
+                most = min(2 * BATCH, max(1, AHEAD_PIXELS // result.pixels))
             yield result
     while waiting:
         yield waiting.popleft().result()
@@ -417,11 +399,16 @@ def translate_folder(
 # The gallery
 
 
+def address(file: Path) -> str:
+    """A file below a page's folder as its links write it."""
+    return quote(os.fsencode(file.as_posix()))
+
+
 def write_gallery(
     output: Path, dataset_name: str, about: dict, results: dict[str, list[Result]], table: Sequence[str]
 ) -> None:
     """Write index.html: input, translation and what else there is of every image, small, each leading to its file."""
-    names = dict(zip("AB", domain_names(dataset_name), strict=True))
+    names = dict(zip("AB", utils.domain_names(dataset_name), strict=True))
     known = [f"{name} {value}" for name, value in about.items() if value is not None]  # epoch and step
     title = ", ".join([utils.one_line(output.parent.name), *known])
     directions = []
@@ -431,8 +418,7 @@ def write_gallery(
         legend = [(kind, LEGEND[kind[:-2]].format(names[kind[-1]])) for kind in kinds]
         rows = []
         for result in translated:
-            files_ = [(kind, file, shown_file(output, file)) for kind, file in result.files.items()]
-            figures = [(kind, *(quote(os.fsencode(p.as_posix())) for p in both)) for kind, *both in files_]
+            figures = [(kind, address(file), address(shown_file(output, file))) for kind, file in result.files.items()]
             rows.append((utils.one_line(result.name), figures))
         directions.append((f"{names[source]} → {names[target]}: {len(rows)} images", legend, rows))
     write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)

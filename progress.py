@@ -277,6 +277,8 @@ def write_progress(
     taught:   "AB", "BA": which generators are students
     """
     grids = sample_grids(folder)[::-1]
+    gallery = folder / "test" / "index.html"
+    tested = gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime
     newest = [path for path in (*grids[:1], folder / "losses.png") if path.is_file()]
     rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
     for photo in sorted((folder / "watch").glob("*")):
@@ -291,7 +293,7 @@ def write_progress(
         table=table,
         domains=domains,
         legend=legend(domains, taught),
-        tested=(folder / "test" / "index.html").is_file(),
+        tested=tested,  # and not by an earlier run of this name
         newest=[embedded(folder, path) for path in newest],
         rows=[(heading, kind, [embedded(folder, path) for path in paths]) for heading, kind, paths in rows],
     )

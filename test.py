@@ -29,6 +29,7 @@ from checkpoints import IMAGES
 from cyclegan import LossConfig
 from fidelity import fid_kid
 from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
+from results import shown_file, sweep
 from utils import InputError
 
 MEASURES = (*flags.MEASURES, "fid", "kid")
@@ -70,7 +71,7 @@ def write_grid(output: Path, results: dict[str, list[Result]]) -> None:
         chosen = translated[:: len(translated) // columns][:columns]
         for kind in chosen[0].files:
             if all(kind in result.files for result in chosen):
-                rows.append((kind, [output / images.shown_file(output, result.files[kind]) for result in chosen]))
+                rows.append((kind, [output / shown_file(output, result.files[kind]) for result in chosen]))
     images.save_image(images.draw_file_grid(rows), output / "grid.png")
 
 
@@ -283,7 +284,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for direction, (root, paths) in inputs.items():
         truths = find_truths(args, direction, paths)
         results[direction] = translate_folder(translator, direction, root, paths, *how, truths)
-        scores[direction] = measure(args, translator, direction, results[direction])
+    translated = [result for some in results.values() for result in some]
+    written = [file for result in translated for file in result.files.values()]
+    network = str(args.weights or args.run_name)
+    sweep(args.output, written, [result.input for result in translated], network, args.skip_existing)
+    for direction, some in results.items():
+        scores[direction] = measure(args, translator, direction, some)
     if "losses" in args.metrics:
         scores["losses"] = mean_losses(args, translator, metadata["flags"])
     table = report(scores)
@@ -296,10 +302,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         counts = {direction: len(translated) for direction, translated in results.items()}
         row = {"dataset_name": args.dataset_name, **about, "images": counts, **scores}
         files.write_json(args.output / "metrics.json", row)
-    translated = [result for some in results.values() for result in some]
-    written = [file for result in translated for file in result.files.values()]
-    written += [Path("metrics.json")] if args.metrics else []
-    images.sweep(args.output, written, [result.input for result in translated], args.skip_existing)
+    else:
+        (args.output / "metrics.json").unlink(missing_ok=True)  # of other translations
     utils.say(f"{len(translated)} images translated; look at {args.output / 'index.html'}")
     return scores
 

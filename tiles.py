@@ -2,7 +2,8 @@
 
 fake = translate_tiled(net, net, images, 512)  # (N, C, H, W) → the same shape
 
-Tiles save memory, not time: an instance norm looks at the whole image, which therefore passes the network twice.
+Tiles save memory, not time: an instance norm looks at the whole image, of which a part therefore passes the network
+before any tile is translated.
 """
 
 import math
@@ -113,8 +114,9 @@ class Statistics:
     def _collect(self, module: nn.InstanceNorm2d, x: Tensor) -> Tensor:
         one = torch.ones(x.shape[1], device=x.device)  # in float32, so that the statistics are, too
         shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], x.shape[1])
+        maps = x.contiguous() if x.is_cpu else x.contiguous().float()  # only a CPU takes weights of another precision
         # of what torch has for this the fastest on a CPU, by factors of 2 to 7; (N, C) each
-        _, mean, rstd = torch.native_group_norm(x.contiguous(), one, torch.zeros_like(one), *shape, module.eps)
+        _, mean, rstd = torch.native_group_norm(maps, one, torch.zeros_like(one), *shape, module.eps)
         squares = rstd.float().view(len(x), -1).pow(-2) - module.eps + mean.float().view(len(x), -1).square()
         moments = torch.stack([mean.float().view(len(x), -1).sum(0), squares.sum(0)])
         self.sums[module] = self.sums[module].add_(moments) if module in self.sums else moments

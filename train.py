@@ -87,7 +87,8 @@ def training_loop(
                 show(args, progress, steps, monitor)
             save(model, progress, feed, saver, monitor)
             evaluate(args, model, progress, feed, saver, monitor)
-            signum = signum or stop.agreed()
+            if progress.epoch < args.num_epochs:  # else nothing is left that could be stopped
+                signum = signum or stop.agreed()
             show(args, progress, steps, monitor, at_once=progress.epoch == args.num_epochs or signum > 0)
     return signum
 

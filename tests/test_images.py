@@ -1,10 +1,8 @@
 import io
-import json
 import math
 import os
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import images
+import results
 from images import (
     BadImages,
     UnreadableImage,
@@ -115,7 +114,7 @@ def test_a_thumbnail_is_small_and_gone_when_its_image_is(tmp_path):
         ((256, 1), None),
         ((257, 257), (256, 256)),
     ):
-        images.save_thumbnail(Image.new("L", size, 200), path)
+        results.save_thumbnail(Image.new("L", size, 200), path)
         if expected is None:
             assert not path.exists()
         else:
@@ -425,59 +424,3 @@ def test_cells_are_tiled_as_torchvision_does(count, channels, columns):
     make_grid = pytest.importorskip("torchvision.utils").make_grid
     cells = torch.randint(0, 256, (count, channels, 7, 5), dtype=torch.uint8)
     assert torch.equal(images.tile_cells(cells, columns), make_grid(cells, nrow=columns, padding=2, pad_value=255))
-
-
-# -- folders of results ----------------------------------------------------------------------
-
-
-def files_in(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def leave(folder, *names):
-    """What a test wrote: files, and the list of them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    images.sweep(folder, [Path(name) for name in names], [], keep=False)
-
-
-def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
-    leave(tmp_path, "fake_B/old.png", "fake_B/changed.png", "fake_B/input.png", "fake_B/kept.png", "metrics.json")
-    (tmp_path / "fake_B/changed.png").write_text("touched up by hand")
-    (tmp_path / "fake_B/mine.png").write_text("mine")
-    (tmp_path / "notes.txt").write_text("mine")
-    capsys.readouterr()
-    images.sweep(tmp_path, [Path("fake_B/kept.png")], [tmp_path / "fake_B/input.png"], keep=False)
-    expected = {f"fake_B/{name}.png" for name in ("changed", "input", "kept", "mine")} | {"notes.txt", images.WRITTEN}
-    assert files_in(tmp_path) == expected
-    out = capsys.readouterr().out
-    assert "removed 2 files" in out
-    assert "3 files stay that this test did not write" in out
-
-
-def test_what_is_kept_once_can_be_removed_later(tmp_path):
-    leave(tmp_path, "fake_B/old.png")
-    images.sweep(tmp_path, [], [], keep=True)
-    assert "fake_B/old.png" in files_in(tmp_path)
-    images.sweep(tmp_path, [], [], keep=False)
-    assert files_in(tmp_path) == {images.WRITTEN}
-
-
-@pytest.mark.parametrize("name", ["../mine.txt", "notes.txt", "fake_B/../../mine.txt", "/etc/none", ""])
-def test_a_list_that_leads_elsewhere_removes_nothing(tmp_path, name):
-    output = tmp_path / "output"
-    leave(output, "fake_B/a.png")
-    (tmp_path / "mine.txt").write_text("mine")
-    (output / "notes.txt").write_text("mine")
-    (output / images.WRITTEN).write_text(json.dumps({name: images.stamp(output / name)}))
-    images.sweep(output, [], [], keep=False)
-    assert {"mine.txt", "output/notes.txt", "output/fake_B/a.png"} <= files_in(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "7", '{"fake_B/a.png": null}'])
-def test_a_damaged_list_removes_nothing(tmp_path, text):
-    leave(tmp_path, "fake_B/a.png")
-    (tmp_path / images.WRITTEN).write_text(text)
-    images.sweep(tmp_path, [], [], keep=False)
-    assert "fake_B/a.png" in files_in(tmp_path)

@@ -13,7 +13,7 @@ import inference
 import tiles
 import utils
 from images import list_images, load_image, range_to_bytes
-from inference import Source, Translator, domain_names, translate_folder
+from inference import Source, Translator, translate_folder
 from models import GeneratorConfig, build_generator
 from utils import InputError
 from weights import load_generator, save_generator
@@ -100,18 +100,6 @@ def test_tiles_are_as_large_as_all_networks_need(capsys):
 # -- names -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dataset_name", "names"),
-    [
-        ("horse2zebra", ("horse", "zebra")),
-        ("summer2winter_yosemite", ("summer", "winter_yosemite")),
-        *((name, ("A", "B")) for name in ("maps", "a2b2c", "2day", "run2", "set12")),
-    ],
-)
-def test_domains_are_called_as_the_name_of_the_data_set_says(dataset_name, names):
-    assert domain_names(dataset_name) == names
-
-
 def names_of(paths):
     plan = inference.plan_results("AtoB", Path("in"), [Path("in", path) for path in paths], round_trip=False)
     return [str(result.name) for result in plan.values()]
@@ -162,7 +150,9 @@ class LazyPool:
         return future
 
 
-@pytest.mark.parametrize(("pixels", "most"), [(100, 2 * inference.BATCH + 1), (12_000_000, 5), (0, 33)])
+@pytest.mark.parametrize(
+    ("pixels", "most"), [(100, 2 * inference.BATCH + 1), (12_000_000, 5), (0, inference.THREADS + 1)]
+)
 def test_few_large_images_wait_at_a_time(pixels, most):
     pool = LazyPool()
     for count, source in enumerate(inference.ahead(pool, lambda i: Source(Path(str(i)), pixels=pixels), range(100))):

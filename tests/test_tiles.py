@@ -123,6 +123,19 @@ def test_statistics_are_those_of_all_pieces(affine):
         assert torch.allclose(statistics.normalise(norm, x), expected, atol=1e-4)
 
 
+def test_statistics_of_half_precision_are_those_of_its_numbers():
+    """As under bfloat16, where a norm gets maps of it: the statistics themselves are not rounded."""
+    norm = torch.nn.InstanceNorm2d(3)
+    statistics = tiles.Statistics([norm])
+    batch = (torch.rand(4, 3, 16, 16) * 3 + 2).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        statistics.take(norm, batch)
+    mean, square = statistics.sums[norm] / 4
+    assert mean.dtype == torch.float32
+    assert torch.allclose(mean, batch.float().mean((0, 2, 3)), rtol=1e-4)
+    assert torch.allclose(square, batch.float().square().mean((0, 2, 3)), rtol=1e-3)
+
+
 def test_what_follows_the_last_norm_is_not_computed_for_statistics():
     net = generator(n_downsampling=1)
     heads = []

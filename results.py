@@ -1,0 +1,95 @@
+"""Folders of results: small copies for a gallery, and which files a test may clear away.
+
+save_thumbnail(image, output / thumbnail(Path("fake_B", "0001.png")))
+sweep(output, files, inputs, network="day2night", keep=False)
+"""
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from files import atomic_write, write_json
+from images import LARGEST_CELL, read_image
+from utils import say
+
+KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
+WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
+
+
+def save_thumbnail(image: Image.Image, path: Path) -> None:
+    """Write a JPEG of at most LARGEST_CELL px a side; its folder is made. For a smaller image one is removed."""
+    if max(image.size) <= LARGEST_CELL:  # is shown as it is
+        path.unlink(missing_ok=True)
+        return
+    small = image.copy() if max(image.size) < 4 * LARGEST_CELL else image.reduce(max(image.size) // (2 * LARGEST_CELL))
+    small.thumbnail((LARGEST_CELL, LARGEST_CELL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        small.save(temporary, format="JPEG", quality=88, subsampling=0)
+
+
+def thumbnail(file: Path) -> Path:
+    """Where the small copy of a result lies, beside the folders of all; there is one if the result is large."""
+    return Path("thumbnails", file).with_suffix(".jpg")
+
+
+def shown_file(output: Path, file: Path) -> Path:
+    """The small copy of a result, or the result itself where that is small."""
+    small = thumbnail(file)
+    return small if (output / small).is_file() else file
+
+
+def add_thumbnails(output: Path, files: Iterable[Path]) -> None:
+    """Write the small copies of results that were left without."""
+    for file in files:
+        if not (output / thumbnail(file)).exists():
+            save_thumbnail(read_image(output / file), output / thumbnail(file))
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and time of a file, which change with it; empty if it is not there."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+
+
+def is_result(name: str) -> bool:
+    """Tell whether a name out of WRITTEN is one that a test gives to its files."""
+    parts = Path(name).parts
+    return ".." not in parts and parts[:1] in [(kind,) for kind in (*KINDS, "thumbnails")]
+
+
+def read_written(output: Path, network: str) -> dict[str, list]:
+    """The stamps of files that earlier tests of this network wrote; of what is no such list, none."""
+    try:
+        written = json.loads((output / WRITTEN).read_text(encoding="utf-8"))
+        files = written["files"] if written["network"] == network else {}
+        return {name: old for name, old in files.items() if is_result(name) and old and stamp(output / name) == old}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network: str, keep: bool) -> None:
+    """Remove what earlier tests wrote into `output` and this one did not; say what else lies in its folders.
+
+    Only files that WRITTEN names are removed, and only those that have not changed since and are no inputs.
+    files:   what this test wrote, relative to output; with thumbnails, where there are any
+    network: the run or file that was tested; what another one gave stays
+    keep:    remove nothing
+    """
+    mine = {str(file) for file in files}
+    mine |= {str(small) for file in files if (output / (small := thumbnail(file))).is_file()}
+    left = {name: old for name, old in read_written(output, network).items() if name not in mine}
+    needed = {path.resolve() for path in inputs}
+    removed = [] if keep else [name for name in left if (output / name).resolve() not in needed]
+    for name in removed:
+        (output / name).unlink(missing_ok=True)
+        del left[name]
+    if removed:
+        say(f"{output}: removed {len(removed)} files of an earlier test")
+    found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
+    stay = [path for path in found if str(path.relative_to(output)) not in mine]
+    if stay:
+        say(f"{output}: {len(stay)} files stay that this test did not write, such as {stay[0]}")
+    stamps = left | {name: stamp(output / name) for name in sorted(mine)}
+    write_json(output / WRITTEN, {"network": network, "files": stamps})
