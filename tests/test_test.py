@@ -23,6 +23,7 @@ import test as test_stage
 from checkpoints import load_state, networks_of, save_state
 from images import load_image, range_to_bytes
 from models import GeneratorConfig, build_generator
+from results import WRITTEN
 from weights import load_generator, save_generator, to_junyanz
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
