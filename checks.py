@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +136,35 @@ def extra_twins(twins: Sequence[Sequence[Path]]) -> dict[Path, Path]:
     return extra
 
 
-def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Iterable[Path]) -> None:
+def real_place(path: Path) -> Path:
+    """Where a file or link itself stands, whatever linked folders lead there; a link at the end is not followed."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def needed_places(folder: Path, paths: Iterable[Path]) -> set[Path]:
+    """The places of a data set that readers come to by another name than their own: no image may be moved from there.
+
+    paths:   all images of the data set, beginning with their part
+    returns: real places that a link below `folder` leads to, by way of other links, too, and those of images which
+             stand in two parts because one part is a link to the other
+    """
+    names = Counter(real_place(folder / path) for path in paths)
+    needed = set()
+    for part in folder.iterdir():
+        for place in (part, *part.rglob("*")):
+            while place.is_symlink():
+                place = real_place(place.parent / place.readlink())
+                if place in needed:  # it was followed before, or leads in a circle
+                    break
+                needed.add(place)
+    return needed | {place for place, count in names.items() if count > 1}
+
+
+def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
     """Move all but one of each image of a domain to removed/.
 
-    Nothing is deleted or replaced: where a name is taken there, another is found.
+    Nothing is deleted or replaced: where a name is taken there, another is found. What a link leads to stays, so that
+    every link stays readable, also one that is moved.
     paths:  all images of the data set; these and the twins' paths begin with their part
     raises: InputError, and moves nothing, if no image would be left in a part
     """
@@ -151,11 +176,12 @@ def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Iterable[
             raise InputError(
                 f"--remove_twins: {words}; make the parts of different images with: python prepare.py split"
             )
+    needed = needed_places(folder, paths)
     moved = []
-    for path in sorted(extra, key=lambda path: not (folder / path).is_symlink()):  # links before what they lead to
+    for path in extra:
         source = folder / path
-        if not source.is_symlink() and source.resolve() == (folder / extra[path]).resolve():
-            warn(f"{source} stays: {folder / extra[path]} is a link to it")
+        if real_place(source) in needed:
+            warn(f"{source} stays, though {folder / extra[path]} is the same image: a link leads to it")
             continue
         target = folder / "removed" / path
         target.parent.mkdir(parents=True, exist_ok=True)

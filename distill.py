@@ -246,8 +246,9 @@ def report_rows(args: Namespace, teacher: Teacher, name: str) -> tuple[dict[str,
         if file.is_file() and (label == "student" or run_name != args.run_name):
             nets, metadata = load_run(run_name)
             check_together({**nets, "teacher": teacher.nets[name]}, f"--report: {run_name}")
-            rows[label] = (nets, file)
-            sizes[label] = tuple(metadata["size"])
+            if label == "student" or nets[name].config != teacher.nets[name].config:  # else a copy of the teacher
+                rows[label] = (nets, file)
+                sizes[label] = tuple(metadata["size"])
     if "student" not in rows:
         words = f"no student in {RUNS / args.run_name}; distil one first, without --report"
         raise InputError(f"--report: {words}, or name one with --run_name")

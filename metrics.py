@@ -30,7 +30,6 @@ WINDOW = 11  # px, side of SSIM's window
 SIGMA = 1.5  # px, of the Gaussian in it
 DELTAS = (5, 10)  # 8-bit levels
 MATCH_SIDE = 64  # px a side at which match_at_1 compares images, at most: a folder of photos has to fit into memory
-PIXELS_AT_ONCE = 2**16  # values of each image that match_at_1 holds in float64
 HEADINGS = {  # of tables: the unit, and which way is better
     **{"PSNR": "dB ↑", **dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), "↑")},
     **{"L1": "levels ↓", "RMSE": "levels ↓", "L1 to teacher": "↓", "cycle": "↓", "identity": "↓"},
@@ -93,12 +92,10 @@ def match_at_1(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
                       at most MATCH_SIDE px a side; of targets at one distance the first counts as nearest
     """
     size = match_size(targets[0])
-    x = torch.stack([resized(image, size).flatten() for image in outputs])  # (N, C * H * W)
-    y = torch.stack([resized(image, size).flatten() for image in targets])
-    distances = torch.zeros(len(x), len(y), dtype=torch.float64)  # |x - y|² less |x|², which does not matter
-    for x_part, y_part in zip(x.split(PIXELS_AT_ONCE, 1), y.split(PIXELS_AT_ONCE, 1), strict=True):
-        wide = y_part.double()  # sums of integers: exact, so that ties are ties
-        distances += wide.square().sum(1) - 2 * x_part.double() @ wide.T
+    # sums of integers in float64: exact, so that ties are ties
+    x = torch.stack([resized(image, size).flatten() for image in outputs]).double()  # (N, C * H * W)
+    y = torch.stack([resized(image, size).flatten() for image in targets]).double()
+    distances = y.square().sum(1) - 2 * x @ y.T  # (N, N), |x - y|² less |x|², which does not matter
     own = torch.arange(len(x))
     return (distances.argmin(1) == own).sum().item() / len(x)
 
@@ -377,9 +374,12 @@ def heading(name: str) -> str:
 
 def below_mean_image(table: dict[str, dict[str, float]]) -> list[str]:
     """What has to be said of a paired_table whose model scores below the mean image, which has no content at all."""
-    if not table or table["model"]["PSNR"] >= table["mean picture"]["PSNR"]:
+    if not table:
         return []
-    model, flat = (table[row]["PSNR"] for row in ("model", "mean picture"))
+    model = table["model"]["PSNR"]
+    flat = table["mean picture"]["PSNR"]
+    if model >= flat:
+        return []
     return [f"PSNR {model:.3g} dB is below {flat:.3g} dB, that of the mean image: it has not learnt this yet"]
 
 

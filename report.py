@@ -20,9 +20,15 @@ COLUMNS = 6  # images in the grid
 BRIEF = 3  # images that are timed before a student learns
 
 
+def count_parameters(config: GeneratorConfig) -> int:
+    """How many parameters a generator has, told without building it."""
+    return sum(p.numel() for p in meta_network(config).parameters())
+
+
 def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
     """Raise InputError, with what would be smaller, if a student had as many parameters as its teacher, or more."""
-    own, theirs = (sum(p.numel() for p in meta_network(config).parameters()) for config in (student, teacher))
+    own = count_parameters(student)
+    theirs = count_parameters(teacher)
     smaller = []
     if teacher.blocks:
         smaller.append(f"fewer than {teacher.blocks} blocks (--student_residual {teacher.blocks // 3})")

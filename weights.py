@@ -272,9 +272,10 @@ def infer_norm(tensors: dict[str, Tensor], *convs: str) -> str:
         kinds[learnt if f"{norm}.weight" in tensors else "instance"] += 1
     most = kinds.most_common(1)[0][0]
     hints = {name for name in tensors if name.endswith((".bias", ".running_mean"))} - {f"{convs[-1]}.bias"}
-    return (
-        "none" if most == "instance" and not hints else most
-    )  # it has no weights, but the convolution before it a bias
+    # an instance norm has no weights either, but the convolution before it has a bias
+    if most == "instance" and not hints:
+        return "none"
+    return most
 
 
 def infer_config(path: Path, tensors: dict[str, Tensor], convs: dict[str, tuple[int, int]]) -> GeneratorConfig:

@@ -155,14 +155,47 @@ def test_an_image_of_both_domains_stays_and_is_named(tiny, capsys):
 def test_links_stay_readable_when_their_twins_move(tiny, capsys):
     (tiny / "testA/link.png").symlink_to("../trainA/0.png")  # the file itself is in train
     (tiny / "trainA/link.png").symlink_to("1.png")
-    copy(tiny / "testB/0.png", tiny / "trainB/a.png")
-    (tiny / "trainB/b.png").symlink_to("a.png")
+    copy(tiny / "testB/0.png", tiny / "trainB/a.png", tiny / "trainB/plain.png")
+    (tiny / "trainB/b.png").symlink_to("a.png")  # both are twins of the one in test
+    copy(tiny / "testA/0.png", tiny / "trainA/y.png")
+    (tiny / "testB/x.png").symlink_to("../trainA/y.png")  # of the other domain
+    noise_image("chain").save(tiny / "trainA/c.png")
+    (tiny / "trainA/b.png").symlink_to("c.png")
+    (tiny / "testA/a.png").symlink_to("../trainA/b.png")
+    (tiny / "trainA/circle.png").symlink_to("circle.png")  # is named as unreadable
+    before = contents(tiny)
     prepare.main(["check", "tiny", "--remove_twins"])
-    assert "trainA/0.png stays" in capsys.readouterr().err
-    assert not (tiny / "trainA/link.png").exists()
-    for path in ("testA/link.png", "removed/trainA/link.png", "removed/trainB/a.png"):
-        images.read_image(tiny / path)
-    assert (tiny / "trainA/1.png").exists()
+    out, err = capsys.readouterr()
+    for name in ("trainA/0.png", "trainA/b.png", "trainA/c.png", "trainA/y.png", "trainB/a.png"):
+        assert f"datasets/tiny/{name} stays, though datasets/tiny/test" in err
+    moved = ("trainA/link.png", "trainB/b.png", "trainB/plain.png")
+    assert "moved 3 images" in out
+    assert contents(tiny) == {f"removed/{name}" if name in moved else name: data for name, data in before.items()}
+    for name in contents(tiny):
+        images.read_image(tiny / name)
+
+
+def test_what_only_a_removed_link_leads_to_stays_readable_for_it(tiny, capsys):
+    (tiny / "trainA/link.png").symlink_to("1.png")
+    prepare.main(["check", "tiny", "--remove_twins"])
+    copy(tiny / "trainA/1.png", tiny / "testA/later.png")
+    prepare.main(["check", "tiny", "--remove_twins"])
+    assert "datasets/tiny/trainA/1.png stays" in capsys.readouterr().err
+    images.read_image(tiny / "removed/trainA/link.png")
+
+
+def test_twins_move_out_of_a_linked_part_unless_another_part_is_a_link_into_it(tiny, capsys):
+    (tiny / "trainA").rename("elsewhere")
+    (tiny / "trainA").symlink_to(Path("elsewhere").absolute())
+    copy(tiny / "trainA/0.png", tiny / "trainA/twin.png", tiny / "trainA/sub/a.png")
+    noise_image("sub").save(tiny / "trainA/sub/b.png")
+    (tiny / "valA").symlink_to("trainA/sub")
+    prepare.main(["check", "tiny", "--remove_twins"])
+    out, err = capsys.readouterr()
+    assert "moved 2 images to datasets/tiny/removed: trainA/0.png, trainA/twin.png\n" in out
+    for name in ("a.png", "b.png"):
+        assert f"trainA/sub/{name} stays" in err
+        images.read_image(tiny / "valA" / name)
 
 
 def test_no_part_is_emptied(tiny, refused):

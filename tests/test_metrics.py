@@ -126,10 +126,8 @@ def test_match_at_1_tells_a_translation_from_a_constant():
     assert match_at_1(near[::-1], targets) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("pixels", [2**16, 7])  # all at once, and in many parts
 @pytest.mark.parametrize("levels", [256, 3])  # the fewer levels, the more ties
-def test_match_at_1_decides_as_distances_one_by_one_do(monkeypatch, pixels, levels):
-    monkeypatch.setattr(metrics, "PIXELS_AT_ONCE", pixels)
+def test_match_at_1_decides_as_distances_one_by_one_do(levels):
     generator = torch.Generator().manual_seed(levels)
     scores = []
     for trial in range(60):
