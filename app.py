@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import functools
+import ipaddress
 import json
 import os
 import secrets
@@ -47,7 +48,6 @@ TITLE = "CycleGAN: translate images"
 SCALES = [("training size", "train"), ("own size", "native")]
 TILE = 512  # px a side; at its own size a larger image comes in tiles, lest it fill the memory
 REPEATS = 3  # timed passes; their median is shown
-LOCAL = ("localhost", "127.", "::1")  # how hosts begin that only this machine reaches
 CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* small ones, too */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds stand at its end */
@@ -152,7 +152,7 @@ def timed(translator: Translator, run: Callable[[], torch.Tensor]) -> tuple[torc
     """Output of a network and its milliseconds: the median of some passes, those of the one where an image needs tiles."""
     busy = translator.busy
     output = run()
-    if max(output.shape[-2:]) > TILE:
+    if translator.tile and max(output.shape[-2:]) > translator.tile:
         return output, 1000 * (translator.busy - busy)
     return output, metrics.median_ms(run, REPEATS)
 
@@ -325,7 +325,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def refuse_taken(host: str, port: int) -> None:
     """Raise InputError if one cannot listen there."""
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         hint = f"such as --port {port + 1 if 1024 <= port < 65535 else 7860}"
@@ -334,10 +334,23 @@ def refuse_taken(host: str, port: int) -> None:
         raise InputError(f"--host {host} --port {port}: {words}") from None
 
 
+def url_host(host: str) -> str:
+    """A host as it stands in the address of a page: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def is_local(host: str) -> bool:
+    """Can only this machine reach it?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
 def invitation(host: str, port: int) -> str:
     """The line that says where the page is, and who else can use it."""
-    others = "" if host.startswith(LOCAL) else ", which everyone in the network can use"
-    return f"open http://{host}:{port}{others} ; Ctrl-C ends it"
+    others = "" if is_local(host) else ", which everyone in the network can use"
+    return f"open http://{url_host(host)}:{port}{others} ; Ctrl-C ends it"
 
 
 @utils.stage
@@ -351,9 +364,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(args, Path(folder))
-        address = {"server_name": args.host, "server_port": args.port, "max_file_size": round(2**20 * args.max_mb)}
+        address = {"server_name": url_host(args.host), "server_port": args.port}
+        limits = {"max_file_size": round(2**20 * args.max_mb)}
         alone = {"share": False, "ssr_mode": False, "footer_links": [], "css": CSS}
-        page.launch(**address, **alone, prevent_thread_lock=True, quiet=True)
+        page.launch(**address, **limits, **alone, prevent_thread_lock=True, quiet=True)
         utils.say(invitation(args.host, args.port))
         try:
             while True:

@@ -15,15 +15,20 @@ from PIL import Image, ImageOps
 
 
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
-    """Open a network of export.py with what its metadata says: channels, size.
+    """Open a network of export.py with what its metadata says: channels; size, (height, width) in px or None.
 
     raises: ValueError for any other file
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; expected a network written by: python export.py")
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised, and said once
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+        if facts["size"] is not None:
+            height, width = facts["size"]
+            facts["size"] = (int(height), int(width))
         return session, {"channels": facts["channels"], "size": facts["size"]}
     except Exception as error:  # onnxruntime raises a dozen kinds; others' networks have other metadata, or none
         raise ValueError(f"{path}: no network written by export.py; make one with: python export.py") from error
@@ -53,7 +58,12 @@ def translate(model: str, source: str, target: str) -> None:
     height, width = facts["size"] or image.size[::-1]
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]
-    (output,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    try:
+        (output,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    except Exception as error:  # onnxruntime raises a dozen kinds, such as where an image is smaller than the padding
+        raise ValueError(
+            f"{source}: {width}x{height} px do not go through {model} ({error}); take another image"
+        ) from error
     output = np.rint((output[0].clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0).squeeze()
     try:
         Image.fromarray(output).resize(image.size, Image.Resampling.BICUBIC).save(target)

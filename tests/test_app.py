@@ -266,6 +266,17 @@ def test_at_its_own_size_a_large_photo_comes_in_tiles_and_is_timed_once(monkeypa
     app.load_translator.cache_clear()
 
 
+def test_a_network_that_takes_large_images_whole_is_timed_by_several_passes(monkeypatch):
+    write_run()
+    monkeypatch.setattr(app, "TILE", 8)  # below the size of the training
+    noise_image(1, (40, 40)).save("large.png")
+    translator = opened()
+    passes = []
+    translator.nets["G_AB"].register_forward_hook(lambda net, inputs, output: passes.append(output.shape))
+    app.compare({"tiny": translator}, "AtoB", Path("large.png"))
+    assert len(passes) > app.REPEATS  # with those that warm up
+
+
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(photo):
     write_run()
     shutil.copytree("saved_models/tiny", "elsewhere")
@@ -338,11 +349,23 @@ def test_only_this_machine_is_let_in_unless_asked_otherwise():
 
 
 def test_the_console_says_in_one_line_whether_the_whole_network_can_use_the_page():
-    for host, others in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.7", True)):
-        words = app.invitation(host, 7860)
-        assert ("everyone in the network can use" in words) == others
-        assert words.startswith(f"open http://{host}:7860")
-        assert "\n" not in words
+    for host in ("127.0.0.1", "127.9.9.9", "localhost"):
+        assert app.invitation(host, 7860) == f"open http://{host}:7860 ; Ctrl-C ends it"
+    assert app.invitation("::1", 7860) == "open http://[::1]:7860 ; Ctrl-C ends it"
+    for host in ("0.0.0.0", "192.0.2.7", "localhost.example.org", "127.example.org"):
+        words = f"open http://{host}:7860, which everyone in the network can use ; Ctrl-C ends it"
+        assert app.invitation(host, 7860) == words
+    assert app.invitation("::", 7860).startswith("open http://[::]:7860, which everyone")
+
+
+def test_an_address_of_ipv6_can_be_listened_at(refused, free_port):
+    try:
+        server = socket.create_server(("::1", free_port), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
+        assert "Address already in use" in refused(app.main, "--host", "::1", "--port", free_port)
+    app.refuse_taken("::1", free_port)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -128,6 +128,8 @@ def test_the_example_returns_an_image_at_its_own_size(translate_onnx, capsys):
         (["none.onnx", "photo.png", "output.png"], "none.onnx: no such file; expected a network written by"),
         (["photo.png", "photo.png", "output.png"], "photo.png: no network written by export.py"),
         (["foreign.onnx", "photo.png", "output.png"], "foreign.onnx: no network written by export.py"),
+        (["flat.onnx", "photo.png", "output.png"], "flat.onnx: no network written by export.py"),
+        (["grey.onnx", "photo.png", "output.png"], "photo.png: 30x20 px do not go through grey.onnx ("),
         (["net.onnx", "none.png", "output.png"], "none.png: no such file; expected an image"),
         (["net.onnx", "torn.png", "output.png"], "torn.png: no image that can be read"),
         (["net.onnx", "photo.png", "none/output.png"], "none/output.png: cannot be written"),
@@ -137,6 +139,8 @@ def test_the_example_returns_an_image_at_its_own_size(translate_onnx, capsys):
 def test_the_example_refuses_in_one_line(translate_onnx, capsys, argv, words):
     write_identity("net.onnx", channels=3, size=[20, 24])
     write_identity("foreign.onnx")
+    write_identity("flat.onnx", channels=3, size=5)
+    write_identity("grey.onnx", channels=1, size=None)  # but the network takes three
     noise_image(3, (30, 20)).save("photo.png")
     Path("torn.png").write_bytes(Path("photo.png").read_bytes()[:500])
     assert translate_onnx(argv) == 2

@@ -287,6 +287,17 @@ def test_without_the_runtime_the_page_says_what_to_do(open_page, site):
     assert "run npm ci" in open_page("G_AB.onnx").inner_text("#message")
 
 
+@in_browser
+def test_without_the_runtime_and_a_model_the_page_does_not_hang_once_one_is_chosen(open_page, site):
+    shutil.rmtree(site / "node_modules")
+    page = open_page()
+    assert "no model.onnx beside this page" in page.inner_text("#message")
+    page.set_default_timeout(10_000)
+    Path("any.onnx").write_bytes(b"")  # nothing is there to read it
+    for _ in range(2):
+        assert "run npm ci" in choose(page, "#model", "any.onnx")
+
+
 # ---------------------------------------------------------------------------------------------
 # The camera
 
@@ -363,10 +374,25 @@ def test_the_camera_is_translated_frame_by_frame_mirrored_as_pytorch_does(open_p
     assert choose(page, "#image", "still.png").startswith("translated in ")
 
 
+COUNT_FRAMES = """
+const { postMessage } = Worker.prototype, { start, stop } = MediaRecorder.prototype;
+let frames = 0;
+globalThis.counts = [];  // of frames sent to the worker: when a film begins, and when it ends
+Worker.prototype.postMessage = function (message, ...rest) {
+  const send = () => postMessage.call(this, message, ...rest);
+  if (message.task !== "translate") return send();
+  frames += 1;
+  setTimeout(send, 60);  // longer than a frame of the camera lasts, so that one is always in flight
+};
+MediaRecorder.prototype.start = function () { counts.push(frames); start.call(this); };
+MediaRecorder.prototype.stop = function () { counts.push(frames); stop.call(this); };
+"""
+
+
 @in_browser
 def test_the_last_two_seconds_are_saved_as_a_film_and_the_camera_goes_on(open_page, camera):
     export_generator()
-    page = open_page("G_AB.onnx", camera)
+    page = open_page("G_AB.onnx", camera, script=COUNT_FRAMES)
     start_camera(page)
     page.wait_for_timeout(2500)
     with page.expect_download() as waiting:
@@ -375,6 +401,8 @@ def test_the_last_two_seconds_are_saved_as_a_film_and_the_camera_goes_on(open_pa
     assert waiting.value.suggested_filename == "camera.webm"
     film = Path(waiting.value.path()).read_bytes()
     assert film[:4] == b"\x1a\x45\xdf\xa3"  # Matroska, and so WebM
+    begin, end = page.evaluate("counts")
+    assert begin == end > 0  # no new frame meanwhile
     before = save_still(page)[0]
     page.wait_for_timeout(300)
     assert not np.array_equal(save_still(page)[0], before)

@@ -40,7 +40,8 @@ export class Camera {
     this.small = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
     this.frames = []; // {time, seen, made}: of the last two seconds
     this.on = false;
-    this.busy = false; // with the one frame in flight, or with a film
+    this.busy = false; // with the one frame in flight
+    this.filming = false; // no new frame is translated meanwhile
     this.fresh = false; // has the camera a frame that was not translated yet?
   }
 
@@ -82,9 +83,9 @@ export class Camera {
     return this.small.getImageData(0, 0, width, height);
   }
 
-  /** Translate the newest frame, unless one is under way; then the next. */
+  /** Translate the newest frame, unless one is under way or a film is made; then the next. */
   async next() {
-    if (this.busy || !this.fresh || !this.on) return;
+    if (this.busy || this.filming || !this.fresh || !this.on) return;
     this.busy = true;
     this.fresh = false;
     try {
@@ -132,14 +133,14 @@ export class Camera {
     return context.canvas;
   }
 
-  /** The last two seconds as a film; it takes as long to make, and no frame is translated meanwhile. */
+  /** The last two seconds as a film; it takes as long to make, and no new frame is translated meanwhile. */
   async film() {
     const mimeType = FORMATS.find((format) => globalThis.MediaRecorder?.isTypeSupported(format));
     if (!mimeType) throw new Error("this browser cannot write films");
     const { width, height } = this.frames.at(-1).seen, scale = Math.max(1, Math.round(FILM_HEIGHT / height));
     const frames = this.frames.filter(({ seen }) => seen.width === width && seen.height === height);
     const context = document.createElement("canvas").getContext("2d");
-    this.busy = true;
+    this.filming = true;
     try {
       Camera.compose(context, frames[0], scale);
       const stream = context.canvas.captureStream(0), [track] = stream.getVideoTracks();
@@ -161,7 +162,7 @@ export class Camera {
       await stopped;
       return new Blob(parts, { type: mimeType.split(";")[0] });
     } finally {
-      this.busy = false;
+      this.filming = false;
       this.next();
     }
   }

@@ -21,6 +21,7 @@ let spoken = 0; // when the frames per second were last shown
 const worker = new Worker("worker.js", { type: "module" });
 const waiting = new Map(); // what becomes of an answer, by the id of its question
 let asked = 0;
+let workerError = null; // why the worker does not run; it then answers nothing any more
 
 worker.onmessage = ({ data: { id, error, ...result } }) => {
   const { resolve, reject } = waiting.get(id);
@@ -30,13 +31,13 @@ worker.onmessage = ({ data: { id, error, ...result } }) => {
 };
 
 worker.onerror = () => {
-  for (const { reject } of waiting.values()) {
-    reject(new Error("onnxruntime-web could not be loaded: run npm ci, and serve this folder, as README.md says"));
-  }
+  workerError = new Error("onnxruntime-web could not be loaded: run npm ci, and serve this folder, as README.md says");
+  for (const { reject } of waiting.values()) reject(workerError);
 };
 
 /** Let the worker do something; transfer: buffers that go to it uncopied. */
-function ask(task, what, transfer = []) {
+async function ask(task, what, transfer = []) {
+  if (workerError) throw workerError;
   const id = asked++;
   return new Promise((resolve, reject) => {
     waiting.set(id, { resolve, reject });
@@ -108,7 +109,7 @@ function showLive({ device: where, threads, width, height }, rate) {
   element("speed").textContent = words.join(", ");
 }
 
-/** Let button and pictures say whether the camera is on. */
+/** Let button and images say whether the camera is on. */
 function showCamera() {
   element("camera").textContent = camera.on ? "Stop the camera" : "Start the camera";
   element("live").hidden = true;
