@@ -219,13 +219,15 @@ def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]], columns:
 
     rows: images of at most SHEET_CELL px a side, by name, by title of the block; a row without images is left out
     """
+    import matplotlib  # whose font has the letters of most languages; that of Pillow has those of English
+
     step = SHEET_CELL + 8
     rows = [row for row in rows if any(row.values())]
     lines = [math.ceil(max(map(len, row.values())) / columns) for row in rows]
     width = max((len(row) for row in rows), default=0) * (columns * step + 16)
     sheet = Image.new("RGB", (width, sum(28 + count * (step + 16) for count in lines)), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
     top = 0
     for row, count in zip(rows, lines, strict=True):
         for number, (title, cells) in enumerate(row.items()):
@@ -240,7 +242,7 @@ def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]], columns:
     return sheet
 
 
-def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def shortened(name: str, font: ImageFont.FreeTypeFont) -> str:
     """The end of a name, which tells numbered files apart, as far as it fits below a cell of a sheet."""
     name = one_line(name)
     if font.getlength(name) <= SHEET_CELL:

@@ -164,6 +164,7 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
     panels.append([name for name in columns if not name.startswith("loss_")])
     figure = Figure(figsize=(12, 7), layout="constrained")
     steps = [row["step"] for row in rows]
+    marker = "o" if len(rows) == 1 else None  # a line of one point is nothing
     window = np.ones(max(1, len(rows) // 25))
     for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=False):
         for name in names:
@@ -172,7 +173,7 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
             if known.any():
                 sums = np.convolve(np.where(known, values, 0), window)[: len(values)]
                 counts = np.convolve(known, window)[: len(values)].clip(1)
-                (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5)
+                (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5, marker=marker)
                 axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))

@@ -352,6 +352,8 @@ class Monitor:
         finished: the last of them just now; otherwise the grid is that of the epoch under way
         """
         self.clock.grids += 1
+        if self.clock.grids == 1:
+            self.clock.next_page = -math.inf  # which the page then shows at once
         file = f"epoch_{epoch if finished else epoch + 1:04d}.png"
         rows = self.draw_rows(model, *self.samples)
         if finished:
@@ -365,7 +367,9 @@ class Monitor:
         self.board.add(step, {}, grids)
 
     @first_rank
-    def show(self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int) -> None:
+    def show(
+        self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int, stopped: bool = False
+    ) -> None:
         """Write losses.csv, losses.png and the page (raises OSError if the disk is full); epoch: finished ones."""
         begun = time.monotonic()
         self.clock.next_page = begun + SHOW_SECONDS  # also where the disk takes no page
@@ -376,7 +380,9 @@ class Monitor:
             facts += f" and {step_in_epoch} steps of the next"
         facts += f"; step {step:,}"
         left = (num_epochs - epoch) * steps_per_epoch - step_in_epoch
-        if left and math.isfinite(self.clock.pace):
+        if stopped:
+            facts += "; stopped, goes on with --start_from latest"
+        elif left and math.isfinite(self.clock.pace):
             facts += f"; about {duration(left * self.clock.pace)} left"
         facts += f"; written {time.strftime('%H:%M:%S')}"
         fraction = min(1.0, epoch / num_epochs + step_in_epoch / (num_epochs * steps_per_epoch))

@@ -89,7 +89,7 @@ def training_loop(
             evaluate(args, model, progress, feed, saver, monitor)
             if progress.epoch < args.num_epochs:  # else nothing is left that could be stopped
                 signum = signum or stop.agreed()
-            show(args, progress, steps, monitor, at_once=progress.epoch == args.num_epochs or signum > 0)
+            show(args, progress, steps, monitor, signum)
     return signum
 
 
@@ -129,10 +129,11 @@ def stop_if_not_finite(
     )
 
 
-def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False) -> None:
-    """Write the page that shows where the run is, losses.csv and its plot; not too often, unless at_once."""
-    if at_once or monitor.clock.page_due():
-        files.attempt(monitor.show, progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
+def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, signum: int = 0) -> None:
+    """Write the page that shows where the run is, losses.csv and its plot; not too often, unless it ends or stops."""
+    if signum or progress.epoch == args.num_epochs or monitor.clock.page_due():
+        counts = (progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
+        files.attempt(monitor.show, *counts, signum > 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def run(
         if state and args.best_by:
             progress.best = checkpoints.score_to_beat(saver.folder, model, progress, args.best_by)
         describe(args, model, feed.counts)
-        show(args, progress, feed.order.steps, monitor, at_once=True)
+        show(args, progress, feed.order.steps, monitor)
         try:
             signum = training_loop(args, model, progress, feed, saver, monitor)
         finally:

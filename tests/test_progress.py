@@ -149,8 +149,10 @@ def test_a_first_grid_is_due_after_a_minute_unless_there_was_one(fake_time, tmp_
     assert not monitor.clock.first_grid_due()
     fake_time.now += 1
     assert monitor.clock.first_grid_due()
+    monitor.clock.next_page = math.inf
     monitor.draw(tiny_model(), 0, 1, False)
     assert not monitor.clock.first_grid_due()
+    assert monitor.clock.page_due()  # it is shown at once
 
 
 def test_pages_take_little_of_a_runs_time_also_where_a_disk_takes_none(fake_time, tmp_path, monkeypatch):
@@ -482,12 +484,14 @@ def test_the_page_is_titled_by_run_and_domains_and_says_how_long_is_left(tmp_pat
         fake_time.now += 206
         monitor.clock.tick()
     monitor.show(0, 3, 3, 2, 60)
+    monitor.show(0, 3, 3, 2, 60, stopped=True)
     monitor.show(2, 120, 0, 2, 60)
     assert all(args[1] == "tiny: horse ↔ zebra" and args[5:] == (("horse", "zebra"), ["BA"]) for args in seen)
     facts = [args[2].partition("; written")[0] for args in seen]
     assert facts[0] == "0 of 2 epochs; step 0"
     assert facts[1] == "0 of 2 epochs and 3 steps of the next; step 3; about 6.7 hours left"
-    assert facts[2] == "2 of 2 epochs; step 120"
+    assert facts[2] == "0 of 2 epochs and 3 steps of the next; step 3; stopped, goes on with --start_from latest"
+    assert facts[3] == "2 of 2 epochs; step 120"
 
 
 def test_a_monitor_that_goes_on_cuts_its_logs_back(tmp_path):
