@@ -352,8 +352,6 @@ class Monitor:
         finished: the last of them just now; otherwise the grid is that of the epoch under way
         """
         self.clock.grids += 1
-        if self.clock.grids == 1:
-            self.clock.next_page = -math.inf  # which the page then shows at once
         file = f"epoch_{epoch if finished else epoch + 1:04d}.png"
         rows = self.draw_rows(model, *self.samples)
         if finished:
@@ -365,6 +363,8 @@ class Monitor:
             grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
+        if self.clock.grids == 1:
+            self.clock.next_page = -math.inf  # the page shows it at once
 
     @first_rank
     def show(

@@ -167,7 +167,7 @@ def test_a_slow_run_says_how_long_it_takes_and_shows_an_early_grid_and_the_time_
     assert "left" not in facts[-1]
     with stops_in_step(2, signal.SIGINT), steps_that_take(2000):
         run_tiny("--num_epochs", 4, "--start_from", "latest")
-    assert "; step 8; about 2.2 hours left; written" in facts[-1]
+    assert "; step 8; stopped, goes on with --start_from latest; written" in facts[-1]
     capsys.readouterr()
     with steps_that_take(2000):
         run_tiny("--start_from", "latest")
