@@ -38,6 +38,7 @@ from checkpoints import RUNS
 from files import atomic_write
 from inference import DOMAINS, Source, Translator, free_name, load_networks, output_image
 from utils import InputError
+from weights import METADATA_KEY
 
 NO_RUN = (
     "no run in saved_models yet; try --weights examples/day2night.safetensors, or train one with make demo, "
@@ -63,7 +64,7 @@ def trained_steps(path: Path) -> int:
     """After how many steps a generator file was saved; 0 where it does not say, or cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            return int(json.loads((file.metadata() or {})["recipe"])["step"])
+            return int(json.loads((file.metadata() or {})[METADATA_KEY])["step"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 

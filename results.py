@@ -86,6 +86,7 @@ def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network
         (output / name).unlink(missing_ok=True)
         del left[name]
     if removed:
+        (output / "metrics.json").unlink(missing_ok=True)  # the scores of what was removed
         say(f"{output}: removed {len(removed)} files of an earlier test; --output DIR keeps them apart")
     found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
     stay = [path for path in found if str(path.relative_to(output)) not in mine]

@@ -302,8 +302,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
         counts = {direction: len(translated) for direction, translated in results.items()}
         row = {"dataset_name": args.dataset_name, **about, "images": counts, **scores}
         files.write_json(args.output / "metrics.json", row)
-    else:
-        (args.output / "metrics.json").unlink(missing_ok=True)  # of other translations
     utils.say(f"{len(translated)} images translated; look at {args.output / 'index.html'}")
     return scores
 

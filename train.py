@@ -89,7 +89,8 @@ def training_loop(
             evaluate(args, model, progress, feed, saver, monitor)
             if progress.epoch < args.num_epochs:  # else nothing is left that could be stopped
                 signum = signum or stop.agreed()
-            show(args, progress, steps, monitor, signum)
+            stopped = signum > 0
+            show(args, progress, steps, monitor, at_once=stopped or progress.epoch == args.num_epochs, stopped=stopped)
     return signum
 
 
@@ -129,11 +130,13 @@ def stop_if_not_finite(
     )
 
 
-def show(args: Namespace, progress: Progress, steps: int, monitor: Monitor, signum: int = 0) -> None:
-    """Write the page that shows where the run is, losses.csv and its plot; not too often, unless it ends or stops."""
-    if signum or progress.epoch == args.num_epochs or monitor.clock.page_due():
+def show(
+    args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False, stopped: bool = False
+) -> None:
+    """Write the page that shows where the run is, losses.csv and its plot; not too often, unless at_once."""
+    if at_once or monitor.clock.page_due():
         counts = (progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
-        files.attempt(monitor.show, *counts, signum > 0)
+        files.attempt(monitor.show, *counts, stopped)
 
 
 # ---------------------------------------------------------------------------------------------
