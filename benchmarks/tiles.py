@@ -1,0 +1,98 @@
+"""What tiles cost beside the whole image, in CPU time, and how far their result is from that of the whole.
+
+OMP_NUM_THREADS=1 python benchmarks/tiles.py examples/day2night.safetensors --image docs/tiles.png
+OMP_NUM_THREADS=1 python benchmarks/tiles.py --side 2048 --tiles 1024 512 --precision bf16 G_AB.safetensors
+
+On drawn landscapes, in turns, so that a busy machine slows all alike; medians. Beside them, for each tile size, tiles that
+are each normalised by themselves. Prints a table in Markdown; --image shows the first landscape, whole and in the smallest
+tiles.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import flags
+import scenes
+import tiles
+import utils
+from images import image_to_tensor, resize_image, save_image, tensor_to_image
+from weights import load_generator
+
+CPU = torch.device("cpu")
+SEEDS = (200_000, 200_007)  # of the landscapes: two of the test split
+SHOWN = 340  # px, side of each image of --image
+
+
+def alone(net, translate, image, tile):
+    """Translate in the same tiles, each normalised by itself."""
+    overlap = tile // tiles.OVERLAP
+    return tiles.blend_tiles(translate, image, tiles.tiles_of(image, tile, overlap, 2**net.config.halvings), overlap)
+
+
+def save_beside(outputs, path):
+    """Write images (1, 3, H, W), reduced, beside each other."""
+    sheet = Image.new("RGB", (len(outputs) * (SHOWN + 10) - 10, SHOWN), "white")
+    for i, output in enumerate(outputs):
+        sheet.paste(resize_image(tensor_to_image(output[0]), (SHOWN, SHOWN)), (i * (SHOWN + 10), 0))
+    save_image(sheet, path)
+
+
+@torch.no_grad()
+@utils.stage
+def main(argv=None):
+    parser = flags.Parser(prog="tiles.py", description=__doc__)
+    parser.add_argument("file", type=flags.path_name, help="a generator file")
+    add = flags.flag_group(parser, "how")
+    add("--side", type=flags.int_between(64), default=1024, help="of the landscapes, px")
+    add("--tiles", type=flags.int_between(16), nargs="+", default=[512, 256], help="sides of the tiles, px")
+    add("--turns", type=flags.int_between(1), default=3, help="timed passes of each")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision")
+    add("--image", type=flags.path_name, metavar="FILE.png", help="where the images go (default: nowhere)")
+    args = parser.parse_args(argv)
+    net, _ = load_generator(args.file)
+
+    def translate(image):
+        with utils.autocast(CPU, args.precision):
+            return net(image).float()
+
+    ways = {("whole", 0): lambda image: translate(image)}
+    for tile in args.tiles:
+        ways["shared statistics", tile] = lambda image, tile=tile: tiles.translate_tiled(net, translate, image, tile)
+        ways["each by itself", tile] = lambda image, tile=tile: alone(net, translate, image, tile)
+    ratios = {way: [] for way in ways}
+    distances = {way: [] for way in ways}
+    for seed in SEEDS:
+        image = image_to_tensor(scenes.draw_scene(seed, "day", args.side))[None]
+        whole = translate(image)
+        for _ in range(args.turns):
+            seconds = {}
+            for way, run in ways.items():
+                start = time.process_time()
+                run(image)
+                seconds[way] = time.process_time() - start
+            for way in ways:
+                ratios[way].append(seconds[way] / seconds["whole", 0])
+        outputs = {way: run(image) for way, run in ways.items()}
+        for way, output in outputs.items():
+            distances[way].append(127.5 * F.l1_loss(output, whole).item())
+        if args.image and seed == SEEDS[0]:
+            smallest = min(args.tiles)
+            kinds = [("whole", 0), ("each by itself", smallest), ("shared statistics", smallest)]
+            save_beside([outputs[kind] for kind in kinds], args.image)
+    print(f"{args.side} px, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| tile, px | statistics | CPU time, whole image = 1 | mean difference to it, of 255 |")
+    print("|---|---|---|---|")
+    for (kind, tile), values in list(ratios.items())[1:]:
+        differences = ", ".join(f"{value:.1f}" for value in distances[kind, tile])
+        print(f"| {tile} | {kind} | {statistics.median(values):.2f} | {differences} |")
+
+
+if __name__ == "__main__":
+    main()
