@@ -23,22 +23,11 @@ from typing import Any
 import torch
 
 from cyclegan import CycleGAN
+from devices import rng_state, set_rng_state
 from files import atomic_write, attempt, link_file, read_archive, replace
 from flags import NEVER_INHERITED
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Nets, build_discriminator, build_generator
-from utils import (
-    InputError,
-    first_rank,
-    first_rank_first,
-    gather,
-    one_line,
-    rank,
-    rng_state,
-    say,
-    set_rng_state,
-    warn,
-    world,
-)
+from utils import InputError, first_rank, first_rank_first, gather, one_line, rank, say, warn, world
 from weights import check_tensors, load_tensors, read_config, same_nets, save_generator
 
 RUNS = Path("saved_models")

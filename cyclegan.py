@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devices import autocast, rng_state, set_rng_state
 from models import DIRECTIONS, GAN_LOSSES, Nets
-from utils import FakeImageBuffer, InputError, autocast, average, rank, rng_state, set_rng_state, warn
+from utils import FakeImageBuffer, InputError, average, rank, warn
 
 TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import images
-from utils import InputError, free_memory, world
+from devices import free_memory
+from utils import InputError, world
 
 DEMO = "day2night"  # the set that prepare.py draws
 CHECKSUM_BYTES = 8  # of each image in a cache

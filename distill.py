@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import checkpoints
 import cyclegan
 import datasets
+import devices
 import flags
 import images
 import metrics
@@ -209,7 +210,7 @@ def make_adapters(teachers: models.Nets, students: models.Nets, pairs: Sequence[
 
 def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
     """Put students in their teachers' places; the rest goes on from what the teacher's run learnt, or starts new."""
-    utils.seed_everything(args.seed, args.deterministic)
+    devices.seed_everything(args.seed, args.deterministic)
     config = teacher.nets[students_of(args)[0]].config
     config_D = models.DiscriminatorConfig(channels=config.channels)
     deepest = config_D.largest_n_layers(min(args.img_height, args.img_width))
@@ -262,7 +263,7 @@ def report_direction(
     for nets, _ in rows.values():
         for net in nets.values():
             net.to(device)
-    precision = utils.pick_precision(args.precision, device)
+    precision = devices.pick_precision(args.precision, device)
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     split = datasets.held_out_split(dataset)
     channels = rows["teacher"][0][name].config.channels
@@ -439,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = f"not the teacher that {checkpoint} learnt from (its content changed)"
         raise InputError(f"{teacher.path}: {words}; put that file back")
     flags.check_run_flags(args)
-    device = utils.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if args.report:
         report(args, teacher, device)
     else:

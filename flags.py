@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 
 import models
-from utils import InputError, need_package, say, total_memory, world
+from devices import total_memory
+from utils import InputError, need_package, say, world
 
 MEASURES = ("losses", "cycle", "identity", "paired")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
@@ -371,9 +372,7 @@ def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, de
     free = total_memory(device)
     if tokens and wanted > free:
         words = f"take about {wanted / 2**30:.0f} GiB in a step, and {device} has {free / 2**30:.0f}"
-        remedy = (
-            "lower --img_height and --img_width, or --batch_size, or take --vit_size uvcgan (16 times fewer tokens)"
-        )
+        remedy = "lower --img_height and --img_width, or --batch_size, or take --vit_size uvcgan (16 times fewer)"
         raise InputError(f"--generator unet_vit: {tokens:,} tokens an image at {width}x{height} px {words}; {remedy}")
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import devices
 import flags
 import utils
 from checkpoints import RUNS, found_runs, load_checkpoint, networks_of
@@ -163,8 +164,8 @@ class Translator:
         tile: int | None = None,
         output_size: str = "input",
     ):
-        self.device = utils.pick_device(device)
-        self.precision = utils.pick_precision(precision, self.device)
+        self.device = devices.pick_device(device)
+        self.precision = devices.pick_precision(precision, self.device)
         self.nets = {name: net.eval().to(self.device) for name, net in nets.items()}
         self.size = tuple(metadata["size"]) if metadata["size"] else None  # height and width of the training images
         self.scale = scale
@@ -195,7 +196,7 @@ class Translator:
         start = time.perf_counter()
 
         def translate(x: Tensor) -> Tensor:
-            with utils.autocast(self.device, self.precision):
+            with devices.autocast(self.device, self.precision):
                 return net(x.to(self.device)).float()
 
         if self.tile and max(images.shape[-2:]) > self.tile:
@@ -219,7 +220,7 @@ class Translator:
             return Source(path, fault=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         most = self.tile or math.inf
         for config in self.configs:
-            if config.token_bytes(min(height, most), min(width, most), blocks=1) > utils.total_memory(self.device):
+            if config.token_bytes(min(height, most), min(width, most), blocks=1) > devices.total_memory(self.device):
                 tokens = f"{config.tokens(height, width):,} tokens, more than {self.device} can hold"
                 return Source(path, fault=f"{width}x{height} px are {tokens}; take --scale train")
         return Source(path, image, resize_image(image, (width, height)), pixels=image.width * image.height)

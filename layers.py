@@ -1,7 +1,9 @@
-"""Two of torch's layers, computed faster on a CPU: same names of tensors, same results but for rounding.
+"""Some of torch's layers, computed otherwise where torch is slow or refuses: same tensors, same results but for rounding.
 
-While a network is exported or compiled for another device, they are torch's own.
+Two are faster on a CPU; while a network is exported, or runs elsewhere, they are torch's own. One repeats on a GPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,3 +39,29 @@ class ThinConv2d(nn.Conv2d):
         # k rows more, and a view that is one row longer than the map, move map i up by i rows without a copy of each
         x = F.pad(x.reshape(len(x), thin, k * height, -1), (0, 0, 0, k)).unflatten(2, (k, height + 1))
         return x[:, :, :, : height - k + 1].sum(2) + self.bias[:, None, None]  # ty: ignore[not-subscriptable]
+
+
+def mirror(x: Tensor, pad: Sequence[int]) -> Tensor:
+    """What F.pad(x, pad, mode="reflect") gives, by slices; pad: left, right, above, below, each below the side in px."""
+    for dim, before, after in ((3, pad[0], pad[1]), (2, pad[2], pad[3])):
+        first = x.narrow(dim, 1, before).flip(dim)
+        last = x.narrow(dim, x.shape[dim] - 1 - after, after).flip(dim)
+        x = torch.cat([first, x, last], dim)
+    return x
+
+
+def reflection_pad(x: Tensor, pad: Sequence[int]) -> Tensor:
+    """Pad (N, C, H, W) by reflection; for --deterministic by slices on a GPU, where torch's gradient is refused.
+
+    torch adds the gradients of a pixel and its mirror images in any order there, so sums would not repeat.
+    """
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return mirror(x, pad)
+    return F.pad(x, pad, mode="reflect")
+
+
+class ReflectionPad2d(nn.ReflectionPad2d):
+    """Padding by reflection, (N, C, H, W) → (N, C, H + 2 padding, W + 2 padding), whose gradient can repeat on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reflection_pad(x, self.padding)

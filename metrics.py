@@ -20,9 +20,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from cyclegan import LossConfig, discriminator_loss, eval_mode, generator_loss, translate
+from devices import autocast
 from images import range_to_bytes
 from models import Generator, Nets
-from utils import autocast, rank
+from utils import rank
 
 PEAK = 255.0
 PSNR_LIMIT = 100.0  # dB; identical images would score infinity and spoil every mean

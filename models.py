@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import InstanceNorm2d, ThinConv2d
+from layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 
 GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
@@ -155,7 +155,7 @@ def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) ->
     """
     if upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
-    return [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
+    return [nn.Upsample(scale_factor=2), ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
 
 
 def normed(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
@@ -169,8 +169,8 @@ class ResnetBlock(nn.Module):
     def __init__(self, width: int, norm: str):
         super().__init__()
         bias = norm != "batch"  # a batch norm brings its own shift
-        first = normed(norm, width, nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
-        second = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias), norm_layer(norm, width)]
+        first = normed(norm, width, ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
+        second = [ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias), norm_layer(norm, width)]
         self.body = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def pad_to_halve(x: Tensor, config: GeneratorConfig) -> Tensor:
         raise ValueError(f"{width}x{height} px: the generator needs at least {config.smallest_side} px a side")
     right = -width % 2**config.halvings
     below = -height % 2**config.halvings
-    return F.pad(x, (0, right, 0, below), mode="reflect") if right or below else x
+    return reflection_pad(x, (0, right, 0, below)) if right or below else x
 
 
 class ResnetGenerator(nn.Module):
@@ -212,7 +212,7 @@ class ResnetGenerator(nn.Module):
         norm = config.norm
         width = config.ngf
         bias = norm != "batch"  # a batch norm brings its own shift
-        self.stem = normed(norm, width, nn.ReflectionPad2d(3), nn.Conv2d(config.channels, width, 7, bias=bias))
+        self.stem = normed(norm, width, ReflectionPad2d(3), nn.Conv2d(config.channels, width, 7, bias=bias))
         self.down = nn.Sequential()
         self.blocks = nn.ModuleList()
         self.up = nn.Sequential()
@@ -228,7 +228,7 @@ class ResnetGenerator(nn.Module):
         if config.skips:  # without a nonlinearity behind each, the input's colours show through whatever stands there
             widths = [config.ngf * 2**i for i in reversed(range(config.n_downsampling))]
             self.skips = nn.ModuleList(normed(norm, w, nn.Conv2d(2 * w, w, 1, bias=bias)) for w in widths)
-        self.head = nn.Sequential(nn.ReflectionPad2d(3), ThinConv2d(width, config.channels, 7))
+        self.head = nn.Sequential(ReflectionPad2d(3), ThinConv2d(width, config.channels, 7))
         if config.norm_output:
             self.head.append(norm_layer(norm, config.channels))
 
@@ -340,8 +340,8 @@ class UnetVitGenerator(nn.Module):
             head = [nn.Conv2d(widths[0], config.channels, 1)]
         else:
             conv = nn.Conv2d(config.channels, widths[0], 7, bias=bias)
-            self.stem = normed(norm, widths[0], nn.ReflectionPad2d(3), conv)
-            head = [nn.ReflectionPad2d(3), ThinConv2d(widths[0], config.channels, 7)]
+            self.stem = normed(norm, widths[0], ReflectionPad2d(3), conv)
+            head = [ReflectionPad2d(3), ThinConv2d(widths[0], config.channels, 7)]
         levels = [self._level(thin, wide) for thin, wide in itertools.pairwise(widths)]
         self.down = nn.ModuleList(down for down, _ in levels)
         self.position = Position(widths[-1])

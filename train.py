@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoints
 import datasets
+import devices
 import files
 import flags
 import metrics
@@ -243,7 +244,7 @@ def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
 def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
     """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
     generator, discriminator = flags.network_configs(args)
-    utils.seed_everything(args.seed, args.deterministic)
+    devices.seed_everything(args.seed, args.deterministic)
     nets: models.Nets = {name: models.build_generator(generator, args.init) for name in models.DIRECTIONS}
     nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
     nets |= {name: net.train() for name, net in pretrained.items()}
@@ -266,12 +267,12 @@ def make_model(
         net.to(device)
     if adapters is not None:
         adapters.to(device)
-    precision = utils.pick_precision(args.precision, device)
+    precision = devices.pick_precision(args.precision, device)
     torch.manual_seed(args.seed + rank())  # weights are equal on all ranks; from here each draws its own numbers
     losses = flags.config_of(LossConfig, args)
     model = CycleGAN(nets, losses, flags.config_of(OptimConfig, args), precision, args.seed, adapters, loss)
     if args.compile:
-        model.compiled = utils.compile_nets(nets, device)
+        model.compiled = devices.compile_nets(nets, device)
     return model
 
 
@@ -402,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = flags.with_vit_defaults(args)
     flags.check_run_flags(args)
     flags.network_configs(args)  # refuses sizes before anything starts
-    device = utils.pick_device(args.device)
+    device = devices.pick_device(args.device)
     dataset, feed = make_feed(args, device)
     model = make_model(args, make_nets(args, pretrained), device)
     monitor = make_monitor(args, dataset, loss_names(model.loss_config), cyclegan_rows)

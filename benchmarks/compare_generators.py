@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
+import devices
 import flags
 import images
 import metrics
@@ -63,7 +64,7 @@ def seconds_per_step(families):
     for family, words in families.items():
         args = flags.with_vit_defaults(train.parse_args([*words, "--eval_interval", "0"]))
         flags.check_run_flags(args)
-        models[family] = train.make_model(args, train.make_nets(args, {}), utils.pick_device(args.device))
+        models[family] = train.make_model(args, train.make_nets(args, {}), devices.pick_device(args.device))
     times = {family: [] for family in families}
     for turn in range(TIMED + 2):
         for family, model in models.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import devices
 import export
 import flags
 import utils
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 def in_bf16(net):
     def run(image):
-        with utils.autocast(CPU, "bf16"):
+        with devices.autocast(CPU, "bf16"):
             return net(image)
 
     return run
@@ -67,7 +68,7 @@ def main(argv=None):
             programs |= {(file, f"{name}, {side} px"): (run, image) for name, run in runs.items()}
     found = medians(programs, args.turns)
     columns = list(dict.fromkeys(column for _, column in programs))
-    native = "" if utils.has_native_bf16(CPU) else "; bf16 is emulated here"
+    native = "" if devices.has_native_bf16(CPU) else "; bf16 is emulated here"
     print(f"milliseconds on {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}{native}")
     print(f"| file | parameters | ONNX, MB | difference | {' | '.join(columns)} |\n|{'---|' * (4 + len(columns))}")
     for file, cells in rows.items():

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import digit_score
 
+import devices
 import distill
 import flags
 import images
@@ -391,11 +392,11 @@ def commit() -> str:
 def processor() -> str:
     """What the figures were taken on."""
     names = [line.split(":")[1] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    device = utils.pick_device("auto")
+    device = devices.pick_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.processor()])[0].strip()
     threads = torch.get_num_threads()
     cores = f"{threads} thread" if threads == 1 else f"{threads} threads"
-    return f"{name}, {cores}, {utils.pick_precision('auto', device)}, torch {torch.__version__}"
+    return f"{name}, {cores}, {devices.pick_precision('auto', device)}, torch {torch.__version__}"
 
 
 def read_lines(path: str) -> list[str]:

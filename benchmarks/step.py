@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cyclegan
+import devices
 import flags
 import train
-import utils
 
 BUFFER_SIZE = 50
 
@@ -272,7 +272,7 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
 
 def precision_of(name: str, device: torch.device) -> str:
     """What a variant computes in."""
-    return "fp32" if name == "reference" else utils.pick_precision(name.split()[0], device)
+    return "fp32" if name == "reference" else devices.pick_precision(name.split()[0], device)
 
 
 def check(config: argparse.Namespace) -> float:
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         config = argparse.Namespace(**{**vars(config), "size": 16, "batch": 2, "ngf": 4, "blocks": 1, "n_layers_D": 1})
         print(f"largest difference of a loss over 20 steps in float64: {check(config):.1e}")
         return
-    device = utils.pick_device(args.device)
+    device = devices.pick_device(args.device)
     if args.memory_of:
         print_own_memory(config, device, args.memory_of)
         return

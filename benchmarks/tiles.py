@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import devices
 import flags
 import scenes
 import tiles
@@ -59,7 +60,7 @@ def main(argv=None):
     net, _ = load_generator(args.file)
 
     def translate(image):
-        with utils.autocast(CPU, args.precision):
+        with devices.autocast(CPU, args.precision):
             return net(image).float()
 
     ways = {("whole", 0): lambda image: translate(image)}

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from cyclegan import CycleGAN, LossConfig, OptimConfig
+from devices import seed_everything
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
-from utils import seed_everything
 
 TINY = [
     *("--img_height", "16", "--img_width", "16", "--num_residual", "1", "--ngf", "4", "--ndf", "4"),

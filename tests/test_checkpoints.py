@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import run_tiny, save_run, saved_args, state_of
 
+import devices
 import distill
 import flags
 import test as test_stage
 import train
-import utils
 from checkpoints import (
     IMAGES,
     RUNS,
@@ -39,13 +39,13 @@ from utils import InputError, one_line
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
-    state = {"nets": {"G": {"w": torch.rand(3)}}, "stage": "train", "rng": utils.rng_state()}
+    state = {"nets": {"G": {"w": torch.rand(3)}}, "stage": "train", "rng": devices.rng_state()}
     save_state(tmp_path / "s.pt", state)
     back = load_state(tmp_path / "s.pt", "train")
     assert torch.equal(back["nets"]["G"]["w"], state["nets"]["G"]["w"])
     assert differences({**state, "format": 1}, back) == []
     before = torch.rand(3)
-    utils.set_rng_state(back["rng"])
+    devices.set_rng_state(back["rng"])
     assert torch.equal(torch.rand(3), before)
 
 

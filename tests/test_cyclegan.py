@@ -13,7 +13,7 @@ from conftest import differences, tiny_model, tiny_networks
 from torch import nn
 
 import cyclegan
-import utils
+import devices
 from cyclegan import (
     CycleGAN,
     LossConfig,
@@ -832,7 +832,7 @@ def written_and_read(state):
 
 def whole_state(model):
     buffers = {domain: buffer.state_dict() for domain, buffer in model.buffers.items()}
-    return written_and_read({**model.state_dict(), "buffers": buffers, "rng": utils.rng_state()})
+    return written_and_read({**model.state_dict(), "buffers": buffers, "rng": devices.rng_state()})
 
 
 @pytest.mark.parametrize("changes", [{}, FULL, {"precision": "fp16", "norm": "none"}])
@@ -848,7 +848,7 @@ def test_a_model_goes_on_from_its_state_bit_for_bit(changes, monkeypatch):
     second.load_state_dict(state)
     for domain, buffer in second.buffers.items():
         buffer.load_state_dict(state["buffers"][domain], CPU)
-    utils.set_rng_state(state["rng"])
+    devices.set_rng_state(state["rng"])
     found = [second.step(*batch(step), step) for step in range(3, 6)]
     assert differences(expected, found) == []
     assert differences(whole_state(first), whole_state(second)) == []

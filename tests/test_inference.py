@@ -9,9 +9,9 @@ from conftest import noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
+import devices
 import inference
 import tiles
-import utils
 from images import list_images, load_image, range_to_bytes
 from inference import Source, Translator, translate_folder
 from models import GeneratorConfig, build_generator
@@ -184,7 +184,7 @@ def test_photos_that_are_reduced_for_the_network_do_not_wait_for_a_batch():
 
 
 def test_photos_that_would_fill_the_memory_of_a_transformer_are_left_out(monkeypatch):
-    monkeypatch.setattr(utils, "total_memory", lambda device: 4e6)
+    monkeypatch.setattr(devices, "total_memory", lambda device: 4e6)
     net = generator(generator="unet_vit", vit_blocks=0)
     noise_image(1, (160, 160)).save("large.png")
     assert "tokens" in str(translator(net, scale="native").read_seen(Path("large.png")).fault)

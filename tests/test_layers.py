@@ -1,10 +1,11 @@
-"""The layers that a CPU computes faster give what torch's give."""
+"""The layers that are computed otherwise give what torch's give."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from layers import InstanceNorm2d, ThinConv2d
+from layers import InstanceNorm2d, ThinConv2d, mirror
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 5, 2, 1), (2, 5, 40, 7)])
@@ -34,3 +35,15 @@ def test_thin_convolution_is_the_plain_one(out_channels):
         output = thin.float()(half)
     assert output.dtype == torch.float32
     assert torch.allclose(output, plain.float()(half.float()), atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [(3, 3, 3, 3), (0, 1, 0, 3), (2, 0, 1, 0), (0, 0, 0, 0)])
+def test_padding_by_slices_is_that_of_torch_and_so_is_its_gradient(pad):
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    expected = F.pad(x, pad, mode="reflect")
+    padded = mirror(x, pad)
+    assert torch.equal(padded, expected)
+    weight = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((padded * weight).sum(), x)
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), x)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-12)

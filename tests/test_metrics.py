@@ -10,8 +10,8 @@ from conftest import differences, tiny_model, tiny_networks
 from skimage.metrics import structural_similarity
 from torch import nn
 
+import devices
 import metrics
-import utils
 from cyclegan import LossConfig, translate
 from images import range_to_bytes
 from metrics import (
@@ -398,7 +398,7 @@ def everything_about(nets):
         "learns": {name: [p.requires_grad for p in net.parameters()] for name, net in nets.items()},
         "slopes": {name: [p.grad for p in net.parameters()] for name, net in nets.items()},
         "hooks": {name: [len(m._forward_hooks) for m in net.modules()] for name, net in nets.items()},
-        "random": utils.rng_state(),
+        "random": devices.rng_state(),
     }
 
 

@@ -13,8 +13,8 @@ from breakage import FakeTime, full_disk
 from conftest import differences, make_dataset, noise_image, tiny_model, warnings_in
 from PIL import Image
 
+import devices
 import progress
-import utils
 from cyclegan import TERMS
 from files import attempt, page_templates
 from logs import read_losses
@@ -534,7 +534,7 @@ def test_drawing_changes_nothing_about_the_networks(tmp_path):
     def all_of_it():
         tensors = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in nets.items()}
         modes = {name: [module.training for module in net.modules()] for name, net in nets.items()}
-        return tensors, modes, utils.rng_state()
+        return tensors, modes, devices.rng_state()
 
     before = all_of_it()
     monitor.draw(model, 1, 3, True)

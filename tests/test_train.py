@@ -17,6 +17,7 @@ from tiny_runs import run_tiny, save_run, state_of
 
 import cyclegan
 import datasets
+import devices
 import distill
 import flags
 import logs
@@ -617,7 +618,7 @@ def test_the_size_of_the_micro_batches_is_kept_over_a_resume(tiny, scarce):
 
 
 def test_the_scale_of_the_losses_stands_in_the_state(tiny, monkeypatch):
-    monkeypatch.setattr(utils, "pick_precision", lambda name, device: "fp16")
+    monkeypatch.setattr(devices, "pick_precision", lambda name, device: "fp16")
     monkeypatch.setattr(cyclegan, "autocast", lambda device, precision: torch.autocast("cpu", enabled=False))
     run_tiny("--num_epochs", 1)
     assert state_of("tiny")["scaler"]["scale"] == 2.0**16

@@ -1,7 +1,4 @@
 import errno
-import math
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,19 +10,7 @@ import pytest
 import torch
 
 import utils
-from utils import (
-    FakeImageBuffer,
-    InputError,
-    RunError,
-    StopRequest,
-    domain_names,
-    explain,
-    one_line,
-    pick_device,
-    pick_precision,
-    rank_slice,
-    stage,
-)
+from utils import FakeImageBuffer, InputError, RunError, StopRequest, domain_names, explain, one_line, rank_slice, stage
 
 CPU = torch.device("cpu")
 
@@ -263,96 +248,6 @@ def test_the_first_rank_runs_a_block_before_the_others(monkeypatch):
         with utils.first_rank_first():
             order.append("block")
         assert order == expected
-
-
-# -- device, precision, memory, seeds --------------------------------------------------------
-
-
-def test_devices_and_precisions_are_resolved_or_refused():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type in ("cpu", "cuda")
-    for name in ("cuda:99", "tpu", "meta", "xpu", ""):
-        with pytest.raises(InputError, match="--device"):
-            pick_device(name)
-    assert pick_precision("fp32", CPU) == "fp32"
-    assert pick_precision("auto", CPU) in ("fp32", "bf16")
-    with pytest.raises(InputError, match=r"--precision fp16: needs a CUDA GPU; expected on cpu: (bf16|fp32)"):
-        pick_precision("fp16", CPU)
-
-
-def test_auto_takes_what_the_device_computes_natively(monkeypatch):
-    cuda = torch.device("cuda")
-    for capability, precision in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert pick_precision("auto", cuda) == precision
-    assert pick_precision("fp16", cuda) == "fp16"
-
-
-def test_a_cpu_is_asked_by_names_that_torch_may_not_have(monkeypatch):
-    for names in (("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",), ()):
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-            monkeypatch.delattr(torch.cpu, name, raising=False)
-        for name in names:
-            monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
-        assert utils.has_native_bf16(CPU) == bool(names)
-    assert not utils.has_native_bf16(torch.device("mps"))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_networks_compute_in_the_precision_and_keep_their_weights(precision, dtype):
-    layer = torch.nn.Linear(2, 2)
-    with utils.autocast(CPU, precision):
-        assert layer(torch.ones(1, 2)).dtype == dtype
-    assert layer.weight.dtype == torch.float32
-
-
-def test_memory_is_told_or_taken_for_endless(monkeypatch):
-    total = utils.total_memory(CPU)
-    assert 2**20 < utils.free_memory() <= total < math.inf
-    monkeypatch.setattr(os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))
-    assert utils.total_memory(CPU) == math.inf
-    monkeypatch.setattr(utils.Path, "read_text", lambda *_, **__: "MemTotal: 7 kB\n")
-    assert utils.free_memory() == math.inf
-
-
-def test_a_seed_decides_the_numbers_of_python_and_torch():
-    def numbers(seed):
-        utils.seed_everything(seed)
-        return random.random(), torch.rand(3).tolist()
-
-    assert numbers(3) == numbers(3)
-    assert numbers(3)[0] != numbers(4)[0]
-    assert numbers(3)[1] != numbers(4)[1]
-
-
-def test_deterministic_is_switched_on_and_off_again(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    utils.seed_everything(0, deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cudnn.benchmark
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    utils.seed_everything(0)
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_random_numbers_go_on_where_their_state_was_noted(tmp_path):
-    torch.save(utils.rng_state(), tmp_path / "rng.pt")
-    expected = [random.random(), *torch.rand(3).tolist()]
-    utils.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))  # plain values: no code in it
-    assert [random.random(), *torch.rand(3).tolist()] == expected
-
-
-# -- compilation -----------------------------------------------------------------------------
-
-
-def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda net, **options: (net, options))
-    nets = {"G_AB": torch.nn.Linear(1, 1), "D_A": torch.nn.Linear(1, 1)}
-    compiled = utils.compile_nets(nets, torch.device("cuda"))
-    assert compiled == {name: (net, {"mode": "reduce-overhead", "dynamic": False}) for name, net in nets.items()}
-    with pytest.raises(InputError, match=r"--compile: gains nothing on cpu .*; leave the flag out"):
-        utils.compile_nets(nets, CPU)
 
 
 # -- signals ---------------------------------------------------------------------------------

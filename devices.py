@@ -1,0 +1,113 @@
+"""Where and in which precision networks run; seeds and states of random numbers."""
+
+import math
+import os
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from utils import InputError, world
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn a flag into a device that exists; auto takes a CUDA GPU, each rank its own, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise InputError(f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}") from None
+    if device.type == "meta":
+        raise InputError("--device meta: holds no images; expected auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL and graphs work on the current one
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is computed by the hardware: CUDA from Ampere, CPUs with avx512_bf16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe)  # private names, so guarded
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolve --precision auto for a device.
+
+    raises: InputError for fp16 where there is no loss scaling, or no gain: on anything but CUDA
+    """
+    best = "bf16" if has_native_bf16(device) else "fp32"
+    if device.type == "cuda" and best == "fp32" and torch.cuda.get_device_capability(device) >= (7, 0):
+        best = "fp16"  # tensor cores since Volta
+    if name == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
+    return best if name == "auto" else name
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Compute the networks in half precision where `precision` says so; weights stay in float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict[str, Callable]:
+    """Compile networks, into CUDA graphs, as second names, so that those in a state stay as they are.
+
+    raises: InputError on anything but CUDA
+    """
+    if device.type != "cuda":
+        raise InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
+    return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
+
+
+def total_memory(device: torch.device) -> float:
+    """Memory of a device in bytes; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def free_memory() -> float:
+    """Memory that programs can still take, in bytes; infinity where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python and torch; with deterministic, refuse algorithms that do not repeat."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def rng_state() -> dict:
+    """Collect the states of all generators of random numbers, as plain values."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what rng_state collected; a different number of GPUs leaves theirs as seeded."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
