@@ -13,11 +13,11 @@ from utils import InputError, world
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a flag into a device that exists; auto takes a CUDA GPU, each rank its own, else the CPU."""
+    """Turn a flag into a device that exists; auto takes a CUDA GPU, each rank its own where there are enough, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world() > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -83,7 +83,10 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
         return code, f"{reason}; check the path, its rights and the space left"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return 1, "out of memory; lower --batch_size, or --img_height and --img_width"
+        return (
+            1,
+            "out of memory; training, lower --batch_size, or --img_height and --img_width; testing, take --tile 512",
+        )
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
@@ -156,7 +159,8 @@ def join_ranks() -> None:
     """Meet the other processes, if torchrun started this one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    nccl = dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL refuses ranks that share a GPU
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
 
 

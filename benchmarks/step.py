@@ -12,6 +12,7 @@ step.csv and step.png into --output. --check compares the losses of 20 steps in 
 
 import argparse
 import csv
+import math
 import random
 import statistics
 import subprocess
@@ -212,19 +213,11 @@ def two_steps(config: argparse.Namespace, device: torch.device, name: str) -> No
         variant.step(real_A, real_B)
 
 
-def peak_memory(config: argparse.Namespace, device: torch.device, name: str) -> float:
-    """MB that two steps need at most: of the GPU, or of a fresh process (with all of torch, which is the smaller part)."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        two_steps(config, device, name)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+def peak_memory(config: argparse.Namespace, name: str) -> float:
+    """MB that two steps on a CPU need at most: those of a fresh process, with all of torch."""
     argv = [sys.executable, __file__, "--sizes", config.size, "--batches", config.batch, "--ngf", config.ngf]
     argv += ["--blocks", config.blocks, "--n_layers_D", config.n_layers_D, "--threads", config.threads]
-    argv += ["--precisions", *config.precisions, "--device", config.device, "--memory_of", name]
-    if config.compile:
-        argv.append("--compile")
+    argv += ["--precisions", *config.precisions, "--device", "cpu", "--memory_of", name]
     if config.layouts:
         argv.append("--layouts")
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=True)
@@ -238,24 +231,53 @@ def print_own_memory(config: argparse.Namespace, device: torch.device, name: str
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
+def built_and_warm(
+    config: argparse.Namespace, device: torch.device, name: str, real_A: Tensor, real_B: Tensor
+) -> tuple[Callable, float]:
+    """The step of a variant after its first ones, which pay for set-up and compilation; and the MB of a GPU they took."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    variant = make_variants(config, device)[name]()
+    for _ in range(config.warm):
+        variant.step(real_A, real_B)
+    if device.type == "cuda":
+        return variant.step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return variant.step, math.nan
+
+
+def kernel_seconds(step: Callable, device: torch.device) -> float:
+    """Seconds that the kernels of a step take on a GPU, one after the other; a CPU has none."""
+    if device.type != "cuda":
+        return math.nan
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
 def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, float]) -> list[dict]:
     """Time all variants at one size and batch, turn by turn; returns a row of figures for each."""
-    variants = {name: make() for name, make in make_variants(config, device).items()}
     real_A, real_B = make_batch(config, device)
-    times = {name: [] for name in variants}
-    for i in range(config.rounds + config.warm):
-        for name, variant in variants.items():
-            taken = seconds(lambda variant=variant: variant.step(real_A, real_B), device)
-            if i >= config.warm:  # the first ones pay for set-up and compilation
-                times[name].append(taken)
+    steps = {}
+    memory = {}
+    for name in make_variants(config, device):
+        steps[name], memory[name] = built_and_warm(config, device, name, real_A, real_B)
+    times = {name: [] for name in steps}
+    for _ in range(config.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(lambda step=step: step(real_A, real_B), device))
     with FlopCounterMode(display=False) as counter:
-        variants[config.precisions[0]].step(real_A, real_B)
+        steps[config.precisions[0]](real_A, real_B)
     work = counter.get_total_flops()  # of the step as we compute it: nothing in it is thrown away
-    del variants
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, median in medians.items():
         word = precision_of(name, device)
+        kernels = kernel_seconds(lambda name=name: steps[name](real_A, real_B), device)
+        if config.memory and device.type == "cpu":
+            memory[name] = peak_memory(config, name)
         rows.append(
             {
                 **{"size": config.size, "batch": config.batch, "variant": name, "precision": word},
@@ -263,7 +285,8 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
                 "images/s": round(2 * config.batch / median, 2),
                 "ratio": round(medians["reference"] / median, 2),
                 "fraction of peak": round(work / median / peaks[word], 3),
-                "peak MB": round(peak_memory(config, device, name)) if config.memory else "",
+                "in kernels": "" if math.isnan(kernels) else round(kernels / median, 2),
+                "peak MB": "" if math.isnan(memory[name]) else round(memory[name]),
             }
         )
         print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
@@ -328,7 +351,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of each variant")
+    parser.add_argument("--memory", action="store_true", help="also measure each variant's peak memory on a CPU")
     parser.add_argument("--memory_of", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="compare losses in float64, at a tiny size")
     parser.add_argument("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
