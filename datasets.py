@@ -390,11 +390,6 @@ def start_worker(worker: int, pixels: float) -> None:
     images.limit_pixels(pixels)
 
 
-def default_workers(device: torch.device) -> int:
-    """Processes that read images: a CPU has none to spare; 4 beside a GPU are a guess, not measured."""
-    return 0 if device.type == "cpu" else 4
-
-
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Make a loader that reads in the order of `sampler`."""
     return DataLoader(

@@ -60,16 +60,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict[str, Callable]:
-    """Compile networks, into CUDA graphs, as second names, so that those in a state stay as they are.
-
-    raises: InputError on anything but CUDA
-    """
-    if device.type != "cuda":
-        raise InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
-    return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
-
-
 def total_memory(device: torch.device) -> float:
     """Memory of a device in bytes; infinity where the system does not tell."""
     if device.type == "cuda":
@@ -95,7 +85,6 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -111,3 +100,40 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Choices by rule, each in one place. For a GPU they are unmeasured defaults; benchmarks/NOTES.md names what decides.
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How networks lie in memory: the usual way, which is the faster one on a CPU."""
+    return torch.contiguous_format
+
+
+def set_cudnn_benchmark(device: torch.device, deterministic: bool) -> None:
+    """Let cuDNN try its convolutions once for each shape, of which training has few; not where runs must repeat."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def set_tf32(device: torch.device) -> None:
+    """Compute float32 matrix products of a GPU as torch computes its convolutions anyway: with 10 bits of mantissa."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict[str, Callable]:
+    """Compile networks, into CUDA graphs, as second names, so that those in a state stay as they are.
+
+    Sizes are fixed in training, so that no graph is made for all of them.
+    raises: InputError on anything but CUDA
+    """
+    if device.type != "cuda":
+        raise InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
+    return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that read images: a CPU has none to spare."""
+    return 0 if device.type == "cpu" else 4

@@ -202,7 +202,7 @@ def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     )
     size = (args.img_height, args.img_width)
     images = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
-    workers = args.num_workers if args.num_workers is not None else datasets.default_workers(device)
+    workers = args.num_workers if args.num_workers is not None else devices.default_workers(device)
     if args.cache != "none":
         images.caches = datasets.make_caches(args.cache, paths, images.load_size, args.channels, dataset, workers)
     loader = datasets.make_loader(images, order, workers, pin_memory=device.type == "cuda")
@@ -263,8 +263,10 @@ def make_model(
 ) -> CycleGAN:
     """Put networks on their device and make all that learns with them; adapters and loss are a distillation's."""
     flags.check_memory(args, nets["G_AB"].config, device)
+    devices.set_cudnn_benchmark(device, args.deterministic)
+    devices.set_tf32(device)
     for net in nets.values():
-        net.to(device)
+        net.to(device=device, memory_format=devices.memory_format(device))
     if adapters is not None:
         adapters.to(device)
     precision = devices.pick_precision(args.precision, device)

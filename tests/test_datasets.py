@@ -303,11 +303,6 @@ def test_workers_leave_signals_to_the_main_process_and_take_its_limit():
         signal.signal(getattr(signal, name), handler)
 
 
-def test_a_cpu_reads_in_its_own_process_by_default():
-    assert datasets.default_workers(torch.device("cpu")) == 0
-    assert datasets.default_workers(torch.device("cuda")) == 4
-
-
 # -- the cache ---------------------------------------------------------------------------------
 
 

@@ -74,11 +74,9 @@ def test_a_seed_decides_the_numbers_of_python_and_torch():
 
 
 def test_deterministic_is_switched_on_and_off_again(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     devices.seed_everything(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     devices.seed_everything(0)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -101,3 +99,25 @@ def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
     assert compiled == {name: (net, {"mode": "reduce-overhead", "dynamic": False}) for name, net in nets.items()}
     with pytest.raises(InputError, match=r"--compile: gains nothing on cpu .*; leave the flag out"):
         devices.compile_nets(nets, CPU)
+
+
+# -- choices by rule -------------------------------------------------------------------------
+
+
+def test_backends_of_a_gpu_are_set_and_those_of_a_cpu_left_alone(monkeypatch):
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    for device, deterministic, before, after in (
+        *(("cuda", False, False, True), ("cuda", True, True, False)),
+        *(("cpu", False, False, False), ("cpu", False, True, True)),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        devices.set_cudnn_benchmark(torch.device(device), deterministic)
+        assert torch.backends.cudnn.benchmark == after
+        devices.set_tf32(torch.device(device))
+    assert precisions == ["high", "high"]
+
+
+def test_only_beside_a_gpu_images_are_read_by_other_processes():
+    assert devices.default_workers(CPU) == 0
+    assert devices.default_workers(torch.device("cuda")) == 4
