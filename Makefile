@@ -4,12 +4,13 @@
 # make format  let ruff lay out the code
 # make slow    the tests that take longer
 # make browser what the slow tests with a browser need, as root on Debian; without it they are skipped
+# make gpu     what only a GPU can show, into docs/gpu.md: tests, step, memory, ranks, training; DATA=DIR holds horse2zebra
 # make results train and score every row of docs/results.md again: many hours; DATA=DIR holds the data sets
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --num_epochs 12
 
-.PHONY: demo smoke test format slow browser results clean
+.PHONY: demo smoke test format slow browser gpu results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +53,10 @@ browser:
 DATA ?= datasets
 results: .venv/installed
 	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations fine_tuning pixels maps --data_root $(DATA)
+
+DEVICE ?= cuda
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE) --data_root $(DATA) $(if $(filter cpu,$(DEVICE)),--tiny)
 
 clean:
 	rm -rf .venv

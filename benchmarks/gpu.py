@@ -71,7 +71,7 @@ def run(*argv: object, **environment: str) -> str:
     print(f"$ {' '.join(words[1:])}", flush=True)
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
-        raise RuntimeError(f"{words[1]} ended with {done.returncode}: {(done.stderr or done.stdout)[-3000:]}")
+        sys.exit(f"{words[1]} ended with {done.returncode}: {(done.stderr or done.stdout)[-3000:]}")
     return done.stdout
 
 
@@ -103,9 +103,13 @@ def step(args: argparse.Namespace) -> list[dict]:
     else:
         sizes = ["--sizes", args.size, "--batches", 1, 4, 10, "--rounds", 9, "--warm", 4]
     compiled = ["--compile"] if args.device.type == "cuda" else []
-    words = ["--precisions", "fp32", "bf16", "--layouts", *compiled, "--device", args.device, "--output", output]
-    print(run(ROOT / "benchmarks/step.py", *sizes, *words))
-    return read_csv(output / "step.csv")
+    rows = []
+    for words in (["--precisions", "fp32"], ["--precisions", "bf16", "--choices", *compiled]):
+        sizes_and_place = [*sizes, "--threads", 1, "--device", args.device, "--output", output]
+        print(run(ROOT / "benchmarks/step.py", *words, *sizes_and_place))
+        found = read_csv(output / "step.csv")
+        rows += [row for row in found if not (rows and row["variant"] == "reference")]
+    return rows
 
 
 def loader(args: argparse.Namespace) -> list[dict]:
@@ -319,28 +323,42 @@ def table(rows: list[dict]) -> list[str]:
     return lines + [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
 
 
+INTRODUCTION = """# What was measured on GPUs
+
+Written by `benchmarks/gpu.py` from `gpu.json`. On your own card: `make gpu`, with `DATA=DIR` where `horse2zebra` lies; each stage takes
+under 8 minutes, a stage that is done is left out. What is not in a table here was never measured on a GPU.
+
+Proved without one, by the everyday tests: a whole step, both generators, with gradient penalty, averages and a student, runs on torch's
+meta device, so nothing in it waits for the GPU or leaves a tensor on the CPU; every network compiles as one graph, and the
+compiled step's losses are the eager ones'; fp16 scales its losses, skips a step that overflows and keeps the scale over a resume; out of
+memory at any call of a step, the step is repeated in micro-batches and teaches the same; states go on in another memory format.
+What will be decided by these tables, and how: [benchmarks/NOTES.md](../benchmarks/NOTES.md#what-a-gpu-will-decide)."""
+
+
 def write(output: Path, results: dict) -> None:
     """Write gpu.json, and gpu.md from it."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    lines = ["# What was measured on GPUs", ""]
-    lines += [
-        "Written by `benchmarks/gpu.py` from `gpu.json`; on your own card: `make gpu`. What is not here was not measured."
-    ]
+    lines = [INTRODUCTION]
+    if not results:
+        lines += ["", "**No GPU has been measured yet.**"]
     for name, stages in results.items():
         lines += ["", f"## {name}"]
         for stage, found in stages.items():
             lines += ["", f"### {STAGES[stage][1]}", "", f"`{found['command']}`, {found['seconds']:.0f} s", ""]
             lines += table(found["rows"])
-            for picture in sorted(output.glob("gpu_*.png")) if stage == "training" else ():
-                lines += ["", f"![the fixed test images after the last epoch of {picture.stem}]({picture.name})"]
+            for grid in sorted(output.glob("gpu_*.png")) if stage == "training" else ():
+                lines += ["", f"![the fixed test images after the last epoch of {grid.stem}]({grid.name})"]
     (output / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, help="do these, again if need be (default: what is missing)"
+        "--stages",
+        nargs="*",
+        choices=STAGES,
+        help="do these, again if need be (default: those that are missing; none: write gpu.md alone)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks and images: to see that all stages work")
@@ -366,6 +384,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.output / "gpu.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.stages == []:  # the pages alone
+        write(args.output, results)
+        return
     done = results.setdefault(machine(args.device), {})
     for name in args.stages or [name for name in STAGES if name not in done]:
         print(f"-- {name}", flush=True)

@@ -139,9 +139,7 @@ class Reference:
 
 
 class Ours:
-    def __init__(
-        self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = ""
-    ):
+    def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool):
         words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
         words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
         words |= {"precision": precision}
@@ -152,15 +150,26 @@ class Ours:
         flags.check_run_flags(args)
         self.model = train.make_model(args, train.make_nets(args, {}), device)
         self.finished_steps = 0
-        if layout:
-            memory_format = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout]
-            for net in self.model.nets.values():
-                net.to(memory_format=memory_format)
 
     def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
         losses = self.model.step(real_A, real_B, self.finished_steps)
         self.finished_steps += 1
         return losses
+
+
+def channels_last(config: argparse.Namespace, device: torch.device, precision: str) -> Ours:
+    """Our step with networks that lie in memory pixel by pixel, all channels of each side by side."""
+    variant = Ours(config, device, precision, False)
+    for net in variant.model.nets.values():
+        net.to(memory_format=torch.channels_last)
+    return variant
+
+
+def untried(config: argparse.Namespace, device: torch.device, precision: str) -> Ours:
+    """Our step with the convolutions that cuDNN takes without trying them, as in the reference."""
+    variant = Ours(config, device, precision, False)
+    torch.backends.cudnn.benchmark = False
+    return variant
 
 
 def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
@@ -170,9 +179,10 @@ def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str,
         variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
         if config.compile:
             variants[f"{precision} compiled"] = lambda precision=precision: Ours(config, device, precision, True)
-        if config.layouts:
-            for layout in ("nchw", "nhwc"):
-                variants[f"{precision} {layout}"] = lambda p=precision, x=layout: Ours(config, device, p, False, x)
+        if config.choices:
+            variants[f"{precision} channels_last"] = lambda precision=precision: channels_last(
+                config, device, precision
+            )
     return variants
 
 
@@ -218,8 +228,8 @@ def peak_memory(config: argparse.Namespace, name: str) -> float:
     argv = [sys.executable, __file__, "--sizes", config.size, "--batches", config.batch, "--ngf", config.ngf]
     argv += ["--blocks", config.blocks, "--n_layers_D", config.n_layers_D, "--threads", config.threads]
     argv += ["--precisions", *config.precisions, "--device", "cpu", "--memory_of", name]
-    if config.layouts:
-        argv.append("--layouts")
+    if config.choices:
+        argv.append("--choices")
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -234,17 +244,28 @@ def print_own_memory(config: argparse.Namespace, device: torch.device, name: str
 def built_and_warm(
     config: argparse.Namespace, device: torch.device, name: str, real_A: Tensor, real_B: Tensor
 ) -> tuple[Callable, float]:
-    """The step of a variant after its first ones, which pay for set-up and compilation; and the MB of a GPU they took."""
+    """The step of a variant after its first ones, which pay for set-up and compilation; and the MB of a GPU they took.
+
+    How cuDNN chooses its convolutions is a switch of the whole process, so each step turns it to where its variant left it.
+    """
+    torch.backends.cudnn.benchmark = False
+    before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     variant = make_variants(config, device)[name]()
-    for _ in range(config.warm):
+    tries = torch.backends.cudnn.benchmark
+
+    def step(real_A: Tensor, real_B: Tensor) -> None:
+        torch.backends.cudnn.benchmark = tries
         variant.step(real_A, real_B)
+
+    for _ in range(config.warm):
+        step(real_A, real_B)
     if device.type == "cuda":
-        return variant.step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    return variant.step, math.nan
+        return step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return step, math.nan
 
 
 def kernel_seconds(step: Callable, device: torch.device) -> float:
@@ -346,7 +367,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="what --precision is given")
     parser.add_argument("--compile", action="store_true", help="also measure with --compile")
-    parser.add_argument("--layouts", action="store_true", help="also measure both memory formats of our networks")
+    parser.add_argument(
+        "--choices", action="store_true", help="also measure what the rules of devices.py decide between"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
     parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

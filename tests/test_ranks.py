@@ -14,6 +14,7 @@ import torch.distributed as dist
 from conftest import TINY, differences, tiny_model
 
 import checkpoints
+import devices
 import files
 import train
 import utils
@@ -201,3 +202,28 @@ def test_only_the_first_rank_writes_and_speaks(monkeypatch, capsys):
     utils.say("a fault", file=sys.stderr)
     assert capsys.readouterr() == ("", "a fault\n")
     assert not Path("x.txt").exists()
+
+
+@pytest.mark.parametrize(("cards", "backend"), [(2, "cpu:gloo,cuda:nccl"), (1, "gloo"), (0, "gloo")])
+def test_ranks_that_share_a_card_do_not_meet_over_nccl_which_refuses_that(monkeypatch, cards, backend):
+    asked = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    utils.join_ranks()
+    assert asked == [backend]
+
+
+def test_each_rank_takes_its_own_card_and_shares_one_where_there_are_too_few(monkeypatch):
+    taken = []
+    monkeypatch.setattr(devices, "world", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(str(device)))
+    for cards in (2, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        for rank in "01":
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            devices.pick_device("cuda")
+    assert taken == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]
