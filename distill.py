@@ -34,16 +34,15 @@ import cyclegan
 import datasets
 import flags
 import images
-import metrics
 import models
 import train
 import utils
 from checkpoints import IMAGES, RUNS
 from files import write_json
-from inference import check_together, load_run
+from inference import check_together
 from models import DIRECTIONS
 from progress import distillation_rows
-from report import compare_costs, compare_generators, refuse_large
+from report import compare_costs, refuse_large, report_direction, report_rows
 from utils import InputError, say
 from weights import load_generator
 
@@ -233,58 +232,17 @@ def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
 # The report
 
 
-def report_rows(args: Namespace, teacher: Teacher, name: str) -> tuple[dict[str, tuple], tuple[int, int]]:
-    """The networks of one direction to compare: teacher, student, and the student from scratch if its run exists.
-
-    returns: by label the generators and the file that would be shipped; height and width that the student learnt at
-    """
-    file = teacher.path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
-    rows = {"teacher": (teacher.nets, file if file.is_file() else teacher.path)}
-    sizes = {}
-    for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
-        file = RUNS / run_name / f"{name}.safetensors"
-        if file.is_file() and (label == "student" or run_name != args.run_name):
-            nets, metadata = load_run(run_name)
-            check_together({**nets, "teacher": teacher.nets[name]}, f"--report: {run_name}")
-            if label == "student" or nets[name].config != teacher.nets[name].config:  # else a copy of the teacher
-                rows[label] = (nets, file)
-                sizes[label] = tuple(metadata["size"])
-    if "student" not in rows:
-        words = f"no student in {RUNS / args.run_name}; distil one first, without --report"
-        raise InputError(f"--report: {words}, or name one with --run_name")
-    return rows, sizes["student"]
-
-
-def report_direction(
-    args: Namespace, rows: dict[str, tuple], size: tuple[int, int], name: str, device: torch.device
-) -> dict:
-    """Compare networks of one direction: cost, and quality on the held-out images; returns the figures by row."""
-    for nets, _ in rows.values():
-        for net in nets.values():
-            net.to(device)
-    precision = utils.pick_precision(args.precision, device)
-    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    split = datasets.held_out_split(dataset)
-    channels = rows["teacher"][0][name].config.channels
-    reals = datasets.named_images(dataset / f"{split}{name[2]}", size, channels, args.on_bad_image)
-    truths = datasets.named_images(dataset / f"{split}{name[3]}", size, channels, args.on_bad_image)
-    table, grid = compare_generators(rows, name, reals, truths, precision)
-    images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
-    where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
-    say(f"{DIRECTIONS[name]} at {where}")
-    for line in metrics.format_table(table):
-        say(line)
-    return table
-
-
 def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
     images.limit_pixels(1e6 * args.max_megapixels)
     tables = {}
     for name in students_of(args):
-        rows, size = report_rows(args, teacher, name)
+        rows, size = report_rows(teacher.nets, teacher.path, name, args.run_name, f"{teacher_name(args)}_scratch")
         if "direction" in args.given or rows["student"][0][name].config != teacher.nets[name].config:
-            tables[name] = report_direction(args, rows, size, name, device)
+            dataset = datasets.find_dataset(args.data_root, args.dataset_name)
+            precision = utils.pick_precision(args.precision, device)
+            tables[name], grid = report_direction(rows, name, size, dataset, args.on_bad_image, device, precision)
+            images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
         else:
             say(f"{DIRECTIONS[name]}: {args.run_name} has no student for it")
     write_json(IMAGES / args.run_name / "report.json", tables)
