@@ -47,7 +47,8 @@ from utils import InputError, say
 from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
-FIXED_FLAGS = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
+STUDENT_FLAGS = ("student_residual", "student_ngf", "student_skips")
+FIXED_FLAGS = (*STUDENT_FLAGS, "teacher", "direction", "hidden_layers", "transfer", "channels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,7 +170,8 @@ def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> N
     theirs = teacher.state_dict()
     copied = {}
     for name, value in student.state_dict().items():
-        if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
+        part = name.split(".")[0]
+        if part in COPIED and name in theirs and theirs[name].shape == value.shape:  # skips may be the student's alone
             copied[name] = theirs[name]
     student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
     changed = {name.split(".")[0] for name in theirs.keys() - copied.keys()}
@@ -178,11 +180,16 @@ def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> N
 
 
 def student_config(args: Namespace, teacher: models.GeneratorConfig) -> models.GeneratorConfig:
-    """The config of a teacher, but for the blocks and the width of its student."""
+    """The config of a teacher, but for the blocks, the width and the skips of its student."""
     if teacher.generator == "resnet":
-        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=args.student_ngf or teacher.ngf)
+        ngf = args.student_ngf or teacher.ngf
+        skips = teacher.skips if args.student_skips is None else args.student_skips
+        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=ngf, skips=skips)
     if args.student_ngf:
         raise InputError(f"--student_ngf {args.student_ngf}: the width of a {teacher.generator} is fixed; leave it out")
+    if args.student_skips is not None:
+        given = "--student_skips" if args.student_skips else "--no-student_skips"
+        raise InputError(f"{given}: the skips of a {teacher.generator} are fixed; leave it out")
     return dataclasses.replace(teacher, vit_blocks=args.student_residual)
 
 
@@ -291,6 +298,8 @@ def make_parser() -> flags.Parser:
     add("--direction", choices=("both", *DIRECTIONS.values()), default="both", help=words)
     add("--student_residual", type=flags.int_between(0, 1000), default=3, help="blocks of the student")
     add("--student_ngf", type=flags.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
+    words = "lead what the halvings lose around the blocks of a resnet student (default: as its teacher)"
+    add("--student_skips", action=BooleanOptionalAction, default=None, help=words)
     words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
     add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
     add("--lambda_hidden", type=flags.float_between(0), default=1.0, help="weight of the distance of hidden states")

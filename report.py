@@ -41,6 +41,8 @@ def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
         given = f"--student_residual {student.blocks}"
         if student.ngf != teacher.ngf:
             given += f" --student_ngf {student.ngf}"
+        if student.skips and not teacher.skips:
+            given += " --student_skips"
         words = f"a student of {own:,} parameters is not smaller than its teacher of {theirs:,}"
         raise InputError(f"{given}: {words}; take {' or '.join(smaller) or 'another teacher'}")
 
