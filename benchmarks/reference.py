@@ -175,10 +175,10 @@ def curves_of(rows: list[dict], which: str, measure: str, grid: np.ndarray) -> n
     return np.array(curves)
 
 
-def minutes_to(level: float, grid: np.ndarray, curve: np.ndarray) -> float:
-    """The first minute of the grid at which a curve has a level; nan if it never has."""
+def minutes_to(level: float, grid: np.ndarray, curve: np.ndarray) -> str:
+    """The first minute of the grid at which a curve has a level, in words."""
     reached = grid[curve >= level]
-    return float(reached[0]) if len(reached) else float("nan")
+    return f"{reached[0]:.1f}" if len(reached) else f"more than {grid[np.isfinite(curve)][-1]:.1f}"
 
 
 def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[str]:
@@ -194,12 +194,11 @@ def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[
             axes.plot(grid, values.mean(0), color=colour, linewidth=2.5, label=which)
         level = curves["reference"].mean(0)[-1]
         taken = minutes_to(level, grid, curves["ours"].mean(0))
-        each = ", ".join(f"{minutes_to(level, grid, curve):.1f}" for curve in curves["ours"])
-        lines.append(f"{title}: the reference has {level:.2f} dB after {minutes:g} minutes, ours after {taken:.1f}")
-        lines[-1] += f" (its seeds after {each})"
+        each = ", ".join(minutes_to(level, grid, curve) for curve in curves["ours"])
+        words = f"{title}: the reference has {level:.2f} dB after {minutes:g} minutes, ours after {taken}"
+        lines.append(f"{words} (its seeds after {each})")
         axes.axhline(level, color="C0", linestyle=":", linewidth=1)
-        axes.axvline(taken, color="C1", linestyle=":", linewidth=1)
-        axes.set_title(f"{title}: {minutes:g} minutes of the reference, {taken:.1f} of ours", fontsize=10)
+        axes.set_title(f"{title}: ours needs {taken} minutes for the reference's {minutes:g}", fontsize=10)
         axes.set_xlabel("minutes of training")
         axes.set_ylabel("PSNR on the test pairs, dB")
         axes.set_xlim(0, minutes)

@@ -94,7 +94,7 @@ def test_ours_is_timed_against_the_level_at_the_end_of_the_reference(tmp_path):
                 rows.append({"which": "ours", "seed": seed, "minutes": minute, **level})
     lines = reference.compare(rows, 10, 60, tmp_path / "plot.png")
     assert lines[0] == "A → B: the reference has 20.00 dB after 10 minutes, ours after 4.0 (its seeds after 3.0, 5.0)"
-    assert "ours after nan" in lines[1]
+    assert "ours after more than 6.0 (its seeds after more than 6.0, more than 6.0)" in lines[1]
 
 
 def test_a_curve_ends_where_its_run_ends():
