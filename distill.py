@@ -35,21 +35,21 @@ import datasets
 import devices
 import flags
 import images
-import metrics
 import models
 import train
 import utils
 from checkpoints import IMAGES, RUNS
 from files import write_json
-from inference import check_together, load_run
+from inference import check_together
 from models import DIRECTIONS
 from progress import distillation_rows
-from report import compare_costs, compare_generators, refuse_large
+from report import compare_costs, refuse_large, report_direction, report_rows
 from utils import InputError, say
 from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
-FIXED_FLAGS = ("teacher", "direction", "student_residual", "student_ngf", "hidden_layers", "transfer", "channels")
+STUDENT_FLAGS = ("student_residual", "student_ngf", "student_skips")
+FIXED_FLAGS = (*STUDENT_FLAGS, "teacher", "direction", "hidden_layers", "transfer", "channels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> N
     theirs = teacher.state_dict()
     copied = {}
     for name, value in student.state_dict().items():
-        if name.split(".")[0] in COPIED and theirs[name].shape == value.shape:
+        part = name.split(".")[0]
+        if part in COPIED and name in theirs and theirs[name].shape == value.shape:  # skips may be the student's alone
             copied[name] = theirs[name]
     student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
     changed = {name.split(".")[0] for name in theirs.keys() - copied.keys()}
@@ -180,11 +181,16 @@ def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> N
 
 
 def student_config(args: Namespace, teacher: models.GeneratorConfig) -> models.GeneratorConfig:
-    """The config of a teacher, but for the blocks and the width of its student."""
+    """The config of a teacher, but for the blocks, the width and the skips of its student."""
     if teacher.generator == "resnet":
-        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=args.student_ngf or teacher.ngf)
+        ngf = args.student_ngf or teacher.ngf
+        skips = teacher.skips if args.student_skips is None else args.student_skips
+        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=ngf, skips=skips)
     if args.student_ngf:
         raise InputError(f"--student_ngf {args.student_ngf}: the width of a {teacher.generator} is fixed; leave it out")
+    if args.student_skips is not None:
+        given = "--student_skips" if args.student_skips else "--no-student_skips"
+        raise InputError(f"{given}: the skips of a {teacher.generator} are fixed; leave it out")
     return dataclasses.replace(teacher, vit_blocks=args.student_residual)
 
 
@@ -234,58 +240,17 @@ def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
 # The report
 
 
-def report_rows(args: Namespace, teacher: Teacher, name: str) -> tuple[dict[str, tuple], tuple[int, int]]:
-    """The networks of one direction to compare: teacher, student, and the student from scratch if its run exists.
-
-    returns: by label the generators and the file that would be shipped; height and width that the student learnt at
-    """
-    file = teacher.path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
-    rows = {"teacher": (teacher.nets, file if file.is_file() else teacher.path)}
-    sizes = {}
-    for label, run_name in (("student", args.run_name), ("scratch", f"{teacher_name(args)}_scratch")):
-        file = RUNS / run_name / f"{name}.safetensors"
-        if file.is_file() and (label == "student" or run_name != args.run_name):
-            nets, metadata = load_run(run_name)
-            check_together({**nets, "teacher": teacher.nets[name]}, f"--report: {run_name}")
-            if label == "student" or nets[name].config != teacher.nets[name].config:  # else a copy of the teacher
-                rows[label] = (nets, file)
-                sizes[label] = tuple(metadata["size"])
-    if "student" not in rows:
-        words = f"no student in {RUNS / args.run_name}; distil one first, without --report"
-        raise InputError(f"--report: {words}, or name one with --run_name")
-    return rows, sizes["student"]
-
-
-def report_direction(
-    args: Namespace, rows: dict[str, tuple], size: tuple[int, int], name: str, device: torch.device
-) -> dict:
-    """Compare networks of one direction: cost, and quality on the held-out images; returns the figures by row."""
-    for nets, _ in rows.values():
-        for net in nets.values():
-            net.to(device)
-    precision = devices.pick_precision(args.precision, device)
-    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    split = datasets.held_out_split(dataset)
-    channels = rows["teacher"][0][name].config.channels
-    reals = datasets.named_images(dataset / f"{split}{name[2]}", size, channels, args.on_bad_image)
-    truths = datasets.named_images(dataset / f"{split}{name[3]}", size, channels, args.on_bad_image)
-    table, grid = compare_generators(rows, name, reals, truths, precision)
-    images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
-    where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
-    say(f"{DIRECTIONS[name]} at {where}")
-    for line in metrics.format_table(table):
-        say(line)
-    return table
-
-
 def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
     """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
     images.limit_pixels(1e6 * args.max_megapixels)
     tables = {}
     for name in students_of(args):
-        rows, size = report_rows(args, teacher, name)
+        rows, size = report_rows(teacher.nets, teacher.path, name, args.run_name, f"{teacher_name(args)}_scratch")
         if "direction" in args.given or rows["student"][0][name].config != teacher.nets[name].config:
-            tables[name] = report_direction(args, rows, size, name, device)
+            dataset = datasets.find_dataset(args.data_root, args.dataset_name)
+            precision = devices.pick_precision(args.precision, device)
+            tables[name], grid = report_direction(rows, name, size, dataset, args.on_bad_image, device, precision)
+            images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
         else:
             say(f"{DIRECTIONS[name]}: {args.run_name} has no student for it")
     write_json(IMAGES / args.run_name / "report.json", tables)
@@ -334,6 +299,8 @@ def make_parser() -> flags.Parser:
     add("--direction", choices=("both", *DIRECTIONS.values()), default="both", help=words)
     add("--student_residual", type=flags.int_between(0, 1000), default=3, help="blocks of the student")
     add("--student_ngf", type=flags.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
+    words = "lead what the halvings lose around the blocks of a resnet student (default: as its teacher)"
+    add("--student_skips", action=BooleanOptionalAction, default=None, help=words)
     words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
     add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
     add("--lambda_hidden", type=flags.float_between(0), default=1.0, help="weight of the distance of hidden states")

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import datasets
 import metrics
+from checkpoints import RUNS
 from cyclegan import translate
+from inference import check_together, load_run
 from metrics import Images
-from models import Generator, GeneratorConfig, Nets
-from utils import InputError
+from models import DIRECTIONS, Generator, GeneratorConfig, Nets
+from utils import InputError, say
 from weights import meta_network
 
 COLUMNS = 6  # images in the grid
@@ -38,6 +41,8 @@ def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
         given = f"--student_residual {student.blocks}"
         if student.ngf != teacher.ngf:
             given += f" --student_ngf {student.ngf}"
+        if student.skips and not teacher.skips:
+            given += " --student_skips"
         words = f"a student of {own:,} parameters is not smaller than its teacher of {theirs:,}"
         raise InputError(f"{given}: {words}; take {' or '.join(smaller) or 'another teacher'}")
 
@@ -81,3 +86,60 @@ def compare_generators(
     if set(chosen) <= truths.keys():
         shown[f"real_{target}"] = truths
     return table, [(label, torch.cat([row[stem] for stem in chosen])) for label, row in shown.items()]
+
+
+def report_rows(
+    teachers: Nets, path: Path, name: str, run_name: str, scratch: str
+) -> tuple[dict[str, tuple[Nets, Path]], tuple[int, int]]:
+    """The networks of one direction to compare: teacher, student, and the student from scratch if its run exists.
+
+    path:    of the teacher's state or file
+    name:    of the generator, G_AB or G_BA
+    scratch: name of the run that has the student from scratch
+    returns: by label the generators and the file that would be shipped; height and width that the student learnt at
+    raises:  InputError if `run_name` has no student, or the networks do not go together
+    """
+    file = path.parent / f"{name}.safetensors"  # what of a run is shipped, without optimisers
+    rows = {"teacher": (teachers, file if file.is_file() else path)}
+    sizes = {}
+    for label, run in (("student", run_name), ("scratch", scratch)):
+        file = RUNS / run / f"{name}.safetensors"
+        if file.is_file() and (label == "student" or run != run_name):
+            nets, metadata = load_run(run)
+            check_together({**nets, "teacher": teachers[name]}, f"--report: {run}")
+            if label == "student" or nets[name].config != teachers[name].config:  # else a copy of the teacher
+                rows[label] = (nets, file)
+                sizes[label] = tuple(metadata["size"])
+    if "student" not in rows:
+        words = f"no student in {RUNS / run_name}; distil one first, without --report"
+        raise InputError(f"--report: {words}, or name one with --run_name")
+    return rows, sizes["student"]
+
+
+def report_direction(
+    rows: dict[str, tuple[Nets, Path]],
+    name: str,
+    size: tuple[int, int],
+    dataset: Path,
+    on_bad_image: str,
+    device: torch.device,
+    precision: str,
+) -> tuple[dict[str, dict], list[tuple[str, Tensor]]]:
+    """Compare networks of one direction on the held-out images of a data set, and say the figures.
+
+    size:    height and width that the images are brought to, px
+    returns: as compare_generators: figures by row, and the rows of a grid
+    """
+    for nets, _ in rows.values():
+        for net in nets.values():
+            net.to(device)
+    split = datasets.held_out_split(dataset)
+    channels = rows["teacher"][0][name].config.channels
+    reals = datasets.named_images(dataset / f"{split}{name[2]}", size, channels, on_bad_image)
+    truths = datasets.named_images(dataset / f"{split}{name[3]}", size, channels, on_bad_image)
+    table, grid = compare_generators(rows, name, reals, truths, precision)
+    where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
+    say(f"{DIRECTIONS[name]} at {where}")
+    for line in metrics.format_table(table):
+        say(line)
+    return table, grid

@@ -1,16 +1,21 @@
-"""Compare the generator families: the same data, seed, steps, discriminator, losses and optimiser; only --generator differs.
+"""Compare the generators at equal steps and at equal minutes: the same data, discriminators, losses and optimiser.
 
 python benchmarks/compare_generators.py
+python benchmarks/compare_generators.py --seeds 0 1 2 --minutes 11
 python benchmarks/compare_generators.py --dataset_name horse2zebra --num_epochs 20 --measure cycle
 
-Trains one run per family (goes on with what is there), tests both, times both in turns, and writes
-generated_images/compare_DATASET/{compare.md, compare.png, rows.png}. "At equal time" reads the slower
-family's curve at the minute in which the faster one ended; its learning rate had not yet fallen by then.
+Trains each network with each seed for the same steps and, with --minutes, also for as many steps as it makes in these
+minutes; in each run the rate falls to 0 over its own steps. The pace is measured in turns before (and kept in
+pace.json, so that a comparison that goes on has the same steps); evaluating and saving come on top. Runs that exist go
+on where they are. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
 """
 
+import csv
+import json
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,79 +32,160 @@ import test as test_stage
 import train
 import utils
 from checkpoints import IMAGES, RUNS
-from files import atomic_write, write_text
+from files import atomic_write, write_json, write_text
 from logs import read_losses
 from weights import load_generator
 
-FAMILIES = {
-    "resnet": ["--generator", "resnet", "--num_residual", "9", "--ngf", "32"],
+RESNET = ["--generator", "resnet", "--num_residual", "9", "--ngf", "32"]
+VARIANTS = {
+    "resnet": RESNET,
+    "resnet_skips": [*RESNET, "--skips"],
     "unet_vit": ["--generator", "unet_vit", "--vit_size", "small"],
 }
-TIMED = 8  # steps of each family, in turns; their median is reported
+TIMED = 8  # steps of each network, in turns; their median is its pace
 SIDE = 64  # px
 COLUMNS = 6  # images in rows.png
+FIGURES = {
+    "PSNR_B": 2,
+    "PSNR_A": 2,
+    "SSIM_B": 3,
+    "SSIM_A": 3,
+    "match@1_B": 2,
+    "match@1_A": 2,
+    "cycle_A": 3,
+    "cycle_B": 3,
+}
+
+
+@dataclass
+class Run:
+    """One training: which network, how long, from which seed."""
+
+    variant: str
+    budget: str  # as it stands in the table
+    seed: int
+    name: str  # of the run
+    words: list[str]  # flags of train.py
+    pace: float  # seconds a step
 
 
 def common_flags(args):
-    """What both families share: the recipe of the demo, which suits images of 64 px."""
+    """What all networks share: the recipe of the demo, which suits images of 64 px."""
     words = ["--dataset_name", args.dataset_name, "--data_root", str(args.data_root)]
     words += ["--img_height", str(SIDE), "--img_width", str(SIDE), "--ndf", "32", "--n_layers_D", "2"]
-    words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--seed", str(args.seed)]
-    words += ["--num_epochs", str(args.num_epochs), "--eval_interval", "1"]
-    return [*words, "--eval_metrics", "paired,cycle" if args.measure == "PSNR" else "cycle"]
-
-
-def train_or_resume(args, family):
-    """Train one family's run, or what is left of it; returns its flags."""
-    name = f"compare_{family}"
-    words = [*common_flags(args), *FAMILIES[family], "--run_name", name]
-    state = RUNS / name / "latest.pt"
-    train.main(["--run_name", name, "--start_from", "latest"] if state.is_file() else words)
+    words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--num_epochs", str(args.num_epochs)]
+    words += ["--eval_interval", "1", "--eval_metrics", "paired,cycle" if args.measure == "PSNR" else "cycle"]
     return words
 
 
-def seconds_per_step(families):
-    """Median time of a training step of each family, in turns, so that a busy machine slows both."""
+def seconds_per_step(args):
+    """Median time of a training step of each network, in turns, so that a busy machine slows all."""
     models = {}
-    for family, words in families.items():
-        args = flags.with_vit_defaults(train.parse_args([*words, "--eval_interval", "0"]))
-        flags.check_run_flags(args)
-        models[family] = train.make_model(args, train.make_nets(args, {}), devices.pick_device(args.device))
-    times = {family: [] for family in families}
+    for variant, words in VARIANTS.items():
+        parsed = flags.with_vit_defaults(train.parse_args([*common_flags(args), *words]))
+        models[variant] = train.make_model(parsed, train.make_nets(parsed, {}), devices.pick_device(parsed.device))
+    times = {variant: [] for variant in models}
     for turn in range(TIMED + 2):
-        for family, model in models.items():
+        for variant, model in models.items():
             real_A, real_B = torch.rand(2, 1, 3, SIDE, SIDE, device=model.device) * 2 - 1
             start = time.perf_counter()
             losses = model.step(real_A, real_B, turn)
             losses["loss_G"].item()  # waits for the device
             if turn > 1:  # the first ones pay for set-up
-                times[family].append(time.perf_counter() - start)
-    return {family: statistics.median(values) for family, values in times.items()}
+                times[variant].append(time.perf_counter() - start)
+    return {variant: statistics.median(values) for variant, values in times.items()}
 
 
-def curve(family, measure):
+def known_pace(args, path):
+    """The pace that an earlier call measured, else this one's."""
+    if not path.is_file():
+        write_json(path, seconds_per_step(args))
+    return json.loads(path.read_text())
+
+
+def plan(args, paces):
+    """All runs: at equal steps, then at equal minutes; seed by seed, so that what is done first can be compared."""
+    budgets = {f"{args.num_epochs} epochs": {name: [] for name in VARIANTS}}
+    if args.minutes:
+        steps = {name: max(1, round(60 * args.minutes / paces[name] / args.num_epochs)) for name in VARIANTS}
+        budgets[f"{args.minutes:g} minutes"] = {name: ["--steps_per_epoch", str(steps[name])] for name in VARIANTS}
+    runs = []
+    for seed in args.seeds:
+        for budget, more in budgets.items():
+            for variant, words in VARIANTS.items():
+                name = f"compare_{args.dataset_name}_{variant}_{budget.replace(' ', '')}_{seed}"
+                words = [*common_flags(args), *words, *more[variant], "--seed", str(seed), "--run_name", name]
+                runs.append(Run(variant, budget, seed, name, words, paces[variant]))
+    return runs
+
+
+def score(args, run):
+    """A row of runs.csv: what a run cost, and its figures on the test split."""
+    wanted = "paired,cycle" if args.measure == "PSNR" else "cycle"
+    scores = test_stage.main(["--run_name", run.name, "--data_root", str(args.data_root), "--metrics", wanted])
+    net, _ = load_generator(RUNS / run.name / "G_AB.safetensors")
+    steps = read_losses(RUNS / run.name / "measures.csv")[-1]["step"]
+    row = {"budget": run.budget, "variant": run.variant, "seed": run.seed}
+    row |= {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": metrics.count_macs(net, SIDE, SIDE) / 1e6}
+    row |= {"s/step": run.pace, "steps": int(steps), "minutes": steps * run.pace / 60}
+    for source, target in ("AB", "BA"):
+        found = scores[f"{source}to{target}"]
+        row |= {f"{key}_{target}": value for key, value in found.get("paired", {}).get("model", {}).items()}
+        row[f"cycle_{source}"] = found["cycle"]
+    return row
+
+
+def mean_and_spread(values, digits):
+    """The mean and, of several seeds, their standard deviation."""
+    words = f"{statistics.fmean(values):.{digits}f}"
+    return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
+
+
+def grouped(items, key):
+    """Items by what `key` says of them, in order."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def table(rows):
+    """Lay out the comparison as lines of Markdown, the seeds of a network in one line."""
+    shown = {name: digits for name, digits in FIGURES.items() if name in rows[0]}
+    costs = {"parameters": "{:,}", "MMACs": "{:,.0f}", "s/step": "{:.3f}", "steps": "{:,}", "minutes": "{:.1f}"}
+    columns = ["budget", "variant", "seeds", *costs, *shown]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    groups = grouped(rows, lambda row: (row["budget"], row["variant"]))
+    for (budget, variant), group in groups.items():
+        cells = [budget, variant, str(len(group)), *(form.format(group[0][name]) for name, form in costs.items())]
+        cells += [mean_and_spread([row[name] for row in group], digits) for name, digits in shown.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def curve(run, measure):
     """Steps and the mean of a measure over both directions, from measures.csv."""
-    rows = read_losses(RUNS / f"compare_{family}" / "measures.csv")
+    rows = read_losses(RUNS / run.name / "measures.csv")
     columns = [name for name in rows[0] if name.startswith(f"{measure}_")]
     return [row["step"] for row in rows], [statistics.fmean(row[name] for name in columns) for row in rows]
 
 
-def at_time(steps, values, seconds, limit):
-    """The last value that a curve had reached after `limit` seconds."""
-    reached = [value for step, value in zip(steps, values, strict=True) if step * seconds <= limit * 1.0001]
-    return reached[-1] if reached else float("nan")
-
-
-def plot(curves, seconds, measure, path):
-    """Draw the measure over steps and over minutes of this machine."""
+def plot(runs, measure, path):
+    """Draw the measure over steps, at equal steps, and over minutes, at equal minutes; a thin line for each seed."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for family, (steps, values) in curves.items():
-        left.plot(steps, values, marker="o", label=family)
-        right.plot([step * seconds[family] / 60 for step in steps], values, marker="o", label=family)
-    left.set_xlabel("steps")
-    right.set_xlabel("minutes of training steps")
-    for axes in (left, right):
+    budgets = grouped(runs, lambda run: run.budget)
+    for axes, budget, unit in ((left, next(iter(budgets)), "steps"), (right, list(budgets)[-1], "minutes of steps")):
+        for i, (variant, group) in enumerate(grouped(budgets[budget], lambda run: run.variant).items()):
+            curves = [curve(run, measure) for run in group]
+            scale = 1 if unit == "steps" else group[0].pace / 60
+            x = [step * scale for step in curves[0][0]]
+            for _, values in curves:
+                axes.plot(x, values, color=f"C{i}", alpha=0.35, linewidth=0.8)
+            means = [statistics.fmean(values) for values in zip(*(values for _, values in curves), strict=True)]
+            axes.plot(x, means, color=f"C{i}", linewidth=2, marker="o", markersize=3, label=variant)
+        axes.set_title(budget, fontsize=10)
+        axes.set_xlabel(unit)
         axes.set_ylabel(f"{measure}, mean of both directions")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -107,53 +193,19 @@ def plot(curves, seconds, measure, path):
         figure.savefig(temporary, dpi=100, format="png")
 
 
-def draw_rows(args, families, path):
-    """Draw the same test images as each family translates them."""
+def draw_rows(args, runs, path):
+    """Draw the same test images as each run translates them."""
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     rows = []
     for source, target in ("AB", "BA"):
         found = datasets.named_images(dataset / f"test{source}", (SIDE, SIDE), 3, most=COLUMNS)
         real = torch.cat(list(found.values()))
         rows.append((f"real_{source}", real))
-        for family in families:
-            net, _ = load_generator(RUNS / f"compare_{family}" / f"G_{source}{target}.safetensors")
+        for run in runs:
+            net, _ = load_generator(RUNS / run.name / f"G_{source}{target}.safetensors")
             with torch.no_grad():
-                rows.append((family, net(real)))
+                rows.append((run.variant, net(real)))
     images.save_image(images.draw_grid(rows), path)
-
-
-def table_row(args, family, seconds, curve, limit):
-    """The cells of one family; limit: seconds of training after which the measure is compared."""
-    name = f"compare_{family}"
-    wanted = "paired,cycle,losses" if args.measure == "PSNR" else "cycle,losses"
-    scores = test_stage.main(["--run_name", name, "--data_root", str(args.data_root), "--metrics", wanted])
-    net, _ = load_generator(RUNS / name / "G_AB.safetensors")
-    paired = [scores[direction]["paired"]["model"] for direction in ("AtoB", "BtoA") if "paired" in scores[direction]]
-    steps, values = curve
-    return [
-        family,
-        f"{sum(p.numel() for p in net.parameters()):,}",
-        f"{metrics.count_macs(net, SIDE, SIDE) / 1e6:,.0f}",
-        f"{seconds:.3f}",
-        f"{steps[-1]:,}",
-        " / ".join(f"{row['PSNR']:.2f}" for row in paired) or "no pairs",
-        " / ".join(f"{row['match@1']:.2f}" for row in paired) or "no pairs",
-        " / ".join(f"{scores[direction]['cycle']:.3f}" for direction in ("AtoB", "BtoA")),
-        ", ".join(f"{scores['losses'][name]:.2f}" for name in ("loss_G", "loss_D_A", "loss_D_B")),
-        f"{at_time(steps, values, seconds, limit):.2f}",
-    ]
-
-
-def table(args, families, seconds, curves):
-    """Lay out the comparison as lines of Markdown."""
-    limit = min(seconds[family] * curves[family][0][-1] for family in families)
-    columns = ["", "parameters", "MMACs", "s/step", "steps", "PSNR fake_B / fake_A", "match@1", "cycle A / B"]
-    columns += ["loss_G, D_A, D_B (test)", f"{args.measure} at equal time"]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for family in families:
-        cells = table_row(args, family, seconds[family], curves[family], limit)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
 
 
 @utils.stage
@@ -162,22 +214,31 @@ def main(argv=None):
     add = flags.flag_group(parser, "what")
     add("--dataset_name", type=flags.folder_name, default="day2night", help="folder in --data_root")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--num_epochs", type=flags.int_between(1), default=6, help="epochs of each family")
-    add("--seed", type=flags.int_between(0, 2**32 - 1), default=0, help="seed of both")
+    add("--num_epochs", type=flags.int_between(1), default=6, help="epochs of each run")
+    add("--minutes", type=flags.float_between(0), default=0.0, help="also compare at so many minutes; 0: not")
+    add("--seeds", type=flags.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each network")
     add("--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle for unpaired sets")
     args = parser.parse_args(argv)
-    families = {family: train_or_resume(args, family) for family in FAMILIES}
-    seconds = seconds_per_step(families)
-    curves = {family: curve(family, args.measure) for family in families}
     folder = IMAGES / f"compare_{args.dataset_name}"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = table(args, families, seconds, curves)
+    runs = plan(args, known_pace(args, folder / "pace.json"))
+    rows = []
+    for run in runs:
+        existing = (RUNS / run.name / "latest.pt").is_file()
+        train.main(["--run_name", run.name, "--start_from", "latest"] if existing else run.words)
+        rows.append(score(args, run))
+        with atomic_write(folder / "runs.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    lines = table(rows)
     write_text(folder / "compare.md", "\n".join(lines) + "\n")
-    plot(curves, seconds, args.measure, folder / "compare.png")
-    draw_rows(args, families, folder / "rows.png")
+    plot(runs, args.measure, folder / "compare.png")
+    drawn = [run for run in runs if (run.budget, run.seed) == (runs[-1].budget, args.seeds[0])]
+    draw_rows(args, drawn, folder / "rows.png")
     for line in lines:
         utils.say(line)
-    utils.say(f"written to {folder}/compare.md, compare.png and rows.png")
+    utils.say(f"written to {folder}/runs.csv, compare.md, compare.png and rows.png")
 
 
 if __name__ == "__main__":

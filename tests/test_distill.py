@@ -9,6 +9,7 @@ import pytest
 import torch
 from breakage import steps_that_take
 from conftest import TINY, make_dataset
+from tiny_runs import save_run
 from torch import nn
 
 import distill
@@ -18,7 +19,7 @@ import train
 from checkpoints import load_state, save_state
 from logs import read_losses
 from models import GeneratorConfig, build_generator
-from utils import one_line
+from utils import InputError, one_line
 from weights import load_generator
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -190,9 +191,57 @@ def test_what_a_student_takes_is_said_of_parts_that_it_has(ngf, said, capsys):
     assert f"student takes from its teacher: {said}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_student_takes_the_rest_of_a_teacher_that_has_other_skips(skips, capsys):
+    net = strange_teacher(ngf=8, num_residual=3, skips=not skips)
+    args = distill.parse_args(["--student_residual", "1", "--student_skips" if skips else "--no-student_skips"])
+    student = distill.make_student(net, distill.student_config(args, net.config), True)
+    assert student.config == GeneratorConfig(ngf=8, num_residual=1, skips=skips)
+    assert "student takes from its teacher: stem, down, up, head\n" in capsys.readouterr().out
+    for part in ("stem", "down", "up", "head"):
+        assert same(getattr(student, part).state_dict(), getattr(net, part).state_dict())
+    assert_fresh(student.blocks)
+    if skips:
+        assert_fresh(student.skips)
+
+
+def test_a_student_has_skips_where_its_teacher_has_unless_asked_otherwise(capsys):
+    net = strange_teacher(ngf=8, num_residual=3, skips=True)
+    student = distill.make_student(net, distill.student_config(distill.parse_args([]), net.config), True)
+    assert same(student.skips.state_dict(), net.skips.state_dict())
+    assert "student takes from its teacher: stem, down, up, skips, head\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flag", "skips"), [("--student_skips", True), ("--no-student_skips", False)])
+def test_a_student_with_other_skips_than_its_teacher_learns_and_is_compared(tiny, refused, flag, skips):
+    teacher = save_run(num_residual=3, skips=not skips).nets["G_BA"].state_dict()
+    run(flag, "--num_epochs", 2, "--checkpoint_interval", 1)
+    assert same(load_state(Path("saved_models/tiny/latest.pt"))["nets"]["G_BA"], teacher)
+    early, late = (load_state(Path(f"saved_models/tiny_student/epoch_000{i}.pt"))["nets"]["G_BA"] for i in (1, 2))
+    assert any(name.startswith("skips") for name in late) == skips
+    for name in late:
+        if name.endswith("weight"):
+            assert not torch.equal(early[name], late[name]), f"{name} did not move"
+    assert {"output_BA", "hidden_BA"} <= read_losses(Path("saved_models/tiny_student/losses.csv"))[0].keys()
+    other = "--no-student_skips" if skips else "--student_skips"
+    resume = ["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "3", "--device", "cpu"]
+    assert f"--student_skips {not skips}: the run in" in refused(distill.main, *resume, other)
+    distill.main(["--dataset_name", "tiny", "--report", *CPU])
+    table = json.loads(Path("generated_images/tiny_student/report.json").read_text())["G_BA"]
+    assert list(table) == ["teacher", "student"]
+
+
+@pytest.mark.parametrize("flag", ["--student_skips", "--no-student_skips"])
+def test_the_skips_of_a_unet_vit_cannot_be_chosen(flag):
+    args = distill.parse_args([flag])
+    with pytest.raises(InputError, match=f"^{flag}: the skips of a unet_vit are fixed; leave it out$"):
+        distill.student_config(args, GeneratorConfig("unet_vit"))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        (["--student_skips"], "--student_residual 3 --student_skips: "),
         ([], "--student_residual 3: a student of 18,019 parameters is not smaller than its teacher of 18,019"),
         (["--student_residual", "4"], "--student_residual 4: "),
         (["--student_residual", "2", "--student_ngf", "8"], "--student_residual 2 --student_ngf 8: "),
@@ -286,7 +335,7 @@ def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
 # -- going on --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [(), ("--student_ngf", "2")])
+@pytest.mark.parametrize("flags", [(), ("--student_ngf", "2", "--student_skips")])
 def test_a_resumed_distillation_equals_an_uninterrupted_one_bit_for_bit(teacher, flags):
     run("--run_name", "whole", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
     run("--run_name", "parts", "--num_epochs", 3, "--checkpoint_interval", 1, *flags)
@@ -361,14 +410,6 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
     distill.main(["--dataset_name", "tiny", "--report", "--direction", "AtoB", *CPU])
     table = json.loads(Path("generated_images/tiny_student/report.json").read_text())["G_AB"]
     assert table["teacher"]["parameters"] == table["student"]["parameters"]
-
-
-def test_a_scratch_run_of_the_other_direction_is_no_row_of_the_report(teacher):
-    for run_name in ("tiny_student", "tiny_scratch"):  # as runs that learnt AtoB alone leave their G_BA
-        shutil.copytree(teacher, f"saved_models/{run_name}")
-    args = distill.parse_args(["--dataset_name", "tiny"])
-    rows, _ = distill.report_rows(args, distill.load_teacher("tiny", ["G_BA"]), "G_BA")
-    assert list(rows) == ["teacher", "student"]
 
 
 # -- wrong flags -----------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 import copy
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import differences, tiny_networks
+from tiny_runs import save_run
 
 import metrics
 from models import GeneratorConfig, build_generator
-from report import COLUMNS, compare_costs, compare_generators, refuse_large
+from report import COLUMNS, compare_costs, compare_generators, refuse_large, report_rows
 from utils import InputError
 
 
@@ -61,3 +63,16 @@ def test_rows_are_compared_with_the_teacher_and_show_the_same_images():
         assert torch.allclose(grid[2][1], nets["student"]["G_BA"](grid[0][1]), atol=1e-5)
     unpaired = {Path("other"): torch.zeros(1, 3, 16, 16)}
     assert "real_A" not in dict(compare_generators(rows, "G_BA", reals, unpaired, "fp32")[1])
+
+
+def test_a_scratch_run_of_the_other_direction_is_no_row(tmp_path):
+    nets = save_run("teacher").nets
+    for run_name in ("student", "scratch"):  # as runs that learnt AtoB alone leave their G_BA
+        shutil.copytree("saved_models/teacher", f"saved_models/{run_name}")
+    path = Path("saved_models/teacher/latest.pt")
+    rows, size = report_rows(nets, path, "G_BA", "student", "scratch")
+    assert list(rows) == ["teacher", "student"]
+    assert size == (16, 16)
+    assert rows["teacher"][1] == path.parent / "G_BA.safetensors"
+    with pytest.raises(InputError, match="no student in saved_models/nobody; distil one first"):
+        report_rows(nets, path, "G_BA", "nobody", "scratch")

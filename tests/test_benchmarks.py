@@ -1,0 +1,104 @@
+"""Benchmarks that train: tiny runs of compare_generators.py and reference.py, and what they make of their figures."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import compare_generators
+import reference
+
+from images import read_image
+
+TINY_DISCRIMINATOR = ["--ndf", "4", "--n_layers_D", "1"]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A data set whose test images have each other's names."""
+    return make_dataset(tmp_path / "datasets" / "tiny", (3, 3, 2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots", "pairs")
+def test_generators_are_compared_at_equal_steps_and_at_equal_minutes(monkeypatch, capsys):
+    thin = ["--num_residual", "1", "--ngf", "2", *TINY_DISCRIMINATOR]
+    monkeypatch.setattr(compare_generators, "SIDE", 16)
+    monkeypatch.setattr(compare_generators, "VARIANTS", {"resnet": thin, "resnet_skips": [*thin, "--skips"]})
+    words = ["--dataset_name", "tiny", "--num_epochs", "2", "--seeds", "0", "1", "--minutes", "0.002"]
+    compare_generators.main(words)
+    folder = Path("generated_images/compare_tiny")
+    paces = json.loads((folder / "pace.json").read_text())
+    steps = {name: 2 * max(1, round(60 * 0.002 / pace / 2)) for name, pace in paces.items()}
+    rows = rows_of(folder / "runs.csv")
+    assert [(row["budget"], row["variant"], row["seed"], int(row["steps"])) for row in rows] == [
+        (budget, variant, seed, 6 if budget == "2 epochs" else steps[variant])
+        for seed in "01"
+        for budget in ("2 epochs", "0.002 minutes")
+        for variant in ("resnet", "resnet_skips")
+    ]
+    lines = (folder / "compare.md").read_text().splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[4].startswith("| 0.002 minutes | resnet | 2 |")
+    first, second = (float(row["PSNR_B"]) for row in rows if row["budget"] != "2 epochs" and row["variant"] == "resnet")
+    assert f"| {(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f} |" in lines[4]
+    for name in ("compare.png", "rows.png"):
+        assert min(read_image(folder / name).size) > 50
+    capsys.readouterr()
+    compare_generators.main(words)
+    assert capsys.readouterr().out.count("nothing left to do") == len(rows)
+    assert rows_of(folder / "runs.csv") == rows
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pairs")
+def test_both_sides_of_the_comparison_with_the_reference_learn_and_are_kept(monkeypatch, capsys):
+    ours = "--img_height 16 --img_width 16 --num_residual 1 --ngf 4 --ndf 4 --n_layers_D 1 --batch_size 1 --lr 1e-3"
+    ours += " --num_epochs 40 --ema 0.9"
+    words = ["--ours", ours, "--size", "16", "--ngf", "4", "--blocks", "1", "--n_layers_D", "1"]
+    words += ["--dataset_name", "tiny", "--minutes", "0.03", "--every", "0.5", "--threads", "1", "--output", "out"]
+    reference.main([*words, "--seeds", "0"])
+    rows = rows_of(Path("out/reference.csv"))
+    for which in ("reference", "ours"):
+        own = [row for row in rows if row["which"] == which]
+        assert len(own) >= 3
+        assert own[0]["step"] == "0"
+        assert own[0]["PSNR_B"] != own[-1]["PSNR_B"]
+        assert float(own[-1]["minutes"]) >= 0.03 or own[-1]["step"] == str(40 * 3)
+    assert "A → B: the reference has" in capsys.readouterr().out
+    assert min(read_image(Path("out/reference.png")).size) > 50
+    monkeypatch.setattr(reference, "make_run", lambda config, key: pytest.fail(f"{key} is made again"))
+    reference.main([*words, "--seeds", "0"])
+    assert rows_of(Path("out/reference.csv")) == rows
+
+
+def test_ours_is_timed_against_the_level_at_the_end_of_the_reference(tmp_path):
+    rows = []
+    for seed, late in (("0", 0), ("1", 2)):
+        for minute in range(11):
+            level = {"PSNR_B": 10.0 + minute, "PSNR_A": 30.0}
+            rows.append({"which": "reference", "seed": seed, "minutes": minute, **level})
+            if minute <= 6:
+                level = {"PSNR_B": 14.0 + 2 * (minute - late), "PSNR_A": 20.0}
+                rows.append({"which": "ours", "seed": seed, "minutes": minute, **level})
+    lines = reference.compare(rows, 10, 60, tmp_path / "plot.png")
+    assert lines[0] == "A → B: the reference has 20.00 dB after 10 minutes, ours after 4.0 (its seeds after 3.0, 5.0)"
+    assert "ours after more than 6.0 (its seeds after more than 6.0, more than 6.0)" in lines[1]
+
+
+def test_a_curve_ends_where_its_run_ends():
+    rows = [{"which": "ours", "seed": "0", "minutes": minute, "PSNR_B": 10.0 * minute} for minute in (0, 1, 2)]
+    (curve,) = reference.curves_of(rows, "ours", "PSNR_B", np.array([0.5, 2, 2.5]))
+    assert curve[:2].tolist() == [5, 20]
+    assert np.isnan(curve[2])
