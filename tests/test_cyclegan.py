@@ -590,11 +590,8 @@ def test_wherever_memory_runs_out_the_step_is_that_of_a_run_that_began_with_smal
             memory = Memory(patch, model, failing)
             losses = model.step(*batch(0, 4, torch.float64))
         buffers = {domain: buffer.state_dict() for domain, buffer in model.buffers.items()}
-        return (
-            model,
-            {"losses": losses, "buffers": buffers, "rng": utils.rng_state(), **model.state_dict()},
-            memory.calls,
-        )
+        result = {"losses": losses, "buffers": buffers, "rng": devices.rng_state(), **model.state_dict()}
+        return model, result, memory.calls
 
     plenty, _, calls = one_step(failing=0)
     assert plenty.micro_batch_size == 0

@@ -209,8 +209,11 @@ def test_layers_that_are_other_ones_on_a_gpu_compile_too(compiled, norm):
             assert [x.shape for x in found] == [x.shape for x in call(net, (2, 16, 16), hidden=False, device=META)]
 
 
-# Dynamo looks at .grad of an image that a generator made
-of_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# warnings of torch about itself: Dynamo looks at .grad of an image that a generator made; 2.11 loads what it deprecates
+of_torch = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+)
 
 
 def assert_steps_agree(compiled, **changes):
@@ -232,12 +235,12 @@ def assert_steps_agree(compiled, **changes):
         assert_same(own, other)
 
 
-@of_dynamo
+@of_torch
 def test_compiled_steps_give_the_losses_of_plain_ones_and_only_the_first_compiles(compiled):
     assert_steps_agree(compiled, n_downsampling=1)
 
 
-@of_dynamo
+@of_torch
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"lambda_gp": 0.1, "ema": 0.9}, {"generator": "unet_vit", "vit_blocks": 1}, {"norm": "batch"}]
