@@ -328,7 +328,7 @@ INTRODUCTION = """# What was measured on GPUs
 Written by `benchmarks/gpu.py` from `gpu.json`. On your own card: `make gpu`, with `DATA=DIR` where `horse2zebra` lies; each stage takes
 under 8 minutes, a stage that is done is left out. What is not in a table here was never measured on a GPU.
 
-Proved without one, by the everyday tests: a whole step, both generators, with gradient penalty, averages and a student, runs on torch's
+Proved without one, by the tests: a whole step, both generators, with gradient penalty, averages and a student, runs on torch's
 meta device, so nothing in it waits for the GPU or leaves a tensor on the CPU; every network compiles as one graph, and the
 compiled step's losses are the eager ones'; fp16 scales its losses, skips a step that overflows and keeps the scale over a resume; out of
 memory at any call of a step, the step is repeated in micro-batches and teaches the same; states go on in another memory format.
