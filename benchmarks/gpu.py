@@ -27,8 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import devices
+import flags
 import inference
 import models
+import train
+import utils
 from logs import read_losses
 from metrics import median_ms
 
@@ -130,7 +133,9 @@ def flags_of_size(args: argparse.Namespace) -> list[str]:
     return TINY if args.tiny else ["--img_height", str(args.size), "--img_width", str(args.size)]
 
 
-def train(args: argparse.Namespace, run_name: str, *argv: object, launch: tuple = (), **environment: str) -> float:
+def train_drawn(
+    args: argparse.Namespace, run_name: str, *argv: object, launch: tuple = (), **environment: str
+) -> float:
     """Train on the drawn set, anew; returns seconds from start to end."""
     words = ["--dataset_name", "day2night", *flags_of_size(args), "--device", args.device, "--run_name", run_name]
     start = time.perf_counter()
@@ -168,15 +173,15 @@ def memory(args: argparse.Namespace) -> list[dict]:
         )
         code += "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         name = f"gpu_memory_{fraction}"
-        taken = train(args, name, *steps, "--batch_size", batch, launch=("-c", code))
+        taken = train_drawn(args, name, *steps, "--batch_size", batch, launch=("-c", code))
         state = torch.load(f"saved_models/{name}/latest.pt", weights_only=True)
         micro_batch = state["loader"]["piece"] or batch
         loss = read_losses(Path(f"saved_models/{name}/losses.csv"))[-1]["loss_G"]
         rows.append({"what": f"batch {batch} in {fraction:.0%} of the memory", "s": round(taken, 1)})
         rows[-1] |= {"micro-batch": micro_batch, "loss_G": round(loss, 3)}
     common = [*steps, "--deterministic", "--batch_size", 2]
-    train(args, "gpu_whole", *common)
-    train(args, "gpu_resumed", *common)
+    train_drawn(args, "gpu_whole", *common)
+    train_drawn(args, "gpu_resumed", *common)
     start = time.perf_counter()
     run(
         ROOT / "train.py",
@@ -195,18 +200,40 @@ def memory(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def pace(args: argparse.Namespace, *words: object, launch: tuple = ()) -> dict:
+    """Seconds a step of train.py with such flags, and the first loss, in a process of its own or in those of `launch`."""
+    steps = (2, 5) if args.tiny else (5, 30)
+    recipe = [*flags_of_size(args), "--device", args.device, *words]
+    return json.loads(run(*launch, __file__, "--pace", *steps, *recipe).splitlines()[-1])
+
+
+def print_pace(warm: int, timed: int, words: list[str]) -> None:
+    """Make a model and time its steps on noise, in all processes that torchrun started."""
+    utils.join_ranks()
+    args = flags.with_vit_defaults(train.parse_args(words))
+    device = devices.pick_device(args.device)
+    model = train.make_model(args, train.make_nets(args, {}), device)
+    noise = torch.Generator().manual_seed(0)
+    shape = (2, args.batch_size, args.channels, args.img_height, args.img_width)
+    reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, utils.rank_slice(args.batch_size)].to(device)
+    first = float(model.step(*reals)["loss_G"])
+    for i in range(warm + timed):
+        if i == warm:
+            start = time.perf_counter()
+        float(model.step(*reals, i + 1)["loss_G"])  # waits for the device
+    seconds = (time.perf_counter() - start) / timed
+    utils.say(json.dumps({"seconds": seconds, "loss_G": first}))
+    utils.leave_ranks()
+
+
 def ranks(args: argparse.Namespace) -> list[dict]:
     """One rank (NCCL on a GPU) against no ranks, and two that share the card (gloo)."""
     rows = []
     for label, count in (("one process", 0), ("one rank", 1), ("two ranks on one device", 2)):
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count) if count else ()
-        name = f"gpu_ranks_{count}"
-        words = ["--batch_size", 4, "--precision", "bf16", "--num_epochs", 1]
-        few = train(args, name, *words, "--steps_per_epoch", 5, launch=launch)
-        many = train(args, name, *words, "--steps_per_epoch", 15 if args.tiny else 45, launch=launch)
-        seconds = (many - few) / (10 if args.tiny else 40)
-        loss = read_losses(Path(f"saved_models/{name}/losses.csv"))[0]["loss_G"]
-        rows.append({"what": label, "ms/step": round(1000 * seconds, 1), "first mean of loss_G": round(loss, 3)})
+        found = pace(args, "--batch_size", 4, "--precision", "bf16", launch=launch)
+        rows.append({"what": f"{label}, batch 4", "ms/step": round(1000 * found["seconds"], 1)})
+        rows[-1]["loss_G of the first rank's first images"] = round(found["loss_G"], 3)
     return rows
 
 
@@ -240,57 +267,42 @@ def inference_(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def pace(args: argparse.Namespace, words: list[str]) -> float:
-    """Seconds a step of a recipe, compilation left out: the difference of two short runs."""
-    argv = ["train.py", "--dataset_name", args.dataset_name, "--data_root", args.data_root, *words]
-    few, many = (3, 6) if args.tiny else (20, 120)
-    taken = []
-    for steps in (few, few, many):  # the first fills the compiler's cache
-        start = time.perf_counter()
-        run(*argv, "--run_name", "gpu_pace", "--overwrite", "--num_epochs", 1, "--steps_per_epoch", steps)
-        taken.append(time.perf_counter() - start)
-    return max((taken[2] - taken[1]) / (many - few), 1e-3)
-
-
 def training(args: argparse.Namespace) -> list[dict]:
     """Train by the clock: as many steps as fit into --minutes, the rate falling over their second half."""
     rows = []
     for name in args.recipes:
         run_name = f"gpu_{args.dataset_name}_{name}"
-        words = [*flags_of_size(args), "--device", str(args.device), *RECIPES[name]]
-        if args.device.type != "cuda":
-            words = [word for word in words if word != "--compile"]
-        start = time.perf_counter()
-        if Path(f"saved_models/{run_name}/latest.pt").exists():
-            run(ROOT / "train.py", "--run_name", run_name, "--device", args.device, "--start_from", "latest")
+        recipe = [word for word in RECIPES[name] if word != "--compile" or args.device.type == "cuda"]
+        begun = Path(f"saved_models/{run_name}/latest.pt").exists()
+        if begun:
+            words = ["--start_from", "latest"]
         else:
-            per_epoch = max(1, round(60 * args.minutes / pace(args, words) / args.epochs))
-            argv = ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *words, "--run_name", run_name]
-            argv += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
-            start = time.perf_counter()
-            run(ROOT / "train.py", *argv, "--keep_checkpoints", 1)
-        taken = time.perf_counter() - start
+            per_epoch = max(1, round(60 * args.minutes / pace(args, *recipe)["seconds"] / args.epochs))
+            words = ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *flags_of_size(args), *recipe]
+            words += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
+            words += ["--keep_checkpoints", 1, "--overwrite"]
+        start = time.perf_counter()
+        run(ROOT / "train.py", "--run_name", run_name, "--device", args.device, *words)
+        minutes = (time.perf_counter() - start) / 60
         run(ROOT / "test.py", "--run_name", run_name, "--device", args.device, "--metrics", "cycle,identity")
-        state = torch.load(f"saved_models/{run_name}/latest.pt", weights_only=True)
+        steps = torch.load(f"saved_models/{run_name}/latest.pt", weights_only=True)["step"]
+        row = {"recipe": name, "data": args.dataset_name, "side": args.size, "steps": steps}
+        row["minutes"] = "resumed" if begun else round(minutes, 1)
         scores = json.loads(Path(f"generated_images/{run_name}/test/metrics.json").read_text(encoding="utf-8"))
-        row = {"recipe": name, "data": args.dataset_name, "side": args.size, "steps": state["step"]}
-        row |= {"minutes": round(taken / 60, 1), "ms/step": round(1000 * taken / state["step"], 1)}
-        row |= {key: value for key, value in flat_scores(scores).items() if key.startswith(("cycle", "identity"))}
-        rows.append(row)
-        args.output.mkdir(parents=True, exist_ok=True)
+        rows.append(row | flat_scores({direction: scores[direction] for direction in ("AtoB", "BtoA")}))
         last = sorted(Path(f"generated_images/{run_name}").glob("epoch_*.png"))[-1]
+        args.output.mkdir(parents=True, exist_ok=True)
         shutil.copy(last, args.output / f"{run_name}.png")
     return rows
 
 
-def flat_scores(scores: object, prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested metrics.json, by the last words of their names."""
-    if isinstance(scores, dict):
-        found: dict[str, float] = {}
-        for key, value in scores.items():
-            found |= flat_scores(value, key)
-        return found
-    return {prefix: round(scores, 4)} if isinstance(scores, float) else {}
+def flat_scores(scores: dict, prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested dict, each named by the words that lead to it."""
+    found: dict[str, float] = {}
+    for key, value in scores.items():
+        name = f"{prefix} {key}".strip()
+        found |= flat_scores(value, name) if isinstance(value, dict) else {name: round(value, 4)}
+    return found
 
 
 STAGES: dict[str, tuple[Callable, str]] = {
@@ -370,10 +382,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", default="horse2zebra", help="what is trained on")
     parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="where that lies")
     parser.add_argument("--output", type=Path, help="where gpu.json and gpu.md go")
+    parser.add_argument("--pace", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # warm and timed steps, flags
     args = parser.parse_args(argv)
     args.device = devices.pick_device(args.device)
     if args.tiny:
         args.size = 16
+        args.minutes = 0.02
         args.dataset_name = "day2night"
     if args.output is None:
         args.output = ROOT / "docs" if args.device.type == "cuda" and not args.tiny else SCRATCH
@@ -382,6 +396,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.pace:
+        print_pace(int(args.pace[0]), int(args.pace[1]), args.pace[2:])
+        return
     path = args.output / "gpu.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.stages == []:  # the pages alone

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compare_generators
+import gpu
 import reference
 
 from images import read_image
@@ -102,3 +104,50 @@ def test_a_curve_ends_where_its_run_ends():
     (curve,) = reference.curves_of(rows, "ours", "PSNR_B", np.array([0.5, 2, 2.5]))
     assert curve[:2].tolist() == [5, 20]
     assert np.isnan(curve[2])
+
+
+# -- what a GPU has to show --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_stages_that_need_a_gpu_run_on_a_cpu_with_tiny_networks_and_write_their_report(monkeypatch):
+    words = ["--device", "cpu", "--tiny", "--output", "report"]
+    gpu.main(words)
+    done = json.loads(Path("report/gpu.json").read_text())
+    [stages] = done.values()
+    assert stages.keys() == gpu.STAGES.keys()
+    text = Path("report/gpu.md").read_text()
+    for name, stage in stages.items():
+        assert stage["rows"], name
+        assert gpu.STAGES[name][1] in text
+    assert any("equal, bit for bit" in row["what"] for row in stages["memory"]["rows"])
+    assert stages["ranks"]["rows"][0]["what"] == "one process, batch 4"
+    assert {row["recipe"] for row in stages["training"]["rows"]} == {"paper", "ours"}
+    for image in ("gpu_day2night_paper.png", "gpu_day2night_ours.png"):
+        assert Path("report", image).is_file()
+        assert f"({image})" in text
+    monkeypatch.setattr(gpu, "STAGES", {name: (None, title) for name, (_, title) in gpu.STAGES.items()})
+    gpu.main(words)  # all is done already
+    assert json.loads(Path("report/gpu.json").read_text()) == done
+
+
+def test_two_runs_that_differ_in_one_weight_are_not_the_same(tmp_path):
+    for name, value in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
+        Path("saved_models", name).mkdir(parents=True)
+        state = {
+            "nets": {"G": {"w": torch.tensor([value, 0.0])}},
+            "optims": {"G": [1]},
+            "buffers": {},
+            "rng": (1, None),
+        }
+        torch.save(state, f"saved_models/{name}/latest.pt")
+    assert gpu.same_state("one", "same")
+    assert not gpu.same_state("one", "other")
+
+
+def test_the_report_is_written_from_the_figures_and_says_so_where_there_are_none():
+    figures = gpu.ROOT / "docs/gpu.json"
+    gpu.write(Path("report"), json.loads(figures.read_text()) if figures.exists() else {})
+    text = Path("report/gpu.md").read_text()
+    assert ("No GPU has been measured yet" in text) != figures.exists()
+    assert text == (gpu.ROOT / "docs/gpu.md").read_text()
