@@ -166,12 +166,9 @@ def memory(args: argparse.Namespace) -> list[dict]:
     steps = ["--steps_per_epoch", 4, "--num_epochs", 2, "--checkpoint_interval", 1, "--precision", "bf16"]
     batch = 2 if args.tiny else 10
     for fraction in (1.0, 0.25, 0.1) if args.device.type == "cuda" else (1.0,):
-        code = (
-            f"import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction({fraction}); "
-            if fraction < 1
-            else ""
-        )
-        code += "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        limit = f"torch.cuda.set_per_process_memory_fraction({fraction}); " if fraction < 1 else ""
+        code = f"import runpy, sys, torch; {limit}sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; "
+        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
         name = f"gpu_memory_{fraction}"
         taken = train_drawn(args, name, *steps, "--batch_size", batch, launch=("-c", code))
         state = torch.load(f"saved_models/{name}/latest.pt", weights_only=True)
