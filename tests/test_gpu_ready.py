@@ -169,32 +169,39 @@ def test_networks_compile_in_one_graph_a_size(compiled):
     assert_compiles(compiled, tiny_generator(n_downsampling=1), hidden=True, modes=(False,))  # trained in a step, below
 
 
-GENERATORS = [{}, {"skips": True}, {"upsample": "resize", "norm_output": True}, {"generator": "unet_vit"}]
+GENERATORS = [
+    *({"norm": norm} for norm in ("instance", "instance_affine", "batch", "none")),
+    *({"skips": True, "norm": norm} for norm in ("instance", "batch")),
+    {"upsample": "resize", "norm_output": True},
+    *({"generator": "unet_vit", "norm": norm} for norm in ("instance", "batch")),
+]
+DISCRIMINATORS = [
+    *({"norm": norm} for norm in ("instance", "instance_affine", "batch", "none")),
+    *({"discriminator": "pixel", "norm": norm} for norm in ("instance", "batch")),
+    {"pool": True},
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
 @pytest.mark.parametrize("changes", GENERATORS)
-def test_every_generator_compiles_in_one_graph_a_size(compiled, changes, norm):
+def test_every_generator_compiles_in_one_graph_a_size(compiled, changes):
     for hidden in (False, True):
-        assert_compiles(compiled, tiny_generator(norm=norm, **changes), hidden=hidden)
+        assert_compiles(compiled, tiny_generator(**changes), hidden=hidden)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
-@pytest.mark.parametrize("changes", [{}, {"discriminator": "pixel"}, {"pool": True}])
-def test_every_discriminator_compiles_in_one_graph_a_size(compiled, changes, norm):
-    assert_compiles(compiled, tiny_discriminator(norm=norm, **changes))
+@pytest.mark.parametrize("changes", DISCRIMINATORS)
+def test_every_discriminator_compiles_in_one_graph_a_size(compiled, changes):
+    assert_compiles(compiled, tiny_discriminator(**changes))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("changes", [{"skips": True}, {"generator": "unet_vit"}, "patch", "pixel"])
-def test_with_free_sizes_a_second_size_compiles_once_more_and_a_third_does_not(compiled, changes, norm):
+def test_with_free_sizes_a_second_size_compiles_once_more_and_a_third_does_not(compiled, changes):
     if isinstance(changes, str):
-        net = tiny_discriminator(discriminator=changes, norm=norm)
+        net = tiny_discriminator(discriminator=changes)
     else:
-        net = tiny_generator(norm=norm, **changes)
+        net = tiny_generator(**changes)
     assert_compiles(compiled, net, dynamic=None)
 
 
