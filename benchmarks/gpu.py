@@ -12,6 +12,7 @@ interrupted training goes on from its last save.
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ import train
 import utils
 from logs import read_losses
 from metrics import median_ms
+from weights import save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = Path("generated_images/gpu")  # what stages leave on the way to their rows
@@ -239,6 +241,22 @@ def translator(args: argparse.Namespace, net: models.Generator, precision: str, 
     return inference.Translator({"G_AB": net}, size, str(args.device), precision, "native", tile)
 
 
+def onnx_ms(net: models.Generator, photo: torch.Tensor) -> float | str:
+    """Milliseconds of an exported generator in onnxruntime on a GPU; empty where that is missing."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return ""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    weights = SCRATCH / "G_AB.safetensors"
+    save_generator(weights, net, {"direction": "AtoB", "size": list(photo.shape[-2:])})
+    run(ROOT / "export.py", "--weights", weights, "--output", SCRATCH / "G_AB.onnx")
+    session = onnxruntime.InferenceSession(SCRATCH / "G_AB.onnx", providers=["CUDAExecutionProvider"])
+    return round(median_ms(lambda: session.run(None, {"real_A": photo.numpy()})), 2)
+
+
 def inference_(args: argparse.Namespace) -> list[dict]:
     """Milliseconds an image, from the host's memory and back: the default teacher and a thin student, whole and in tiles."""
     sides = (16, 32) if args.tiny else (256, 512, 1024)
@@ -260,6 +278,7 @@ def inference_(args: argparse.Namespace) -> list[dict]:
                 row["bf16 in tiles, ms"] = round(
                     median_ms(lambda call=call, net=net, x=photo: call(net, x).cpu(), 3), 2
                 )
+            row["ONNX on CUDA, ms"] = onnx_ms(net, photo)
             rows.append(row)
     return rows
 
