@@ -153,26 +153,31 @@ def run_as_one(net: Any, *batches: Tensor) -> Sequence[Tensor]:
     return net(torch.cat(batches)).chunk(len(batches))
 
 
-def translate_with_identity(G: Any, real: Tensor, target: Tensor | None) -> tuple[Tensor, Any, list[Tensor]]:
+def translate_with_identity(
+    G: Any, real: Tensor, target: Tensor | None, with_hidden: bool
+) -> tuple[Tensor, Any, list[Tensor]]:
     """Translate real images and, for the identity loss, those of the target domain; in one call where it may be one.
 
-    returns: fake, idt (None without target), and the hidden states of `real`, block by block
+    returns: fake, idt (None without target), and the hidden states of `real`, block by block, if asked for
     """
-    if target is None or G.config.norm == "batch":
-        fake, hidden = G(real, return_hidden=True)
-        return fake, None if target is None else G(target), hidden
-    both, hidden = G(torch.cat([real, target]), return_hidden=True)
-    fake, idt = both.chunk(2)
+    as_one = target is not None and G.config.norm != "batch"
+    x = torch.cat([real, target]) if as_one else real
+    fake, hidden = G(x, return_hidden=True) if with_hidden else (G(x), [])
+    if as_one:
+        fake, idt = fake.chunk(2)
+    else:
+        idt = None if target is None else G(target)
     return fake, idt, [state[: len(real)] for state in hidden]
 
 
 def generator_loss(
-    nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig
+    nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig, with_hidden: bool = False
 ) -> tuple[Tensor, dict[str, Tensor], dict]:
     """The objective of both generators.
 
     nets:           G_AB, G_BA, D_A, D_B
     real_A, real_B: (N, C, H, W) in [-1, 1]
+    with_hidden:    a compiled network would compute gradients, all 0, of hidden states that nobody looks at
     returns:        loss_G; its unweighted terms; what distillation looks at: fake_A and fake_B, and the
                     generators' hidden states as lists, hidden_AB and hidden_BA
     source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
@@ -180,8 +185,8 @@ def generator_loss(
     G_AB = nets["G_AB"]
     G_BA = nets["G_BA"]
     with_identity = config.lambda_identity > 0
-    fake_B, idt_B, hidden_AB = translate_with_identity(G_AB, real_A, real_B if with_identity else None)
-    fake_A, idt_A, hidden_BA = translate_with_identity(G_BA, real_B, real_A if with_identity else None)
+    fake_B, idt_B, hidden_AB = translate_with_identity(G_AB, real_A, real_B if with_identity else None, with_hidden)
+    fake_A, idt_A, hidden_BA = translate_with_identity(G_BA, real_B, real_A if with_identity else None, with_hidden)
     rec_A = G_BA(fake_B)
     rec_B = G_AB(fake_A)
     on_fake_A = nets["D_A"](fake_A)
@@ -313,8 +318,6 @@ class CycleGAN:
         finished_steps: taken before this one, for the warm-up of the averages
         returns:        losses and terms by name, on the device
         """
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
         losses = self._gradients_within_memory(real_A, real_B)
         learning = [p for optim in self.optims.values() for group in optim.param_groups for p in group["params"]]
         statistics = [x for net in self.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
@@ -335,12 +338,16 @@ class CycleGAN:
         may_not_shrink = self.optim_config.micro_batch != "auto" or self.nets["G_AB"].config.norm == "batch"
         while True:
             try:
+                if self.compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
                 return self._gradients(real_A, real_B)
             except torch.OutOfMemoryError:
                 size = self.micro_batch_size or len(real_A)
                 if size == 1 or may_not_shrink:
                     raise
             self.micro_batch_size = math.ceil(size / 2)  # not inside `except`, where the traceback holds the tensors
+            if self.compiled:
+                torch.compiler.reset()  # CUDA graphs keep the memory that they were recorded with
             torch.cuda.empty_cache()
             words = f"the batch of {len(real_A)} is processed in micro-batches of {self.micro_batch_size} from now on"
             warn(f"out of memory: {words}")

@@ -92,7 +92,7 @@ class DistillationLoss:
         self, nets: dict[str, Callable], real_A: Tensor, real_B: Tensor, config: cyclegan.LossConfig
     ) -> tuple[Tensor, dict[str, Tensor], dict]:
         """As cyclegan.generator_loss, with the terms hidden_XY and output_XY of each student."""
-        loss, terms, outputs = cyclegan.generator_loss(nets, real_A, real_B, config)
+        loss, terms, outputs = cyclegan.generator_loss(nets, real_A, real_B, config, with_hidden=bool(self.pairs))
         for name, teacher in self.teachers.items():
             letters = name[2:]
             with torch.no_grad():

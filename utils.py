@@ -183,7 +183,7 @@ def collective() -> Iterator[None]:
 
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace tensors (of one type, on one device) by their means over the ranks, in one message."""
-    if world() == 1 or not tensors:
+    if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([x.detach().reshape(-1) for x in tensors])
     with collective():

@@ -5,13 +5,15 @@ make gpu DEVICE=cpu                           the same stages on tiny networks, 
 python benchmarks/gpu.py --stages step loader
 python benchmarks/gpu.py --stages training --minutes 6 --recipes ours --data_root ../photos
 
-Each stage takes under 8 minutes, and at its end writes its rows into gpu.json, and from all rows gpu.md, below --output
-(docs/; of a CPU generated_images/gpu/). A stage that this machine has done is left out, unless --stages names it; an
-interrupted training goes on from its last save.
+Each stage is meant to take under 8 minutes, and at its end writes its rows into gpu.json, and from all rows gpu.md, below
+--output (docs/; of a CPU generated_images/gpu/). What a stage could not do stands there as an error, and the next stage
+follows. A stage that this machine has done is left out, unless --stages names it; an interrupted training goes on from its
+last save.
 """
 
 import argparse
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -23,17 +25,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import datasets
 import devices
 import flags
 import inference
 import models
 import train
 import utils
-from logs import read_losses
+from files import write_json, write_text
 from metrics import median_ms
 from weights import save_generator
 
@@ -70,13 +74,20 @@ RECIPES = {  # of the stage training; the paper's is train.py's defaults in the 
 }
 
 
-def run(*argv: object, **environment: str) -> str:
-    """Run a program of this project; returns what it printed. What it says on the way is shown if it fails."""
+class StageError(Exception):
+    """A program that a stage started ended with an error: its name and its last line."""
+
+
+def run(*argv: object) -> str:
+    """Run a program of this project; returns what it printed."""
     words = [sys.executable, *map(str, argv)]
     print(f"$ {' '.join(words[1:])}", flush=True)
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{words[1]} ended with {done.returncode}: {(done.stderr or done.stdout)[-3000:]}")
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        program = next((Path(word).name for word in words[1:] if word.endswith(".py")), words[1])
+        raise StageError(f"{program} ended with {done.returncode}: {' '.join(last)}")
     return done.stdout
 
 
@@ -91,29 +102,35 @@ def read_csv(path: Path) -> list[dict]:
 
 def tests(args: argparse.Namespace) -> list[dict]:
     """The tests that need a GPU, in several processes where pytest-xdist is there."""
-    parallel = ["-n", str(args.processes)] if args.processes > 1 else []
+    parallel = ["-n", str(args.processes)] if importlib.util.find_spec("xdist") and args.device.type == "cuda" else []
     argv = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", *parallel, str(ROOT / "tests/test_gpu.py")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    print(done.stdout[-6000:])
+    print(done.stdout[-8000:], done.stderr[-2000:], flush=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
-    failed = re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.M)
-    return [{"passed": 0, "failed": 0, "skipped": 0, **counts, "which failed": ", ".join(failed)}]
+    if not counts:
+        raise StageError(f"pytest ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+    row: dict = {"passed": 0, "failed": 0, "skipped": 0, **counts}
+    if done.returncode:
+        row["error"] = "failed: " + ", ".join(re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.M))
+    return [row]
 
 
 def step(args: argparse.Namespace) -> list[dict]:
     """Our step against the plain one of the paper: precisions, memory formats, compiled."""
     output = SCRATCH / "step"
+    sizes = ["--sizes", args.size, "--rounds", 9, "--warm", 4, "--threads", 1]
     if args.tiny:
-        sizes = ["--sizes", 16, "--batches", 1, 2, "--ngf", 4, "--blocks", 1, "--n_layers_D", 1, "--rounds", 2]
-    else:
-        sizes = ["--sizes", args.size, "--batches", 1, 4, 10, "--rounds", 9, "--warm", 4]
+        sizes = ["--sizes", 16, "--ngf", 4, "--blocks", 1, "--n_layers_D", 1, "--rounds", 2, "--threads", 1]
     compiled = ["--compile"] if args.device.type == "cuda" else []
     rows = []
-    for words in (["--precisions", "fp32"], ["--precisions", "bf16", "--choices", *compiled]):
-        sizes_and_place = [*sizes, "--threads", 1, "--device", args.device, "--output", output]
-        print(run(ROOT / "benchmarks/step.py", *words, *sizes_and_place))
-        found = read_csv(output / "step.csv")
-        rows += [row for row in found if not (rows and row["variant"] == "reference")]
+    for batch in (1, 2) if args.tiny else (1, 4, 10):
+        words = [*sizes, "--batches", batch, "--device", args.device, "--output", output]
+        print(run(ROOT / "benchmarks/step.py", "--precisions", "fp32", "bf16", "--choices", *compiled, *words))
+        rows += read_csv(output / "step.csv")
+    if args.device.type == "cuda":  # in a process of its own, since cuDNN remembers what it tried
+        words = [*sizes, "--batches", 1, 10, "--device", args.device, "--output", output]
+        print(run(ROOT / "benchmarks/step.py", "--precisions", "bf16", "--untried", *words))
+        rows += read_csv(output / "step.csv")
     return rows
 
 
@@ -135,14 +152,10 @@ def flags_of_size(args: argparse.Namespace) -> list[str]:
     return TINY if args.tiny else ["--img_height", str(args.size), "--img_width", str(args.size)]
 
 
-def train_drawn(
-    args: argparse.Namespace, run_name: str, *argv: object, launch: tuple = (), **environment: str
-) -> float:
-    """Train on the drawn set, anew; returns seconds from start to end."""
+def train_drawn(args: argparse.Namespace, run_name: str, *argv: object) -> None:
+    """Train on the drawn set, anew."""
     words = ["--dataset_name", "day2night", *flags_of_size(args), "--device", args.device, "--run_name", run_name]
-    start = time.perf_counter()
-    run(*launch, ROOT / "train.py", *words, "--overwrite", "--sample_interval", 10**6, *argv, **environment)
-    return time.perf_counter() - start
+    run(ROOT / "train.py", *words, "--overwrite", "--sample_interval", 10**6, *argv)
 
 
 def flat(state: object) -> list:
@@ -165,64 +178,57 @@ def same_state(one: str, other: str) -> bool:
 def memory(args: argparse.Namespace) -> list[dict]:
     """A card of which only a part may be used; and a run that is resumed, bit for bit."""
     rows = []
-    steps = ["--steps_per_epoch", 4, "--num_epochs", 2, "--checkpoint_interval", 1, "--precision", "bf16"]
     batch = 2 if args.tiny else 10
-    for fraction in (1.0, 0.25, 0.1) if args.device.type == "cuda" else (1.0,):
-        limit = f"torch.cuda.set_per_process_memory_fraction({fraction}); " if fraction < 1 else ""
-        code = f"import runpy, sys, torch; {limit}sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; "
-        code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-        name = f"gpu_memory_{fraction}"
-        taken = train_drawn(args, name, *steps, "--batch_size", batch, launch=("-c", code))
-        state = torch.load(f"saved_models/{name}/latest.pt", weights_only=True)
-        micro_batch = state["loader"]["piece"] or batch
-        loss = read_losses(Path(f"saved_models/{name}/losses.csv"))[-1]["loss_G"]
-        rows.append({"what": f"batch {batch} in {fraction:.0%} of the memory", "s": round(taken, 1)})
-        rows[-1] |= {"micro-batch": micro_batch, "loss_G": round(loss, 3)}
-    common = [*steps, "--deterministic", "--batch_size", 2]
+    peak = 0.0
+    for fraction in (1.0, 0.6, 0.3) if args.device.type == "cuda" else (1.0,):
+        limit = ["--megabytes", fraction * peak] if peak else []
+        found = pace(args, "--batch_size", batch, "--precision", "bf16", limit=limit)
+        peak = peak or found["MB"]
+        rows.append({"what": f"batch {batch} in {fraction:.0%} of the memory it takes", "peak MB": found["MB"]})
+        rows[-1] |= {"micro-batch": found["micro_batch"], "ms/step": round(1000 * found["seconds"], 1)}
+        rows[-1]["first loss_G"] = round(found["loss_G"], 3)
+    common = ["--steps_per_epoch", 4, "--num_epochs", 2, "--checkpoint_interval", 1, "--precision", "bf16"]
+    common += ["--deterministic", "--batch_size", 2]
     train_drawn(args, "gpu_whole", *common)
     train_drawn(args, "gpu_resumed", *common)
-    start = time.perf_counter()
-    run(
-        ROOT / "train.py",
-        "--run_name",
-        "gpu_resumed",
-        "--device",
-        args.device,
-        "--precision",
-        "bf16",
-        "--start_from",
-        1,
-    )
-    taken = round(time.perf_counter() - start, 1)
-    equal = "equal, bit for bit" if same_state("gpu_whole", "gpu_resumed") else "NOT EQUAL"
-    rows.append({"what": f"--deterministic, resumed in the middle: {equal}", "s": taken, "micro-batch": 2})
-    return rows
+    resume = ["--device", args.device, "--precision", "bf16", "--start_from", 1]
+    run(ROOT / "train.py", "--run_name", "gpu_resumed", *resume)
+    row = {"what": "--deterministic, resumed in the middle: equal, bit for bit"}
+    if not same_state("gpu_whole", "gpu_resumed"):
+        row = {"what": "--deterministic, resumed in the middle", "error": "not equal"}
+    return [*rows, row]
 
 
-def pace(args: argparse.Namespace, *words: object, launch: tuple = ()) -> dict:
-    """Seconds a step of train.py with such flags, and the first loss, in a process of its own or in those of `launch`."""
+def pace(args: argparse.Namespace, *words: object, launch: tuple = (), limit: list | None = None) -> dict:
+    """What train.py's steps take with such flags, in a process of its own or in those of `launch`.
+
+    returns: seconds (a step), loss_G (of the first), MB (the GPU's, at most), micro_batch
+    """
     steps = (2, 5) if args.tiny else (5, 30)
     recipe = [*flags_of_size(args), "--device", args.device, *words]
-    return json.loads(run(*launch, __file__, "--pace", *steps, *recipe).splitlines()[-1])
+    return json.loads(run(*launch, __file__, *(limit or []), "--pace", *steps, *recipe).splitlines()[-1])
 
 
-def print_pace(warm: int, timed: int, words: list[str]) -> None:
+def print_pace(warm: int, timed: int, megabytes: float | None, words: list[str]) -> None:
     """Make a model and time its steps on noise, in all processes that torchrun started."""
-    utils.join_ranks()
     args = flags.with_vit_defaults(train.parse_args(words))
     device = devices.pick_device(args.device)
+    if megabytes:
+        torch.cuda.set_per_process_memory_fraction(1e6 * megabytes / devices.total_memory(device))
     model = train.make_model(args, train.make_nets(args, {}), device)
     noise = torch.Generator().manual_seed(0)
     shape = (2, args.batch_size, args.channels, args.img_height, args.img_width)
     reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, utils.rank_slice(args.batch_size)].to(device)
     first = float(model.step(*reals)["loss_G"])
+    start = 0.0
     for i in range(warm + timed):
         if i == warm:
             start = time.perf_counter()
         float(model.step(*reals, i + 1)["loss_G"])  # waits for the device
-    seconds = (time.perf_counter() - start) / timed
-    utils.say(json.dumps({"seconds": seconds, "loss_G": first}))
-    utils.leave_ranks()
+    found = {"seconds": (time.perf_counter() - start) / timed, "loss_G": first}
+    found["MB"] = round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else 0
+    found["micro_batch"] = model.micro_batch_size or args.batch_size
+    utils.say(json.dumps(found))
 
 
 def ranks(args: argparse.Namespace) -> list[dict]:
@@ -241,23 +247,23 @@ def translator(args: argparse.Namespace, net: models.Generator, precision: str, 
     return inference.Translator({"G_AB": net}, size, str(args.device), precision, "native", tile)
 
 
-def onnx_ms(net: models.Generator, photo: torch.Tensor) -> float | str:
-    """Milliseconds of an exported generator in onnxruntime on a GPU; empty where that is missing."""
+def onnx_session(net: models.Generator) -> Any:
+    """An exported generator in onnxruntime on the GPU; None where that is missing."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return ""
+        return None
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return ""
+        return None
     SCRATCH.mkdir(parents=True, exist_ok=True)
     weights = SCRATCH / "G_AB.safetensors"
-    save_generator(weights, net, {"direction": "AtoB", "size": list(photo.shape[-2:])})
+    save_generator(weights, net, {"direction": "AtoB", "size": [64, 64]})
     run(ROOT / "export.py", "--weights", weights, "--output", SCRATCH / "G_AB.onnx")
     session = onnxruntime.InferenceSession(SCRATCH / "G_AB.onnx", providers=["CUDAExecutionProvider"])
-    return round(median_ms(lambda: session.run(None, {"real_A": photo.numpy()})), 2)
+    return session if session.get_providers()[0] == "CUDAExecutionProvider" else None  # it falls back to the CPU
 
 
-def inference_(args: argparse.Namespace) -> list[dict]:
+def one_image(args: argparse.Namespace) -> list[dict]:
     """Milliseconds an image, from the host's memory and back: the default teacher and a thin student, whole and in tiles."""
     sides = (16, 32) if args.tiny else (256, 512, 1024)
     width = 4 if args.tiny else 64
@@ -266,33 +272,41 @@ def inference_(args: argparse.Namespace) -> list[dict]:
     rows = []
     for label, config in configs.items():
         net = models.build_generator(config)
+        session = onnx_session(net)
         for side in sides:
             photo = torch.rand(1, 3, side, side) * 2 - 1
-            row = {"network": label, "side": side}
-            for precision in ("fp32", "bf16"):
-                call = translator(args, net, precision, None)
-                row[f"{precision}, ms"] = round(median_ms(lambda call=call, net=net, x=photo: call(net, x).cpu()), 2)
+            row = {"network": label, "side": side, "fp32, ms": "", "bf16, ms": ""}
+            calls = {precision: translator(args, net, precision, None) for precision in ("fp32", "bf16")}
+            for precision, call in calls.items():
+                row[f"{precision}, ms"] = round(median_ms(functools.partial(translated, call, net, photo)), 2)
             row["bf16 in tiles, ms"] = ""
             if side == sides[-1]:
                 call = translator(args, net, "bf16", side // 2)
-                row["bf16 in tiles, ms"] = round(
-                    median_ms(lambda call=call, net=net, x=photo: call(net, x).cpu(), 3), 2
-                )
-            row["ONNX on CUDA, ms"] = onnx_ms(net, photo)
+                row["bf16 in tiles, ms"] = round(median_ms(functools.partial(translated, call, net, photo), 3), 2)
+            row["ONNX on CUDA, ms"] = ""
+            if session:
+                feed = {"real_A": photo.numpy()}
+                row["ONNX on CUDA, ms"] = round(median_ms(functools.partial(session.run, None, feed)), 2)
             rows.append(row)
     return rows
+
+
+def translated(call: Callable, net: models.Generator, photo: torch.Tensor) -> torch.Tensor:
+    """A translation, back in the host's memory."""
+    return call(net, photo).cpu()
 
 
 def training(args: argparse.Namespace) -> list[dict]:
     """Train by the clock: as many steps as fit into --minutes, the rate falling over their second half."""
     rows = []
     for name in args.recipes:
-        run_name = f"gpu_{args.dataset_name}_{name}"
-        recipe = [word for word in RECIPES[name] if word != "--compile" or args.device.type == "cuda"]
-        begun = Path(f"saved_models/{run_name}/latest.pt").exists()
+        run_name = f"gpu_{args.dataset_name}_{args.size}px_{args.minutes:g}min_{name}"
+        latest = Path(f"saved_models/{run_name}/latest.pt")
+        begun = latest.exists()
         if begun:
             words = ["--start_from", "latest"]
         else:
+            recipe = [word for word in RECIPES[name] if word != "--compile" or args.device.type == "cuda"]
             per_epoch = max(1, round(60 * args.minutes / pace(args, *recipe)["seconds"] / args.epochs))
             words = ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *flags_of_size(args), *recipe]
             words += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
@@ -301,14 +315,15 @@ def training(args: argparse.Namespace) -> list[dict]:
         run(ROOT / "train.py", "--run_name", run_name, "--device", args.device, *words)
         minutes = (time.perf_counter() - start) / 60
         run(ROOT / "test.py", "--run_name", run_name, "--device", args.device, "--metrics", "cycle,identity")
-        steps = torch.load(f"saved_models/{run_name}/latest.pt", weights_only=True)["step"]
+        steps = torch.load(latest, weights_only=True)["step"]
         row = {"recipe": name, "data": args.dataset_name, "side": args.size, "steps": steps}
         row["minutes"] = "resumed" if begun else round(minutes, 1)
         scores = json.loads(Path(f"generated_images/{run_name}/test/metrics.json").read_text(encoding="utf-8"))
-        rows.append(row | flat_scores({direction: scores[direction] for direction in ("AtoB", "BtoA")}))
+        row |= flat_scores({direction: scores[direction] for direction in ("AtoB", "BtoA")})
         last = sorted(Path(f"generated_images/{run_name}").glob("epoch_*.png"))[-1]
         args.output.mkdir(parents=True, exist_ok=True)
         shutil.copy(last, args.output / f"{run_name}.png")
+        rows.append({**row, "image": f"{run_name}.png"})
     return rows
 
 
@@ -327,7 +342,7 @@ STAGES: dict[str, tuple[Callable, str]] = {
     "loader": (loader, "Images a second from the disk"),
     "memory": (memory, "Less memory than a batch needs, and a resumed run"),
     "ranks": (ranks, "Processes"),
-    "inference": (inference_, "One image"),
+    "inference": (one_image, "One image"),
     "training": (training, "Training by the clock"),
 }
 
@@ -345,39 +360,44 @@ def machine(device: torch.device) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Rows of one stage as markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """Rows of one stage as markdown, their images below."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "image"]
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    return lines + [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
+    lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
+    for row in rows:
+        if "image" in row:
+            lines += ["", f"![the fixed test images after the last epoch: {row['recipe']}]({row['image']})"]
+    return lines
 
 
 INTRODUCTION = """# What was measured on GPUs
 
-Written by `benchmarks/gpu.py` from `gpu.json`. On your own card: `make gpu`, with `DATA=DIR` where `horse2zebra` lies; each stage takes
-under 8 minutes, a stage that is done is left out. What is not in a table here was never measured on a GPU.
+Written by `benchmarks/gpu.py` from `gpu.json`. On your own card: `make gpu`, with `DATA=DIR` where `horse2zebra` lies; each stage is
+meant to take under 8 minutes, and one that is done is left out. What is not in a table here was never measured on a GPU.
 
-Proved without one, by the tests: a whole step, both generators, with gradient penalty, averages and a student, runs on torch's
-meta device, so nothing in it waits for the GPU or leaves a tensor on the CPU; every network compiles as one graph, and the
-compiled step's losses are the eager ones'; fp16 scales its losses, skips a step that overflows and keeps the scale over a resume; out of
-memory at any call of a step, the step is repeated in micro-batches and teaches the same; states go on in another memory format.
+Proved without one, by `tests/test_gpu_ready.py`, `test_cyclegan.py` and `test_train.py`, partly slow:
+a whole step in float32, of both generators, with gradient penalty, averages and a student, runs on torch's meta device, so that
+nothing of it (Adam's own kernel apart) leaves a tensor on the host or reads one back; every network is traced as one graph for each size, forward and
+backward, and the losses of such a step are the eager ones' (in float64, without a compiler of kernels); fp16, really computed in half on a
+CPU, scales its losses, leaves out a step that overflows and keeps the scale over a resume; where memory runs out in any call of a step, the step
+is repeated in micro-batches and teaches the same, bit for bit; a run goes on in another memory format.
 What will be decided by these tables, and how: [benchmarks/NOTES.md](../benchmarks/NOTES.md#what-a-gpu-will-decide)."""
 
 
 def write(output: Path, results: dict) -> None:
     """Write gpu.json, and gpu.md from it."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = [INTRODUCTION]
-    if not results:
+    if results:
+        write_json(output / "gpu.json", results)
+    else:
         lines += ["", "**No GPU has been measured yet.**"]
     for name, stages in results.items():
         lines += ["", f"## {name}"]
         for stage, found in stages.items():
             lines += ["", f"### {STAGES[stage][1]}", "", f"`{found['command']}`, {found['seconds']:.0f} s", ""]
             lines += table(found["rows"])
-            for grid in sorted(output.glob("gpu_*.png")) if stage == "training" else ():
-                lines += ["", f"![the fixed test images after the last epoch of {grid.stem}]({grid.name})"]
-    (output / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "gpu.md", "\n".join(lines) + "\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -391,13 +411,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks and images: to see that all stages work")
     parser.add_argument("--size", type=int, default=256, help="side of the images, px")
-    parser.add_argument("--processes", type=int, default=1, help="that run the tests (needs pytest-xdist)")
+    parser.add_argument("--processes", type=int, default=4, help="that run the tests (needs pytest-xdist)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is trained")
-    parser.add_argument("--minutes", type=float, default=3, help="of each training")
+    parser.add_argument("--minutes", type=float, default=2, help="of each training")
     parser.add_argument("--epochs", type=int, default=8, help="into which a training is divided")
     parser.add_argument("--dataset_name", default="horse2zebra", help="what is trained on")
     parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="where that lies")
     parser.add_argument("--output", type=Path, help="where gpu.json and gpu.md go")
+    parser.add_argument("--megabytes", type=float, help=argparse.SUPPRESS)  # of the GPU that --pace may take
     parser.add_argument("--pace", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # warm and timed steps, flags
     args = parser.parse_args(argv)
     args.device = devices.pick_device(args.device)
@@ -410,25 +431,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def do_stage(args: argparse.Namespace, name: str) -> dict:
+    """The rows of a stage, its seconds, the command that makes them, and whether all of it worked."""
+    print(f"-- {name}", flush=True)
+    start = time.perf_counter()
+    try:
+        rows = STAGES[name][0](args)
+    except StageError as error:
+        rows = [{"error": str(error)}]
+    words = ["python benchmarks/gpu.py --stages", name, *(["--tiny"] if args.tiny else []), "--size", str(args.size)]
+    if name == "training":
+        words += ["--minutes", f"{args.minutes:g}", "--recipes", *args.recipes]
+    seconds = time.perf_counter() - start
+    return {"command": " ".join(words), "seconds": seconds, "rows": rows, "ok": not any("error" in row for row in rows)}
+
+
+@utils.stage
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.pace:
-        print_pace(int(args.pace[0]), int(args.pace[1]), args.pace[2:])
+        print_pace(int(args.pace[0]), int(args.pace[1]), args.megabytes, args.pace[2:])
         return
     path = args.output / "gpu.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if args.stages == []:  # the pages alone
+    if args.stages == []:
         write(args.output, results)
         return
     done = results.setdefault(machine(args.device), {})
-    for name in args.stages or [name for name in STAGES if name not in done]:
-        print(f"-- {name}", flush=True)
-        start = time.perf_counter()
-        rows = STAGES[name][0](args)
-        command = f"python benchmarks/gpu.py {' '.join(argv or sys.argv[1:])}".strip()
-        done[name] = {"command": command, "seconds": time.perf_counter() - start, "rows": rows}
+    missing = [name for name in STAGES if not done.get(name, {}).get("ok")]
+    names = args.stages or missing
+    if "training" in names and args.dataset_name != datasets.DEMO:
+        datasets.find_dataset(args.data_root, args.dataset_name)  # said now rather than after all other stages
+    for name in names:
+        done[name] = do_stage(args, name)
         write(args.output, results)
     print(f"written to {args.output}/gpu.json and gpu.md")
+    failed = [name for name in names if not done[name]["ok"]]
+    if failed:
+        raise utils.RunError(f"not all worked: {', '.join(failed)}; see {args.output}/gpu.md and the output above")
 
 
 if __name__ == "__main__":

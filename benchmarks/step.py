@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,13 +166,6 @@ def channels_last(config: argparse.Namespace, device: torch.device, precision: s
     return variant
 
 
-def untried(config: argparse.Namespace, device: torch.device, precision: str) -> Ours:
-    """Our step with the convolutions that cuDNN takes without trying them, as in the reference."""
-    variant = Ours(config, device, precision, False)
-    torch.backends.cudnn.benchmark = False
-    return variant
-
-
 def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
     """What is compared, by name; each is a function that builds it."""
     variants = {"reference": lambda: Reference(config, device)}
@@ -206,13 +200,22 @@ def seconds(function: Callable, device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations a second (a multiply-add is two) of a large convolution, forward: 256 → 256 channels, 3x3, 8x64x64."""
+    """Operations a second (a multiply-add is two) of a large convolution, forward: 256 → 256 channels, 3x3, 8x64x64.
+
+    Of a GPU in "fp32" this is TF32, which torch takes for convolutions.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     conv = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
     x = torch.randn(8, 256, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    calls = 20 if device.type == "cuda" else 1  # so that launching them is hidden
+
+    def convolve() -> None:
+        for _ in range(calls):
+            conv(x)
+
     with torch.no_grad():
-        times = [seconds(lambda: conv(x), device) for _ in range(12)]
-    return 2 * 9 * 256 * 256 * 8 * 64 * 64 / min(times)
+        times = [seconds(convolve, device) for _ in range(12)]
+    return calls * 2 * 9 * 256 * 256 * 8 * 64 * 64 / min(times)
 
 
 def two_steps(config: argparse.Namespace, device: torch.device, name: str) -> None:
@@ -243,29 +246,23 @@ def print_own_memory(config: argparse.Namespace, device: torch.device, name: str
 
 def built_and_warm(
     config: argparse.Namespace, device: torch.device, name: str, real_A: Tensor, real_B: Tensor
-) -> tuple[Callable, float]:
-    """The step of a variant after its first ones, which pay for set-up and compilation; and the MB of a GPU they took.
+) -> tuple[Any, float]:
+    """A variant after its first steps, which pay for set-up and compilation; and the MB of a GPU that they took.
 
-    How cuDNN chooses its convolutions is a switch of the whole process, so each step turns it to where its variant left it.
+    Whether cuDNN tries its convolutions is settled for the whole process, since it remembers what it took for a shape.
     """
-    torch.backends.cudnn.benchmark = False
     before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     variant = make_variants(config, device)[name]()
-    tries = torch.backends.cudnn.benchmark
-
-    def step(real_A: Tensor, real_B: Tensor) -> None:
-        torch.backends.cudnn.benchmark = tries
-        variant.step(real_A, real_B)
-
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.untried
     for _ in range(config.warm):
-        step(real_A, real_B)
+        variant.step(real_A, real_B)
     if device.type == "cuda":
-        return step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    return step, math.nan
+        return variant, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return variant, math.nan
 
 
 def kernel_seconds(step: Callable, device: torch.device) -> float:
@@ -275,43 +272,61 @@ def kernel_seconds(step: Callable, device: torch.device) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize(device)
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    events = [event for event in profile.key_averages() if not event.is_user_annotation]
+    return sum(event.self_device_time_total for event in events) / 1e6
+
+
+def micro_batch_of(variant: Any) -> int | str:
+    """Size of the micro-batches that ours was driven to; empty if it took the batch as a whole."""
+    return (variant.model.micro_batch_size or "") if isinstance(variant, Ours) else ""
 
 
 def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, float]) -> list[dict]:
-    """Time all variants at one size and batch, turn by turn; returns a row of figures for each."""
+    """Time all variants at one size and batch, turn by turn; returns a row of figures for each that fits."""
     real_A, real_B = make_batch(config, device)
-    steps = {}
+    variants = {}
     memory = {}
     for name in make_variants(config, device):
-        steps[name], memory[name] = built_and_warm(config, device, name, real_A, real_B)
-    times = {name: [] for name in steps}
+        try:
+            variants[name], memory[name] = built_and_warm(config, device, name, real_A, real_B)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory at {config.size} px, batch {config.batch}", flush=True)
+    times = {name: [] for name in variants}
     for _ in range(config.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(lambda step=step: step(real_A, real_B), device))
-    with FlopCounterMode(display=False) as counter:
-        steps[config.precisions[0]](real_A, real_B)
-    work = counter.get_total_flops()  # of the step as we compute it: nothing in it is thrown away
+        for name, variant in variants.items():
+            times[name].append(seconds(lambda variant=variant: variant.step(real_A, real_B), device))
     medians = {name: statistics.median(values) for name, values in times.items()}
+    work = math.nan  # of the step as we compute it: nothing in it is thrown away
+    if config.precisions[0] in variants:
+        with FlopCounterMode(display=False) as counter:
+            variants[config.precisions[0]].step(real_A, real_B)
+        work = counter.get_total_flops()
     rows = []
     for name, median in medians.items():
         word = precision_of(name, device)
-        kernels = kernel_seconds(lambda name=name: steps[name](real_A, real_B), device)
+        kernels = kernel_seconds(lambda name=name: variants[name].step(real_A, real_B), device)  # after all timing
         if config.memory and device.type == "cpu":
             memory[name] = peak_memory(config, name)
+        label = f"{name} untried" if config.untried else name
         rows.append(
             {
-                **{"size": config.size, "batch": config.batch, "variant": name, "precision": word},
+                **{"size": config.size, "batch": config.batch, "variant": label, "precision": word},
                 **{"s/step": round(median, 4), "steps/s": round(1 / median, 3)},
                 "images/s": round(2 * config.batch / median, 2),
-                "ratio": round(medians["reference"] / median, 2),
-                "fraction of peak": round(work / median / peaks[word], 3),
-                "in kernels": "" if math.isnan(kernels) else round(kernels / median, 2),
-                "peak MB": "" if math.isnan(memory[name]) else round(memory[name]),
+                "ratio": rounded(medians.get("reference", math.nan) / median, 2),
+                "fraction of peak": rounded(work / median / peaks[word], 3),
+                "in kernels": rounded(kernels / median, 2),
+                "peak MB": rounded(memory[name], 0),
+                "micro-batch": micro_batch_of(variants[name]),
             }
         )
         print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
     return rows
+
+
+def rounded(value: float, digits: int) -> float | str:
+    """A number for a table; empty where there is none."""
+    return "" if math.isnan(value) else round(value, digits)
 
 
 def precision_of(name: str, device: torch.device) -> str:
@@ -342,6 +357,14 @@ def check(config: argparse.Namespace) -> float:
     return worst
 
 
+def write_csv(rows: list[dict], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Bars: the ratio to the reference, by size and batch."""
     groups = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
@@ -370,6 +393,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--choices", action="store_true", help="also measure what the rules of devices.py decide between"
     )
+    parser.add_argument("--untried", action="store_true", help="let cuDNN take a convolution without trying all it has")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
     parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -393,6 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory_of:
         print_own_memory(config, device, args.memory_of)
         return
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not args.untried
     used = {precision_of(name, device) for name in make_variants(config, device)}
     peaks = {name: peak_flops(device, name) for name in sorted(used, reverse=True)}
     print(
@@ -404,11 +429,7 @@ def main(argv: list[str] | None = None) -> None:
         for batch in args.batches:
             config = argparse.Namespace(**{**vars(config), "size": size, "batch": batch})
             rows += measure(config, device, peaks)
-    args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "step.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+            write_csv(rows, args.output)
     draw(rows, args.output / "step.png")
     print(f"written to {args.output}/step.csv and step.png")
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compare_generators
 import gpu
 import reference
+import step
 
 from images import read_image
 
@@ -118,17 +119,44 @@ def test_all_stages_that_need_a_gpu_run_on_a_cpu_with_tiny_networks_and_write_th
     assert stages.keys() == gpu.STAGES.keys()
     text = Path("report/gpu.md").read_text()
     for name, stage in stages.items():
-        assert stage["rows"], name
+        assert stage["ok"], name
         assert gpu.STAGES[name][1] in text
+    assert stages["tests"]["rows"][0]["skipped" if not torch.cuda.is_available() else "passed"] > 30
     assert any("equal, bit for bit" in row["what"] for row in stages["memory"]["rows"])
-    assert stages["ranks"]["rows"][0]["what"] == "one process, batch 4"
+    losses = [row["loss_G of the first rank's first images"] for row in stages["ranks"]["rows"]]
+    assert losses[0] == losses[1] > 0
     assert {row["recipe"] for row in stages["training"]["rows"]} == {"paper", "ours"}
-    for image in ("gpu_day2night_paper.png", "gpu_day2night_ours.png"):
-        assert Path("report", image).is_file()
-        assert f"({image})" in text
+    for row in stages["training"]["rows"]:
+        assert Path("report", row["image"]).is_file()
+        assert f"({row['image']})" in text
     monkeypatch.setattr(gpu, "STAGES", {name: (None, title) for name, (_, title) in gpu.STAGES.items()})
     gpu.main(words)  # all is done already
     assert json.loads(Path("report/gpu.json").read_text()) == done
+
+
+def test_a_stage_that_fails_is_reported_and_done_again_and_does_not_keep_the_next_from_its_turn(monkeypatch, refused):
+    calls = []
+
+    def failing(args):
+        calls.append("failing")
+        gpu.run("-c", "import sys; sys.exit('no card')")
+
+    def working(args):
+        calls.append("working")
+        return [{"ms": 1}]
+
+    monkeypatch.setattr(gpu, "STAGES", {"step": (failing, "A step"), "loader": (working, "A loader")})
+    words = ["--device", "cpu", "--tiny", "--output", "report"]
+    assert "not all worked: step; see report/gpu.md" in refused(gpu.main, *words, code=1)
+    assert "no card" in Path("report/gpu.md").read_text()
+    refused(gpu.main, *words, code=1)
+    assert calls == ["failing", "working", "failing"]
+
+
+def test_a_missing_data_set_and_a_missing_card_are_said_before_any_stage(monkeypatch, refused):
+    monkeypatch.setattr(gpu, "STAGES", {"training": (None, "Training by the clock")})
+    assert "horse2zebra" in refused(gpu.main, "--device", "cpu", "--output", "report")
+    assert "--device cuda:77: not on this machine" in refused(gpu.main, "--device", "cuda:77")
 
 
 def test_two_runs_that_differ_in_one_weight_are_not_the_same(tmp_path):
@@ -151,3 +179,12 @@ def test_the_report_is_written_from_the_figures_and_says_so_where_there_are_none
     text = Path("report/gpu.md").read_text()
     assert ("No GPU has been measured yet" in text) != figures.exists()
     assert text == (gpu.ROOT / "docs/gpu.md").read_text()
+
+
+def test_what_a_card_decides_between_is_measured():
+    config = step.parse_args(["--precisions", "bf16", "--choices", "--compile"])
+    names = step.make_variants(config, torch.device("cuda"))
+    assert list(names) == ["reference", "bf16", "bf16 compiled", "bf16 channels_last"]
+    notes = (gpu.ROOT / "benchmarks/NOTES.md").read_text()
+    for name in (*names, "bf16 untried"):
+        assert name == "reference" or f"`{name}`" in notes

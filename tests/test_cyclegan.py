@@ -779,6 +779,17 @@ def test_compiled_networks_run_in_the_losses_alone_and_keep_their_names_in_the_s
     assert model.state_dict()["nets"]["G_AB"].keys() == plain.nets["G_AB"].state_dict().keys()
 
 
+def test_out_of_memory_frees_the_graphs_that_were_recorded_and_begins_the_next_attempt_as_a_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append("begin"))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    loss, _ = loss_that_needs(4)
+    model = tiny_model(generator_loss=loss)
+    model.compiled = dict(model.nets)
+    model.step(*batch(0))
+    assert calls == ["begin", "reset", "begin"]
+
+
 def test_images_that_a_graph_would_overwrite_are_copied():
     """A CUDA graph writes the output of its next run where that of the last one is."""
     outputs = []

@@ -218,7 +218,7 @@ def test_layers_that_are_other_ones_on_a_gpu_compile_too(compiled, norm):
 
 @pytest.mark.slow
 def test_as_many_sizes_of_micro_batches_as_a_run_may_need_stay_compiled(compiled, monkeypatch):
-    """Torch's own limit is 8 graphs; what comes then would run uncompiled, without a word."""
+    """Torch's own limit is 8 graphs; what comes then would run uncompiled."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda net, mode, dynamic: compiled(net, dynamic=dynamic))
     net = tiny_discriminator()

@@ -158,6 +158,7 @@ def of_two(monkeypatch):
 
     monkeypatch.setattr(utils, "rank", lambda: 1)
     monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(utils.dist, "all_reduce", all_reduce)
 
 
