@@ -131,7 +131,8 @@ def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict
     """
     if device.type != "cuda":
         raise InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
-    torch._dynamo.config.recompile_limit = 64  # micro-batches come in many sizes; after 8, torch would go on uncompiled
+    # micro-batches come in many sizes; after 8 of them, torch would go on uncompiled
+    torch._dynamo.config.recompile_limit = 64  # ty: ignore[invalid-assignment]
     return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
 
 

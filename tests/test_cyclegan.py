@@ -221,9 +221,12 @@ def test_without_its_weight_the_identity_loss_is_not_even_computed():
 @pytest.mark.parametrize("lambda_identity", [0.0, 5.0])
 def test_hidden_states_are_those_of_the_real_images(lambda_identity):
     nets = table_nets()
-    _, _, images = generator_loss(nets, flat(0.0), flat(1.0), LossConfig(lambda_identity=lambda_identity))
+    config = LossConfig(lambda_identity=lambda_identity)
+    _, _, images = generator_loss(nets, flat(0.0), flat(1.0), config, with_hidden=True)
     assert [x.mean().item() for x in images["hidden_AB"]] == pytest.approx([0.0, 0.7])
     assert [x.mean().item() for x in images["hidden_BA"]] == pytest.approx([1.0, 0.2])
+    _, _, images = generator_loss(nets, flat(0.0), flat(1.0), config)  # nobody looks at them
+    assert images["hidden_AB"] == images["hidden_BA"] == []
 
 
 @pytest.mark.parametrize("kind", GAN_LOSSES)
