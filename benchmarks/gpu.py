@@ -43,34 +43,10 @@ from weights import save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = Path("generated_images/gpu")  # what stages leave on the way to their rows
-TINY = [
-    "--img_height",
-    "16",
-    "--img_width",
-    "16",
-    "--num_residual",
-    "1",
-    "--ngf",
-    "4",
-    "--ndf",
-    "4",
-    "--n_layers_D",
-    "1",
-]
-RECIPES = {  # of the stage training; the paper's is train.py's defaults in the paper's precision
-    "paper": ["--batch_size", "1", "--precision", "fp32"],
-    "ours": [
-        "--batch_size",
-        "1",
-        "--precision",
-        "bf16",
-        "--compile",
-        "--skips",
-        "--ema",
-        "0.999",
-        "--upsample",
-        "resize",
-    ],
+TINY = "--img_height 16 --img_width 16 --num_residual 1 --ngf 4 --ndf 4 --n_layers_D 1"
+RECIPES = {  # of the stage training; the paper's is train.py's defaults in the paper's batch and precision
+    "paper": "--batch_size 1 --precision fp32",
+    "ours": "--batch_size 1 --precision bf16 --compile --skips --ema 0.999",
 }
 
 
@@ -137,11 +113,9 @@ def step(args: argparse.Namespace) -> list[dict]:
 def loader(args: argparse.Namespace) -> list[dict]:
     """Images a second that reading processes deliver; compare with images/s of the step."""
     output = SCRATCH / "loader"
-    sizes = (
-        ["--size", 16, "--photo", 32, "--count", 8, "--epochs", 2]
-        if args.tiny
-        else ["--size", args.size, "--photo", 512]
-    )
+    sizes = ["--size", args.size, "--photo", 512]
+    if args.tiny:
+        sizes = ["--size", 16, "--photo", 32, "--count", 8, "--epochs", 2]
     workers = [0, 2] if args.tiny else [0, 4, 8]
     print(run(ROOT / "benchmarks/loader.py", *sizes, "--batch", 4, "--workers", *workers, "--output", output))
     return read_csv(output / "loader.csv")
@@ -149,7 +123,7 @@ def loader(args: argparse.Namespace) -> list[dict]:
 
 def flags_of_size(args: argparse.Namespace) -> list[str]:
     """Flags of train.py for a network of the size that this call measures at."""
-    return TINY if args.tiny else ["--img_height", str(args.size), "--img_width", str(args.size)]
+    return TINY.split() if args.tiny else ["--img_height", str(args.size), "--img_width", str(args.size)]
 
 
 def train_drawn(args: argparse.Namespace, run_name: str, *argv: object) -> None:
@@ -306,7 +280,7 @@ def training(args: argparse.Namespace) -> list[dict]:
         if begun:
             words = ["--start_from", "latest"]
         else:
-            recipe = [word for word in RECIPES[name] if word != "--compile" or args.device.type == "cuda"]
+            recipe = [word for word in RECIPES[name].split() if word != "--compile" or args.device.type == "cuda"]
             per_epoch = max(1, round(60 * args.minutes / pace(args, *recipe)["seconds"] / args.epochs))
             words = ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *flags_of_size(args), *recipe]
             words += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
