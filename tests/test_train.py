@@ -672,7 +672,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_taught(tiny, tiny_v
 
 def test_too_many_tokens_are_refused_before_the_start_and_skipped_in_testing(tiny, tiny_vit, refused, monkeypatch):
     train.main([*tiny_vit, "--num_epochs", "1"])
-    for room in (flags, utils):
+    for room in (flags, devices):
         monkeypatch.setattr(room, "total_memory", lambda device: 4e5)
     error = refused(train.main, *tiny_vit, "--run_name", "large", "--img_height", "64", "--img_width", "64")
     assert "--generator unet_vit: 256 tokens" in error
