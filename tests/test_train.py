@@ -25,7 +25,6 @@ import metrics
 import progress
 import test as test_stage
 import train
-import utils
 from checkpoints import load_state, networks_of
 from images import list_images, read_image
 from logs import read_losses
