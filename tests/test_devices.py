@@ -94,9 +94,9 @@ def test_random_numbers_go_on_where_their_state_was_noted(tmp_path):
 
 def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, **options: (net, options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     nets = {"G_AB": torch.nn.Linear(1, 1), "D_A": torch.nn.Linear(1, 1)}
-    compiled = devices.compile_nets(nets, torch.device("cuda"))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compiled = devices.compile_nets(nets, torch.device("cuda"))
     assert compiled == {name: (net, {"mode": "reduce-overhead", "dynamic": False}) for name, net in nets.items()}
     with pytest.raises(InputError, match=r"--compile: gains nothing on cpu .*; leave the flag out"):
         devices.compile_nets(nets, CPU)

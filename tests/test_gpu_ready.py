@@ -219,16 +219,16 @@ def test_layers_that_are_other_ones_on_a_gpu_compile_too(compiled, norm):
 @pytest.mark.slow
 def test_as_many_sizes_of_micro_batches_as_a_run_may_need_stay_compiled(compiled, monkeypatch):
     """Torch's own limit is 8 graphs; what comes then would run uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda net, mode, dynamic: compiled(net, dynamic=dynamic))
     net = tiny_discriminator()
-    run = devices.compile_nets({"D_A": net}, torch.device("cuda"))["D_A"]
     sizes = range(2, 12)
-    for size in sizes:
-        run(torch.zeros(size, 3, 16, 16, dtype=torch.float64))
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = devices.compile_nets({"D_A": net}, torch.device("cuda"))["D_A"]
         for size in sizes:
             run(torch.zeros(size, 3, 16, 16, dtype=torch.float64))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for size in sizes:
+                run(torch.zeros(size, 3, 16, 16, dtype=torch.float64))
 
 
 # warnings of torch about itself: Dynamo looks at .grad of an image that a generator made; 2.11 loads what it deprecates
