@@ -170,10 +170,11 @@ def test_networks_compile_in_one_graph_a_size(compiled):
 
 
 GENERATORS = [
-    *({"norm": norm} for norm in ("instance", "instance_affine", "batch", "none")),
-    *({"skips": True, "norm": norm} for norm in ("instance", "batch")),
-    {"upsample": "resize", "norm_output": True},
-    *({"generator": "unet_vit", "norm": norm} for norm in ("instance", "batch")),
+    {},
+    {"norm": "batch"},
+    {"norm": "instance_affine", "skips": True},
+    {"norm": "none", "upsample": "resize", "norm_output": True},
+    {"generator": "unet_vit"},
 ]
 DISCRIMINATORS = [
     *({"norm": norm} for norm in ("instance", "instance_affine", "batch", "none")),
@@ -196,7 +197,7 @@ def test_every_discriminator_compiles_in_one_graph_a_size(compiled, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"skips": True}, {"generator": "unet_vit"}, "patch", "pixel"])
+@pytest.mark.parametrize("changes", [{"generator": "unet_vit"}, "patch"])
 def test_with_free_sizes_a_second_size_compiles_once_more_and_a_third_does_not(compiled, changes):
     if isinstance(changes, str):
         net = tiny_discriminator(discriminator=changes)

@@ -474,7 +474,7 @@ def test_stages_in_any_order_leave_what_is_true():
 @pytest.mark.slow
 @pytest.mark.usefixtures("light")
 def test_many_stages_in_any_order_leave_what_is_true():
-    run_state_machine_as_test(Stages, settings=settings(USUAL, max_examples=150, stateful_step_count=8))
+    run_state_machine_as_test(Stages, settings=settings(USUAL, max_examples=100, stateful_step_count=8))
 
 
 def test_evaluating_by_losses_leaves_a_batch_norm_alone(tiny, no_plots):
