@@ -13,7 +13,7 @@ from utils import InputError, world
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a flag into a device that exists; auto takes a CUDA GPU, each rank its own where there are enough, else the CPU."""
+    """Turn a flag into a device that exists; auto takes a CUDA GPU, else the CPU; ranks get one each, or share them."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world() > 1:
@@ -137,5 +137,5 @@ def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that read images: a CPU has none to spare."""
+    """Processes that read images: a CPU has none to spare; 4 beside a GPU are a guess."""
     return 0 if device.type == "cpu" else 4

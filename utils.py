@@ -159,9 +159,13 @@ def join_ranks() -> None:
     """Meet the other processes, if torchrun started this one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    nccl = dist.is_nccl_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    cards = torch.cuda.device_count()
+    nccl = dist.is_nccl_available() and cards >= ranks_here
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL refuses ranks that share a GPU
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    if 0 < cards < ranks_here:
+        say(f"{ranks_here} ranks share {cards} of this machine's GPUs, over gloo: slower than one rank a GPU")
 
 
 def leave_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_a_curve_ends_where_its_run_ends():
     (curve,) = reference.curves_of(rows, "ours", "PSNR_B", np.array([0.5, 2, 2.5]))
     assert curve[:2].tolist() == [5, 20]
     assert np.isnan(curve[2])
+
+
+def test_ours_is_by_default_what_make_demo_trains():
+    makefile = (gpu.ROOT / "Makefile").read_text()
+    demo = re.search(r"^DEMO := --dataset_name day2night (.*)$", makefile, re.MULTILINE)[1]
+    assert demo == reference.DEMO
+    assert f"python train.py --dataset_name day2night {demo}\n" in (gpu.ROOT / "README.md").read_text()
 
 
 # -- what a GPU has to show --------------------------------------------------------------------

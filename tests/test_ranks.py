@@ -205,7 +205,7 @@ def test_only_the_first_rank_writes_and_speaks(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("cards", "backend"), [(2, "cpu:gloo,cuda:nccl"), (1, "gloo"), (0, "gloo")])
-def test_ranks_that_share_a_card_do_not_meet_over_nccl_which_refuses_that(monkeypatch, cards, backend):
+def test_ranks_that_share_a_card_do_not_meet_over_nccl_which_refuses_that(monkeypatch, capsys, cards, backend):
     asked = []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -214,6 +214,7 @@ def test_ranks_that_share_a_card_do_not_meet_over_nccl_which_refuses_that(monkey
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
     utils.join_ranks()
     assert asked == [backend]
+    assert ("2 ranks share 1 of this machine's GPUs" in capsys.readouterr().out) == (cards == 1)
 
 
 def test_each_rank_takes_its_own_card_and_shares_one_where_there_are_too_few(monkeypatch):
