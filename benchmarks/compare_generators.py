@@ -70,7 +70,7 @@ class Run:
 
 
 def common_flags(args):
-    """What all networks share: the recipe of the demo, which suits images of 64 px."""
+    """What all networks share: what suits images of 64 px, at the default rate and without an average of the weights."""
     words = ["--dataset_name", args.dataset_name, "--data_root", str(args.data_root)]
     words += ["--img_height", str(SIDE), "--img_width", str(SIDE), "--ndf", "32", "--n_layers_D", "2"]
     words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--num_epochs", str(args.num_epochs)]
