@@ -1,6 +1,6 @@
 """The paper (Zhu et al. 2017, CycleGAN, arXiv:1703.10593): its losses, and the model that takes steps on them.
 
-loss, terms, images = generator_loss(nets, real_A, real_B, LossConfig())
+loss, terms, images = generator_loss(nets, "A", real_A, LossConfig())
 model = CycleGAN(nets, LossConfig(), OptimConfig(), precision="fp32")
 values = model.step(real_A, real_B)
 """
@@ -22,6 +22,7 @@ from devices import autocast, rng_state, set_rng_state
 from models import DIRECTIONS, GAN_LOSSES, Nets
 from utils import FakeImageBuffer, InputError, average, rank, warn
 
+OTHER = {"A": "B", "B": "A"}  # the domain that images of one are translated to
 TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 
 
@@ -153,58 +154,35 @@ def run_as_one(net: Any, *batches: Tensor) -> Sequence[Tensor]:
     return net(torch.cat(batches)).chunk(len(batches))
 
 
-def translate_with_identity(
-    G: Any, real: Tensor, target: Tensor | None, with_hidden: bool
-) -> tuple[Tensor, Any, list[Tensor]]:
-    """Translate real images and, for the identity loss, those of the target domain; in one call where it may be one.
-
-    returns: fake, idt (None without target), and the hidden states of `real`, block by block, if asked for
-    """
-    as_one = target is not None and G.config.norm != "batch"
-    x = torch.cat([real, target]) if as_one else real
-    fake, hidden = G(x, return_hidden=True) if with_hidden else (G(x), [])
-    if as_one:
-        fake, idt = fake.chunk(2)
-    else:
-        idt = None if target is None else G(target)
-    return fake, idt, [state[: len(real)] for state in hidden]
-
-
 def generator_loss(
-    nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig, with_hidden: bool = False
+    nets: Nets, domain: str, real: Tensor, config: LossConfig, with_hidden: bool = False
 ) -> tuple[Tensor, dict[str, Tensor], dict]:
-    """The objective of both generators.
+    """What the images of one domain ask of both generators; the whole objective is the sum over both domains.
 
-    nets:           G_AB, G_BA, D_A, D_B
-    real_A, real_B: (N, C, H, W) in [-1, 1]
-    with_hidden:    a compiled network would compute gradients, all 0, of hidden states that nobody looks at
-    returns:        loss_G; its unweighted terms; what distillation looks at: fake_A and fake_B, and the
-                    generators' hidden states as lists, hidden_AB and hidden_BA
-    source:         Zhu et al. 2017, eq. 3; identity loss section 5.2
+    The two sums share weights, but no image, so a step can forget the graph of the first before it makes the second.
+    nets:        G_AB, G_BA, D_A, D_B
+    domain:      "A" or "B", where `real` comes from
+    real:        (N, C, H, W) in [-1, 1]
+    with_hidden: a compiled network would compute gradients, all 0, of hidden states that nobody looks at
+    returns:     the loss; its unweighted terms; what distillation looks at: "fake", the translated images, and
+                 "hidden", the list of what the blocks made of them on their way
+    source:      Zhu et al. 2017, eq. 3; identity loss section 5.2
     """
-    G_AB = nets["G_AB"]
-    G_BA = nets["G_BA"]
-    with_identity = config.lambda_identity > 0
-    fake_B, idt_B, hidden_AB = translate_with_identity(G_AB, real_A, real_B if with_identity else None, with_hidden)
-    fake_A, idt_A, hidden_BA = translate_with_identity(G_BA, real_B, real_A if with_identity else None, with_hidden)
-    rec_A = G_BA(fake_B)
-    rec_B = G_AB(fake_A)
-    on_fake_A = nets["D_A"](fake_A)
-    on_fake_B = nets["D_B"](fake_B)
+    other = OTHER[domain]
+    G = nets[f"G_{domain}{other}"]
+    G_back = nets[f"G_{other}{domain}"]
+    fake, hidden = G(real, return_hidden=True) if with_hidden else (G(real), [])
+    back, *idt = run_as_one(G_back, *([fake, real] if config.lambda_identity else [fake]))
+    on_fake = nets[f"D_{other}"](fake)
 
-    terms = {
-        "gan_AB": gan_loss_G(on_fake_B, config.gan_loss),
-        "gan_BA": gan_loss_G(on_fake_A, config.gan_loss),
-        "cycle_A": image_loss(rec_A, real_A),
-        "cycle_B": image_loss(rec_B, real_B),
-    }
-    loss = config.lambda_gan * (terms["gan_AB"] + terms["gan_BA"])
-    loss = loss + config.lambda_cycle * (terms["cycle_A"] + terms["cycle_B"])
-    if with_identity:
-        terms["identity_A"] = image_loss(idt_A, real_A)
-        terms["identity_B"] = image_loss(idt_B, real_B)
-        loss = loss + config.lambda_identity * (terms["identity_A"] + terms["identity_B"])
-    return loss, terms, {"fake_A": fake_A, "fake_B": fake_B, "hidden_AB": hidden_AB, "hidden_BA": hidden_BA}
+    gan = gan_loss_G(on_fake, config.gan_loss)
+    cycle = image_loss(back, real)
+    terms = {f"gan_{domain}{other}": gan, f"cycle_{domain}": cycle}
+    loss = config.lambda_gan * gan + config.lambda_cycle * cycle
+    if idt:
+        terms[f"identity_{domain}"] = image_loss(idt[0], real)
+        loss = loss + config.lambda_identity * terms[f"identity_{domain}"]
+    return loss, terms, {"fake": fake, "hidden": hidden}
 
 
 def discriminator_loss(D: Any, real: Tensor, fake: Tensor, config: LossConfig) -> Tensor:
@@ -359,20 +337,21 @@ class CycleGAN:
         """Compute the gradients of a batch: of loss_G for the generators, of loss_D_A and loss_D_B for their own."""
         for optim in self.optims.values():
             optim.zero_grad(set_to_none=True)
-        fakes = {"A": [], "B": []}
+        reals = {"A": real_A, "B": real_B}
+        fakes: dict[str, list[Tensor]] = {"A": [], "B": []}
 
-        def loss_G(micro_A: Tensor, micro_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_G(domain: str, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with autocast(self.device, self.precision):
-                loss, terms, images = self.generator_loss(self.calls, micro_A, micro_B, self.loss_config)
-            for domain in "AB":  # cloned, for a CUDA graph overwrites its output in its next run
-                fakes[domain].append(images[f"fake_{domain}"].detach().clone())
+                loss, terms, images = self.generator_loss(self.calls, domain, real, self.loss_config)
+            fakes[OTHER[domain]].append(images["fake"].detach().clone())  # a CUDA graph overwrites its output
             return loss, {"loss_G": loss, **terms}
 
         discriminators = nn.ModuleList([self.nets["D_A"], self.nets["D_B"]])
         discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
-        losses = self._accumulate(loss_G, real_A, real_B)
+        of_A, of_B = [self._accumulate(functools.partial(loss_G, domain), reals[domain]) for domain in "AB"]
+        losses = of_A | of_B | {"loss_G": of_A["loss_G"] + of_B["loss_G"]}
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
-        for domain, real in (("A", real_A), ("B", real_B)):
+        for domain, real in reals.items():
             fake = self.buffers[domain].exchange(torch.cat(fakes[domain]).to(real.dtype))
             losses |= self._accumulate(functools.partial(self._loss_D, domain), real, fake)
         return losses

@@ -89,23 +89,27 @@ class DistillationLoss:
     lambda_output: float
 
     def __call__(
-        self, nets: dict[str, Callable], real_A: Tensor, real_B: Tensor, config: cyclegan.LossConfig
+        self, nets: dict[str, Callable], domain: str, real: Tensor, config: cyclegan.LossConfig
     ) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """As cyclegan.generator_loss, with the terms hidden_XY and output_XY of each student."""
-        loss, terms, outputs = cyclegan.generator_loss(nets, real_A, real_B, config, with_hidden=bool(self.pairs))
-        for name, teacher in self.teachers.items():
-            letters = name[2:]
-            with torch.no_grad():
-                image, states = teacher(real_A if letters[0] == "A" else real_B, return_hidden=True)
-            hidden = outputs[f"hidden_{letters}"]
+        """As cyclegan.generator_loss, with the terms hidden_XY and output_XY of the student that translates `real`."""
+        letters = domain + cyclegan.OTHER[domain]
+        name = f"G_{letters}"
+        taught = name in self.teachers
+        with_hidden = taught and bool(self.pairs)
+        loss, terms, images = cyclegan.generator_loss(nets, domain, real, config, with_hidden)
+        if not taught:
+            return loss, terms, images
+        with torch.no_grad():
+            target, states = self.teachers[name](real, return_hidden=True)
+        terms[f"output_{letters}"] = cyclegan.image_loss(images["fake"], target)
+        loss = loss + self.lambda_output * terms[f"output_{letters}"]
+        if self.pairs:
+            hidden = images["hidden"]
             if f"{name}_0" in self.adapters:
                 hidden = [self.adapters[f"{name}_{i}"](state) for i, state in enumerate(hidden)]
-            terms[f"output_{letters}"] = cyclegan.image_loss(outputs[f"fake_{letters[1]}"], image)
-            loss = loss + self.lambda_output * terms[f"output_{letters}"]
-            if self.pairs:
-                terms[f"hidden_{letters}"] = hidden_loss(hidden, [states[block] for block in self.pairs])
-                loss = loss + self.lambda_hidden * terms[f"hidden_{letters}"]
-        return loss, terms, outputs
+            terms[f"hidden_{letters}"] = hidden_loss(hidden, [states[block] for block in self.pairs])
+            loss = loss + self.lambda_hidden * terms[f"hidden_{letters}"]
+        return loss, terms, images
 
 
 # ---------------------------------------------------------------------------------------------

@@ -218,10 +218,12 @@ def all_losses(nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig) -
     returns: loss_G, loss_D_A, loss_D_B and the terms of generator_loss
     """
     with eval_mode(*nets.values()):
-        loss_G, terms, images = generator_loss(nets, real_A, real_B, config)
-        loss_D_A = discriminator_loss(nets["D_A"], real_A, images["fake_A"], config)
-        loss_D_B = discriminator_loss(nets["D_B"], real_B, images["fake_B"], config)
-    return {"loss_G": loss_G, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B, **terms}
+        loss_of_A, terms_of_A, made_of_A = generator_loss(nets, "A", real_A, config)
+        loss_of_B, terms_of_B, made_of_B = generator_loss(nets, "B", real_B, config)
+        loss_D_A = discriminator_loss(nets["D_A"], real_A, made_of_B["fake"], config)
+        loss_D_B = discriminator_loss(nets["D_B"], real_B, made_of_A["fake"], config)
+    losses = {"loss_G": loss_of_A + loss_of_B, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B}
+    return losses | terms_of_A | terms_of_B
 
 
 def losses_of_pairs(

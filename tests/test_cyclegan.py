@@ -200,9 +200,16 @@ def table_nets():
     }
 
 
+def whole_loss(nets, real_A, real_B, config):
+    """The objective of both generators, its terms, and the translated images by domain."""
+    loss_A, terms_A, of_A = generator_loss(nets, "A", real_A, config)
+    loss_B, terms_B, of_B = generator_loss(nets, "B", real_B, config)
+    return loss_A + loss_B, terms_A | terms_B, {"fake_A": of_B["fake"], "fake_B": of_A["fake"]}
+
+
 def test_generator_loss_is_the_weighted_sum_of_its_terms():
     config = LossConfig(lambda_gan=2, lambda_cycle=10, lambda_identity=5)
-    loss, terms, images = generator_loss(table_nets(), flat(0.0), flat(1.0), config)
+    loss, terms, images = whole_loss(table_nets(), flat(0.0), flat(1.0), config)
     by_hand = {"gan_AB": 1.0, "gan_BA": 0.25, "cycle_A": 0.1, "cycle_B": 0.2, "identity_A": 0.3, "identity_B": 0.4}
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(by_hand)
     assert loss.item() == pytest.approx(2 * 1.25 + 10 * 0.3 + 5 * 0.7)
@@ -212,7 +219,7 @@ def test_generator_loss_is_the_weighted_sum_of_its_terms():
 
 def test_without_its_weight_the_identity_loss_is_not_even_computed():
     nets = table_nets()
-    loss, terms, _ = generator_loss(nets, flat(0.0), flat(1.0), LossConfig(lambda_identity=0))
+    loss, terms, _ = whole_loss(nets, flat(0.0), flat(1.0), LossConfig(lambda_identity=0))
     assert "identity_A" not in terms
     assert loss.item() == pytest.approx(1.25 + 3)
     assert nets["G_AB"].seen == [[0.0], [0.2]]
@@ -222,16 +229,16 @@ def test_without_its_weight_the_identity_loss_is_not_even_computed():
 def test_hidden_states_are_those_of_the_real_images(lambda_identity):
     nets = table_nets()
     config = LossConfig(lambda_identity=lambda_identity)
-    _, _, images = generator_loss(nets, flat(0.0), flat(1.0), config, with_hidden=True)
-    assert [x.mean().item() for x in images["hidden_AB"]] == pytest.approx([0.0, 0.7])
-    assert [x.mean().item() for x in images["hidden_BA"]] == pytest.approx([1.0, 0.2])
-    _, _, images = generator_loss(nets, flat(0.0), flat(1.0), config)  # nobody looks at them
-    assert images["hidden_AB"] == images["hidden_BA"] == []
+    for domain, value, states in (("A", 0.0, [0.0, 0.7]), ("B", 1.0, [1.0, 0.2])):
+        _, _, images = generator_loss(nets, domain, flat(value), config, with_hidden=True)
+        assert [x.mean().item() for x in images["hidden"]] == pytest.approx(states)
+        _, _, images = generator_loss(nets, domain, flat(value), config)  # nobody looks at them
+        assert images["hidden"] == []
 
 
 @pytest.mark.parametrize("kind", GAN_LOSSES)
 def test_the_form_of_the_adversarial_loss_reaches_both_sides(kind):
-    _, terms, _ = generator_loss(table_nets(), flat(0.0), flat(1.0), LossConfig(gan_loss=kind))
+    _, terms, _ = whole_loss(table_nets(), flat(0.0), flat(1.0), LossConfig(gan_loss=kind))
     assert terms["gan_BA"].item() == pytest.approx(gan_loss_G(torch.tensor([0.5]), kind).item())
     real = torch.tensor([0.5, 1.0]).view(2, 1, 1, 1)
     fake = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
@@ -245,7 +252,7 @@ def test_each_loss_weight_scales_its_term():
     lambdas = ("lambda_gan", "lambda_cycle", "lambda_identity")
     for name in ("none", *lambdas):
         config = LossConfig(**{key: 3.0 if key == name else 0.0 for key in lambdas})
-        loss, terms, _ = generator_loss(nets, *batch(0, 2), config)
+        loss, terms, _ = whole_loss(nets, *batch(0, 2), config)
         if name == "none":
             assert loss.item() == 0
         else:
@@ -266,7 +273,7 @@ def test_concatenated_calls_compute_what_six_plain_ones_do(norm):
         *((nets["G_BA"](real_A), real_A, 5), (nets["G_AB"](real_B), real_B, 5)),
     ):
         expected = expected + weight * (image - target).abs().mean()
-    loss, _, images = generator_loss(nets, real_A, real_B, LossConfig())
+    loss, _, images = whole_loss(nets, real_A, real_B, LossConfig())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert torch.allclose(images["fake_A"], fake_A, atol=1e-12)
     assert torch.allclose(images["fake_B"], fake_B, atol=1e-12)
@@ -332,10 +339,12 @@ def test_every_weight_of_a_unet_vit_learns(tiny_vit):
 def test_adapters_of_a_distillation_learn_with_the_generators():
     adapters = nn.ModuleDict({"G_BA_0": nn.Conv2d(3, 3, 1)})
 
-    def adapted_loss(nets, real_A, real_B, config):
-        loss, terms, images = generator_loss(nets, real_A, real_B, config)
-        output = image_loss(adapters["G_BA_0"](images["fake_A"]), real_A)
-        return loss + output, terms | {"output_BA": output}, images
+    def adapted_loss(nets, domain, real, config):
+        loss, terms, images = generator_loss(nets, domain, real, config)
+        if domain == "B":
+            terms["output_BA"] = image_loss(adapters["G_BA_0"](images["fake"]), real)
+            loss = loss + terms["output_BA"]
+        return loss, terms, images
 
     model = tiny_model(adapters=adapters, generator_loss=adapted_loss)
     before = adapters["G_BA_0"].weight.clone()
@@ -347,8 +356,8 @@ def test_adapters_of_a_distillation_learn_with_the_generators():
 def test_the_generators_step_leaves_no_gradient_in_the_discriminators():
     seen = []
 
-    def watched(nets, real_A, real_B, config):
-        loss, terms, images = generator_loss(nets, real_A, real_B, config)
+    def watched(nets, domain, real, config):
+        loss, terms, images = generator_loss(nets, domain, real, config)
         loss.backward(retain_graph=True)
         seen.extend(p.grad is None for name in ("D_A", "D_B") for p in nets[name].parameters())
         return loss, terms, images
@@ -366,7 +375,7 @@ def test_gradients_are_those_of_each_networks_own_loss(changes):
     model = wide_model(**changes)
     twin = wide_model(**changes)
     real_A, real_B = batch(0, 8, torch.float64)
-    twin_loss, _, images = generator_loss(twin.nets, real_A, real_B, twin.loss_config)
+    twin_loss, _, images = whole_loss(twin.nets, real_A, real_B, twin.loss_config)
     generators = [p for name in ("G_AB", "G_BA") for p in twin.nets[name].parameters()]
     expected = {"G": torch.autograd.grad(twin_loss, generators)}
     torch.manual_seed(0)  # the penalty mixes at random
@@ -484,7 +493,7 @@ def test_networks_are_shown_no_more_than_a_micro_batch():
     for name, net in model.nets.items():
         net.register_forward_pre_hook(lambda net, inputs, name=name: sizes[name].append(len(inputs[0])))
     model.step(*batch(0))
-    assert sizes["G_AB"] == [6, 3, 6, 3, 4, 2]  # real and identity in one call, then the round trip
+    assert sizes["G_AB"] == [3, 3, 2, 6, 6, 4]  # the way there, then the way back and identity in one call
     assert sizes["D_A"] == [3, 3, 2, 6, 6, 4]
 
 
@@ -498,13 +507,26 @@ def test_a_micro_batch_need_not_fit_beside_the_one_before():
         return loss, terms, images
 
     tiny_model(micro_batch=3, generator_loss=watched).step(*batch(0))
-    assert len(losses) == 3
+    assert len(losses) == 6
 
 
 def test_micro_batches_with_a_batch_norm_are_refused():
     with pytest.raises(InputError, match="--micro_batch 1: a batch norm would see the micro-batch"):
         tiny_model(norm="batch", micro_batch=1)
     tiny_model(norm="batch")
+
+
+def test_the_graph_of_one_half_is_gone_before_that_of_the_other_is_built():
+    graphs = []
+
+    def watched(*args):
+        assert all(image() is None for image in graphs)
+        loss, terms, images = generator_loss(*args)
+        graphs.append(weakref.ref(images["fake"]))
+        return loss, terms, images
+
+    tiny_model(generator_loss=watched).step(*batch(0))
+    assert len(graphs) == 2
 
 
 # -- out of memory ---------------------------------------------------------------------------
@@ -514,12 +536,12 @@ def loss_that_needs(most):
     """The generators' loss on a machine that has no memory for more than `most` images."""
     asked = []
 
-    def loss(nets, real_A, real_B, config):
-        asked.append(len(real_A))
+    def loss(nets, domain, real, config):
+        asked.append(len(real))
         torch.rand(3)  # moves the random state before memory runs out
-        if len(real_A) > most:
+        if len(real) > most:
             raise torch.OutOfMemoryError
-        return generator_loss(nets, real_A, real_B, config)
+        return generator_loss(nets, domain, real, config)
 
     return loss, asked
 
@@ -532,8 +554,8 @@ def test_out_of_memory_is_survived_with_smaller_micro_batches_and_nothing_is_lea
     whole = five_steps(plenty)
     torch.manual_seed(1)
     assert_close(whole, five_steps(scarce))
-    assert asked[:6] == [8, 4, 2, 2, 2, 2]
-    assert set(asked[6:]) == {2}
+    assert asked[:10] == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert set(asked[10:]) == {2}
     err = capsys.readouterr().err
     assert "warning: out of memory: the batch of 8 is processed in micro-batches of 4 from now on" in err
     assert "micro-batches of 2 from now on" in err
@@ -598,8 +620,8 @@ def test_wherever_memory_runs_out_the_step_is_that_of_a_run_that_began_with_smal
 
     plenty, _, calls = one_step(failing=0)
     assert plenty.micro_batch_size == 0
-    # 4 of generators, 2 + 2 + 2 of discriminators, 3 backward, 4 inside of them, 2 exchanges, 2 penalties
-    assert calls == 21
+    # 4 of generators, 2 + 2 + 2 of discriminators, 4 backward, 6 inside of them, 2 exchanges, 2 penalties
+    assert calls == 24
     _, expected, _ = one_step(failing=0, micro_batch=2)
     for failing in range(1, calls + 1):
         model, found, _ = one_step(failing)
@@ -610,13 +632,13 @@ def test_wherever_memory_runs_out_the_step_is_that_of_a_run_that_began_with_smal
 def test_a_step_that_is_repeated_begins_from_the_same_random_state():
     states = []
 
-    def random_loss(nets, real_A, real_B, config):
-        states.append((len(real_A), random.getstate(), torch.get_rng_state()))
+    def random_loss(nets, domain, real, config):
+        states.append((len(real), random.getstate(), torch.get_rng_state()))
         random.random()
         torch.rand(5)
-        if len(real_A) > 2:
+        if len(real) > 2:
             raise torch.OutOfMemoryError
-        return generator_loss(nets, real_A, real_B, config)
+        return generator_loss(nets, domain, real, config)
 
     tiny_model(generator_loss=random_loss).step(*batch(0))
     firsts = [state for i, state in enumerate(states) if i == 0 or state[0] != states[i - 1][0]]
@@ -727,7 +749,7 @@ def test_buffers_keep_the_precision_of_real_images():
 
     def half(*args):
         loss, terms, images = generator_loss(*args)
-        return loss, terms, {name: x.bfloat16() for name, x in images.items() if name.startswith("fake")}
+        return loss, terms, {"fake": images["fake"].bfloat16()}
 
     model = tiny_model(precision="bf16", generator_loss=half)
     model.step(*batch(0))
@@ -797,12 +819,12 @@ def test_images_that_a_graph_would_overwrite_are_copied():
     """A CUDA graph writes the output of its next run where that of the last one is."""
     outputs = []
 
-    def overwriting(nets, real_A, real_B, config):
+    def overwriting(*args):
         for image in outputs:
             image.data.fill_(float("nan"))
         outputs.clear()
-        loss, terms, images = generator_loss(nets, real_A, real_B, config)
-        outputs.extend([images["fake_A"], images["fake_B"]])
+        loss, terms, images = generator_loss(*args)
+        outputs.append(images["fake"])
         return loss, terms, images
 
     whole = five_steps(wide_model(micro_batch=3))

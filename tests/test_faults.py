@@ -212,18 +212,18 @@ def test_a_step_that_is_not_finite_is_named_with_its_term_and_images(tmp_path, r
         for i in range(40):
             noise_image(0).point(lambda _, i=i: 5 * i).save(root / split / f"{split[-1]}{i}.png")
     make_model = train.make_model
-    seen = []
+    seen = {"A": [], "B": []}
 
-    def poisoned(nets, real_A, real_B, config):
-        loss, terms, outputs = cyclegan.generator_loss(nets, real_A, real_B, config)
-        seen.append([round(float((x.mean() + 1) * 127.5) / 5) for x in (*real_A, *real_B)])
-        if len(seen) == 7:
+    def poisoned(nets, domain, real, config):
+        loss, terms, outputs = cyclegan.generator_loss(nets, domain, real, config)
+        seen[domain].append([round(float((x.mean() + 1) * 127.5) / 5) for x in real])
+        if len(seen["A"]) == 7 and domain == "A":
             terms["cycle_A"] = terms["cycle_A"] * float("nan")
         return loss, terms, outputs
 
     monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, loss=poisoned))
     error = refused(train.main, *START, "--num_epochs", "2", code=1)
-    names = [root / f"train{d}" / f"{d}{i}.png" for d, i in zip("AABB", seen[6], strict=True)]
+    names = [root / f"train{d}" / f"{d}{i}.png" for d, i in zip("AABB", seen["A"][6] + seen["B"][6], strict=True)]
     names = " ".join(str(path.relative_to(tmp_path)) for path in names)
     assert f"cycle_A not finite at step 7, images {names}; nothing was saved yet" in error
     assert "--lr" in error

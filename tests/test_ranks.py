@@ -86,10 +86,10 @@ def test_one_of_two_ranks_runs_out_of_memory_and_both_learn_the_same():
         model = tiny_model(dtype=torch.float64, lr=1e-3)
         whole = model.generator_loss
 
-        def loss(nets, real_A, real_B, config):
-            if utils.rank() == 1 and len(real_A) > 1:
+        def loss(nets, domain, real, config):
+            if utils.rank() == 1 and len(real) > 1:
                 raise torch.OutOfMemoryError("injected")
-            return whole(nets, real_A, real_B, config)
+            return whole(nets, domain, real, config)
 
         return learn(generator_loss=loss)
 

@@ -588,12 +588,12 @@ def scarce(monkeypatch):
     def limit(most):
         tried = []
 
-        def loss(nets, real_A, real_B, config):
-            tried.append(len(real_A))
+        def loss(nets, domain, real, config):
+            tried.append(len(real))
             torch.rand(3)  # moves the random state before memory runs out
-            if len(real_A) > most:
+            if len(real) > most:
                 raise torch.OutOfMemoryError
-            return cyclegan.generator_loss(nets, real_A, real_B, config)
+            return cyclegan.generator_loss(nets, domain, real, config)
 
         monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, loss=loss))
         return tried
