@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from devices import autocast, rng_state, set_rng_state
+from devices import autocast, in_threads, rng_state, set_rng_state
 from models import DIRECTIONS, GAN_LOSSES, Nets
 from utils import FakeImageBuffer, InputError, average, rank, warn
 
@@ -348,13 +348,23 @@ class CycleGAN:
 
         discriminators = nn.ModuleList([self.nets["D_A"], self.nets["D_B"]])
         discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
-        of_A, of_B = [self._accumulate(functools.partial(loss_G, domain), reals[domain]) for domain in "AB"]
+        of_A, of_B = self._of_both(lambda x: self._accumulate(functools.partial(loss_G, x), reals[x]))
         losses = of_A | of_B | {"loss_G": of_A["loss_G"] + of_B["loss_G"]}
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
-        for domain, real in reals.items():
-            fake = self.buffers[domain].exchange(torch.cat(fakes[domain]).to(real.dtype))
-            losses |= self._accumulate(functools.partial(self._loss_D, domain), real, fake)
-        return losses
+        shown = {x: self.buffers[x].exchange(torch.cat(fakes[x]).to(reals[x].dtype)) for x in "AB"}
+        of_A, of_B = self._of_both(lambda x: self._accumulate(functools.partial(self._loss_D, x), reals[x], shown[x]))
+        return losses | of_A | of_B
+
+    def _of_both(self, compute: Callable) -> list:
+        """What `compute` gives for "A" and for "B"; on a CPU at once, where sums and random numbers keep their order.
+
+        Two gradients of a weight may be added in either order; of three or more the rounding would tell the order.
+        """
+        calls = [functools.partial(compute, domain) for domain in "AB"]
+        if self.device.type != "cpu":
+            return [call() for call in calls]
+        ordered = self.micro_batch_size or self.loss_config.lambda_gp or self.nets["G_AB"].config.norm == "batch"
+        return in_threads(calls, at_once=not ordered and not self.compiled)
 
     def _loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What a discriminator minimises, and its loss and gradient penalty by name."""

@@ -1,9 +1,11 @@
-"""Where and in which precision networks run; seeds and states of random numbers."""
+"""Where and in which precision networks run, and in which threads; seeds and states of random numbers."""
 
+import functools
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -52,6 +54,37 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
     return best if name == "auto" else name
+
+
+@functools.cache
+def workers(pid: int) -> ThreadPoolExecutor:
+    """Two threads of this process; a forked one has to make its own."""
+    return ThreadPoolExecutor(2)
+
+
+def in_threads(calls: Sequence[Callable], at_once: bool) -> list:
+    """Results of two calls, made in threads of their own so that the main one hears signals while it waits.
+
+    at_once: both at the same time, each with half of the threads that torch has on the CPU: small maps are too little
+             work to be shared by all. They must not change the same things. Else one after the other, with all threads
+    """
+    threads = torch.get_num_threads()
+
+    def start(call: Callable, share: int) -> Future:
+        def run() -> object:
+            torch.set_num_threads(share)  # of this thread
+            return call()
+
+        return workers(os.getpid()).submit(run)
+
+    try:
+        if at_once and threads > 1:
+            futures = [start(call, threads // 2) for call in calls]
+            wait(futures)  # of both, also if one fails: nothing goes on behind the caller's back
+            return [future.result() for future in futures]
+        return [start(call, threads).result() for call in calls]
+    finally:
+        torch.set_num_threads(threads)  # what new threads begin with is what was set last, in any of them
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -54,9 +54,7 @@ def training_loop(
     done_steps = progress.epoch * steps + progress.step_in_epoch
     bar = tqdm(total=args.num_epochs * steps, initial=done_steps, unit="step", mininterval=0.5, disable=rank() > 0)
     signum = 0
-    layers = [layer for net in model.nets.values() for layer in net.modules()]
-    heard = layers if model.device.type == "cpu" and not args.compile else ()  # a compiled network is one call anyway
-    with utils.StopRequest(heard) as stop, bar:
+    with utils.StopRequest() as stop, bar:
         while progress.epoch < args.num_epochs and not signum:
             factor = linear_decay(progress.epoch, args.num_epochs, flags.decay_epoch(args))
             model.set_learning_rate(factor)

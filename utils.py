@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
@@ -258,12 +258,10 @@ class StopRequest:
     """Turn Ctrl-C, SIGTERM and a lost terminal into a request that the loop reads between two steps.
 
     The first is answered at once, a second one obeyed. nohup's choice to ignore the loss of the terminal is kept.
-    layers: hooks on what they return let Python hear a signal in a CPU's backward pass, for it one call of minutes
     """
 
-    def __init__(self, layers: Iterable[torch.nn.Module] = ()) -> None:
+    def __init__(self) -> None:
         self.signum: int | None = None
-        self._hooks = [layer.register_forward_hook(self._listen) for layer in layers]
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -275,11 +273,6 @@ class StopRequest:
             for signum in signals:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
-
-    @staticmethod
-    def _listen(layer: torch.nn.Module, inputs: tuple, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: None)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and world() == 1:  # torchrun hands Ctrl-C on to ranks that had it already
@@ -295,8 +288,6 @@ class StopRequest:
         return max_over_ranks(self.signum or 0)
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 

@@ -3,6 +3,8 @@ import importlib
 import io
 import math
 import random
+import signal
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -527,6 +529,58 @@ def test_the_graph_of_one_half_is_gone_before_that_of_the_other_is_built():
 
     tiny_model(generator_loss=watched).step(*batch(0))
     assert len(graphs) == 2
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Whether the two halves were computed at once, call by call; with two threads, so that they can be."""
+    found = []
+    in_threads = cyclegan.in_threads
+
+    def watched(calls, at_once):
+        found.append(at_once)
+        return in_threads(calls, at_once)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(cyclegan, "in_threads", watched)
+    yield found
+    torch.set_num_threads(before)
+
+
+def test_both_halves_at_once_compute_to_the_last_bit_what_one_after_the_other_does(ways):
+    found = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        model = tiny_model(ema=0.9, buffer_size=3)
+        losses = [model.step(*batch(step, 4), step) for step in range(20)]
+        buffers = {domain: buffer.state_dict() for domain, buffer in model.buffers.items()}
+        found.append({"losses": losses, "buffers": buffers, **model.state_dict()})
+    assert differences(*found) == []
+    assert ways == [True] * 80
+
+
+@pytest.mark.parametrize("changes", [{"lambda_gp": 0.1}, {"norm": "batch"}, {"micro_batch": 3}])
+def test_halves_wait_for_each_other_where_their_order_shows(changes, ways):
+    """In random numbers, running statistics, and sums of three gradients."""
+    tiny_model(**changes).step(*batch(0, 4))
+    assert ways == [False, False]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends a signal")
+def test_a_signal_is_heard_while_a_step_computes():
+    heard = threading.Event()
+
+    def waiting(*args):
+        assert heard.wait(20)
+        return generator_loss(*args)
+
+    before = signal.signal(signal.SIGALRM, lambda signum, frame: heard.set())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        tiny_model(generator_loss=waiting).step(*batch(0, 2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 # -- out of memory ---------------------------------------------------------------------------

@@ -1,8 +1,13 @@
 """Devices, precision, memory, seeds, and what is chosen for a GPU by rule."""
 
+import functools
 import math
+import multiprocessing
 import os
 import random
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +16,14 @@ import devices
 from utils import InputError
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 # -- device, precision, memory, seeds --------------------------------------------------------
@@ -122,3 +135,75 @@ def test_backends_of_a_gpu_are_set_and_those_of_a_cpu_left_alone(monkeypatch):
 def test_only_beside_a_gpu_images_are_read_by_other_processes():
     assert devices.default_workers(CPU) == 0
     assert devices.default_workers(torch.device("cuda")) == 4
+
+
+# -- threads ---------------------------------------------------------------------------------
+
+
+def test_two_calls_run_at_once_and_share_the_threads_of_the_cpu(two_threads):
+    meeting = threading.Barrier(2, timeout=20)  # a call that came alone would break it
+
+    def call(name):
+        meeting.wait()
+        return name, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+
+    calls = [functools.partial(call, name) for name in "AB"]
+    assert devices.in_threads(calls, at_once=True) == [("A", 1, False), ("B", 1, False)]
+    assert torch.get_num_threads() == 2
+    meeting.reset()
+    with pytest.raises(threading.BrokenBarrierError):
+        devices.in_threads([functools.partial(meeting.wait, 0.1)] * 2, at_once=False)
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(2, False), (1, True)])
+def test_calls_that_follow_one_another_have_all_threads(threads, at_once, two_threads):
+    torch.set_num_threads(threads)
+    began = []
+
+    def call(name):
+        began.append(name)
+        time.sleep(0.01 if name == "A" else 0)
+        return name, len(began), torch.get_num_threads()
+
+    calls = [functools.partial(call, name) for name in "AB"]
+    assert devices.in_threads(calls, at_once) == [("A", 1, threads), ("B", 2, threads)]
+
+
+def test_nothing_goes_on_when_one_of_two_calls_has_failed(two_threads):
+    ended = []
+
+    def failing():
+        raise torch.OutOfMemoryError
+
+    def slow():
+        time.sleep(0.1)
+        ended.append(True)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        devices.in_threads([failing, slow], at_once=True)
+    assert ended == [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends a signal")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_signal_is_heard_while_calls_compute(at_once, two_threads):
+    heard = threading.Event()
+    before = signal.signal(signal.SIGALRM, lambda signum, frame: heard.set())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        assert devices.in_threads([lambda: heard.wait(20)] * 2, at_once) == [True, True]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_has_threads_of_its_own(two_threads):
+    devices.in_threads([int, int], at_once=True)
+    process = multiprocessing.get_context("fork").Process(target=devices.in_threads, args=([int, int], True))
+    process.start()
+    process.join(20)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -279,30 +279,6 @@ def test_of_several_ranks_a_second_signal_is_not_obeyed_at_once(monkeypatch, cap
     assert capfd.readouterr().err == "\nfinishing this step, then saving\n"  # said once, and nothing that is not so
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends a signal")
-@pytest.mark.parametrize("heard", [True, False])
-def test_a_signal_is_heard_between_two_layers_of_a_backward_pass(heard):
-    class Stopped(Exception):
-        pass
-
-    def stop(signum, frame):
-        raise Stopped
-
-    net = torch.nn.Sequential(*(torch.nn.Linear(200, 200) for _ in range(30)))
-    x = torch.ones(2000, 200, requires_grad=True)
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        with StopRequest(net if heard else ()):
-            loss = net(net(x)).sum()  # used twice, like a generator in a round trip: its weights wait for both
-            signal.setitimer(signal.ITIMER_VIRTUAL, 5e-3)  # of the time that this process computes
-            with pytest.raises(Stopped):
-                loss.backward()
-    finally:
-        signal.signal(signal.SIGVTALRM, before)
-    assert (net[-1].weight.grad is None) == heard  # the pass ended on its way through the second use
-    assert not any(layer._forward_hooks for layer in net)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to lose")
 @pytest.mark.parametrize(("handler", "noted"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
 def test_a_lost_terminal_asks_to_stop_unless_nohup_ignores_it(handler, noted):
