@@ -15,7 +15,7 @@ import models
 from devices import total_memory
 from utils import InputError, need_package, say, world
 
-MEASURES = ("losses", "cycle", "identity", "paired")  # cheap enough to be taken during training
+MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 VIT_FLAGS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_FLAGS = ("num_residual", "ngf", "n_downsampling", "skips")

@@ -10,12 +10,13 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ DELTAS = (5, 10)  # 8-bit levels
 MATCH_SIDE = 64  # px a side at which match_at_1 compares images, at most: a folder of photos has to fit into memory
 HEADINGS = {  # of tables: the unit, and which way is better
     **{"PSNR": "dB ↑", **dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), "↑")},
-    **{"L1": "levels ↓", "RMSE": "levels ↓", "L1 to teacher": "↓", "cycle": "↓", "identity": "↓"},
+    **{"L1": "levels ↓", "RMSE": "levels ↓", "L1 to teacher": "↓", "cycle": "↓", "identity": "↓", "spike": "↓"},
     **dict.fromkeys(("FID", "KID", "parameters", "MMACs", "ms", "MB"), "↓"),
 }
 PATIENCE = 3.0  # seconds before a progress bar appears
@@ -226,6 +227,47 @@ def all_losses(nets: Nets, real_A: Tensor, real_B: Tensor, config: LossConfig) -
     return losses | terms_of_A | terms_of_B
 
 
+@contextmanager
+def spikes_of(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block each call of a generator adds the largest spike (N,) among the maps of each image to a list.
+
+    The spike of a map that leaves a convolution, the output layer's aside: how far its farthest pixel is from the map's
+    mean, in standard deviations, as a fraction of the sqrt(pixels - 1) that are possible. At 1 one pixel holds all
+    of the map's variance: a generator can so outwit the instance normalisation that follows, and is left with a blot.
+    source: Karras et al. 2020, arXiv:1912.04958, section 2
+    """
+    found: list[Tensor] = []
+    maps: list[Tensor] = []
+
+    def look(layer: nn.Module, inputs: tuple, x: Tensor) -> None:
+        x = x.float().flatten(2)  # (N, C, H * W)
+        farthest = (x - x.mean(2, keepdim=True)).abs().amax(2)
+        deviation = x.std(2, correction=0) * math.sqrt(x.shape[2] - 1)
+        maps.append((farthest / deviation.clamp_min(1e-12)).amax(1))
+
+    def collect(layer: nn.Module, inputs: tuple, output: object) -> None:
+        found.append(torch.stack(maps).amax(0))
+        maps.clear()
+
+    layers = [layer for name, layer in net.named_modules() if not name.startswith("head.")]
+    convolutions = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+    hooks = [layer.register_forward_hook(look) for layer in convolutions]
+    hooks.append(net.register_forward_hook(collect))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mean_spike(G: Generator, images: Images, precision: str) -> float:
+    """Mean over images of the largest spike in the maps that a generator makes of each, from 0 to 1."""
+    with spikes_of(G) as spikes:
+        for image in with_bar(images.values(), "spikes"):
+            translate(G, image, precision)
+    return mean([spike.item() for spike in spikes])
+
+
 def losses_of_pairs(
     nets: Nets, reals: Mapping[str, Images], pairs: Sequence[tuple[Path, Path]], config: LossConfig, precision: str
 ) -> dict[str, float]:
@@ -311,8 +353,8 @@ def measure_nets(
     """Measure both directions on held-out images of domains "A" and "B"; each name ends in the domain it lives in.
 
     nets:    G_AB G_BA, for "losses" also D_A D_B
-    wanted:  some of "cycle", "identity", "paired", "losses"
-    returns: such as cycle_A, identity_B, PSNR_B, SSIM_B, match@1_B, loss_G; terms of the losses whose name a
+    wanted:  some of "cycle", "identity", "paired", "spike", "losses"
+    returns: such as cycle_A, identity_B, PSNR_B, SSIM_B, match@1_B, spike_B, loss_G; terms of the losses whose name a
              measure has already are left out
     """
     row = {}
@@ -321,6 +363,8 @@ def measure_nets(
         G_back = nets[f"G_{target}{source}"]
         scores = generator_scores(G, G_back, reals[source], reals[target], wanted, precision)
         row |= {f"{name}_{source if name == 'cycle' else target}": value for name, value in scores.items()}
+        if "spike" in wanted:
+            row[f"spike_{target}"] = mean_spike(G, reals[source], precision)
     if "losses" in wanted:
         losses = losses_of_pairs(nets, reals, list(zip(reals["A"], reals["B"], strict=False)), loss_config, precision)
         row |= {name: value for name, value in losses.items() if name not in row}

@@ -22,12 +22,14 @@ from metrics import (
     is_better,
     match_at_1,
     mean_losses,
+    mean_spike,
     measure_direction,
     measure_nets,
     paired_scores,
     paired_table,
     psnr,
     score_by,
+    spikes_of,
     ssim,
 )
 from models import (
@@ -465,3 +467,47 @@ def test_a_generator_is_described_by_what_it_costs_and_scores():
     assert row["ms"] > 0
     row = metrics.describe_generator(nets["G_AB"], None, reals, held_out(2, "xyz"), "fp32")
     assert list(row) == ["parameters", "MMACs", "ms"]
+
+
+# -- spikes ----------------------------------------------------------------------------------
+
+
+class Copies(nn.Module):
+    """Maps that are the image itself, negated, and nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(1, 3, 1)
+        self.head = nn.Sequential(nn.Conv2d(3, 1, 5))
+        with torch.no_grad():
+            self.body.weight.copy_(torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1, 1))
+            self.body.bias.fill_(0.25)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_a_spike_is_how_much_of_a_map_its_farthest_pixel_is():
+    one = torch.zeros(1, 1, 5, 5)
+    one[..., 2, 3] = -0.7
+    stripes = torch.ones(1, 1, 5, 5)
+    stripes[..., :2] = -1  # 10 of 25 pixels
+    farthest = 1.2 / (0.96**0.5 * 24**0.5)  # mean 0.2, variance 1 - 0.04
+    net = Copies()
+    with spikes_of(net) as spikes:
+        net(torch.cat([one, stripes]))
+        net(torch.zeros(1, 1, 5, 5))
+        assert not net.head[0]._forward_hooks  # an image may have one bright pixel
+    assert [x.tolist() for x in spikes] == [pytest.approx([1, farthest], abs=1e-5), [0]]
+    net(one)
+    assert len(spikes) == 2  # nobody looks any more
+    assert mean_spike(net, {Path("a"): one, Path("b"): stripes}, "fp32") == pytest.approx((1 + farthest) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"skips": True}, {"generator": "unet_vit"}, {"norm": "none"}])
+def test_spikes_of_both_generators_are_measured_on_held_out_images(changes, tiny_vits):
+    nets = tiny_networks(**changes)
+    reals = {domain: {Path(domain): torch.rand(1, 3, 16, 16) * 2 - 1} for domain in "AB"}
+    row = measure_nets(nets, reals, ("spike",), LossConfig(), "fp32")
+    assert row.keys() == {"spike_A", "spike_B"}
+    assert all(0 < value <= 1 for value in row.values())
