@@ -346,13 +346,19 @@ class CycleGAN:
             fakes[OTHER[domain]].append(images["fake"].detach().clone())  # a CUDA graph overwrites its output
             return loss, {"loss_G": loss, **terms}
 
+        def gradients_G(domain: str) -> dict[str, Tensor]:
+            return self._accumulate(functools.partial(loss_G, domain), reals[domain])
+
+        def gradients_D(domain: str) -> dict[str, Tensor]:
+            fake = self.buffers[domain].exchange(torch.cat(fakes[domain]).to(reals[domain].dtype))
+            return self._accumulate(functools.partial(self._loss_D, domain), reals[domain], fake)
+
         discriminators = nn.ModuleList([self.nets["D_A"], self.nets["D_B"]])
         discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
-        of_A, of_B = self._of_both(lambda x: self._accumulate(functools.partial(loss_G, x), reals[x]))
+        of_A, of_B = self._of_both(gradients_G)
         losses = of_A | of_B | {"loss_G": of_A["loss_G"] + of_B["loss_G"]}
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
-        shown = {x: self.buffers[x].exchange(torch.cat(fakes[x]).to(reals[x].dtype)) for x in "AB"}
-        of_A, of_B = self._of_both(lambda x: self._accumulate(functools.partial(self._loss_D, x), reals[x], shown[x]))
+        of_A, of_B = self._of_both(gradients_D)
         return losses | of_A | of_B
 
     def _of_both(self, compute: Callable) -> list:

@@ -63,6 +63,8 @@ STUDY = f"{DEMO} --ngf 32 --num_epochs 4"
 TEACHER = (
     f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 )
+SKIPS = f"{DEMO} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 16 --eval_interval 4 --eval_metrics paired,spike"
+SKIPS_STUDENT = "--teacher skips_teacher --direction both --num_epochs 8 --eval_interval 2 --eval_metrics paired"
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
 )
@@ -294,6 +296,16 @@ TASKS = {
         size_and_scores,
         paired_baselines,
         drawn=("teacher_0", "student", "thin", "unet_vit"),
+    ),
+    "skips": Task(
+        "Day and night with skips: a teacher of six blocks and the student that comes along",
+        {
+            "skips_teacher": f"train {SKIPS}",
+            "skips_student": f"distill {SKIPS_STUDENT} --student_residual 4 --student_ngf 12",
+        },
+        size_and_scores,
+        paired_baselines,
+        zoom=2,
     ),
     "mnist2usps": Task(
         "MNIST and USPS: do digits stay what they are?",
