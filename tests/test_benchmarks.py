@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import make_dataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # behind the root, whose tiles.py is another one
 
 import compare_generators
 import gpu
@@ -196,3 +198,14 @@ def test_what_a_card_decides_between_is_measured():
     notes = (gpu.ROOT / "benchmarks/NOTES.md").read_text()
     for name in (*names, "bf16 untried"):
         assert name == "reference" or f"`{name}`" in notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_each_benchmark_starts_as_a_script_and_says_what_it_does(script, tmp_path):
+    """As a user types it: its own folder is the first where Python looks for modules."""
+    words = [sys.executable, str(script), "--help"]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "usage:" in found.stdout
+    assert list(tmp_path.iterdir()) == []
