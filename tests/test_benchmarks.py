@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import make_dataset
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # behind the root, whose tiles.py is another one
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind the root, whose tiles.py is another one
 
 import compare_generators
 import gpu
@@ -22,6 +21,7 @@ import step
 
 from images import read_image
 
+BENCHMARKS = Path(step.__file__).parent
 TINY_DISCRIMINATOR = ["--ndf", "4", "--n_layers_D", "1"]
 
 
