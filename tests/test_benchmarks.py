@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind the root, whose tiles.py is another one
 
 import compare_generators
 import gpu
+import label_score
 import reference
 import step
 
@@ -209,3 +211,30 @@ def test_each_benchmark_starts_as_a_script_and_says_what_it_does(script, tmp_pat
     assert (found.returncode, found.stderr) == (0, "")
     assert "usage:" in found.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_label_maps_are_scored_pixel_by_pixel_and_class_by_class():
+    """Class 0 fills three quarters and is right in two thirds of it; class 9 is all right; the palette is only near."""
+    truth = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    truth[:] = label_score.PALETTE[0].view(3, 1, 1)
+    truth[:, :, 3] = label_score.PALETTE[9].view(3, 1)
+    output = truth.clone()
+    output[:, :, 0] = label_score.PALETTE[9].view(3, 1)
+    near = (output.int() + torch.tensor([9, -12, 7]).view(3, 1, 1)).clamp(0, 255).to(torch.uint8)
+    scores = label_score.label_scores([(near, truth)])
+    assert scores == pytest.approx({"pixel accuracy": 0.75, "mean accuracy": (2 / 3 + 1) / 2, "mean IoU": 7 / 12})
+    large = truth.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    assert label_score.label_scores([(near, large)]) == pytest.approx(scores)  # labels are enlarged, not blurred
+
+
+def test_label_maps_are_paired_by_name_whatever_their_format(tmp_path, refused):
+    colours = [tuple(label_score.PALETTE[i].tolist()) for i in (0, 5)]
+    for folder, names in (("fake", "ab"), ("truth", "bc")):
+        (tmp_path / folder).mkdir()
+        for name, colour in zip(names, colours, strict=True):
+            suffix = "png" if folder == "fake" else "jpg"
+            Image.new("RGB", (16, 16), colour).save(tmp_path / folder / f"{name}.{suffix}", quality=95)
+    found = label_score.folder_scores(tmp_path / "fake", tmp_path / "truth")
+    assert found == {"pixel accuracy": 0, "mean accuracy": 0, "mean IoU": 0}  # b: class 5 instead of 0
+    (tmp_path / "truth" / "b.jpg").unlink()
+    assert "no image has a name that is also in" in refused(label_score.main, "--fake", "fake", "--truth", "truth")
