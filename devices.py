@@ -57,7 +57,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 @functools.cache
-def workers(pid: int) -> ThreadPoolExecutor:
+def thread_pair(pid: int) -> ThreadPoolExecutor:
     """Two threads of this process; a forked one has to make its own."""
     return ThreadPoolExecutor(2)
 
@@ -75,7 +75,7 @@ def in_threads(calls: Sequence[Callable], at_once: bool) -> list:
             torch.set_num_threads(share)  # of this thread
             return call()
 
-        return workers(os.getpid()).submit(run)
+        return thread_pair(os.getpid()).submit(run)
 
     try:
         if at_once and threads > 1:
