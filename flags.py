@@ -195,7 +195,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--n_layers_D", type=int_between(1, 16), default=3, help="strided layers of D: 1-5 see 16 34 70 142 286 px")
     add("--max_mult_D", type=int_between(1, 4096), default=8, help="D grows to at most this times --ndf")
     add("--pool_D", action="store_true", help="average the discriminator's output to one value per image")
-    add("--norm", choices=models.NORMS, default="instance", help="normalisation in all networks; affine: it learns")
+    add("--norm", choices=models.NORMS, default="instance", help="normalisation; affine: learnt; group: in G alone")
     add("--norm_output", action="store_true", help="normalise before G's tanh: stalls learning, kept to show it")
     add("--init", choices=models.INITS, default="normal", help="how weights start")
 
@@ -337,7 +337,8 @@ def network_configs(args: argparse.Namespace) -> tuple[models.GeneratorConfig, m
         generator = config_of(models.GeneratorConfig, with_vit_defaults(args))
     except ValueError as error:
         raise InputError(f"--{error}") from error
-    names = {"n_layers": args.n_layers_D, "max_mult": args.max_mult_D, "pool": args.pool_D}
+    norm = "instance" if args.norm == "group" else args.norm  # in discriminators, where nobody sees a blot
+    names = {"n_layers": args.n_layers_D, "max_mult": args.max_mult_D, "pool": args.pool_D, "norm": norm}
     discriminator = config_of(models.DiscriminatorConfig, changed(args, **names))
     check_sizes(args, generator, discriminator)
     return generator, discriminator

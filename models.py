@@ -19,12 +19,13 @@ from layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 
 GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
-NORMS = ("instance", "instance_affine", "batch", "none")
+NORMS = ("instance", "instance_affine", "batch", "group", "none")
 UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
 GAN_LOSSES = ("lsgan", "bce", "hinge")
 PARTS = ("stem", "down", "blocks", "up", "skips", "head", "D")  # what can be frozen: parts of G, or discriminators
 DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}  # the generators and what they translate
+CHANNELS_OF_A_GROUP = 16  # of a group norm, at least; one group where there are fewer channels
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
@@ -140,10 +141,14 @@ def norm_layer(norm: str, width: int) -> nn.Module:
     """Make the normalisation layer that follows a convolution of `width` output channels.
 
     Instance normalisation keeps no running statistics: training and testing then compute the same. With
-    "instance_affine" it learns a scale, at first 1, and a shift, at first 0, for each channel.
+    "instance_affine" it learns a scale, at first 1, and a shift, at first 0, for each channel. "group" does so too, but
+    about 16 channels share their statistics, so that a spike in one of them cannot make that map alone small.
     """
     if norm in ("instance", "instance_affine"):
         return InstanceNorm2d(width, affine=norm == "instance_affine")
+    if norm == "group":  # Wu and He 2018, arXiv:1803.08494
+        groups = max((n for n in range(1, width // CHANNELS_OF_A_GROUP + 1) if width % n == 0), default=1)
+        return nn.GroupNorm(groups, width)
     return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
 
 

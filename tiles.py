@@ -2,7 +2,7 @@
 
 fake = translate_tiled(net, net, images, 512)  # (N, C, H, W) → the same shape
 
-Tiles save memory, not time: an instance norm looks at the whole image, of which a part therefore passes the network
+Tiles save memory, not time: an instance or group norm looks at the whole image, of which a part therefore passes the network
 before any tile is translated.
 """
 
@@ -21,6 +21,7 @@ from models import Generator, GeneratorConfig
 OVERLAP = 8  # tiles overlap by this part of their side
 PIECES = 4  # pieces along the side of a tile, at most, in the batches that statistics are taken from
 PATIENCE = 3.0  # seconds before a progress bar appears
+Norm = nn.InstanceNorm2d | nn.GroupNorm  # whose statistics are those of an image
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,11 +97,11 @@ class AllSeen(Exception):
 
 
 class Statistics:
-    """Mean and mean square of each channel in front of each instance norm of a network, over all pieces of one image."""
+    """Mean and mean square in front of each norm of a network, of each channel or group, over all pieces of one image."""
 
-    def __init__(self, norms: Sequence[nn.InstanceNorm2d]):
+    def __init__(self, norms: Sequence[Norm]):
         self.norms = norms
-        self.sums: dict[nn.Module, Tensor] = {}  # (2, C), weighted by the number of pieces
+        self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), weighted by the number of pieces
         self.pieces = 0
         self.waiting: set[nn.Module] = set()  # norms that this batch has not reached
 
@@ -111,11 +112,11 @@ class Statistics:
         with replaced_forward(self.norms, self._collect), suppress(AllSeen):
             translate(batch)
 
-    def _collect(self, module: nn.InstanceNorm2d, x: Tensor) -> Tensor:
+    def _collect(self, module: Norm, x: Tensor) -> Tensor:
         one = torch.ones(x.shape[1], device=x.device)  # in float32, so that the statistics are, too
-        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], x.shape[1])
+        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], groups_of(module))
         maps = x.contiguous() if x.is_cpu else x.contiguous().float()  # only a CPU takes weights of another precision
-        # of what torch has for this the fastest on a CPU, by factors of 2 to 7; (N, C) each
+        # of what torch has for this the fastest on a CPU, by factors of 2 to 7; (N, groups) each
         _, mean, rstd = torch.native_group_norm(maps, one, torch.zeros_like(one), *shape, module.eps)
         squares = rstd.float().view(len(x), -1).pow(-2) - module.eps + mean.float().view(len(x), -1).square()
         moments = torch.stack([mean.float().view(len(x), -1).sum(0), squares.sum(0)])
@@ -125,14 +126,19 @@ class Statistics:
             raise AllSeen
         return normalised(module, x, moments / len(x))
 
-    def normalise(self, module: nn.InstanceNorm2d, x: Tensor) -> Tensor:
+    def normalise(self, module: Norm, x: Tensor) -> Tensor:
         """In place of a norm's own forward: use the statistics of all pieces."""
         return normalised(module, x, self.sums[module] / self.pieces)
 
 
-def normalised(module: nn.InstanceNorm2d, x: Tensor, moments: Tensor) -> Tensor:
-    """Normalise (N, C, H, W) by the mean and mean square of each channel, (2, C)."""
-    mean, square = moments
+def groups_of(module: Norm) -> int:
+    """How many groups of channels a norm has; each channel is one for an instance norm."""
+    return module.num_groups if isinstance(module, nn.GroupNorm) else module.num_features
+
+
+def normalised(module: Norm, x: Tensor, moments: Tensor) -> Tensor:
+    """Normalise (N, C, H, W) by the mean and mean square of each channel or group, (2, C or groups)."""
+    mean, square = moments.repeat_interleave(x.shape[1] // groups_of(module), dim=1)
     var = (square - mean.square()).clamp(min=0)
     return F.batch_norm(x, mean, var, module.weight, module.bias, eps=module.eps)
 
@@ -150,7 +156,7 @@ def replaced_forward(modules: Sequence[nn.Module], forward: Callable) -> Iterato
 
 
 def translate_tiled(net: Generator, translate: Callable, image: Tensor, tile: int) -> Tensor:
-    """Translate (1, C, H, W) in tiles that all share the statistics of their instance norms, so that none stands out.
+    """Translate (1, C, H, W) in tiles that all share the statistics of their norms, so that none stands out.
 
     A first pass takes mean and variance, from small pieces: a batch of them has the pixels of one tile, but comes from
     all over the image, and is normalised as one. So each layer sees nearly what it would see of the whole image,
@@ -158,7 +164,7 @@ def translate_tiled(net: Generator, translate: Callable, image: Tensor, tile: in
     """
     if max(image.shape[-2:]) <= tile:
         return translate(image)
-    norms = [module for module in net.modules() if isinstance(module, nn.InstanceNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, Norm)]
     step = 2**net.config.halvings
     piece = max(tile // PIECES, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
     batches = scattered_pieces(image, piece, (tile // piece) ** 2, step) if norms else []

@@ -214,14 +214,14 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
     """
     config = net.config
     tensors = net.state_dict()
-    left_out = []
-    if config.norm == "none":  # there only an instance normalisation lets the convolution before it have a bias
-        left_out = [name for name in tensors if name.endswith(".bias") and name != "head.1.bias"]
+    # there only an instance norm lets the convolution before it have a bias
+    left_out = {name for name in tensors if config.norm == "none" and name.endswith(".bias")} - {"head.1.bias"}
     faults = {
         f"generator {config.generator}": config.generator != "resnet",
         f"upsample {config.upsample}": config.upsample != "deconv",
         "norm_output": config.norm_output,
         "skips": config.skips,
+        "norm group": config.norm == "group",
         "norm none with biases": any(tensors[name].any() for name in left_out),
     }
     if any(faults.values()):

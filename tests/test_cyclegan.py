@@ -31,7 +31,16 @@ from cyclegan import (
     loss_names,
     translate,
 )
-from models import GAN_LOSSES, VIT_SIZES, Discriminator, GeneratorConfig, ResnetGenerator, VitSize, build_generator
+from models import (
+    GAN_LOSSES,
+    NORMS,
+    VIT_SIZES,
+    Discriminator,
+    GeneratorConfig,
+    ResnetGenerator,
+    VitSize,
+    build_generator,
+)
 from utils import FakeImageBuffer, InputError
 
 CPU = torch.device("cpu")
@@ -262,7 +271,7 @@ def test_each_loss_weight_scales_its_term():
             assert loss.item() == pytest.approx(3 * sum(parts).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_concatenated_calls_compute_what_six_plain_ones_do(norm):
     """Losses and gradients; a batch norm looks at real and translated images apart, as plain calls do."""
     nets = tiny_model(norm=norm, dtype=torch.float64).nets

@@ -42,6 +42,7 @@ def write_generator(path=Path("G_AB.safetensors"), direction="AtoB", **flags):
             marks=pytest.mark.slow,
         ),
         pytest.param({"ngf": 2, "num_residual": 1, "skips": True}, marks=pytest.mark.slow),
+        pytest.param({"ngf": 16, "num_residual": 1, "norm": "group", "skips": True}, marks=pytest.mark.slow),
         pytest.param({"generator": "unet_vit", "vit_blocks": 1}, marks=pytest.mark.slow),
         pytest.param(
             {"generator": "unet_vit", "vit_size": "uvcgan", "vit_blocks": 1, "vit_heads": 3, "norm": "none"},

@@ -321,6 +321,8 @@ def test_network_flags_become_configs():
     assert generator == models.GeneratorConfig(channels=1, norm="batch", **shape)
     shape = {"ndf": 6, "n_layers": 2, "max_mult": 4, "pool": True}
     assert discriminator == models.DiscriminatorConfig("pixel", channels=1, norm="batch", **shape)
+    generator, discriminator = flags.network_configs(parse("--norm", "group"))
+    assert (generator.norm, discriminator.norm) == ("group", "instance")
     default = (models.GeneratorConfig(), models.DiscriminatorConfig())
     assert flags.network_configs(parse()) == default  # those of the paper
 

@@ -173,6 +173,7 @@ GENERATORS = [
     {},
     {"norm": "batch"},
     {"norm": "instance_affine", "skips": True},
+    {"norm": "group", "skips": True},
     {"norm": "none", "upsample": "resize", "norm_output": True},
     {"generator": "unet_vit"},
 ]

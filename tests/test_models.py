@@ -6,6 +6,7 @@ from torch import nn
 
 from models import (
     INITS,
+    NORMS,
     VIT_SIZES,
     Attention,
     Discriminator,
@@ -15,6 +16,7 @@ from models import (
     VitSize,
     build_discriminator,
     build_generator,
+    norm_layer,
 )
 
 
@@ -37,6 +39,7 @@ def count(net):
         ({"norm": "batch"}, 11_383_427),
         ({"norm": "instance_affine"}, 11_378_179 + 2 * (2 * 64 + 2 * 128 + 19 * 256)),  # a scale and a shift a channel
         ({"norm": "instance_affine", "ngf": 128}, 45_485_571),
+        ({"norm": "group"}, 11_378_179 + 2 * (2 * 64 + 2 * 128 + 19 * 256)),
         ({"skips": True}, 11_419_331),
         ({"skips": True, "num_residual": 6, "n_downsampling": 1}, 1_945_795),
     ],
@@ -118,9 +121,10 @@ def test_output_layer_has_no_norm_unless_asked_for():
     assert before_tanh.mean((2, 3)).abs().max() < 0.05  # so no image can be dark as a whole
 
 
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_norm_flag_reaches_every_network(norm):
-    kinds = {"instance": nn.InstanceNorm2d, "instance_affine": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+    kinds = {"instance": nn.InstanceNorm2d, "instance_affine": nn.InstanceNorm2d}
+    kinds |= {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}
     nets = [
         build_generator(GeneratorConfig(ngf=2, num_residual=1, norm=norm)),
         build_discriminator(DiscriminatorConfig(ndf=2, n_layers=2, norm=norm)),
@@ -132,6 +136,23 @@ def test_norm_flag_reaches_every_network(norm):
         assert norm == "none" or all(isinstance(m, kinds[norm]) for m in found)
         assert norm == "none" or all(m.affine == (norm != "instance") for m in found)
         assert net(torch.rand(2, 3, 16, 16)).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("width", "groups"), [(1, 1), (15, 1), (16, 1), (32, 2), (40, 2), (50, 2), (53, 1), (64, 4), (256, 16)]
+)
+def test_about_sixteen_channels_form_a_group(width, groups):
+    assert norm_layer("group", width).num_groups == groups
+
+
+def test_a_spike_makes_its_own_map_small_and_under_a_group_norm_its_neighbours_as_well():
+    maps = torch.randn(1, 32, 16, 16)
+    maps[0, 0, 3, 3] = 1000
+    small = {}
+    for norm in ("instance", "group"):
+        small[norm] = (norm_layer(norm, 32)(maps)[:, :, 8:].std((2, 3)) / maps[:, :, 8:].std((2, 3)) < 0.1)[0].tolist()
+    assert small["instance"] == [True] + 31 * [False]
+    assert small["group"] == 16 * [True] + 16 * [False]
 
 
 # -- discriminators --------------------------------------------------------------------------
@@ -271,7 +292,7 @@ def test_unet_vit_parameter_counts_are_those_of_uvcgan(flags, parameters):
 
 
 @pytest.mark.parametrize("flags", [{}, {"vit_size": "uvcgan", "vit_blocks": 2, "vit_heads": 3}])
-@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("upsample", ["deconv", "resize"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 128), (100, 70), (33, 32)])
 def test_one_unet_vit_translates_images_of_any_size(tiny_vits, flags, norm, upsample, size):

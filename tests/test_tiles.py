@@ -123,6 +123,20 @@ def test_statistics_are_those_of_all_pieces(affine):
         assert torch.allclose(statistics.normalise(norm, x), expected, atol=1e-4)
 
 
+def test_statistics_of_a_group_are_those_of_all_its_channels():
+    norm = torch.nn.GroupNorm(2, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    statistics = tiles.Statistics([norm])
+    pieces = [torch.rand(2, 6, 8, 8) + i for i in range(3)]
+    with torch.no_grad():
+        for batch in pieces:
+            statistics.take(norm, batch)
+        whole = torch.cat(list(torch.cat(pieces)), dim=-1)[None]  # all pieces side by side: one image
+        normalised = torch.cat(list(statistics.normalise(norm, torch.cat(pieces))), dim=-1)[None]
+        assert torch.allclose(normalised, norm(whole), atol=1e-4)
+
+
 def test_statistics_of_half_precision_are_those_of_its_numbers():
     """As under bfloat16, where a norm gets maps of it: the statistics themselves are not rounded."""
     norm = torch.nn.InstanceNorm2d(3)
@@ -146,7 +160,7 @@ def test_what_follows_the_last_norm_is_not_computed_for_statistics():
     assert len(heads) == len(tiles_of(image, 48, 6, 2))
 
 
-@pytest.mark.parametrize("net", [{}, {"generator": "unet_vit", "vit_blocks": 1}, {"norm": "batch"}, {"norm": "none"}])
+@pytest.mark.parametrize("net", [{}, {"generator": "unet_vit", "vit_blocks": 1}, {"norm": "batch"}, {"norm": "group"}])
 @pytest.mark.parametrize("size", [(40, 100), (100, 17), (33, 65)])
 def test_any_network_and_size_go_in_tiles(net, size):
     net = generator(**net)

@@ -705,6 +705,7 @@ def test_what_is_written_computes_the_same_over_there():
         ({"upsample": "resize"}, "upsample resize"),
         ({"norm_output": True}, "norm_output"),
         ({"skips": True}, "skips"),
+        ({"norm": "group"}, "norm group"),
         ({"norm": "none"}, "norm none with biases"),
         ({"generator": "unet_vit"}, "generator unet_vit"),
     ],
