@@ -179,7 +179,8 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(loc="upper right", fontsize="small", ncols=2 if len(names) > 4 else 1)
+            # above the curves, where it hides none of them
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", frameon=False, ncols=4)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
