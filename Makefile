@@ -52,7 +52,7 @@ browser:
 
 DATA ?= datasets
 results: .venv/installed
-	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations fine_tuning pixels maps --data_root $(DATA)
+	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations fine_tuning pixels maps skips facades --data_root $(DATA)
 
 DEVICE ?= cuda
 gpu: .venv/installed-dev

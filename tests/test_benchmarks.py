@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import make_dataset
 from PIL import Image
+from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind the root, whose tiles.py is another one
 
 import compare_generators
+import discriminators
 import gpu
 import label_score
 import reference
@@ -238,3 +240,17 @@ def test_label_maps_are_paired_by_name_whatever_their_format(tmp_path, refused):
     assert found == {"pixel accuracy": 0, "mean accuracy": 0, "mean IoU": 0}  # b: class 5 instead of 0
     (tmp_path / "truth" / "b.jpg").unlink()
     assert "no image has a name that is also in" in refused(label_score.main, "--fake", "fake", "--truth", "truth")
+
+
+def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, capsys):
+    for split, count in (("train", 4), ("test", 3)):
+        for domain, level in (("A", 40), ("B", 200)):
+            (tmp_path / f"{split}{domain}").mkdir()
+            for i in range(count):
+                Image.new("RGB", (40, 32), (level + i, level, level)).save(tmp_path / f"{split}{domain}/{i}.png")
+    argv = ["--dataset", tmp_path, "--size", 32, "--ndf", 4, "--n_layers_D", 2, "--lr", 0.01]
+    discriminators.main([str(word) for word in [*argv, "--steps", 60, "--every", 60, "--norms", "none", "spectral"]])
+    none, spectral = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"none: step 60, loss \d\.\d{3}, ranked 1\.000", none)
+    assert re.fullmatch(r"spectral: step 60, loss \d\.\d{3}, ranked 1\.000", spectral)
+    assert [isinstance(m, nn.InstanceNorm2d) for m in discriminators.build("instance", 4, 2).layers].count(True) == 2

@@ -1,0 +1,90 @@
+"""How soon a discriminator tells two domains apart, by its normalisation: real images only, no generator.
+
+python benchmarks/discriminators.py --dataset datasets/horse2zebra
+
+It learns as it does in a training: least squares, one image of each domain a step, mirrored half of the time, Adam with
+beta1 0.5. After every --every steps: the mean loss of these steps (.25 is what a guess costs), and over the test images how
+often one of B scores above one of A (area under the ROC curve: 0.5 is a guess, 1 without a fault).
+"""
+
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import devices
+import flags
+import images
+import models
+import utils
+from cyclegan import LossConfig, discriminator_loss
+
+NORMS = (
+    *models.NORMS,
+    "spectral",
+)  # the last: no normalisation of maps, weights of spectral norm 1 (Miyato et al. 2018)
+
+
+def build(norm: str, ndf: int, n_layers: int) -> nn.Module:
+    """A PatchGAN with one of NORMS."""
+    of_maps = "none" if norm == "spectral" else norm
+    net = models.build_discriminator(models.DiscriminatorConfig(ndf=ndf, n_layers=n_layers, norm=of_maps))
+    if norm == "spectral":
+        for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]:
+            nn.utils.parametrizations.spectral_norm(layer)
+    return net
+
+
+def read(folder: Path, size: int) -> Tensor:
+    """All images of a folder: (N, 3, size, size) in [-1, 1]."""
+    return torch.stack([images.load_image(path, (size, size)) for path in images.list_images(folder)])
+
+
+@torch.no_grad()
+def ranked(net: nn.Module, test_A: Tensor, test_B: Tensor) -> float:
+    """Fraction of pairs of an image of A and one of B, of which that of B scores higher."""
+    scores_A, scores_B = (torch.cat([net(x).mean((1, 2, 3)) for x in test.split(32)]) for test in (test_A, test_B))
+    return (scores_B[:, None] > scores_A).float().mean().item()
+
+
+@utils.stage
+def main(argv=None):
+    parser = flags.Parser(prog="discriminators.py", description=__doc__)
+    add = flags.flag_group(parser, "how")
+    add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
+    add("--size", type=int, default=64, help="side in px")
+    add("--norms", nargs="+", choices=NORMS, default=["instance", "group", "none", "spectral"], help="which to try")
+    add("--ndf", type=int, default=64, help="width")
+    add("--n_layers_D", type=int, default=3, help="strided layers")
+    add("--lr", type=float, default=1e-4, help="rate")
+    add("--steps", type=int, default=1200, help="steps for each")
+    add("--every", type=int, default=400, help="steps between two figures")
+    args = parser.parse_args(argv)
+    train_A, train_B, test_A, test_B = (
+        read(args.dataset / name, args.size) for name in ("trainA", "trainB", "testA", "testB")
+    )
+    for norm in args.norms:
+        devices.seed_everything(0)
+        net = build(norm, args.ndf, args.n_layers_D)
+        optim = torch.optim.Adam(net.parameters(), args.lr, (0.5, 0.999))
+        losses = []
+        for step in range(1, args.steps + 1):
+            pair = [random.choice(train)[None] for train in (train_A, train_B)]
+            real_A, real_B = (x.flip(3) if random.random() < 0.5 else x for x in pair)
+            loss = discriminator_loss(net, real_B, real_A, LossConfig())
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+            losses.append(loss.item())
+            if step % args.every == 0:
+                mean = statistics.fmean(losses[-args.every :])
+                utils.say(f"{norm}: step {step}, loss {mean:.3f}, ranked {ranked(net, test_A, test_B):.3f}")
+
+
+if __name__ == "__main__":
+    main()
