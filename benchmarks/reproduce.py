@@ -221,7 +221,7 @@ def taken_baselines(dataset: Path, _: str, size: int = 64, looks: Iterable[str] 
 
 def label_cells(run: str, dataset: Path) -> dict[str, str]:
     """How right the label maps of facades are, photo → labels, at the network's size."""
-    output = IMAGES / run / "labels"
+    output = IMAGES / run / "test"
     argv = ["--run_name", run, "--input", str(dataset / "testA"), "--direction", "AtoB", "--output_size", "net"]
     test_stage.main([*argv, "--output", str(output)])
     scores = label_score.folder_scores(output / "fake_B", dataset / "testB")
