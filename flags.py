@@ -337,7 +337,7 @@ def network_configs(args: argparse.Namespace) -> tuple[models.GeneratorConfig, m
         generator = config_of(models.GeneratorConfig, with_vit_defaults(args))
     except ValueError as error:
         raise InputError(f"--{error}") from error
-    norm = "instance" if args.norm == "group" else args.norm  # in discriminators, where nobody sees a blot
+    norm = "instance" if args.norm == "group" else args.norm  # of discriminators: the blots are not theirs
     names = {"n_layers": args.n_layers_D, "max_mult": args.max_mult_D, "pool": args.pool_D, "norm": norm}
     discriminator = config_of(models.DiscriminatorConfig, changed(args, **names))
     check_sizes(args, generator, discriminator)

@@ -227,7 +227,7 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
     if any(faults.values()):
         fault = ", ".join(name for name, present in faults.items() if present)
         raise InputError(
-            f"{fault}: the junyanz layout cannot hold it; expected a resnet with deconv, no norm_output and no skips"
+            f"{fault}: the junyanz layout cannot hold it; expected a resnet with deconv, no norm_output, skips or group norm"
         )
     names = tensor_names(tensors.keys() - left_out, junyanz_layers(net))
     return {theirs: tensors[ours].detach().cpu().contiguous() for theirs, ours in names.items()}

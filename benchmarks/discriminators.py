@@ -24,10 +24,8 @@ import models
 import utils
 from cyclegan import LossConfig, discriminator_loss
 
-NORMS = (
-    *models.NORMS,
-    "spectral",
-)  # the last: no normalisation of maps, weights of spectral norm 1 (Miyato et al. 2018)
+# the last has no normalisation of maps, but weights of spectral norm 1 (Miyato et al. 2018, arXiv:1802.05957)
+NORMS = (*models.NORMS, "spectral")
 
 
 def build(norm: str, ndf: int, n_layers: int) -> nn.Module:
@@ -57,14 +55,17 @@ def main(argv=None):
     parser = flags.Parser(prog="discriminators.py", description=__doc__)
     add = flags.flag_group(parser, "how")
     add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
-    add("--size", type=int, default=64, help="side in px")
+    add("--size", type=flags.int_between(8), default=64, help="side in px")
     add("--norms", nargs="+", choices=NORMS, default=["instance", "group", "none", "spectral"], help="which to try")
-    add("--ndf", type=int, default=64, help="width")
-    add("--n_layers_D", type=int, default=3, help="strided layers")
-    add("--lr", type=float, default=1e-4, help="rate")
-    add("--steps", type=int, default=1200, help="steps for each")
-    add("--every", type=int, default=400, help="steps between two figures")
+    add("--ndf", type=flags.int_between(1), default=64, help="width")
+    add("--n_layers_D", type=flags.int_between(1), default=3, help="strided layers")
+    add("--lr", type=flags.float_between(0, above=True), default=1e-4, help="rate")
+    add("--steps", type=flags.int_between(1), default=1200, help="steps for each")
+    add("--every", type=flags.int_between(1), default=400, help="steps between two figures")
     args = parser.parse_args(argv)
+    largest = models.DiscriminatorConfig().largest_n_layers(args.size)
+    if args.n_layers_D > largest:
+        raise utils.InputError(f"--n_layers_D {args.n_layers_D}: expected at most {largest} for --size {args.size}")
     train_A, train_B, test_A, test_B = (
         read(args.dataset / name, args.size) for name in ("trainA", "trainB", "testA", "testB")
     )

@@ -242,7 +242,7 @@ def test_label_maps_are_paired_by_name_whatever_their_format(tmp_path, refused):
     assert "no image has a name that is also in" in refused(label_score.main, "--fake", "fake", "--truth", "truth")
 
 
-def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, capsys):
+def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, capsys, refused):
     for split, count in (("train", 4), ("test", 3)):
         for domain, level in (("A", 40), ("B", 200)):
             (tmp_path / f"{split}{domain}").mkdir()
@@ -254,3 +254,5 @@ def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, 
     assert re.fullmatch(r"none: step 60, loss \d\.\d{3}, ranked 1\.000", none)
     assert re.fullmatch(r"spectral: step 60, loss \d\.\d{3}, ranked 1\.000", spectral)
     assert [isinstance(m, nn.InstanceNorm2d) for m in discriminators.build("instance", 4, 2).layers].count(True) == 2
+    error = refused(discriminators.main, "--dataset", tmp_path, "--size", 16, "--n_layers_D", 3)
+    assert "--n_layers_D 3: expected at most 2 for --size 16" in error

@@ -160,7 +160,9 @@ def test_what_follows_the_last_norm_is_not_computed_for_statistics():
     assert len(heads) == len(tiles_of(image, 48, 6, 2))
 
 
-@pytest.mark.parametrize("net", [{}, {"generator": "unet_vit", "vit_blocks": 1}, {"norm": "batch"}, {"norm": "group"}])
+@pytest.mark.parametrize(
+    "net", [{}, {"generator": "unet_vit", "vit_blocks": 1}, {"norm": "batch"}, {"norm": "group"}, {"norm": "none"}]
+)
 @pytest.mark.parametrize("size", [(40, 100), (100, 17), (33, 65)])
 def test_any_network_and_size_go_in_tiles(net, size):
     net = generator(**net)
