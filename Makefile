@@ -8,7 +8,7 @@
 # make results train and score every row of docs/results.md again: many hours; DATA=DIR holds the data sets
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 12
+DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 8
 
 .PHONY: demo smoke test format slow browser gpu results clean
 

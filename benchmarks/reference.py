@@ -39,7 +39,7 @@ from images import range_to_bytes
 
 CLASSIC = "--batch_size 1 --lr 2e-4 --load_scale 1.12 --flip"
 DEMO = "--img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1"
-DEMO += " --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 12"
+DEMO += " --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 8"
 COLUMNS = ("which", "recipe", "threads", "limit", "seed", "minutes", "step", "PSNR_B", "PSNR_A")
 TOGETHER = 8  # images that are translated at once to be scored
 KEYS = COLUMNS[:5]  # what names a run; limit: --minutes
