@@ -781,7 +781,7 @@ def watchdog(args):
         shutil.rmtree("datasets")
         scenes.draw_dataset(Path("datasets"))
         finish(line.removeprefix("DEMO := ").split(), "demo.log")
-        print(f"demo: {Path('demo.log').read_text().count('warning: ')} warnings in 12 epochs")
+        print(f"demo: {Path('demo.log').read_text().count('warning: ')} warnings")
         return
     usual = train.make_nets
     words = [*SMALL, "--num_epochs", "3", "--steps_per_epoch", "30"]
