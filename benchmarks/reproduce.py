@@ -64,8 +64,8 @@ STUDY = f"{DEMO} --ngf 32 --num_epochs 4"
 TEACHER = (
     f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 )
-SKIPS = f"{DEMO} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 16 --eval_interval 4 --eval_metrics paired,spike"
-SKIPS_STUDENT = "--teacher skips_teacher --direction both --num_epochs 8 --eval_interval 2 --eval_metrics paired"
+SKIPS = f"{DEMO} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 18 --eval_interval 6 --eval_metrics paired,spike"
+SKIPS_STUDENT = "--teacher skips_teacher --direction both --num_epochs 24 --eval_interval 6 --eval_metrics paired"
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
 )
@@ -400,7 +400,10 @@ TASKS = {
         drawn=None,
     ),
     "maps": Task(
-        "Aerial photos and maps, 64 px", {"maps_64": f"train {MAPS} --num_epochs 3"}, maps_cells, paired_baselines
+        "Aerial photos and maps, 64 px: with and without skips",
+        {"maps_64": f"train {MAPS} --num_epochs 3", "maps_64_skips": f"train {MAPS} --num_epochs 3 --skips"},
+        maps_cells,
+        paired_baselines,
     ),
     "facades": Task(
         "Photos of facades and their labels, 64 px: with and without skips",
