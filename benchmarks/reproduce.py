@@ -65,7 +65,7 @@ TEACHER = (
     f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
 )
 SKIPS = f"{DEMO} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 18 --eval_interval 6 --eval_metrics paired,spike"
-SKIPS_STUDENT = "--teacher skips_teacher --direction both --num_epochs 24 --eval_interval 6 --eval_metrics paired"
+SKIPS_STUDENT = "--teacher skips_teacher --direction both --student_residual 4 --student_ngf 12 --num_epochs 24 --eval_interval 6 --eval_metrics paired"
 DIGITS = (
     "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
 )
@@ -322,10 +322,12 @@ TASKS = {
         "Day and night with skips: a teacher of six blocks and the student that comes along",
         {
             "skips_teacher": f"train {SKIPS}",
-            "skips_student": f"distill {SKIPS_STUDENT} --student_residual 4 --student_ngf 12",
+            "skips_student": f"distill {SKIPS_STUDENT} --lambda_output 40",
+            "skips_student_10": f"distill {SKIPS_STUDENT}",
         },
         size_and_scores,
         paired_baselines,
+        drawn=("skips_teacher", "skips_student"),
         zoom=2,
     ),
     "mnist2usps": Task(
