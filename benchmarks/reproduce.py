@@ -322,6 +322,7 @@ TASKS = {
         "Day and night with skips: a teacher of six blocks and the student that comes along",
         {
             "skips_teacher": f"train {SKIPS}",
+            **{f"skips_teacher_{seed}": f"train {SKIPS} --seed {seed}" for seed in (1, 2)},
             "skips_student": f"distill {SKIPS_STUDENT} --lambda_output 40",
             "skips_student_10": f"distill {SKIPS_STUDENT}",
         },
