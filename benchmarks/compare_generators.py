@@ -1,13 +1,13 @@
 """Compare the generators at equal steps and at equal minutes: the same data, discriminators, losses and optimiser.
 
 python benchmarks/compare_generators.py
-python benchmarks/compare_generators.py --seeds 0 1 2 --minutes 11
-python benchmarks/compare_generators.py --dataset_name horse2zebra --num_epochs 20 --measure cycle
+python benchmarks/compare_generators.py --seeds 0 1 2 --steps 800 --equal_minutes
+python benchmarks/compare_generators.py --dataset_name horse2zebra --steps 20000 --measure cycle
 
-Trains each network with each seed for the same steps and, with --minutes, also for as many steps as it makes in these
-minutes; in each run the rate falls to 0 over its own steps. The pace is measured in turns before (and kept in
-pace.json, so that a comparison that goes on has the same steps); evaluating and saving come on top. Runs that exist go
-on where they are. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
+Trains each network with each seed for the same steps and, with --equal_minutes, also for as many as it makes in the
+time that the slowest takes for them; in each run the rate falls to 0 over its own steps. The pace is measured in turns
+before (and kept in pace.json, so that a comparison that goes on has the same steps); evaluating and saving come on top.
+Runs that exist go on where they are. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
 """
 
 import csv
@@ -36,7 +36,7 @@ from files import atomic_write, write_json, write_text
 from logs import read_losses
 from weights import load_generator
 
-RESNET = ["--generator", "resnet", "--num_residual", "9", "--ngf", "32"]
+RESNET = ["--generator", "resnet", "--num_residual", "6", "--ngf", "32"]
 VARIANTS = {
     "resnet": RESNET,
     "resnet_skips": [*RESNET, "--skips"],
@@ -44,6 +44,7 @@ VARIANTS = {
 }
 TIMED = 8  # steps of each network, in turns; their median is its pace
 SIDE = 64  # px
+EPOCHS = 4  # of each run, whatever its steps: so often its curve has a point
 COLUMNS = 6  # images in rows.png
 FIGURES = {
     "PSNR_B": 2,
@@ -66,6 +67,7 @@ class Run:
     seed: int
     name: str  # of the run
     words: list[str]  # flags of train.py
+    steps: int
     pace: float  # seconds a step
 
 
@@ -73,7 +75,7 @@ def common_flags(args):
     """What all networks share: what suits images of 64 px, at the default rate and without an average of the weights."""
     words = ["--dataset_name", args.dataset_name, "--data_root", str(args.data_root)]
     words += ["--img_height", str(SIDE), "--img_width", str(SIDE), "--ndf", "32", "--n_layers_D", "2"]
-    words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--num_epochs", str(args.num_epochs)]
+    words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--num_epochs", str(EPOCHS)]
     words += ["--eval_interval", "1", "--eval_metrics", "paired,cycle" if args.measure == "PSNR" else "cycle"]
     return words
 
@@ -104,18 +106,25 @@ def known_pace(args, path):
 
 
 def plan(args, paces):
-    """All runs: at equal steps, then at equal minutes; seed by seed, so that what is done first can be compared."""
-    budgets = {f"{args.num_epochs} epochs": {name: [] for name in VARIANTS}}
-    if args.minutes:
-        steps = {name: max(1, round(60 * args.minutes / paces[name] / args.num_epochs)) for name in VARIANTS}
-        budgets[f"{args.minutes:g} minutes"] = {name: ["--steps_per_epoch", str(steps[name])] for name in VARIANTS}
+    """All runs: at equal steps, then at equal minutes; seed by seed, so that what is done first can be compared.
+
+    A run is named by its steps: the slowest network has the same one in both.
+    """
+    budgets = {f"{args.steps} steps": dict.fromkeys(VARIANTS, args.steps)}
+    if args.equal_minutes:
+        seconds = args.steps * max(paces.values())
+        budgets[f"{seconds / 60:.1f} minutes"] = {
+            name: EPOCHS * round(seconds / pace / EPOCHS) for name, pace in paces.items()
+        }
     runs = []
     for seed in args.seeds:
-        for budget, more in budgets.items():
+        for budget, counts in budgets.items():
             for variant, words in VARIANTS.items():
-                name = f"compare_{args.dataset_name}_{variant}_{budget.replace(' ', '')}_{seed}"
-                words = [*common_flags(args), *words, *more[variant], "--seed", str(seed), "--run_name", name]
-                runs.append(Run(variant, budget, seed, name, words, paces[variant]))
+                steps = counts[variant]
+                name = f"compare_{args.dataset_name}_{variant}_{steps}_{seed}"
+                words = [*common_flags(args), *words, "--steps_per_epoch", str(steps // EPOCHS)]
+                words += ["--seed", str(seed), "--run_name", name]
+                runs.append(Run(variant, budget, seed, name, words, steps, paces[variant]))
     return runs
 
 
@@ -124,10 +133,9 @@ def score(args, run):
     wanted = "paired,cycle" if args.measure == "PSNR" else "cycle"
     scores = test_stage.main(["--run_name", run.name, "--data_root", str(args.data_root), "--metrics", wanted])
     net, _ = load_generator(RUNS / run.name / "G_AB.safetensors")
-    steps = read_losses(RUNS / run.name / "measures.csv")[-1]["step"]
     row = {"budget": run.budget, "variant": run.variant, "seed": run.seed}
     row |= {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": metrics.count_macs(net, SIDE, SIDE) / 1e6}
-    row |= {"s/step": run.pace, "steps": int(steps), "minutes": steps * run.pace / 60}
+    row |= {"s/step": run.pace, "steps": run.steps, "minutes": run.steps * run.pace / 60}
     for source, target in ("AB", "BA"):
         found = scores[f"{source}to{target}"]
         row |= {f"{key}_{target}": value for key, value in found.get("paired", {}).get("model", {}).items()}
@@ -214,11 +222,12 @@ def main(argv=None):
     add = flags.flag_group(parser, "what")
     add("--dataset_name", type=flags.folder_name, default="day2night", help="folder in --data_root")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--num_epochs", type=flags.int_between(1), default=6, help="epochs of each run")
-    add("--minutes", type=flags.float_between(0), default=0.0, help="also compare at so many minutes; 0: not")
+    add("--steps", type=flags.int_between(EPOCHS), default=2400, help=f"steps of each run, in {EPOCHS} epochs")
+    add("--equal_minutes", action="store_true", help="also compare at the minutes that the slowest takes for the steps")
     add("--seeds", type=flags.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each network")
     add("--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle for unpaired sets")
     args = parser.parse_args(argv)
+    args.steps -= args.steps % EPOCHS
     folder = IMAGES / f"compare_{args.dataset_name}"
     folder.mkdir(parents=True, exist_ok=True)
     runs = plan(args, known_pace(args, folder / "pace.json"))

@@ -46,22 +46,22 @@ def test_generators_are_compared_at_equal_steps_and_at_equal_minutes(monkeypatch
     thin = ["--num_residual", "1", "--ngf", "2", *TINY_DISCRIMINATOR]
     monkeypatch.setattr(compare_generators, "SIDE", 16)
     monkeypatch.setattr(compare_generators, "VARIANTS", {"resnet": thin, "resnet_skips": [*thin, "--skips"]})
-    words = ["--dataset_name", "tiny", "--num_epochs", "2", "--seeds", "0", "1", "--minutes", "0.002"]
+    monkeypatch.setattr(compare_generators, "seconds_per_step", lambda args: {"resnet": 0.5, "resnet_skips": 0.75})
+    words = ["--dataset_name", "tiny", "--steps", "9", "--seeds", "0", "1", "--equal_minutes"]
     compare_generators.main(words)
     folder = Path("generated_images/compare_tiny")
-    paces = json.loads((folder / "pace.json").read_text())
-    steps = {name: 2 * max(1, round(60 * 0.002 / pace / 2)) for name, pace in paces.items()}
     rows = rows_of(folder / "runs.csv")
-    assert [(row["budget"], row["variant"], row["seed"], int(row["steps"])) for row in rows] == [
-        (budget, variant, seed, 6 if budget == "2 epochs" else steps[variant])
+    assert [(row["budget"], row["variant"], row["seed"], row["steps"]) for row in rows] == [
+        (budget, variant, seed, "12" if (budget, variant) == ("0.1 minutes", "resnet") else "8")
         for seed in "01"
-        for budget in ("2 epochs", "0.002 minutes")
+        for budget in ("8 steps", "0.1 minutes")
         for variant in ("resnet", "resnet_skips")
     ]
+    assert len(list(Path("saved_models").iterdir())) == 2 * 3, "the slowest has one run for both"
     lines = (folder / "compare.md").read_text().splitlines()
     assert len(lines) == 2 + 4
-    assert lines[4].startswith("| 0.002 minutes | resnet | 2 |")
-    first, second = (float(row["PSNR_B"]) for row in rows if row["budget"] != "2 epochs" and row["variant"] == "resnet")
+    assert lines[4].startswith("| 0.1 minutes | resnet | 2 |")
+    first, second = (float(row["PSNR_B"]) for row in rows if row["steps"] == "12")
     assert f"| {(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f} |" in lines[4]
     for name in ("compare.png", "rows.png"):
         assert min(read_image(folder / name).size) > 50
