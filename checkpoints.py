@@ -27,7 +27,7 @@ from devices import rng_state, set_rng_state
 from files import atomic_write, attempt, link_file, read_archive, replace
 from flags import NEVER_INHERITED
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Nets, build_discriminator, build_generator
-from utils import InputError, first_rank, first_rank_first, gather, one_line, rank, say, warn, world
+from utils import InputError, counted, first_rank, first_rank_first, gather, one_line, rank, say, warn, world
 from weights import check_tensors, load_tensors, read_config, same_nets, save_generator
 
 RUNS = Path("saved_models")
@@ -324,7 +324,7 @@ def own_part(state: dict) -> dict:
     if len(found) == world():
         return found[rank()]
     say(
-        f"saved by {len(found)} ranks, going on with {world()}: the batches stay the same; buffers of images "
+        f"saved by {counted(len(found), 'rank')}, going on with {world()}: the batches stay the same; buffers of images "
         "and random numbers of ranks that were not there start anew, so the numbers will differ from an unbroken run's"
     )
     new = {"buffers": None, "rng": rng_state()}
@@ -368,7 +368,9 @@ def score_to_beat(folder: Path, model: CycleGAN, progress: Progress, best_by: st
         return held
     reason = "does not say its score"
     if held is not None:
-        reason = f"is of epoch {held['epoch']} of the branch that this run leaves, by {held['metric']}"
+        reason = (
+            f"is of epoch {held['epoch']}{'' if own else ' of the branch that this run leaves'}, by {held['metric']}"
+        )
     say(f"{path}: {reason}; the next evaluation replaces it")
     return None
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import images
 from datasets import spread
-from utils import InputError, one_line, say, warn
+from utils import InputError, counted, one_line, say, warn
 
 FEW = 6  # are named, others only counted
 GREY_LEVELS = 6  # between the colours of a grey image, at most, in means over 32x32 parts: JPEG adds some
@@ -71,8 +71,8 @@ def check_split(split: Path, most_cells: int) -> tuple[dict[Path, Facts], str]:
     sizes = Counter(fact.size for fact in facts.values())
     common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
     if len(sizes) > 3:
-        common.append(f"{len(sizes) - 3} other sizes")
-    say(f"{split.name}: {len(paths)} images, {faults} unreadable; {', '.join(common)} px")
+        common.append(counted(len(sizes) - 3, "other size"))
+    say(f"{split.name}: {counted(len(paths), 'image')}, {faults} unreadable; {', '.join(common)} px")
     if not facts:
         return facts, f"{split.name} holds no readable image"
     for words, odd in odd_images(facts).items():
@@ -117,7 +117,7 @@ def find_twins(pixels: dict[Path, bytes]) -> list[list[Path]]:
         say(f"  the same image: {' = '.join(map(str, paths))}")
     if len(twins) > FEW:
         say(f"  and {len(twins) - FEW} more")
-    say(f"{len(twins)} images stand more than once, {len(leaks)} of them in train and also in test or val")
+    say(f"images that stand more than once: {len(twins)}; in train and also in test or val: {len(leaks)}")
     return twins
 
 
@@ -194,10 +194,10 @@ def remove_twins(folder: Path, twins: Sequence[Sequence[Path]], paths: Collectio
         else:
             shutil.move(source, target)
         moved.append(path)
-    say(f"moved {len(moved)} images to {folder / 'removed'}{': ' if moved else ''}{some(moved)}")
+    say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}{': ' if moved else ''}{some(moved)}")
     both = [paths for paths in twins if len({path.parts[0][-1] for path in paths}) > 1]
     if both:
-        say(f"{len(both)} images stand in both domains and stay: which one is right, only you can tell")
+        say(f"images that stand in both domains and stay: {len(both)}; which one is right, only you can tell")
 
 
 # ---------------------------------------------------------------------------------------------

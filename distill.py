@@ -40,7 +40,7 @@ import train
 import utils
 from checkpoints import IMAGES, RUNS
 from files import write_json
-from inference import check_together
+from inference import check_together, recorded_name
 from models import DIRECTIONS
 from progress import distillation_rows
 from report import compare_costs, refuse_large, report_direction, report_rows
@@ -49,7 +49,7 @@ from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
 STUDENT_FLAGS = ("student_residual", "student_ngf", "student_skips")
-FIXED_FLAGS = (*STUDENT_FLAGS, "teacher", "direction", "hidden_layers", "transfer", "channels")
+FIXED_FLAGS = (*STUDENT_FLAGS, "direction", "hidden_layers", "transfer", "channels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,10 +125,17 @@ class Teacher:
     path: Path
     single: bool  # one generator alone
     size: list[int] | None = None  # height and width that a single file records, px
+    dataset_name: str | None = None  # that it records, if it is a plain name
 
     def fingerprint(self) -> dict:
-        """What a resumed distillation compares: it must go on with the very same teacher."""
+        """What a distillation records of it."""
         return {"path": str(self.path), "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+
+    def check_same(self, recorded: object, checkpoint: Path | None) -> None:
+        """Raise InputError unless the teacher of a distillation that goes on is this one, wherever the file lies now."""
+        if not isinstance(recorded, dict) or recorded.get("sha256") != self.fingerprint()["sha256"]:
+            words = f"not the teacher that {checkpoint} learnt from (its content changed)"
+            raise InputError(f"{self.path}: {words}; give that one, maybe kept as an epoch_NNNN.pt, as --teacher")
 
 
 def load_teacher(name: str, students: Sequence[str]) -> Teacher:
@@ -151,7 +158,8 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
         net, metadata = load_generator(path)
         name = next((key for key in DIRECTIONS if DIRECTIONS[key] == metadata["direction"]), students[0])
         say(f"{path}: a single generator, so the other one and the discriminators start new")
-        teacher = Teacher({name: net}, None, path, single=True, size=metadata["size"])
+        dataset_name = recorded_name(metadata.get("dataset_name"))
+        teacher = Teacher({name: net}, None, path, single=True, size=metadata["size"], dataset_name=dataset_name)
     check_together(teacher.nets, path, teacher.size)
     for net in teacher.nets.values():
         net.requires_grad_(False).eval()
@@ -338,6 +346,8 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old = {name: action.default for name, action in parser.flags.items()}
     else:
         old = flags.saved_flags(parser, teacher.flags, teacher.path)
+    if teacher.dataset_name:
+        old["dataset_name"] = teacher.dataset_name
     if teacher.size:
         old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
     if "num_epochs" in args.given:
@@ -347,7 +357,8 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
     taken = {name: value for name, value in old.items() if name not in args.given}
     words = " ".join(f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
-    say(f"inherited from {teacher.path}: {words}")
+    source = "defaults, and what the file says of itself" if teacher.single else f"inherited from {teacher.path}"
+    say(f"{source}: {words}")
     return flags.changed(args, **{**taken, "channels": channels})
 
 
@@ -407,9 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
     if state is None:
         args = inherit(args, teacher)
-    elif state.get("teacher") != teacher.fingerprint():
-        words = f"not the teacher that {checkpoint} learnt from (its content changed)"
-        raise InputError(f"{teacher.path}: {words}; put that file back")
+    else:
+        teacher.check_same(state.get("teacher"), checkpoint)
     flags.check_run_flags(args)
     device = devices.pick_device(args.device)
     if args.report:

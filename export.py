@@ -175,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     output = args.output or folder / names[args.to]
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: no folder {output.parent}; make it first")
+    if args.weights and output.resolve() == args.weights.resolve():
+        raise InputError(f"--output {output}: would overwrite the weights that are read; choose another file")
     if args.to == "onnx":
         export_onnx(net, metadata, output)
     else:

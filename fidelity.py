@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import InputError, need_package, warn
+from utils import InputError, counted, need_package, warn
 
 FEW = 1000  # images; below, FID says more about their number than about the model
 
@@ -27,6 +27,11 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         return self.load(self.paths[i])
+
+
+def need_torch_fidelity(wanted: Sequence[str]) -> None:
+    """Raise InputError without the package; wanted: of --metrics."""
+    need_package("torch_fidelity", f"--metrics {','.join(wanted)}", "pip install -r requirements-metrics.txt")
 
 
 def fid_kid(
@@ -48,12 +53,12 @@ def fid_kid(
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
     flag = f"--metrics {','.join(wanted)}"
-    need_package("torch_fidelity", flag, "pip install -r requirements-metrics.txt")
+    need_torch_fidelity(wanted)
     from torch_fidelity import calculate_metrics
 
     least = min(len(fakes), len(reals))
     if least < 2:
-        raise InputError(f"{flag}: {least} image on one side, expected at least 2, better {FEW:,}")
+        raise InputError(f"{flag}: {counted(least, 'image')} on one side, expected at least 2, better {FEW:,}")
     if least < FEW:
         warn(f"FID and KID of {len(fakes)} against {len(reals)} images are biased; compare equal numbers only")
     try:

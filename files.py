@@ -79,7 +79,7 @@ def replace(source: Path, target: Path) -> None:
 def refuse_existing(folder: Path) -> None:
     """Raise InputError if there is such a file or folder."""
     if folder.exists():
-        raise InputError(f"{folder}: exists already; choose another name, or remove it first")
+        raise InputError(f"{folder}: exists already; move it away, or choose another name where there is a choice")
 
 
 @contextmanager

@@ -231,7 +231,7 @@ class BadImages:
         if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total > 1:
             raise InputError(
                 f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, "
-                f"more than {BAD_FRACTION:.0%}; list them with: python prepare.py check {self.folder.parent.name}"
+                f"more than {BAD_FRACTION:.0%}; mend or remove them"
             )
 
     def need_one(self) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import time
+from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from checkpoints import RUNS, found_runs, load_checkpoint, networks_of
 from files import write_page
 from images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, save_image, tensor_to_image
 from models import DIRECTIONS, Generator, GeneratorConfig, Nets
-from results import KINDS, add_thumbnails, save_thumbnail, shown_file, thumbnail
+from results import KINDS, is_whole, save_thumbnail, shown_file, thumbnail
 from tiles import receptive_field, translate_tiled
 from utils import InputError, say, warn
 from weights import load_generator
@@ -66,6 +67,14 @@ def check_together(nets: Nets, what: object, size: Sequence[int] | None = None) 
         fits = side >= config.smallest_side if isinstance(config, GeneratorConfig) else config.map_side(side) >= 1
         if size and not fits:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
+
+
+def recorded_name(value: object) -> str | None:
+    """The name of a run or data set out of a file, if it is one that cannot lead anywhere else."""
+    try:
+        return flags.folder_name(value) if isinstance(value, str) else None
+    except ArgumentTypeError:
+        return None
 
 
 def load_networks(
@@ -361,8 +370,7 @@ def translate_folder(
     refuse_overwriting(output, results)
     existing = set()
     if skip_existing:
-        existing = {p for p, result in results.items() if all((output / f).exists() for f in result.files.values())}
-        add_thumbnails(output, [file for path in existing for file in results[path].files.values()])
+        existing = {p for p, result in results.items() if all(is_whole(output, f) for f in result.files.values())}
     waiting = [path for path in paths if path not in existing]
     bad = BadImages(root, len(paths), on_bad)
 
@@ -392,7 +400,7 @@ def translate_folder(
     seconds = time.perf_counter() - start
     speed = f"{len(written) / seconds:.1f} a second, {(translator.busy - busy) / seconds:.0%} of it in the networks"
     kept = f"; {len(existing)} existed already" if existing else ""
-    say(f"{direction}: {len(written)} images in {seconds:.1f} s, {speed}{kept}")
+    say(f"{direction}: {utils.counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
     return [result for path, result in results.items() if path in written | existing]
 
 
@@ -421,5 +429,5 @@ def write_gallery(
         for result in translated:
             figures = [(kind, address(file), address(shown_file(output, file))) for kind, file in result.files.items()]
             rows.append((utils.one_line(result.name), figures))
-        directions.append((f"{names[source]} → {names[target]}: {len(rows)} images", legend, rows))
+        directions.append((f"{names[source]} → {names[target]}: {utils.counted(len(rows), 'image')}", legend, rows))
     write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)

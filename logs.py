@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from files import atomic_write, write_text
-from utils import average, first_rank, rank, warn
+from utils import average, counted, first_rank, rank, warn
 
 MOST_STEPS = 2**53  # no run has so many; a larger number is damage, and floats cannot hold it
 
@@ -95,7 +95,9 @@ class LossLog:
             warn(f"{self.path}: cannot be read ({error.strerror or error}), so its rows are left out")
             return
         if damaged:
-            warn(f"{self.path}: line {damaged} is damaged; {len(rows)} rows before it are kept, the rest is left out")
+            warn(
+                f"{self.path}: line {damaged} is damaged: kept {counted(len(rows), 'row')} before it, left out the rest"
+            )
         for row in rows:
             if row["step"] <= last_step:
                 self.append(row)

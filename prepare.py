@@ -32,7 +32,7 @@ from datasets import DEMO, find_dataset, split_images
 from files import new_folder, refuse_existing
 from flags import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
 from scenes import draw_dataset
-from utils import InputError, RunError, one_line, say, stage, warn
+from utils import InputError, RunError, counted, one_line, say, stage, warn
 
 SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
 SHEET_CELLS = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
@@ -170,7 +170,8 @@ def download_dataset(args: Namespace) -> None:
         fetch(url, part)
         counts = unpack_download(url, part, unfinished)
     part.unlink()
-    say(f"{args.data_root / args.dataset_name}: {', '.join(f'{n} images in {name}' for name, n in counts.items())}")
+    words = [f"{counted(count, 'image')} in {name}" for name, count in counts.items()]
+    say(f"{args.data_root / args.dataset_name}: {', '.join(words)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,7 +204,8 @@ def choose_images(domain: str, source: Path, seed: int, max_images: int | None) 
         words = f"{broken} of {len(paths)} images cannot be read, more than {images.BAD_FRACTION:.0%}"
         raise InputError(f"--{domain} {source}: {words}; mend or remove those named above")
     if len(whole) < 2:
-        raise InputError(f"--{domain} {source}: {len(whole)} readable image, expected 2: one to train, one to test")
+        found = counted(len(whole), "readable image")
+        raise InputError(f"--{domain} {source}: {found}, expected 2: one to train, one to test")
     return whole
 
 
@@ -257,14 +259,14 @@ def check_dataset(args: Namespace) -> None:
         pixels |= {path.relative_to(folder): fact.pixels for path, fact in facts.items()}
         cells[name] = {str(p.relative_to(folder / name)): fact.cell for p, fact in facts.items() if fact.cell}
     twins = checks.find_twins(pixels)
-    if args.sheet:
+    if args.sheet and any(cells.values()):
         rows = [{f"{split}{domain}": cells.get(f"{split}{domain}", {}) for domain in "AB"} for split in SHEET_CELLS]
         sheet = Path("generated_images") / args.dataset_name / "check.png"
         images.save_image(checks.draw_sheet(rows), sheet)
         say(f"sheet: {sheet}")
     if args.remove_twins:
         checks.remove_twins(folder, twins, pixels)
-    elif twins:
+    elif checks.extra_twins(twins):
         say(f"to move the extra ones to {folder / 'removed'}, give --remove_twins")
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from images import (
 from logs import Board, LossLog, Meter, plot_losses
 from metrics import format_table
 from models import Nets
-from utils import InputError, domain_names, first_rank, one_line, say, warn
+from utils import InputError, counted, domain_names, first_rank, one_line, say, warn
 
 COLUMNS = 6  # images in a sample grid
 COLLAPSED_FRACTION = 0.02  # outputs that differ less than this times the inputs do not depend on them
@@ -198,8 +198,8 @@ def say_duration(pace: float, left: int, steps_per_epoch: int, flags: dict, devi
     epoch = pace * steps_per_epoch
     say(f"{duration(pace)} a step, {duration(epoch)} an epoch: this run will take about {duration(pace * left)} more")
     if device.type == "cpu" and epoch > LONG_EPOCH:
-        anew = "start again with --overwrite" if flags.get("start_from") == "0" else "go on with"
-        words = f"an epoch takes {duration(epoch)} on this CPU; {anew} and flags that fit it"
+        anew = "start again with --overwrite and" if flags.get("start_from") == "0" else "go on with"
+        words = f"an epoch takes {duration(epoch)} on this CPU; {anew} flags that fit it"
         warn(f"{words} (docs/recipes.md): {faster_flags(pace, flags)}")
 
 
@@ -250,7 +250,12 @@ def embedded(folder: Path, path: Path) -> tuple[str, str, str]:
 def sample_grids(folder: Path) -> list[Path]:
     """The grids epoch_NNNN.png of a folder, oldest first."""
     found = [path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem[6:]))
+    return sorted(found, key=epoch_of)
+
+
+def epoch_of(grid: Path) -> int:
+    """The number in the name of a grid."""
+    return int(grid.stem[6:])
 
 
 def evenly(paths: Sequence[Path], most: int) -> list[Path]:
@@ -268,6 +273,7 @@ def write_progress(
     table: Sequence[str],
     domains: tuple[str, str] = ("A", "B"),
     taught: Sequence[str] = (),
+    left: Collection[Path] = (),
 ) -> None:
     """Write index.html of a run: how far it is, curves, newest grids, and how the watched photos changed.
 
@@ -275,15 +281,16 @@ def write_progress(
     table:    lines of measures
     domains:  the names of A and B
     taught:   "AB", "BA": which generators are students
+    left:     grids that are not shown
     """
-    grids = sample_grids(folder)[::-1]
+    grids = [path for path in sample_grids(folder)[::-1] if path not in left]
     gallery = folder / "test" / "index.html"
     tested = gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime
     newest = [path for path in (*grids[:1], folder / "losses.png") if path.is_file()]
     rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
     for photo in sorted((folder / "watch").glob("*")):
         heading = f"{one_line(photo.name)}: the photo; {domains[1]}, made of it by G_AB; {domains[0]}, by G_BA"
-        rows.append((heading, "row small", evenly(sample_grids(photo), MOMENTS)))
+        rows.append((heading, "row small", evenly([path for path in sample_grids(photo) if path not in left], MOMENTS)))
     write_page(
         folder / "index.html",
         "progress.html",
@@ -319,10 +326,16 @@ class Monitor:
     meter: Meter = field(default_factory=Meter)  # of the losses since the last row
     board: Board = field(default_factory=Board)
     clock: Clock = field(default_factory=Clock)  # begun anew by `open`
+    left: dict[Path, int] = field(default_factory=dict)  # grids of a branch that this run leaves, and their times
 
-    def open(self, step: int, with_tensorboard: bool) -> None:
-        """Begin the logs, or go on with them after `step`; rows of later steps are cut off."""
+    def open(self, step: int, with_tensorboard: bool, epochs: int = 0) -> None:
+        """Begin the logs, or go on with them after `step`; rows of later steps are cut off, later grids not shown.
+
+        epochs: begun ones
+        """
         self.clock = Clock()
+        grids = [path for folder in (self.images, *self.images.glob("watch/*")) for path in sample_grids(folder)]
+        self.left = {path: path.stat().st_mtime_ns for path in grids if epoch_of(path) > epochs}
         self.log = LossLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
         self.measures = LossLog(self.saved / "measures.csv", ["epoch", "step"], step)
         self.board = Board(self.saved / "tensorboard" if with_tensorboard else None, step)
@@ -375,9 +388,9 @@ class Monitor:
         self.clock.next_page = begun + SHOW_SECONDS  # also where the disk takes no page
         attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
-        facts = f"{epoch} of {num_epochs} epochs"
+        facts = f"{epoch} of {counted(num_epochs, 'epoch')}"
         if step_in_epoch:
-            facts += f" and {step_in_epoch} steps of the next"
+            facts += f" and {counted(step_in_epoch, 'step')} of the next"
         facts += f"; step {step:,}"
         left = (num_epochs - epoch) * steps_per_epoch - step_in_epoch
         if stopped:
@@ -394,7 +407,8 @@ class Monitor:
         domains = domain_names(dataset_name)
         title = f"{run_name}: {domains[0]} ↔ {domains[1]}"
         taught = [term.removeprefix("output_") for term in self.term_names if term.startswith("output_")]
-        write_progress(self.images, title, facts, fraction, table, domains, taught)
+        left = {path for path, when in self.left.items() if path.is_file() and path.stat().st_mtime_ns == when}
+        write_progress(self.images, title, facts, fraction, table, domains, taught, left)
         self.clock.next_page = begun + max(SHOW_SECONDS, (time.monotonic() - begun) / SHOW_FRACTION)
 
     def close(self) -> None:

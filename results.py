@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from files import atomic_write, write_json
-from images import LARGEST_CELL, read_image
-from utils import say
+from images import LARGEST_CELL, UnreadableImage, read_image
+from utils import counted, say
 
 KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
 WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
@@ -41,11 +41,16 @@ def shown_file(output: Path, file: Path) -> Path:
     return small if (output / small).is_file() else file
 
 
-def add_thumbnails(output: Path, files: Iterable[Path]) -> None:
-    """Write the small copies of results that were left without."""
-    for file in files:
-        if not (output / thumbnail(file)).exists():
+def is_whole(output: Path, file: Path) -> bool:
+    """Tell whether a result is there and, without a small copy, can be read; then that copy is written."""
+    if not (output / file).is_file():
+        return False
+    if not (output / thumbnail(file)).exists():
+        try:
             save_thumbnail(read_image(output / file), output / thumbnail(file))
+        except UnreadableImage:
+            return False
+    return True
 
 
 def stamp(path: Path) -> list[int]:
@@ -87,10 +92,10 @@ def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network
         del left[name]
     if removed:
         (output / "metrics.json").unlink(missing_ok=True)  # the scores of what was removed
-        say(f"{output}: removed {len(removed)} files of an earlier test; --output DIR keeps them apart")
+        say(f"{output}: removed {counted(len(removed), 'file')} of an earlier test; --output DIR keeps them apart")
     found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
     stay = [path for path in found if str(path.relative_to(output)) not in mine]
     if stay:
-        say(f"{output}: {len(stay)} files stay that this test did not write, such as {stay[0]}")
+        say(f"{output}: files that this test did not write: {len(stay)}, such as {stay[0]}; they stay")
     stamps = left | {name: stamp(output / name) for name in sorted(mine)}
     write_json(output / WRITTEN, {"network": network, "files": stamps})

@@ -11,7 +11,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
 
 import functools
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+import json
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ import metrics
 import utils
 from checkpoints import IMAGES
 from cyclegan import LossConfig
-from fidelity import fid_kid
-from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
+from fidelity import fid_kid, need_torch_fidelity
+from inference import DOMAINS, Result, Translator, load_networks, recorded_name, translate_folder, write_gallery
 from results import shown_file, sweep
 from utils import InputError
 
@@ -99,6 +100,21 @@ def test_images(args: Namespace, translator: Translator, domain: str) -> images.
     return images.LazyImages(paths, translator.size, translator.channels)
 
 
+def check_measures(args: Namespace, inputs: dict[str, tuple[Path, list[Path]]]) -> None:
+    """Raise InputError, before anything is translated, if a measure that was asked for lacks its data or package."""
+    compared = [name for name in ("fid", "kid") if name in args.metrics]
+    if compared:
+        need_torch_fidelity(compared)
+    for direction, (_, paths) in inputs.items():
+        source, target = DOMAINS[direction]
+        folder = datasets.find_dataset(args.data_root, args.dataset_name)
+        if compared or "paired" in args.metrics:
+            datasets.split_images(folder, f"train{target}")
+        if "paired" in args.metrics and not find_truths(args, direction, paths):
+            words = f"no image in {folder / f'test{target}'} has the name of one in test{source}"
+            raise InputError(f"--metrics paired: {words}; leave it out for unpaired sets")
+
+
 def measure(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
     """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
     source, target = DOMAINS[direction]
@@ -111,6 +127,8 @@ def measure(args: Namespace, translator: Translator, direction: str, results: Se
         sources = test_images(args, translator, source) if "cycle" in wanted else {}
         targets = test_images(args, translator, target) if "identity" in wanted else {}
         scores |= metrics.measure_direction(there, way_back, sources, targets, wanted)
+    if "spike" in args.metrics:
+        scores["spike"] = metrics.mean_spike(net, test_images(args, translator, source), translator.precision)
     if "paired" in args.metrics:
         scores["paired"] = measure_paired(args, translator, direction, results)
     if {"fid", "kid"} & set(args.metrics):
@@ -137,13 +155,10 @@ def measure_distribution(args: Namespace, translator: Translator, target: str, r
 
 def measure_paired(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
     """Compare the written images with those of the same name in the other domain's test folder, one at a time."""
-    source, target = DOMAINS[direction]
+    _, target = DOMAINS[direction]
     folder = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{target}"
     channels = translator.channels
     truths = find_truths(args, direction, [result.input for result in results])
-    if not truths:
-        words = f"no image in {folder} has the name of one in test{source}; leave it out for unpaired sets"
-        raise InputError(f"--metrics paired: {words}")
     if len(truths) < len(results):
         utils.say(f"{folder}: {len(truths)} of {len(results)} images have their truth there; only these are scored")
     bad = images.BadImages(folder, len(truths), args.on_bad_image)
@@ -172,6 +187,17 @@ def mean_losses(args: Namespace, translator: Translator, saved: dict) -> dict[st
     reals = {domain: test_images(args, translator, domain) for domain in "AB"}
     config = flags.config_of(LossConfig, Namespace(**saved))
     return metrics.mean_losses(translator.nets, reals, config, translator.precision)
+
+
+def forget_scores(path: Path, what: dict) -> None:
+    """Remove metrics.json if its images, which a test has just replaced, were those of another network or epoch."""
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: scores.get(name) for name in what}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        known = None
+    if known != what:
+        path.unlink(missing_ok=True)
 
 
 def report(scores: dict) -> list[str]:
@@ -248,18 +274,10 @@ def choose_directions(args: Namespace, translator: Translator) -> list[str]:
     return wanted
 
 
-def plain_name(value: object) -> str | None:
-    """A name out of a file, if it is one that cannot lead anywhere else."""
-    try:
-        return flags.folder_name(value) if isinstance(value, str) else None
-    except ArgumentTypeError:
-        return None
-
-
 def settle_names(args: Namespace, metadata: dict) -> Namespace:
     """Fill in on which data set the networks are tested and where results go, as far as that was not given."""
     run_name = args.weights.stem if args.weights else args.run_name
-    dataset_name = args.dataset_name or plain_name(metadata.get("dataset_name")) or run_name
+    dataset_name = args.dataset_name or recorded_name(metadata.get("dataset_name")) or run_name
     recorded = None if args.weights or args.input else metadata.get("data_root")
     data_root = args.data_root or datasets.recorded_root(recorded)
     output = args.output or IMAGES / run_name / "test"
@@ -280,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = {}
     scores = {}
     inputs = {direction: find_inputs(args, direction) for direction in choose_directions(args, translator)}
+    if args.metrics:
+        check_measures(args, inputs)
     how = (args.output, args.on_bad_image, args.skip_existing, args.round_trip)
     for direction, (root, paths) in inputs.items():
         truths = find_truths(args, direction, paths)
@@ -288,6 +308,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     written = [file for result in translated for file in result.files.values()]
     network = str(args.weights or args.run_name)
     sweep(args.output, written, [result.input for result in translated], network, args.skip_existing)
+    about = {name: metadata.get(name) for name in ("epoch", "step")}
+    gallery = functools.partial(write_gallery, args.output, args.dataset_name, about, results)
+    gallery([])  # a measure may fail
+    write_grid(args.output, results)
     for direction, some in results.items():
         scores[direction] = measure(args, translator, direction, some)
     if "losses" in args.metrics:
@@ -295,14 +319,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     table = report(scores)
     for line in table:
         utils.say(line)
-    about = {name: metadata.get(name) for name in ("epoch", "step")}
-    write_gallery(args.output, args.dataset_name, about, results, table)
-    write_grid(args.output, results)
+    gallery(table)
+    what = {"network": network, "dataset_name": args.dataset_name, **about}
     if args.metrics:
         counts = {direction: len(translated) for direction, translated in results.items()}
-        row = {"dataset_name": args.dataset_name, **about, "images": counts, **scores}
-        files.write_json(args.output / "metrics.json", row)
-    utils.say(f"{len(translated)} images translated; look at {args.output / 'index.html'}")
+        files.write_json(args.output / "metrics.json", {**what, "images": counts, **scores})
+    else:
+        forget_scores(args.output / "metrics.json", what)
+    utils.say(f"{utils.counted(len(translated), 'image')} translated; look at {args.output / 'index.html'}")
     return scores
 
 

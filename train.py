@@ -33,9 +33,9 @@ from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
 from datasets import Feed
 from images import BadImages, limit_pixels
-from logs import Meter
+from logs import Meter, read_losses
 from progress import Monitor, command, cyclegan_rows, load_samples, load_watched, say_duration
-from utils import InputError, max_over_ranks, rank, say
+from utils import InputError, counted, max_over_ranks, rank, say
 from weights import load_pair
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
@@ -142,9 +142,20 @@ def show(
 # Evaluation: after saving, so that a failure in it loses no training
 
 
+def evaluation_due(args: Namespace, progress: Progress, feed: Feed) -> bool:
+    """Whether --eval_interval wants this moment, the end of an epoch, evaluated."""
+    return bool(feed.held_out) and not progress.step_in_epoch and progress.epoch % args.eval_interval == 0
+
+
+def evaluation_missing(args: Namespace, progress: Progress, feed: Feed, path: Path) -> bool:
+    """Whether a run was killed between the save of an epoch and its evaluation; path: of measures.csv."""
+    rows = read_losses(path) if path.is_file() else []
+    return evaluation_due(args, progress, feed) and progress.step not in [row["step"] for row in rows]
+
+
 def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor) -> None:
     """Evaluate the epoch just saved, if --eval_interval says so; the best so far by --best_by becomes best.pt."""
-    if not feed.held_out or progress.step_in_epoch or progress.epoch % args.eval_interval:
+    if not evaluation_due(args, progress, feed):
         return
     score = measure(args, model, progress, monitor, feed.held_out)
     before = progress.best
@@ -204,7 +215,7 @@ def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     if args.cache != "none":
         images.caches = datasets.make_caches(args.cache, paths, images.load_size, args.channels, dataset, workers)
     loader = datasets.make_loader(images, order, workers, pin_memory=device.type == "cuda")
-    numbers = f"{counts['A']} images in trainA, {counts['B']} in trainB"
+    numbers = f"{counted(counts['A'], 'image')} in trainA, {counts['B']} in trainB"
     say(f"{dataset}: {numbers}; {order.steps} steps of {args.batch_size} an epoch")
     held_out = datasets.held_out_folders(dataset, "paired" in args.eval_metrics) if args.eval_interval else {}
     return dataset, Feed(loader, order, bad, counts, held_out)
@@ -228,7 +239,13 @@ def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
     """Take the named parts of all generators ("D": the discriminators) out of learning, and say what is left.
 
     The running statistics of a frozen batch norm stay, too.
+
+    raises: InputError for a part that no generator has
     """
+    present = {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
+    if not present >= set(parts):
+        words = f"the generators have no {', '.join(sorted(set(parts) - present))}"
+        raise InputError(f"--freeze {','.join(parts)}: {words}; leave it out")
     for name, net in nets.items():
         children = {"D": net} if name.startswith("D") else dict(net.named_children())
         for part, module in children.items():
@@ -319,9 +336,6 @@ def go_on(args: Namespace, model: CycleGAN, steps: int, meter: Meter, state: dic
     if progress.step_in_epoch >= steps:
         say(f"an epoch has {steps} steps now, and {progress.step_in_epoch} are done: this one counts as finished")
         progress.step_in_epoch = steps
-    if progress.epoch >= args.num_epochs:
-        finished = f"{progress.epoch} of {args.num_epochs} epochs are finished"
-        say(f"nothing left to do: {finished}; raise --num_epochs to go on")
     return progress
 
 
@@ -336,19 +350,25 @@ def run(
 ) -> None:
     """Start, or go on with a checkpoint, and run the loop to its end; after a signal exit with 128 + its number."""
     progress = Progress()
+    missing = False
     if state and checkpoint:
         progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
-        if progress.epoch >= args.num_epochs:
+        missing = progress.epoch > 0 and evaluation_missing(args, progress, feed, saver.folder / "measures.csv")
+        if progress.epoch >= args.num_epochs and not missing:
+            finished = f"{progress.epoch} of {args.num_epochs} epochs are finished"
+            say(f"nothing left to do: {finished}; raise --num_epochs to go on")
             return
     for folder in (saver.folder, monitor.images):
         folder.mkdir(parents=True, exist_ok=True)
     with files.sole_process(saver.folder, monitor.images):
         saver.take_folder(args.overwrite, checkpoint)
-        monitor.open(progress.step, args.log == "tensorboard")
+        monitor.open(progress.step, args.log == "tensorboard", progress.epoch + (progress.step_in_epoch > 0))
         if state and args.best_by:
             progress.best = checkpoints.score_to_beat(saver.folder, model, progress, args.best_by)
         describe(args, model, feed.counts)
         show(args, progress, feed.order.steps, monitor)
+        if missing:
+            evaluate(args, model, progress, feed, saver, monitor)
         try:
             signum = training_loop(args, model, progress, feed, saver, monitor)
         finally:
@@ -362,7 +382,7 @@ def run(
         say(f"stopped and saved after step {progress.step}; go on with: {again}")
         utils.leave_ranks()
         raise SystemExit(128 + signum)
-    done = f"{progress.epoch} epochs, {progress.step} steps; see {monitor.images}/epoch_{progress.epoch:04d}.png"
+    done = f"{counted(progress.epoch, 'epoch')}, {counted(progress.step, 'step')}; see {monitor.images}/epoch_{progress.epoch:04d}.png"
     say(f"done: {done}, then: {command('test.py', '--run_name', args.run_name)}")
 
 

@@ -68,6 +68,11 @@ def warn(text: object) -> None:
     say(f"warning: {text}", file=sys.stderr)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def need_package(name: str, flag: str, command: str) -> None:
     """Refuse, in one line with the remedy, what needs an optional package that is missing."""
     if importlib.util.find_spec(name) is None:

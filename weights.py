@@ -363,7 +363,7 @@ def fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, layers: 
         say(f"{path}: {folded} biases before batch norms became part of their means")
     if missing:
         without = " and no sign of a normalisation: read as a network without one" if net.config.norm == "none" else ""
-        say(f"{path}: missing {min(missing)} ({len(missing)} such tensors){without}; filled with zeros")
+        say(f"{path}: missing {min(missing)} ({len(missing)} in all){without}; filled with zeros")
     return {ours: tensors[theirs] for theirs, ours in names.items()}
 
 

@@ -184,7 +184,7 @@ def minutes_to(level: float, grid: np.ndarray, curve: np.ndarray) -> str:
 
 def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[str]:
     """Draw both directions, a thin line for each seed and a thick one for their mean; returns what is to be said."""
-    grid = np.arange(0, 60 * minutes + 0.5 * every, every) / 60
+    grid = np.linspace(0, minutes, 1 + max(1, round(60 * minutes / every)))
     figure = Figure(figsize=(10, 4), layout="constrained")
     lines = []
     for axes, (measure, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,20 +158,20 @@ def digit_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
     return rows
 
 
-def read_tensor(folder: Path, size: int = 64) -> Tensor:
-    """All images of a folder: (N, 3, size, size) in [-1, 1]."""
-    return torch.cat(list(named_images(folder, (size, size), 3).values()))
+def read_tensor(folder: Path, size: int = 64, channels: int = 3) -> Tensor:
+    """All images of a folder: (N, channels, size, size) in [-1, 1]."""
+    return torch.cat(list(named_images(folder, (size, size), channels).values()))
 
 
-def domain_reader(dataset: Path, size: int = 64, epochs: int = 6) -> nn.Module:
+def domain_reader(dataset: Path, size: int = 64, channels: int = 3, epochs: int = 6) -> nn.Module:
     """A small CNN that tells domain A (0) from B (1), fitted to the training images and their mirror images."""
     torch.manual_seed(0)
-    real_A = read_tensor(dataset / "trainA", size)
-    real_B = read_tensor(dataset / "trainB", size)
+    real_A = read_tensor(dataset / "trainA", size, channels)
+    real_B = read_tensor(dataset / "trainB", size, channels)
     x = torch.cat([real_A, real_B])
     y = torch.cat([torch.zeros(len(real_A)), torch.ones(len(real_B))])
     layers = []
-    for thin, wide in ((3, 32), (32, 64), (64, 128)):
+    for thin, wide in ((channels, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(thin, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(), nn.MaxPool2d(2)]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 1))
     optim = torch.optim.Adam(net.parameters(), 1e-3)
@@ -184,30 +185,42 @@ def domain_reader(dataset: Path, size: int = 64, epochs: int = 6) -> nn.Module:
 
 
 @torch.no_grad()
-def taken_for(reader: nn.Module, folder: Path, target: str) -> float:
-    """Fraction of a folder's images that the reader takes for the target domain."""
-    says_b = reader(read_tensor(folder))[:, 0] > 0
+def taken_for(reader: nn.Module, real_or_fake: Tensor, target: str) -> float:
+    """Fraction of images (N, C, H, W) that the reader takes for the target domain."""
+    says_b = torch.cat([reader(batch)[:, 0] > 0 for batch in real_or_fake.split(64)])
     return (says_b == (target == "B")).float().mean().item()
 
 
-def flower_cells(run: str, dataset: Path) -> dict[str, str]:
+def fractions_taken(dataset: Path, folders: dict[str, Path], looks: dict[str, int]) -> dict[str, str]:
+    """Fractions of the images in the folders of "B" and of "A" that a classifier takes for just that domain.
+
+    looks: how the classifier is shown them: what this adds to the column's name → channels
+    """
+    cells = {}
+    for look, channels in looks.items():
+        reader = domain_reader(dataset, channels=channels)
+        fractions = [taken_for(reader, read_tensor(folders[x], channels=channels), x) for x in "BA"]
+        cells[f"taken for the target{look} A→B / B→A"] = both(fractions, 2)
+    return cells
+
+
+COLOUR = {"": 3}
+COLOUR_AND_GREY = {"": 3, " in grey": 1}
+
+
+def taken_cells(run: str, dataset: Path, looks: dict[str, int]) -> dict[str, str]:
     """Cycle error, and the fraction of translations that a classifier takes for the target domain."""
     scores = translate(run, dataset, "--metrics", "cycle")
-    reader = domain_reader(dataset)
-    fractions = [taken_for(reader, IMAGES / run / "test" / f"fake_{target}", target) for target in "BA"]
-    return {
-        "cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3),
-        "taken for the target A→B / B→A": both(fractions, 2),
-    }
+    cells = {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    return cells | fractions_taken(dataset, {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}, looks)
 
 
-def flower_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
-    """The same fraction for images before translation, and for real ones of the target."""
-    reader = domain_reader(dataset)
-    name = "taken for the target A→B / B→A"
-    before = [taken_for(reader, dataset / f"test{source}", target) for source, target in ("AB", "BA")]
-    ceiling = [taken_for(reader, dataset / f"test{target}", target) for target in "BA"]
-    return {"untranslated": {name: both(before, 2)}, "real pictures of the target": {name: both(ceiling, 2)}}
+def taken_baselines(dataset: Path, _: str, looks: dict[str, int]) -> dict[str, dict[str, str]]:
+    """The same fraction for images before translation, and for real ones of the target: how right the classifier is."""
+    before = {"A": dataset / "testB", "B": dataset / "testA"}
+    real = {x: dataset / f"test{x}" for x in "AB"}
+    rows = {"untranslated": before, "real pictures of the target": real}
+    return {name: fractions_taken(dataset, folders, looks) for name, folders in rows.items()}
 
 
 def label_cells(run: str, dataset: Path) -> dict[str, str]:
@@ -346,8 +359,8 @@ TASKS = {
             "flowers_no_flip_no_crop": f"train {FLOWERS} --ema 0.999 --no-flip --load_scale 1",
             "flowers_identity_0": f"train {FLOWERS} --ema 0.999 --lambda_identity 0",
         },
-        flower_cells,
-        flower_baselines,
+        partial(taken_cells, looks=COLOUR),
+        partial(taken_baselines, looks=COLOUR),
     ),
     "checkerboards": Task(
         "Checkerboards: transposed convolution or resize and convolution",

@@ -60,7 +60,7 @@ def test_a_grey_data_set_is_not_odd(tiny, capsys):
     prepare.main(["check", "tiny"])
     out = capsys.readouterr().out
     assert "grey" not in out
-    assert "0 images stand more than once" in out
+    assert "images that stand more than once: 0;" in out
 
 
 def test_what_is_large_enough_to_train_on_is_not_small(tiny, capsys):
@@ -149,7 +149,7 @@ def test_an_image_of_both_domains_stays_and_is_named(tiny, capsys):
     assert contents(tiny) == before
     out = capsys.readouterr().out
     assert "trainA/0.png = trainB/horse.png" in out
-    assert "1 images stand in both domains and stay" in out
+    assert "images that stand in both domains and stay: 1;" in out
 
 
 def test_links_stay_readable_when_their_twins_move(tiny, capsys):

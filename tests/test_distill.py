@@ -315,10 +315,13 @@ def test_blocks_are_paired_evenly(teacher_blocks, student_blocks, pairs):
 
 def test_a_single_file_can_teach_one_direction(teacher, capsys, refused):
     shutil.move(teacher / "G_BA.safetensors", "alone.safetensors")
-    flags = ["--teacher", "alone.safetensors", "--dataset_name", "tiny", *CPU, "--student_residual", "1"]
+    flags = ["--teacher", "alone.safetensors", *CPU, "--student_residual", "1"]
     flags += ["--num_epochs", "1", "--batch_size", "2"]
     distill.main(flags)
-    assert "alone.safetensors: a single generator" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "alone.safetensors: a single generator" in out
+    assert "inherited" not in out
+    assert "--dataset_name tiny" in out  # which the file says
     state = state_of("alone_student")
     assert state["args"]["img_height"] == 16
     assert state["config"]["G_AB"]["num_residual"] == 3
@@ -355,9 +358,12 @@ def test_a_changed_teacher_and_another_student_are_refused_on_resume(teacher, re
     resume = ["--dataset_name", "tiny", "--start_from", "latest", "--device", "cpu", "--num_epochs", "2"]
     assert "--student_residual 2" in refused(distill.main, *resume, "--student_residual", "2")
     assert "a state of train.py" in refused(distill.main, *resume, "--run_name", "tiny")
+    shutil.copy(teacher / "latest.pt", teacher / "epoch_0001.pt")
     with (teacher / "latest.pt").open("ab") as file:
         file.write(b"\0")
     assert "saved_models/tiny/latest.pt: not the teacher" in refused(distill.main, *resume)
+    distill.main([*resume, "--teacher", str(teacher / "epoch_0001.pt"), "--run_name", "tiny_student"])
+    assert state_of("tiny_student")["epoch"] == 2
 
 
 def test_of_an_older_state_each_flag_that_it_lacks_is_said_once(teacher, capsys):

@@ -67,6 +67,13 @@ def test_an_onnx_file_gives_what_pytorch_gives_at_any_size_and_batch(flags, monk
     assert facts["channels"] == net.config.channels
 
 
+def test_an_export_does_not_replace_the_weights_that_it_reads(refused):
+    write_generator(Path("latest_net_G_A.pth"), ngf=2, num_residual=1)
+    before = Path("latest_net_G_A.pth").read_bytes()
+    assert "would overwrite" in refused(export.main, "--weights", "latest_net_G_A.pth", "--to", "junyanz")
+    assert Path("latest_net_G_A.pth").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_outputs_that_differ_are_not_written(refused, monkeypatch):
     write_generator(ngf=2, num_residual=1)

@@ -159,7 +159,7 @@ def test_a_set_arrives_whole_without_what_lies_around_it(server, capsys):
     server["respond"] = send(make_zip(extra=extra))
     prepare.main(download(server))
     assert left() == WHOLE
-    assert "1 images in trainA" in capsys.readouterr().out
+    assert "1 image in trainA" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -485,7 +485,7 @@ def test_check_counts_measures_and_finds_leaks(tiny, capsys):
     assert "trainB: 6 images, 1 unreadable; 4 of 20x18, 1 of 40x30 px" in out
     assert "trainB/torn.png (" in out
     assert "trainA/0.png = testA/copy.png" in out
-    assert "2 images stand more than once, 1 of them in train and also in test or val" in out
+    assert "images that stand more than once: 2; in train and also in test or val: 1" in out
     assert "--remove_twins" in out
     sheet = read_image(tiny.parents[1] / "generated_images/tiny/check.png")
     assert sheet.width > 1000
@@ -501,6 +501,13 @@ def test_check_tells_the_most_common_sizes_and_counts_the_others(tiny, capsys):
         noise_image(width, (width, 30)).save(tiny / "valA" / f"{width}.png")
     prepare.main(["check", "tiny"])
     assert "1 of 33x30, 2 other sizes px" in capsys.readouterr().out
+    assert not Path("generated_images").exists()
+
+
+def test_a_sheet_of_nothing_is_not_drawn(tiny, refused):
+    for path in tiny.rglob("*.png"):
+        path.write_bytes(b"torn")
+    assert "unusable" in refused(prepare.main, "check", "tiny", "--sheet")
     assert not Path("generated_images").exists()
 
 

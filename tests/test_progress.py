@@ -1,6 +1,7 @@
 """What a run shows: grids and watched photos, the page."""
 
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -376,6 +377,24 @@ def test_a_page_shows_the_newest_grid_and_three_earlier_ones(tmp_path):
     assert '<a href="test/index.html">' in (tmp_path / "index.html").read_text()
 
 
+def test_grids_of_a_branch_that_the_run_left_are_not_shown_until_drawn_again(tmp_path):
+    monitor = monitor_of(tmp_path)
+    folders = (monitor.images, monitor.images / "watch" / "cat")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        for epoch in range(1, 7):
+            Image.new("RGB", (4, 4)).save(folder / f"epoch_{epoch:04d}.png")
+
+    def shown():
+        monitor.show(3, 6, 0, 6, 2)
+        return images_of((monitor.images / "index.html").read_text())
+
+    monitor.open(6, with_tensorboard=False, epochs=3)
+    assert [int(link[-8:-4]) for link in shown()] == [3, 2, 1, 1, 2, 3]
+    os.utime(folders[0] / "epoch_0004.png", (1, 1))  # drawn again
+    assert [int(link[-8:-4]) for link in shown()] == [4, 3, 2, 1, 1, 2, 3]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
 def test_of_few_epochs_a_photo_shows_all(count):
     chosen = progress.evenly(list(range(count)), MOMENTS)
@@ -471,7 +490,7 @@ def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
     for epoch, place in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0)):
         monitor.show(epoch, 2 * epoch + place, place, 2, 2)
     assert [fraction for _, fraction in seen] == [0, 0.25, 0.5, 0.75, 1.0]
-    assert seen[3][0].startswith("1 of 2 epochs and 1 steps of the next; step 3; written ")
+    assert seen[3][0].startswith("1 of 2 epochs and 1 step of the next; step 3; written ")
 
 
 def test_the_page_is_titled_by_run_and_domains_and_says_how_long_is_left(tmp_path, monkeypatch, fake_time):
@@ -486,7 +505,7 @@ def test_the_page_is_titled_by_run_and_domains_and_says_how_long_is_left(tmp_pat
     monitor.show(0, 3, 3, 2, 60)
     monitor.show(0, 3, 3, 2, 60, stopped=True)
     monitor.show(2, 120, 0, 2, 60)
-    assert all(args[1] == "tiny: horse ↔ zebra" and args[5:] == (("horse", "zebra"), ["BA"]) for args in seen)
+    assert all(args[1] == "tiny: horse ↔ zebra" and args[5:7] == (("horse", "zebra"), ["BA"]) for args in seen)
     facts = [args[2].partition("; written")[0] for args in seen]
     assert facts[0] == "0 of 2 epochs; step 0"
     assert facts[1] == "0 of 2 epochs and 3 steps of the next; step 3; about 6.7 hours left"

@@ -32,8 +32,8 @@ def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
     expected = {f"fake_B/{name}.png" for name in ("changed", "input", "kept", "mine")} | {"notes.txt", results.WRITTEN}
     assert files_in(tmp_path) == expected
     out = capsys.readouterr().out
-    assert "removed 1 files" in out
-    assert "3 files stay that this test did not write" in out
+    assert "removed 1 file of" in out
+    assert "files that this test did not write: 3, such as" in out
 
 
 def test_what_is_kept_once_can_be_removed_later(tmp_path):
@@ -81,4 +81,4 @@ def test_what_another_network_gave_stays_and_is_not_cleared_later(tmp_path, caps
     for _ in range(2):
         results.sweep(tmp_path, [], [], "saved_models/other/G_AB.safetensors", keep=False)
         assert "fake_B/cat.png" in files_in(tmp_path)
-        assert "1 files stay that this test did not write" in capsys.readouterr().out
+        assert "files that this test did not write: 1, such as" in capsys.readouterr().out

@@ -523,12 +523,66 @@ def test_what_exists_is_skipped_and_what_is_missing_is_finished(run, capsys):
     capsys.readouterr()
     run("--skip_existing")
     out = capsys.readouterr().out
-    assert "AtoB: 1 images in" in out
+    assert "AtoB: 1 image in" in out
     assert "2 existed already" in out
     changed = {str(p.relative_to(folder)) for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert changed == {"real_A/0.png", "rec_A/0.png", "truth_B/0.png"}
     assert (folder / "fake_B/0.png").exists()
     assert (folder / "index.html").read_text().count("<figure>") == 24
+
+
+@pytest.mark.parametrize("content", [b"torn", None])
+def test_a_result_that_cannot_be_read_does_not_count_as_existing(run, content):
+    run()
+    path = Path("generated_images/tiny/test/fake_B/0.png")
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2] if content is None else content)
+    run("--skip_existing", "--metrics", "paired")
+    assert path.read_bytes() == before
+
+
+def test_what_a_measure_lacks_is_said_before_anything_is_translated(run, refused):
+    for path in Path("datasets/tiny/testB").iterdir():
+        path.rename(path.with_stem(f"b{path.stem}"))
+    argv = ["--run_name", "tiny", *FP32, "--metrics"]
+    assert "has the name of one in testA" in refused(test_stage.main, *argv, "paired")
+    shutil.rmtree("datasets/tiny/trainB")
+    assert "no trainB/ inside" in refused(test_stage.main, *argv, "fid", "--direction", "AtoB")
+    assert not Path("generated_images").exists()
+
+
+def test_the_gallery_is_there_when_a_measure_fails(run, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "gone")
+
+    monkeypatch.setattr(test_stage, "measure", fail)
+    with pytest.raises(SystemExit):
+        run("--metrics", "cycle")
+    assert (Path("generated_images/tiny/test") / "index.html").is_file()
+
+
+def test_the_spike_is_that_of_the_maps_of_the_test_images(run):
+    scores = run("--metrics", "spike")
+    nets = networks_of(load_state(STATE), STATE)
+    for direction, net in (("AtoB", "G_AB"), ("BtoA", "G_BA")):
+        paths = sorted(Path(f"datasets/tiny/test{direction[0]}").iterdir())
+        reals = images.LazyImages(paths, (16, 16))
+        assert scores[direction]["spike"] == pytest.approx(metrics.mean_spike(nets[net], reals, "fp32"), rel=1e-5)
+        assert 0 < scores[direction]["spike"] < 1
+
+
+def test_scores_stay_as_long_as_their_images_do(run):
+    path = Path("generated_images/tiny/test/metrics.json")
+    run("--metrics", "cycle")
+    run()
+    assert path.is_file(), "the same images again"
+    weights = ["--weights", "saved_models/tiny/G_AB.safetensors", "--dataset_name", "tiny", *FP32]
+    test_stage.main([*weights, "--output", str(path.parent)])
+    assert not path.exists()
+    run("--metrics", "cycle")
+    path.write_text("[]")
+    run()
+    assert not path.exists()
 
 
 def test_a_tile_smaller_than_the_receptive_field_is_warned_about(run, capsys):
@@ -649,7 +703,7 @@ def test_a_test_clears_what_the_one_before_left(run, capsys):
     assert left == {"grid.png", "index.html", WRITTEN, *results}
     out = capsys.readouterr().out
     assert "removed 21 files of an earlier test" in out
-    assert "1 files stay" in out
+    assert "files that this test did not write: 1, such as" in out
 
 
 def test_a_result_of_the_test_before_can_be_the_input_of_this_one(run):

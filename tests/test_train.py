@@ -459,6 +459,7 @@ def test_frozen_parts_do_not_move_and_the_rest_does(tiny, files, capsys):
         (["--init_from", "saved_models/teacher/G_AB.safetensors", "--ngf", "8"], "ngf 4, not 8"),
         (["--init_from", *["saved_models/teacher/G_AB.safetensors"] * 2], "a second file for G_AB"),
         (["--freeze", "stem,down,blocks,up,head"], "--freeze stem,down,blocks,up,head: "),
+        (["--freeze", "stem,skips"], "--freeze stem,skips: the generators have no skips"),
         (["--freeze", "tail"], "--freeze: given 'tail', expected some of stem,down,blocks,up,skips,head,D"),
         (["--init_from", "x", "--start_from", "latest"], "--init_from contradicts --start_from latest"),
     ],
@@ -533,6 +534,21 @@ def test_a_resumed_run_cuts_measures_back_and_knows_its_best(tiny):
     train.main(["--dataset_name", "tiny", "--start_from", "1"])
     assert (SAVED / "measures.csv").read_text() == whole
     assert state_of("tiny", "best.pt")["epoch"] == best
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tiny, epochs, capsys):
+    run_tiny("--num_epochs", 2, *EVAL, "--best_by", "cycle")
+    whole = (SAVED / "measures.csv").read_text()
+    best = state_of("tiny", "best.pt")["best"]
+    lines = whole.splitlines(keepends=True)
+    (SAVED / "measures.csv").write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", str(epochs)])
+    assert (SAVED / "measures.csv").read_text().startswith(whole)
+    assert state_of("tiny", "best.pt")["best"] == best or epochs == 3
+    train.main(["--dataset_name", "tiny", "--start_from", "latest"])
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_evaluation_changes_nothing_about_the_training(tiny):

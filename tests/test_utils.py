@@ -403,3 +403,7 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback():
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (-signal.SIGINT, "")  # which a shell calls 130
     assert "Traceback" not in err
+
+
+def test_things_are_counted_in_words():
+    assert [utils.counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]

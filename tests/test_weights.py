@@ -489,7 +489,7 @@ def test_missing_biases_before_an_instance_norm_are_zeros_and_said(capsys):
     del state["model.1.bias"], state["model.11.conv_block.5.bias"], state["model.12.bias"]
     net, metadata = load(state)
     assert_same(state, net, metadata, blocks=2)
-    assert "missing model.1.bias (3 such tensors); filled with zeros" in capsys.readouterr().out
+    assert "missing model.1.bias (3 in all); filled with zeros" in capsys.readouterr().out
 
 
 def test_tracked_statistics_mark_an_instance_norm_even_without_biases(capsys):
@@ -497,13 +497,13 @@ def test_tracked_statistics_mark_an_instance_norm_even_without_biases(capsys):
     state["model.19.bias"] = torch.zeros(3)
     net, metadata = load(state)
     assert_same(state, net, metadata, blocks=2)
-    assert "missing model.1.bias (9 such tensors); filled with zeros" in capsys.readouterr().out
+    assert "missing model.1.bias (9 in all); filled with zeros" in capsys.readouterr().out
 
 
 def test_a_network_without_norms_is_said(capsys):
     load(foreign(norm="none"))
     said = capsys.readouterr().out
-    assert "latest_net_G.pth: missing model.1.bias (7 such tensors) and no sign of a normalisation" in said
+    assert "latest_net_G.pth: missing model.1.bias (7 in all) and no sign of a normalisation" in said
     assert said.count("\n") == 1
 
 
@@ -511,10 +511,7 @@ def test_batch_norms_from_before_they_counted_are_read(capsys):
     state = {name: x for name, x in foreign(2, norm="batch").items() if not name.endswith("tracked")}
     net, metadata = load(state)
     assert_same(state, net, metadata, blocks=2, norm="batch")
-    assert (
-        "missing model.10.conv_block.2.num_batches_tracked (9 such tensors); filled with zeros"
-        in capsys.readouterr().out
-    )
+    assert "missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros" in capsys.readouterr().out
 
 
 def test_biases_before_batch_norms_are_kept_in_their_means_and_said(capsys):
