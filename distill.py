@@ -40,7 +40,7 @@ import train
 import utils
 from checkpoints import IMAGES, RUNS
 from files import write_json
-from inference import check_together, recorded_name
+from inference import check_together
 from models import DIRECTIONS
 from progress import distillation_rows
 from report import compare_costs, refuse_large, report_direction, report_rows
@@ -124,18 +124,11 @@ class Teacher:
     flags: object  # of its training, not checked yet; a single file has none
     path: Path
     single: bool  # one generator alone
-    size: list[int] | None = None  # height and width that a single file records, px
-    dataset_name: str | None = None  # that it records, if it is a plain name
+    facts: dict  # that a single file records: size (height, width) in px, dataset_name
 
-    def fingerprint(self) -> dict:
-        """What a distillation records of it."""
-        return {"path": str(self.path), "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
-
-    def check_same(self, recorded: object, checkpoint: Path | None) -> None:
-        """Raise InputError unless the teacher of a distillation that goes on is this one, wherever the file lies now."""
-        if not isinstance(recorded, dict) or recorded.get("sha256") != self.fingerprint()["sha256"]:
-            words = f"not the teacher that {checkpoint} learnt from (its content changed)"
-            raise InputError(f"{self.path}: {words}; give that one, maybe kept as an epoch_NNNN.pt, as --teacher")
+    def fingerprint(self) -> str:
+        """What a resumed distillation compares: it must go on with the very same teacher, wherever that lies now."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def load_teacher(name: str, students: Sequence[str]) -> Teacher:
@@ -153,14 +146,13 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
         raise InputError(f"--teacher {name}: no such run or file; {hint}")
     if state or checkpoints.is_state(path):
         state = state or checkpoints.load_state(path)
-        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args"), path, single=False)
+        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args"), path, single=False, facts={})
     else:
         net, metadata = load_generator(path)
         name = next((key for key in DIRECTIONS if DIRECTIONS[key] == metadata["direction"]), students[0])
         say(f"{path}: a single generator, so the other one and the discriminators start new")
-        dataset_name = recorded_name(metadata.get("dataset_name"))
-        teacher = Teacher({name: net}, None, path, single=True, size=metadata["size"], dataset_name=dataset_name)
-    check_together(teacher.nets, path, teacher.size)
+        teacher = Teacher({name: net}, None, path, single=True, facts=metadata)
+    check_together(teacher.nets, path, teacher.facts.get("size"))
     for net in teacher.nets.values():
         net.requires_grad_(False).eval()
     return teacher
@@ -346,10 +338,10 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old = {name: action.default for name, action in parser.flags.items()}
     else:
         old = flags.saved_flags(parser, teacher.flags, teacher.path)
-    if teacher.dataset_name:
-        old["dataset_name"] = teacher.dataset_name
-    if teacher.size:
-        old |= {"img_height": teacher.size[0], "img_width": teacher.size[1]}
+    if utils.is_folder_name(teacher.facts.get("dataset_name")):
+        old["dataset_name"] = teacher.facts["dataset_name"]
+    if teacher.facts.get("size"):
+        old |= dict(zip(("img_height", "img_width"), teacher.facts["size"], strict=True))
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number, not of the teacher's
     channels = next(iter(teacher.nets.values())).config.channels
@@ -392,7 +384,7 @@ def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict 
     draw_rows = functools.partial(distillation_rows, teachers=teachers)
     terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
     monitor = train.make_monitor(args, dataset, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
-    saver = train.make_saver(args, "distill", teacher=teacher.fingerprint())
+    saver = train.make_saver(args, "distill", teacher={"path": str(teacher.path), "sha256": teacher.fingerprint()})
     train.run(args, model, feed, saver, monitor, state, path)
 
 
@@ -418,8 +410,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
     if state is None:
         args = inherit(args, teacher)
-    else:
-        teacher.check_same(state.get("teacher"), checkpoint)
+    elif not isinstance(known := state.get("teacher"), dict) or known.get("sha256") != teacher.fingerprint():
+        words = f"not the teacher that {checkpoint} learnt from (its content changed)"
+        raise InputError(f"{teacher.path}: {words}; give that one, maybe kept as an epoch_NNNN.pt, as --teacher")
     flags.check_run_flags(args)
     device = devices.pick_device(args.device)
     if args.report:

@@ -13,7 +13,7 @@ import torch
 
 import models
 from devices import total_memory
-from utils import InputError, need_package, say, world
+from utils import InputError, is_folder_name, need_package, say, world
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
@@ -108,7 +108,7 @@ def float_between(lowest: float, highest: float = math.inf, above: bool = False)
 
 def folder_name(text: str) -> str:
     """Flag type: one plain folder name, which cannot leave the folder that it is put into."""
-    if text in ("", ".", "..") or text[0] == "-" or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text):
+    if not is_folder_name(text):
         raise argparse.ArgumentTypeError(f'given {text!r}, expected one folder name without / \\ : * ? " < > |')
     return text
 

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import time
-from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -67,14 +66,6 @@ def check_together(nets: Nets, what: object, size: Sequence[int] | None = None) 
         fits = side >= config.smallest_side if isinstance(config, GeneratorConfig) else config.map_side(side) >= 1
         if size and not fits:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
-
-
-def recorded_name(value: object) -> str | None:
-    """The name of a run or data set out of a file, if it is one that cannot lead anywhere else."""
-    try:
-        return flags.folder_name(value) if isinstance(value, str) else None
-    except ArgumentTypeError:
-        return None
 
 
 def load_networks(

@@ -31,7 +31,7 @@ from images import (
     read_image,
     save_image,
 )
-from logs import Board, LossLog, Meter, plot_losses
+from logs import Board, LossLog, Meter, plot_losses, read_losses
 from metrics import format_table
 from models import Nets
 from utils import InputError, counted, domain_names, first_rank, one_line, say, warn
@@ -154,7 +154,8 @@ class Clock:
         self.last = math.nan  # when the newest one ended
         self.steps = 0
         self.said = False
-        self.grids = 0
+        self.grids = 0  # drawn since
+        self.left: dict[Path, int] = {}  # those of a branch that the run leaves, with their times
         self.next_page = -math.inf
 
     @property
@@ -326,7 +327,6 @@ class Monitor:
     meter: Meter = field(default_factory=Meter)  # of the losses since the last row
     board: Board = field(default_factory=Board)
     clock: Clock = field(default_factory=Clock)  # begun anew by `open`
-    left: dict[Path, int] = field(default_factory=dict)  # grids of a branch that this run leaves, and their times
 
     def open(self, step: int, with_tensorboard: bool, epochs: int = 0) -> None:
         """Begin the logs, or go on with them after `step`; rows of later steps are cut off, later grids not shown.
@@ -335,7 +335,7 @@ class Monitor:
         """
         self.clock = Clock()
         grids = [path for folder in (self.images, *self.images.glob("watch/*")) for path in sample_grids(folder)]
-        self.left = {path: path.stat().st_mtime_ns for path in grids if epoch_of(path) > epochs}
+        self.clock.left = {path: path.stat().st_mtime_ns for path in grids if epoch_of(path) > epochs}
         self.log = LossLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
         self.measures = LossLog(self.saved / "measures.csv", ["epoch", "step"], step)
         self.board = Board(self.saved / "tensorboard" if with_tensorboard else None, step)
@@ -348,6 +348,11 @@ class Monitor:
         self.log.append({"epoch": epoch, "step": step, "lr": lr, **means})
         self.board.add(step, {"lr": lr, **{f"losses/{name}": value for name, value in means.items()}})
         self.meter = Meter()
+
+    def measured(self, step: int) -> bool:
+        """Whether measures.csv, as it stands before `open`, has a row of a step."""
+        path = self.saved / "measures.csv"
+        return path.is_file() and step in [row["step"] for row in read_losses(path)]
 
     @first_rank
     def add_measures(self, epoch: int, step: int, row: dict[str, float]) -> None:
@@ -407,7 +412,7 @@ class Monitor:
         domains = domain_names(dataset_name)
         title = f"{run_name}: {domains[0]} ↔ {domains[1]}"
         taught = [term.removeprefix("output_") for term in self.term_names if term.startswith("output_")]
-        left = {path for path, when in self.left.items() if path.is_file() and path.stat().st_mtime_ns == when}
+        left = {path for path, when in self.clock.left.items() if path.is_file() and path.stat().st_mtime_ns == when}
         write_progress(self.images, title, facts, fraction, table, domains, taught, left)
         self.clock.next_page = begun + max(SHOW_SECONDS, (time.monotonic() - begun) / SHOW_FRACTION)
 

@@ -99,3 +99,18 @@ def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network
         say(f"{output}: files that this test did not write: {len(stay)}, such as {stay[0]}; they stay")
     stamps = left | {name: stamp(output / name) for name in sorted(mine)}
     write_json(output / WRITTEN, {"network": network, "files": stamps})
+
+
+def forget_scores(output: Path, what: dict) -> None:
+    """Remove the scores of images that a test has just replaced, unless they were of the same network and epoch.
+
+    what: the entries of metrics.json that name these
+    """
+    path = output / "metrics.json"
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: scores.get(name) for name in what}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        known = None
+    if known != what:
+        path.unlink(missing_ok=True)

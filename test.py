@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
 
 import functools
-import json
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ import utils
 from checkpoints import IMAGES
 from cyclegan import LossConfig
 from fidelity import fid_kid, need_torch_fidelity
-from inference import DOMAINS, Result, Translator, load_networks, recorded_name, translate_folder, write_gallery
-from results import shown_file, sweep
+from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
+from results import forget_scores, shown_file, sweep
 from utils import InputError
 
 MEASURES = (*flags.MEASURES, "fid", "kid")
@@ -105,13 +104,12 @@ def check_measures(args: Namespace, inputs: dict[str, tuple[Path, list[Path]]]) 
     compared = [name for name in ("fid", "kid") if name in args.metrics]
     if compared:
         need_torch_fidelity(compared)
-    for direction, (_, paths) in inputs.items():
-        source, target = DOMAINS[direction]
-        folder = datasets.find_dataset(args.data_root, args.dataset_name)
+    for direction, (folder, paths) in inputs.items():
+        target = DOMAINS[direction][1]
         if compared or "paired" in args.metrics:
-            datasets.split_images(folder, f"train{target}")
+            datasets.split_images(folder.parent, f"train{target}")
         if "paired" in args.metrics and not find_truths(args, direction, paths):
-            words = f"no image in {folder / f'test{target}'} has the name of one in test{source}"
+            words = f"no image in {folder.with_name(f'test{target}')} has the name of one in {folder.name}"
             raise InputError(f"--metrics paired: {words}; leave it out for unpaired sets")
 
 
@@ -148,14 +146,13 @@ def measure_distribution(args: Namespace, translator: Translator, target: str, r
     wanted = [name for name in ("fid", "kid") if name in args.metrics]
     tables = {}
     for split in (f"test{target}", f"train{target}"):
-        reals = readable(args, split)
-        tables[split] = fid_kid(fakes, reals, load, wanted, args.inception_weights, translator.device)
+        tables[split] = fid_kid(fakes, readable(args, split), load, wanted, args.inception_weights, translator.device)
     return tables
 
 
 def measure_paired(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
     """Compare the written images with those of the same name in the other domain's test folder, one at a time."""
-    _, target = DOMAINS[direction]
+    target = DOMAINS[direction][1]
     folder = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{target}"
     channels = translator.channels
     truths = find_truths(args, direction, [result.input for result in results])
@@ -187,17 +184,6 @@ def mean_losses(args: Namespace, translator: Translator, saved: dict) -> dict[st
     reals = {domain: test_images(args, translator, domain) for domain in "AB"}
     config = flags.config_of(LossConfig, Namespace(**saved))
     return metrics.mean_losses(translator.nets, reals, config, translator.precision)
-
-
-def forget_scores(path: Path, what: dict) -> None:
-    """Remove metrics.json if its images, which a test has just replaced, were those of another network or epoch."""
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: scores.get(name) for name in what}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        known = None
-    if known != what:
-        path.unlink(missing_ok=True)
 
 
 def report(scores: dict) -> list[str]:
@@ -277,7 +263,8 @@ def choose_directions(args: Namespace, translator: Translator) -> list[str]:
 def settle_names(args: Namespace, metadata: dict) -> Namespace:
     """Fill in on which data set the networks are tested and where results go, as far as that was not given."""
     run_name = args.weights.stem if args.weights else args.run_name
-    dataset_name = args.dataset_name or recorded_name(metadata.get("dataset_name")) or run_name
+    recorded = metadata.get("dataset_name")
+    dataset_name = args.dataset_name or (recorded if utils.is_folder_name(recorded) else run_name)
     recorded = None if args.weights or args.input else metadata.get("data_root")
     data_root = args.data_root or datasets.recorded_root(recorded)
     output = args.output or IMAGES / run_name / "test"
@@ -296,10 +283,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = settle_names(args, metadata)
     translator = Translator(nets, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
     results = {}
-    scores = {}
     inputs = {direction: find_inputs(args, direction) for direction in choose_directions(args, translator)}
-    if args.metrics:
-        check_measures(args, inputs)
+    check_measures(args, inputs)
     how = (args.output, args.on_bad_image, args.skip_existing, args.round_trip)
     for direction, (root, paths) in inputs.items():
         truths = find_truths(args, direction, paths)
@@ -312,8 +297,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     gallery = functools.partial(write_gallery, args.output, args.dataset_name, about, results)
     gallery([])  # a measure may fail
     write_grid(args.output, results)
-    for direction, some in results.items():
-        scores[direction] = measure(args, translator, direction, some)
+    scores = {direction: measure(args, translator, direction, some) for direction, some in results.items()}
     if "losses" in args.metrics:
         scores["losses"] = mean_losses(args, translator, metadata["flags"])
     table = report(scores)
@@ -325,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         counts = {direction: len(translated) for direction, translated in results.items()}
         files.write_json(args.output / "metrics.json", {**what, "images": counts, **scores})
     else:
-        forget_scores(args.output / "metrics.json", what)
+        forget_scores(args.output, what)
     utils.say(f"{utils.counted(len(translated), 'image')} translated; look at {args.output / 'index.html'}")
     return scores
 

@@ -33,7 +33,7 @@ from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
 from datasets import Feed
 from images import BadImages, limit_pixels
-from logs import Meter, read_losses
+from logs import Meter
 from progress import Monitor, command, cyclegan_rows, load_samples, load_watched, say_duration
 from utils import InputError, counted, max_over_ranks, rank, say
 from weights import load_pair
@@ -147,12 +147,6 @@ def evaluation_due(args: Namespace, progress: Progress, feed: Feed) -> bool:
     return bool(feed.held_out) and not progress.step_in_epoch and progress.epoch % args.eval_interval == 0
 
 
-def evaluation_missing(args: Namespace, progress: Progress, feed: Feed, path: Path) -> bool:
-    """Whether a run was killed between the save of an epoch and its evaluation; path: of measures.csv."""
-    rows = read_losses(path) if path.is_file() else []
-    return evaluation_due(args, progress, feed) and progress.step not in [row["step"] for row in rows]
-
-
 def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor) -> None:
     """Evaluate the epoch just saved, if --eval_interval says so; the best so far by --best_by becomes best.pt."""
     if not evaluation_due(args, progress, feed):
@@ -238,14 +232,13 @@ def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
 def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
     """Take the named parts of all generators ("D": the discriminators) out of learning, and say what is left.
 
-    The running statistics of a frozen batch norm stay, too.
-
-    raises: InputError for a part that no generator has
+    The running statistics of a frozen batch norm stay, too. Raises InputError for a part that no generator has.
     """
-    present = {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
-    if not present >= set(parts):
-        words = f"the generators have no {', '.join(sorted(set(parts) - present))}"
-        raise InputError(f"--freeze {','.join(parts)}: {words}; leave it out")
+    absent = set(parts) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
+    if absent:
+        raise InputError(
+            f"--freeze {','.join(parts)}: the generators have no {', '.join(sorted(absent))}; leave it out"
+        )
     for name, net in nets.items():
         children = {"D": net} if name.startswith("D") else dict(net.named_children())
         for part, module in children.items():
@@ -350,13 +343,13 @@ def run(
 ) -> None:
     """Start, or go on with a checkpoint, and run the loop to its end; after a signal exit with 128 + its number."""
     progress = Progress()
-    missing = False
+    missing = False  # an evaluation after the last save, which a kill cut off
     if state and checkpoint:
         progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
-        missing = progress.epoch > 0 and evaluation_missing(args, progress, feed, saver.folder / "measures.csv")
+        wanted = evaluation_due(args, progress, feed) and state["args"].get("eval_interval") == args.eval_interval
+        missing = wanted and not monitor.measured(progress.step)
         if progress.epoch >= args.num_epochs and not missing:
-            finished = f"{progress.epoch} of {args.num_epochs} epochs are finished"
-            say(f"nothing left to do: {finished}; raise --num_epochs to go on")
+            say(f"nothing left to do: {progress.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")
             return
     for folder in (saver.folder, monitor.images):
         folder.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def is_folder_name(value: object) -> bool:
+    """Whether a value, maybe out of a file, is one plain folder name, which cannot leave the folder that it is put into."""
+    if not isinstance(value, str) or value in ("", ".", "..") or value[0] == "-":
+        return False
+    return all(c not in '/\\:*?"<>|' and c.isprintable() for c in value)
+
+
 def need_package(name: str, flag: str, command: str) -> None:
     """Refuse, in one line with the remedy, what needs an optional package that is missing."""
     if importlib.util.find_spec(name) is None:

@@ -205,7 +205,6 @@ def fractions_taken(dataset: Path, folders: dict[str, Path], looks: dict[str, in
 
 
 COLOUR = {"": 3}
-COLOUR_AND_GREY = {"": 3, " in grey": 1}
 
 
 def taken_cells(run: str, dataset: Path, looks: dict[str, int]) -> dict[str, str]:

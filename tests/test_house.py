@@ -242,6 +242,22 @@ def test_every_documented_command_parses(command):
         pytest.fail(f"{command}: {error}")
 
 
+def anchors(page):
+    """What links can lead to within a page: its headings as a page of a repository is shown."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
 def help_of(module, capsys):
     with pytest.raises(SystemExit) as exit_:
         module.parse_args(["--help"])
