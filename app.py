@@ -106,7 +106,8 @@ def read_lesson(run_name: str) -> tuple[str | None, str | None]:
     """The teacher of a run and which direction was distilled; None, None of a run that is no student."""
     try:
         saved = json.loads((RUNS / run_name / "run.json").read_text(encoding="utf-8"))["flags"]
-        return str(saved["teacher"]), str(saved["direction"])
+        teacher = Path(saved["teacher"])  # a run, or a file, maybe of a run
+        return teacher.parent.name if teacher.parent.parent == RUNS else str(teacher), str(saved["direction"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # without run.json a run can still be shown
         return None, None
 

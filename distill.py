@@ -412,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = inherit(args, teacher)
     elif not isinstance(known := state.get("teacher"), dict) or known.get("sha256") != teacher.fingerprint():
         words = f"not the teacher that {checkpoint} learnt from (its content changed)"
-        raise InputError(f"{teacher.path}: {words}; give that one, maybe kept as an epoch_NNNN.pt, as --teacher")
+        give = f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {args.run_name}"
+        raise InputError(f"{teacher.path}: {words}; {give}")
     flags.check_run_flags(args)
     device = devices.pick_device(args.device)
     if args.report:

@@ -235,7 +235,8 @@ def split_dataset(args: Namespace) -> None:
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             copy_images(paths[:tests], sources[domain], unfinished / f"test{domain}")
             copy_images(paths[tests:], sources[domain], unfinished / f"train{domain}")
-            say(f"{args.dataset_name}: {len(paths) - tests} images in train{domain}, {tests} in test{domain}")
+            trains = counted(len(paths) - tests, "image")
+            say(f"{args.dataset_name}: {trains} in train{domain}, {tests} in test{domain}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -349,10 +349,15 @@ class Monitor:
         self.board.add(step, {"lr": lr, **{f"losses/{name}": value for name, value in means.items()}})
         self.meter = Meter()
 
-    def measured(self, step: int) -> bool:
-        """Whether measures.csv, as it stands before `open`, has a row of a step."""
-        path = self.saved / "measures.csv"
-        return path.is_file() and step in [row["step"] for row in read_losses(path)]
+    @first_rank
+    def lacks_measures(self, step: int) -> bool:
+        """Whether measures.csv, as it stands before `open`, has no row of a step."""
+        try:
+            return step not in [row["step"] for row in read_losses(self.saved / "measures.csv")]
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # `open` says that it cannot be read
 
     @first_rank
     def add_measures(self, epoch: int, step: int, row: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ sweep(output, files, inputs, network="day2night", keep=False)
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from images import LARGEST_CELL, UnreadableImage, read_image
 from utils import counted, say
 
 KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
 
 
@@ -42,8 +44,13 @@ def shown_file(output: Path, file: Path) -> Path:
 
 
 def is_whole(output: Path, file: Path) -> bool:
-    """Tell whether a result is there and, without a small copy, can be read; then that copy is written."""
-    if not (output / file).is_file():
+    """Tell whether a result is there to its end and, without a small copy, can be read; then that copy is written."""
+    try:
+        with (output / file).open("rb") as opened:
+            opened.seek(-len(PNG_END), os.SEEK_END)
+            if opened.read() != PNG_END:
+                return False
+    except OSError:  # it is not there, or shorter than that
         return False
     if not (output / thumbnail(file)).exists():
         try:
@@ -102,15 +109,15 @@ def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network
 
 
 def forget_scores(output: Path, what: dict) -> None:
-    """Remove the scores of images that a test has just replaced, unless they were of the same network and epoch.
+    """Remove the scores of images that a test has just replaced, unless those were made in the same way.
 
-    what: the entries of metrics.json that name these
+    what: the entries of metrics.json that say how; a file that lacks one is not known to be ours, and stays
     """
     path = output / "metrics.json"
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: scores.get(name) for name in what}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        known = None
+        known = {name: scores[name] for name in what}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return
     if known != what:
-        path.unlink(missing_ok=True)
+        path.unlink()

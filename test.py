@@ -33,6 +33,7 @@ from results import forget_scores, shown_file, sweep
 from utils import InputError
 
 MEASURES = (*flags.MEASURES, "fid", "kid")
+NEEDED = {"train": {"paired", "fid", "kid"}, "test": {"identity", "losses", "fid", "kid"}}  # of the target domain
 COLUMNS = 6  # images in the grid
 
 
@@ -106,8 +107,8 @@ def check_measures(args: Namespace, inputs: dict[str, tuple[Path, list[Path]]]) 
         need_torch_fidelity(compared)
     for direction, (folder, paths) in inputs.items():
         target = DOMAINS[direction][1]
-        if compared or "paired" in args.metrics:
-            datasets.split_images(folder.parent, f"train{target}")
+        for split in (split for split, measures in NEEDED.items() if measures & set(args.metrics)):
+            datasets.split_images(folder.parent, f"{split}{target}")
         if "paired" in args.metrics and not find_truths(args, direction, paths):
             words = f"no image in {folder.with_name(f'test{target}')} has the name of one in {folder.name}"
             raise InputError(f"--metrics paired: {words}; leave it out for unpaired sets")
@@ -126,7 +127,8 @@ def measure(args: Namespace, translator: Translator, direction: str, results: Se
         targets = test_images(args, translator, target) if "identity" in wanted else {}
         scores |= metrics.measure_direction(there, way_back, sources, targets, wanted)
     if "spike" in args.metrics:
-        scores["spike"] = metrics.mean_spike(net, test_images(args, translator, source), translator.precision)
+        inputs = images.LazyImages([result.input for result in results], translator.size, translator.channels)
+        scores["spike"] = metrics.mean_spike(net, inputs, translator.precision)
     if "paired" in args.metrics:
         scores["paired"] = measure_paired(args, translator, direction, results)
     if {"fid", "kid"} & set(args.metrics):
@@ -294,6 +296,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     network = str(args.weights or args.run_name)
     sweep(args.output, written, [result.input for result in translated], network, args.skip_existing)
     about = {name: metadata.get(name) for name in ("epoch", "step")}
+    how = {"scale": args.scale, "output_size": args.output_size}
+    what = {"network": network, "dataset_name": args.dataset_name, **about, **how}
+    if not args.skip_existing:
+        forget_scores(args.output, what)
     gallery = functools.partial(write_gallery, args.output, args.dataset_name, about, results)
     gallery([])  # a measure may fail
     write_grid(args.output, results)
@@ -304,12 +310,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for line in table:
         utils.say(line)
     gallery(table)
-    what = {"network": network, "dataset_name": args.dataset_name, **about}
     if args.metrics:
         counts = {direction: len(translated) for direction, translated in results.items()}
         files.write_json(args.output / "metrics.json", {**what, "images": counts, **scores})
-    else:
-        forget_scores(args.output, what)
     utils.say(f"{utils.counted(len(translated), 'image')} translated; look at {args.output / 'index.html'}")
     return scores
 

@@ -151,34 +151,29 @@ def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, s
     """Evaluate the epoch just saved, if --eval_interval says so; the best so far by --best_by becomes best.pt."""
     if not evaluation_due(args, progress, feed):
         return
-    score = measure(args, model, progress, monitor, feed.held_out)
+    row = measure(args, model, progress, feed.held_out)
+    score = metrics.score_by(args.best_by, row) if row else None
     before = progress.best
     better = score is not None and (before is None or metrics.is_better(args.best_by, score, before["score"]))
-    if not max_over_ranks(better):  # only the first rank has a score
-        return
-    progress.best = {"metric": args.best_by, "score": score, "epoch": progress.epoch}
-    save(model, progress, feed, saver, monitor, best=True)
-    if saver.save_error:
-        progress.best = before  # the save failed: best.pt is still the older one
+    if max_over_ranks(better):  # only the first rank has a score
+        progress.best = {"metric": args.best_by, "score": score, "epoch": progress.epoch}
+        save(model, progress, feed, saver, monitor, best=True)
+        if saver.save_error:
+            progress.best = before  # the save failed: best.pt is still the older one
+    if row:  # the last thing, so that a run that was killed before is seen to lack it
+        monitor.add_measures(progress.epoch, progress.step, row)
 
 
 @utils.first_rank
-def measure(
-    args: Namespace, model: CycleGAN, progress: Progress, monitor: Monitor, held_out: dict[str, Path]
-) -> float | None:
-    """Write the row of this epoch into measures.csv; returns its score by --best_by, None if there is none.
-
-    What cannot be evaluated is said; the run goes on.
-    """
+def measure(args: Namespace, model: CycleGAN, progress: Progress, held_out: dict[str, Path]) -> dict | None:
+    """The row of this epoch in measures.csv; None of what cannot be evaluated, which is said: the run goes on."""
     try:
         size = (args.img_height, args.img_width)
         reals = datasets.paired_images(held_out, size, args.channels, args.on_bad_image, EVAL_IMAGES)
-        row = metrics.measure_nets(model.averaged_nets, reals, args.eval_metrics, model.loss_config, model.precision)
+        return metrics.measure_nets(model.averaged_nets, reals, args.eval_metrics, model.loss_config, model.precision)
     except (InputError, OSError) as error:
         utils.warn(f"epoch {progress.epoch} is not evaluated: {error}")
         return None
-    monitor.add_measures(progress.epoch, progress.step, row)
-    return metrics.score_by(args.best_by, row)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,13 +227,8 @@ def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
 def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
     """Take the named parts of all generators ("D": the discriminators) out of learning, and say what is left.
 
-    The running statistics of a frozen batch norm stay, too. Raises InputError for a part that no generator has.
+    The running statistics of a frozen batch norm stay, too.
     """
-    absent = set(parts) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
-    if absent:
-        raise InputError(
-            f"--freeze {','.join(parts)}: the generators have no {', '.join(sorted(absent))}; leave it out"
-        )
     for name, net in nets.items():
         children = {"D": net} if name.startswith("D") else dict(net.named_children())
         for part, module in children.items():
@@ -257,6 +247,10 @@ def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
     nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
     nets |= {name: net.train() for name, net in pretrained.items()}
     freeze(nets, args.freeze)
+    absent = set(args.freeze) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
+    if absent and args.start_from == "0":  # else the run began before this was refused
+        words = f"the generators have no {', '.join(sorted(absent))}; leave it out"
+        raise InputError(f"--freeze {','.join(args.freeze)}: {words}")
     if not any(p.requires_grad for name in models.DIRECTIONS for p in nets[name].parameters()):
         raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
     return nets
@@ -343,11 +337,11 @@ def run(
 ) -> None:
     """Start, or go on with a checkpoint, and run the loop to its end; after a signal exit with 128 + its number."""
     progress = Progress()
-    missing = False  # an evaluation after the last save, which a kill cut off
+    missing = 0  # an evaluation after the last save, which a kill cut off
     if state and checkpoint:
         progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
         wanted = evaluation_due(args, progress, feed) and state["args"].get("eval_interval") == args.eval_interval
-        missing = wanted and not monitor.measured(progress.step)
+        missing = max_over_ranks(bool(wanted and monitor.lacks_measures(progress.step)))
         if progress.epoch >= args.num_epochs and not missing:
             say(f"nothing left to do: {progress.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")
             return
@@ -359,9 +353,9 @@ def run(
         if state and args.best_by:
             progress.best = checkpoints.score_to_beat(saver.folder, model, progress, args.best_by)
         describe(args, model, feed.counts)
-        show(args, progress, feed.order.steps, monitor)
         if missing:
             evaluate(args, model, progress, feed, saver, monitor)
+        show(args, progress, feed.order.steps, monitor)
         try:
             signum = training_loop(args, model, progress, feed, saver, monitor)
         finally:

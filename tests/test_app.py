@@ -296,7 +296,7 @@ def test_teacher_and_students_stand_beside_each_other_with_milliseconds(photo):
     for name in ("alone", "teacher"):
         write_run(name)
     write_run("thin", teacher="teacher", direction="BtoA")
-    write_run("both", teacher="teacher", direction="both")
+    write_run("both", teacher="saved_models/teacher/epoch_0001.pt", direction="both")
     write_run("orphan", teacher="gone", direction="AtoB")
     write_run("one_way", ("BtoA",), teacher="teacher", direction="AtoB")
     for name, text in (("broken", '{"flags": 3'), ("deep", "[" * 10**5)):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import noise_image
 
 import results
+from images import save_image
 
 NETWORK = "run"
 
@@ -82,3 +84,16 @@ def test_what_another_network_gave_stays_and_is_not_cleared_later(tmp_path, caps
         results.sweep(tmp_path, [], [], "saved_models/other/G_AB.safetensors", keep=False)
         assert "fake_B/cat.png" in files_in(tmp_path)
         assert "files that this test did not write: 1, such as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [20, 300])
+def test_a_result_whose_end_is_missing_is_not_whole(tmp_path, side):
+    file = Path("fake_B/a.png")
+    assert not results.is_whole(tmp_path, file)
+    save_image(noise_image(0, (side, side)), tmp_path / file)
+    assert results.is_whole(tmp_path, file)
+    assert (tmp_path / results.thumbnail(file)).is_file() == (side > 256)
+    data = (tmp_path / file).read_bytes()
+    for size in (len(data) // 2, len(data) - 1, 3, 0):
+        (tmp_path / file).write_bytes(data[:size])
+        assert not results.is_whole(tmp_path, file)

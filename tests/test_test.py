@@ -547,7 +547,10 @@ def test_what_a_measure_lacks_is_said_before_anything_is_translated(run, refused
     argv = ["--run_name", "tiny", *FP32, "--metrics"]
     assert "has the name of one in testA" in refused(test_stage.main, *argv, "paired")
     shutil.rmtree("datasets/tiny/trainB")
-    assert "no trainB/ inside" in refused(test_stage.main, *argv, "fid", "--direction", "AtoB")
+    assert "no trainB/ inside" in refused(test_stage.main, *argv, "paired", "--direction", "AtoB")
+    shutil.rmtree("datasets/tiny/testB")
+    for measure in ("identity", "losses"):
+        assert "no testB/ inside" in refused(test_stage.main, *argv, measure, "--direction", "AtoB")
     assert not Path("generated_images").exists()
 
 
@@ -580,9 +583,12 @@ def test_scores_stay_as_long_as_their_images_do(run):
     test_stage.main([*weights, "--output", str(path.parent)])
     assert not path.exists()
     run("--metrics", "cycle")
-    path.write_text("[]")
-    run()
+    run("--scale", "native")
     assert not path.exists()
+    for text in ("[]", '{"accuracy": 0.93}'):
+        path.write_text(text)  # of somebody else
+        run()
+        assert path.read_text() == text
 
 
 def test_a_tile_smaller_than_the_receptive_field_is_warned_about(run, capsys):

@@ -541,12 +541,14 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tiny, epochs, capsys):
     run_tiny("--num_epochs", 2, *EVAL, "--best_by", "cycle")
     whole = (SAVED / "measures.csv").read_text()
     best = state_of("tiny", "best.pt")["best"]
+    (SAVED / "best.pt").unlink()
     lines = whole.splitlines(keepends=True)
     (SAVED / "measures.csv").write_text("".join(lines[:-1]))
     capsys.readouterr()
     train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", str(epochs)])
     assert (SAVED / "measures.csv").read_text().startswith(whole)
-    assert state_of("tiny", "best.pt")["best"] == best or epochs == 3
+    assert state_of("tiny", "best.pt")["best"] == best or state_of("tiny", "best.pt")["epoch"] == 3
+    assert "epoch 2" in (Path("generated_images/tiny") / "index.html").read_text()
     train.main(["--dataset_name", "tiny", "--start_from", "latest"])
     assert "nothing left to do" in capsys.readouterr().out
 
