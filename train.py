@@ -340,7 +340,8 @@ def run(
     missing = 0  # an evaluation after the last save, which a kill cut off
     if state and checkpoint:
         progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
-        wanted = evaluation_due(args, progress, feed) and state["args"].get("eval_interval") == args.eval_interval
+        unchanged = args.start_from == "latest" and state["args"].get("eval_interval") == args.eval_interval
+        wanted = unchanged and evaluation_due(args, progress, feed)
         missing = max_over_ranks(bool(wanted and monitor.lacks_measures(progress.step)))
         if progress.epoch >= args.num_epochs and not missing:
             say(f"nothing left to do: {progress.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")

@@ -307,15 +307,24 @@ class Stages(RuleBasedStateMachine):
         scores = saved.scores if flags["best_by"] == saved.flags["best_by"] else {}
         kept = scores if self.holds_best_of(scores, flags["best_by"]) else {}
         refused = path is None or is_refused(flags, changes)
-        self.train([*RESUME, "--start_from", epoch, *words_of(changes)], begun, kept, refused, event)
+        made_up = epoch == "latest" and self.lacks_measures(saved, flags)
+        self.train([*RESUME, "--start_from", epoch, *words_of(changes)], begun, kept, refused, event, made_up)
 
-    def train(self, words, begun, scores, refused, event):
+    def lacks_measures(self, saved, flags):
+        """Whether a state should have been evaluated, and measures.csv knows nothing of it."""
+        interval = flags["eval_interval"]
+        due = interval and saved.epoch and saved.step == STEPS * saved.epoch and saved.epoch % interval == 0
+        known = [row["step"] for row in self.rows("measures.csv", math.inf)]
+        return bool(due) and interval == saved.flags["eval_interval"] and saved.step not in known
+
+    def train(self, words, begun, scores, refused, event, made_up=False):
         """Call train.py, from where `begun` says, and compare what it leaves with what it should.
 
-        scores: those that the best is still to be chosen from
+        scores:  those that the best is still to be chosen from
+        made_up: the epoch before is evaluated, too
         """
-        last = STEPS * begun.flags["num_epochs"]
-        if refused or begun.step >= last:
+        last = max(begun.step, STEPS * begun.flags["num_epochs"])
+        if refused or (begun.step == last and not made_up):
             before = contents()
             assert exit_code(train.main, *words) == (2 if refused else 0)
             assert contents() == before
@@ -335,7 +344,7 @@ class Stages(RuleBasedStateMachine):
         with before_steps(actions):
             assert exit_code(train.main, *words) == code
         self.check_losses(kept, begun, last)
-        self.take_scores(scores, begun, last)
+        self.take_scores(scores, begun, last, made_up)
         self.check_states(begun, last, older)
 
     def rows(self, name, last_step):
@@ -353,10 +362,10 @@ class Stages(RuleBasedStateMachine):
             assert row["epoch"] == epoch + 1
             assert row["lr"] == pytest.approx(rate_after(epoch, begun.flags), rel=1e-5)
 
-    def take_scores(self, scores, begun, last):
+    def take_scores(self, scores, begun, last, made_up):
         """Note what was evaluated now, and by what the best is chosen."""
         interval = begun.flags["eval_interval"] or math.inf
-        ended = range(begun.step // STEPS + 1, last // STEPS + 1)
+        ended = range(begun.step // STEPS + (0 if made_up else 1), last // STEPS + 1)
         rows = {row["epoch"]: row for row in self.rows("measures.csv", last)}
         evaluated = {epoch: rows[epoch] for epoch in ended if epoch % interval == 0}
         self.best_by = begun.flags["best_by"]
