@@ -54,14 +54,18 @@ def find_inputs(args: Namespace, direction: str) -> tuple[Path, list[Path]]:
     return root, images.BadImages(root, len(paths), args.on_bad_image).readable(paths)[: args.num_test]
 
 
-def find_truths(args: Namespace, direction: str, paths: Sequence[Path]) -> dict[Path, Path]:
-    """By input, the image of the same name in the other domain's test folder, if the data set has one."""
+def find_truths(args: Namespace, direction: str, paths: Sequence[Path], needed: bool = False) -> dict[Path, Path]:
+    """By input, the image of the same name in the other domain's test folder, if the data set has one; needed: any."""
     if args.input:
         return {}
     source, target = (datasets.find_dataset(args.data_root, args.dataset_name) / f"test{d}" for d in DOMAINS[direction])
     named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
     pairs = {path: named.get(datasets.pair_name(path, source)) for path in paths}
-    return {path: truth for path, truth in pairs.items() if truth}
+    truths = {path: truth for path, truth in pairs.items() if truth}
+    if needed and not truths:
+        words = f"no image in {target} has the name of one in {source.name}; leave it out for unpaired sets"
+        raise InputError(f"--metrics paired: {words}")
+    return truths
 
 
 def write_grid(output: Path, results: dict[str, list[Result]]) -> None:
@@ -105,13 +109,10 @@ def check_measures(args: Namespace, inputs: dict[str, tuple[Path, list[Path]]]) 
     compared = [name for name in ("fid", "kid") if name in args.metrics]
     if compared:
         need_torch_fidelity(compared)
-    for direction, (folder, paths) in inputs.items():
-        target = DOMAINS[direction][1]
-        for split in (split for split, measures in NEEDED.items() if measures & set(args.metrics)):
-            datasets.split_images(folder.parent, f"{split}{target}")
-        if "paired" in args.metrics and not find_truths(args, direction, paths):
-            words = f"no image in {folder.with_name(f'test{target}')} has the name of one in {folder.name}"
-            raise InputError(f"--metrics paired: {words}; leave it out for unpaired sets")
+    for direction, (folder, _) in inputs.items():
+        for split, measures in NEEDED.items():
+            if measures & set(args.metrics):
+                datasets.split_images(folder.parent, f"{split}{DOMAINS[direction][1]}")
 
 
 def measure(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
@@ -157,7 +158,7 @@ def measure_paired(args: Namespace, translator: Translator, direction: str, resu
     target = DOMAINS[direction][1]
     folder = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{target}"
     channels = translator.channels
-    truths = find_truths(args, direction, [result.input for result in results])
+    truths = find_truths(args, direction, [result.input for result in results], needed=True)
     if len(truths) < len(results):
         utils.say(f"{folder}: {len(truths)} of {len(results)} images have their truth there; only these are scored")
     bad = images.BadImages(folder, len(truths), args.on_bad_image)
@@ -287,17 +288,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = {}
     inputs = {direction: find_inputs(args, direction) for direction in choose_directions(args, translator)}
     check_measures(args, inputs)
+    truths = {d: find_truths(args, d, paths, needed="paired" in args.metrics) for d, (_, paths) in inputs.items()}
     how = (args.output, args.on_bad_image, args.skip_existing, args.round_trip)
     for direction, (root, paths) in inputs.items():
-        truths = find_truths(args, direction, paths)
-        results[direction] = translate_folder(translator, direction, root, paths, *how, truths)
+        results[direction] = translate_folder(translator, direction, root, paths, *how, truths[direction])
     translated = [result for some in results.values() for result in some]
     written = [file for result in translated for file in result.files.values()]
     network = str(args.weights or args.run_name)
     sweep(args.output, written, [result.input for result in translated], network, args.skip_existing)
     about = {name: metadata.get(name) for name in ("epoch", "step")}
-    how = {"scale": args.scale, "output_size": args.output_size}
-    what = {"network": network, "dataset_name": args.dataset_name, **about, **how}
+    what = {"network": network, "dataset_name": args.dataset_name, **about}
+    what |= {"scale": args.scale, "output_size": args.output_size}
     if not args.skip_existing:
         forget_scores(args.output, what)
     gallery = functools.partial(write_gallery, args.output, args.dataset_name, about, results)

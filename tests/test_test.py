@@ -554,6 +554,15 @@ def test_what_a_measure_lacks_is_said_before_anything_is_translated(run, refused
     assert not Path("generated_images").exists()
 
 
+def test_truths_of_unreadable_images_alone_are_none(run, refused):
+    for path in Path("datasets/tiny/testB").iterdir():
+        if path.stem != "0":
+            path.rename(path.with_stem(f"b{path.stem}"))
+    Path("datasets/tiny/testA/0.png").write_bytes(b"torn")
+    argv = ["--run_name", "tiny", *FP32, "--metrics", "paired", "--direction", "AtoB"]
+    assert "has the name of one in testA" in refused(test_stage.main, *argv)
+
+
 def test_the_gallery_is_there_when_a_measure_fails(run, monkeypatch):
     def fail(*_):
         raise OSError(5, "gone")
