@@ -22,15 +22,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parent))
 
 import digit_score
+import domain_score
 import label_score
 
 import devices
@@ -42,7 +41,6 @@ import test as test_stage
 import train
 import utils
 from checkpoints import IMAGES, RUNS
-from datasets import named_images
 from files import write_json, write_text
 from logs import read_losses
 from weights import load_generator
@@ -51,6 +49,7 @@ ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
 PAGE = ROOT / "docs" / "results.md"
 COLUMNS = 6  # images in a row of a task's image
+PHOTO = 128  # px, of translated photos
 DIRECTIONS = ("AtoB", "BtoA")
 
 # ---------------------------------------------------------------------------------------------
@@ -77,6 +76,10 @@ FLOWERS = (
 FLOWERS += " --batch_size 1 --num_epochs 3"
 FACADES = "--dataset_name facades --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
+HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
+HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
+HORSES += " --lambda_identity 0 --steps_per_epoch 500 --num_epochs 80"
+HORSES_STUDENT = "--teacher horses --direction both --img_height 128 --img_width 128 --student_ngf 12"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
@@ -91,6 +94,7 @@ class Task:
     before: Callable  # (dataset, run) → rows that need no training
     drawn: tuple[str, ...] | None = ()  # runs in the task's image; () for all, None for no image
     curve: bool = False  # it shows PSNR over minutes, not translations
+    side: int = 64  # px of an image that is drawn
     zoom: int = 1  # whole factor by which translations are enlarged
 
 
@@ -158,68 +162,50 @@ def digit_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
     return rows
 
 
-def read_tensor(folder: Path, size: int = 64, channels: int = 3) -> Tensor:
-    """All images of a folder: (N, channels, size, size) in [-1, 1]."""
-    return torch.cat(list(named_images(folder, (size, size), channels).values()))
-
-
-def domain_reader(dataset: Path, size: int = 64, channels: int = 3, epochs: int = 6) -> nn.Module:
-    """A small CNN that tells domain A (0) from B (1), fitted to the training images and their mirror images."""
-    torch.manual_seed(0)
-    real_A = read_tensor(dataset / "trainA", size, channels)
-    real_B = read_tensor(dataset / "trainB", size, channels)
-    x = torch.cat([real_A, real_B])
-    y = torch.cat([torch.zeros(len(real_A)), torch.ones(len(real_B))])
-    layers = []
-    for thin, wide in ((channels, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(thin, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(), nn.MaxPool2d(2)]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 1))
-    optim = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(32):
-            batch = x[rows].flip(3) if torch.rand(()) < 0.5 else x[rows]
-            optim.zero_grad()
-            F.binary_cross_entropy_with_logits(net(batch)[:, 0], y[rows]).backward()
-            optim.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def taken_for(reader: nn.Module, real_or_fake: Tensor, target: str) -> float:
-    """Fraction of images (N, C, H, W) that the reader takes for the target domain."""
-    says_b = torch.cat([reader(batch)[:, 0] > 0 for batch in real_or_fake.split(64)])
-    return (says_b == (target == "B")).float().mean().item()
-
-
-def fractions_taken(dataset: Path, folders: dict[str, Path], looks: dict[str, int]) -> dict[str, str]:
+def domain_cells(dataset: Path, folders: dict[str, Path], looks: Iterable[str]) -> dict[str, str]:
     """Fractions of the images in the folders of "B" and of "A" that a classifier takes for just that domain.
 
-    looks: how the classifier is shown them: what this adds to the column's name → channels
+    looks: names of domain_score.LOOKS
     """
     cells = {}
-    for look, channels in looks.items():
-        reader = domain_reader(dataset, channels=channels)
-        fractions = [taken_for(reader, read_tensor(folders[x], channels=channels), x) for x in "BA"]
-        cells[f"taken for the target{look} A→B / B→A"] = both(fractions, 2)
+    for look in looks:
+        found = [domain_score.folder_score(dataset, folders[x], x, domain_score.LOOKS[look]) for x in "BA"]
+        cells[f"taken for the target{look} A→B / B→A"] = both(found, 2)
     return cells
 
 
-COLOUR = {"": 3}
-
-
-def taken_cells(run: str, dataset: Path, looks: dict[str, int]) -> dict[str, str]:
+def taken_cells(run: str, dataset: Path) -> dict[str, str]:
     """Cycle error, and the fraction of translations that a classifier takes for the target domain."""
     scores = translate(run, dataset, "--metrics", "cycle")
     cells = {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
-    return cells | fractions_taken(dataset, {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}, looks)
+    return cells | domain_cells(dataset, {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}, [""])
 
 
-def taken_baselines(dataset: Path, _: str, looks: dict[str, int]) -> dict[str, dict[str, str]]:
+def taken_baselines(dataset: Path, _: str, looks: Iterable[str] = ("",)) -> dict[str, dict[str, str]]:
     """The same fraction for images before translation, and for real ones of the target: how right the classifier is."""
     before = {"A": dataset / "testB", "B": dataset / "testA"}
     real = {x: dataset / f"test{x}" for x in "AB"}
     rows = {"untranslated": before, "real pictures of the target": real}
-    return {name: fractions_taken(dataset, folders, looks) for name, folders in rows.items()}
+    return {name: domain_cells(dataset, folders, looks) for name, folders in rows.items()}
+
+
+def photo_cells(run: str, dataset: Path) -> dict[str, str]:
+    """Size, cycle error, and what classifiers of colours and of greys take translations for, all at 128 px.
+
+    Crops teach, whole photos are translated: a copy of the test images at that size is shown at its own.
+    """
+    small = Path("datasets") / f"{dataset.name}_{PHOTO}"
+    for path in [path for x in "AB" for path in images.list_images(dataset / f"test{x}")]:
+        copy = small / path.parent.name / f"{path.stem}.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        images.save_image(images.tensor_to_image(images.load_image(path, (PHOTO, PHOTO))), copy)
+    net, _ = load_generator(RUNS / run / "G_AB.safetensors")
+    scores = translate(run, small, "--metrics", "cycle", "--scale", "native")
+    cells = {"parameters": f"{sum(p.numel() for p in net.parameters()):,}"}
+    cells |= {"MMACs": f"{metrics.count_macs(net, PHOTO, PHOTO) / 1e6:,.0f}"}
+    cells |= {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    folders = {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}
+    return cells | domain_cells(dataset, folders, domain_score.LOOKS)
 
 
 def label_cells(run: str, dataset: Path) -> dict[str, str]:
@@ -243,7 +229,7 @@ def label_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
 def nyquist(folder: Path) -> float:
     """Fraction of the energy (without the mean) at the highest row and column frequency, a checkerboard of 2 px; mean of images."""
     fractions = []
-    for image in read_tensor(folder):
+    for image in domain_score.read_folder(folder):
         energy = torch.fft.fft2(image.double()).abs().square()
         energy[:, 0, 0] = 0
         top = energy[:, 32, :].sum() + energy[:, :, 32].sum() - energy[:, 32, 32].sum()
@@ -280,7 +266,6 @@ def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
 def translations(task: Task, dataset: Path) -> Image.Image:
     """The same test images, as each of a task's runs translates them."""
     digits = dataset.name == "mnist2usps"
-    side = 32 if digits else 64
     rows = []
     for source, target in ("AB", "BA"):
         folders = {f"real_{source}": dataset / f"test{source}"}
@@ -291,7 +276,7 @@ def translations(task: Task, dataset: Path) -> Image.Image:
         for name, folder in folders.items():
             paths = images.list_images(folder)
             chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
-            row = torch.stack([images.load_image(path, (side, side), 1 if digits else 3) for path in chosen])
+            row = torch.stack([images.load_image(path, (task.side, task.side), 1 if digits else 3) for path in chosen])
             rows.append((name, row.repeat_interleave(task.zoom, 2).repeat_interleave(task.zoom, 3)))
     return images.draw_grid(rows)
 
@@ -349,6 +334,7 @@ TASKS = {
         digit_cells,
         digit_baselines,
         drawn=("digits_0",),
+        side=digit_score.SIDE,
     ),
     "daisy2sunflower": Task(
         "Daisies and sunflowers: what helps 600 photos",
@@ -358,8 +344,8 @@ TASKS = {
             "flowers_no_flip_no_crop": f"train {FLOWERS} --ema 0.999 --no-flip --load_scale 1",
             "flowers_identity_0": f"train {FLOWERS} --ema 0.999 --lambda_identity 0",
         },
-        partial(taken_cells, looks=COLOUR),
-        partial(taken_baselines, looks=COLOUR),
+        taken_cells,
+        taken_baselines,
     ),
     "checkerboards": Task(
         "Checkerboards: transposed convolution or resize and convolution",
@@ -419,6 +405,13 @@ TASKS = {
         {"maps_64": f"train {MAPS} --num_epochs 3", "maps_64_skips": f"train {MAPS} --num_epochs 3 --skips"},
         maps_cells,
         paired_baselines,
+    ),
+    "horse2zebra": Task(
+        "Horses and zebras, photos of 128 px",
+        {"horses": f"train {HORSES}", "horses_student": f"distill {HORSES_STUDENT}"},
+        photo_cells,
+        partial(taken_baselines, looks=domain_score.LOOKS),
+        side=PHOTO,
     ),
     "facades": Task(
         "Photos of facades and their labels, 64 px: with and without skips",

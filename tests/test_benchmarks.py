@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind the roo
 
 import compare_generators
 import discriminators
+import domain_score
 import gpu
 import label_score
 import reference
@@ -256,3 +257,28 @@ def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, 
     assert [isinstance(m, nn.InstanceNorm2d) for m in discriminators.build("instance", 4, 2).layers].count(True) == 2
     error = refused(discriminators.main, "--dataset", tmp_path, "--size", 16, "--n_layers_D", 3)
     assert "--n_layers_D 3: expected at most 2 for --size 16" in error
+
+
+def test_translations_are_taken_for_a_domain_by_their_colours_and_by_their_greys(tmp_path, capsys, refused):
+    """Red against blue of the same grey: colours tell all, greys nothing, so that both have one answer."""
+    for split, count in (("train", 24), ("test", 3)):
+        for domain, colour in (("A", (162, 40, 40)), ("B", (60, 60, 200))):
+            (tmp_path / f"{split}{domain}").mkdir()
+            for i in range(count):
+                image = Image.new("RGB", (48, 40), colour)
+                image.paste((i * 9,) * 3, (0, 0, 8 + i % 5, 8))
+                image.save(tmp_path / f"{split}{domain}/{i}.png")
+    found = {
+        (target, source, channels): domain_score.folder_score(tmp_path, tmp_path / f"test{source}", target, channels)
+        for target in "AB"
+        for source in "AB"
+        for channels in (3, 1)
+    }
+    assert [found[target, source, 3] for target, source in ("AA", "BB", "AB", "BA")] == [1, 1, 0, 0]
+    assert found["A", "A", 1] + found["B", "B", 1] == pytest.approx(1)
+    domain_score.main(["--dataset", str(tmp_path), "--fake_B", str(tmp_path / "testB")])
+    colour, grey = capsys.readouterr().out.splitlines()
+    assert colour == "fake_B: 1.000 taken for B (untranslated A images 0.000, real B images 1.000)"
+    assert grey.startswith("fake_B in grey: ")
+    assert "nothing to score" in refused(domain_score.main, "--dataset", tmp_path)
+    assert "nowhere" in refused(domain_score.main, "--dataset", tmp_path, "--fake_A", tmp_path / "nowhere")

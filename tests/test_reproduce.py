@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_dataset
+from tiny_runs import save_run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -87,3 +89,32 @@ def test_minutes_add_up_over_the_parts_of_a_stopped_run(tmp_path, monkeypatch):
         ["--dataset_name", "maps", "--run_name", "run", "--data_root", "data"],
         ["--run_name", "run", "--start_from", "latest"],
     ]
+
+
+def test_photos_are_translated_and_judged_whole_at_one_size_whatever_the_crops_were(tmp_path, monkeypatch):
+    """A run that learnt on crops of 16 px sees whole test photos of 24 px, each of them once."""
+    dataset = make_dataset(tmp_path / "elsewhere" / "photos", (2, 2, 3, 2), size=(40, 36))
+    save_run("learnt", argv=["--img_height", "16", "--img_width", "16"])
+    monkeypatch.setattr(reproduce, "PHOTO", 24)
+    shown = {}
+
+    def folder_score(dataset, folder, target, channels):
+        shown[target, channels] = [images.read_image(path).size for path in images.list_images(folder)]
+        return 0.5 if channels == 3 else 0.25
+
+    monkeypatch.setattr(reproduce.domain_score, "folder_score", folder_score)
+    cells = reproduce.photo_cells("learnt", dataset)
+    assert shown == {
+        ("B", 3): [(24, 24)] * 3,
+        ("A", 3): [(24, 24)] * 2,
+        ("B", 1): [(24, 24)] * 3,
+        ("A", 1): [(24, 24)] * 2,
+    }
+    assert cells["taken for the target A→B / B→A"] == "0.50 / 0.50"
+    assert cells["taken for the target in grey A→B / B→A"] == "0.25 / 0.25"
+    written = json.loads((reproduce.IMAGES / "learnt" / "test" / "metrics.json").read_text())
+    assert cells["cycle A / B"] == " / ".join(f"{written[way]['cycle']:.3f}" for way in ("AtoB", "BtoA"))
+    assert written["scale"] == "native"
+    assert {path.parent for path in dataset.rglob("*.png")} == {
+        dataset / f"{s}{x}" for s in ("train", "test") for x in "AB"
+    }
