@@ -11,6 +11,7 @@ docs/results_TASK.png. The demo set is drawn; the others must lie in --data_root
 
 import io
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -40,8 +41,9 @@ import metrics
 import test as test_stage
 import train
 import utils
-from checkpoints import IMAGES, RUNS
+from checkpoints import IMAGES, RUNS, numbered_checkpoints
 from files import write_json, write_text
+from inference import load_run
 from logs import read_losses
 from weights import load_generator
 
@@ -49,6 +51,7 @@ ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
 PAGE = ROOT / "docs" / "results.md"
 COLUMNS = 6  # images in a row of a task's image
+FILMED = 8  # epochs in the film of a run
 PHOTO = 128  # px, of translated photos
 DIRECTIONS = ("AtoB", "BtoA")
 
@@ -96,6 +99,7 @@ class Task:
     curve: bool = False  # it shows PSNR over minutes, not translations
     side: int = 64  # px of an image that is drawn
     zoom: int = 1  # whole factor by which translations are enlarged
+    filmed: str = ""  # the run whose kept epochs are shown one below the other, A → B
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,6 +285,20 @@ def translations(task: Task, dataset: Path) -> Image.Image:
     return images.draw_grid(rows)
 
 
+def film(task: Task, dataset: Path) -> Image.Image:
+    """The same photos of testA as the epochs that a run has kept translate them, six of them at most."""
+    paths = images.list_images(dataset / "testA")
+    side = (task.side, task.side)
+    photos = torch.stack([images.load_image(path, side) for path in paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]])
+    rows = [("photo", photos)]
+    kept = sorted(numbered_checkpoints(RUNS / task.filmed), reverse=True)
+    for epoch in reversed(kept[:: math.ceil(len(kept) / FILMED) or 1]):  # the last one is among them
+        nets, metadata = load_run(task.filmed, str(epoch))
+        with torch.inference_mode():
+            rows.append((f"{metadata['step']:,} steps", torch.cat([nets["G_AB"].eval()(x[None]) for x in photos])))
+    return images.draw_grid(rows)
+
+
 def curves(task: Task, rows: dict) -> Image.Image:
     """Mean PSNR of both directions over the minutes that each run has learnt."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -412,6 +430,7 @@ TASKS = {
         photo_cells,
         partial(taken_baselines, looks=domain_score.LOOKS),
         side=PHOTO,
+        filmed="horses",
     ),
     "facades": Task(
         "Photos of facades and their labels, 64 px: with and without skips",
@@ -508,6 +527,8 @@ def lay_out(name: str, stored: dict) -> str:
         if run in rows:
             commands.append(f"python {stage}.py {flags_of_run} --run_name {run}")
     image = [f"![{task.title}](results_{name}.png)", ""] if task.drawn is not None else []
+    if task.filmed:
+        image += [f"![How {task.filmed} learnt](results_{name}_film.png)", ""]
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
     return "\n".join([f"## {task.title}", "", again, "", *lines, "", *image, "```bash", *commands, "```"])
 
@@ -547,6 +568,8 @@ def reproduce(name: str, data_root: Path, only: list[str]) -> None:
     if task.drawn is not None and all(run in rows and (IMAGES / run).is_dir() for run in task.drawn or task.runs):
         image = curves(task, rows) if task.curve else translations(task, dataset)
         images.save_image(image, PAGE.parent / f"results_{name}.png")
+    if task.filmed and (RUNS / task.filmed).is_dir():
+        images.save_image(film(task, dataset), PAGE.parent / f"results_{name}_film.png")
 
 
 @utils.stage

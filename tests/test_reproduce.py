@@ -118,3 +118,18 @@ def test_photos_are_translated_and_judged_whole_at_one_size_whatever_the_crops_w
     assert {path.parent for path in dataset.rglob("*.png")} == {
         dataset / f"{s}{x}" for s in ("train", "test") for x in "AB"
     }
+
+
+def test_a_film_shows_what_the_kept_epochs_made_of_the_same_photos_the_last_one_among_them(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path / "photos", (1, 1, 3, 1), size=(24, 24))
+    save_run("learnt", epochs=5)
+    shown = {}
+    monkeypatch.setattr(reproduce.images, "draw_grid", shown.update)
+    monkeypatch.setattr(reproduce, "FILMED", 3)
+    task = reproduce.Task("", {}, lambda *_: {}, lambda *_: {}, side=24, filmed="learnt")
+    reproduce.film(task, dataset)
+    assert list(shown) == ["photo", "2 steps", "6 steps", "10 steps"]
+    photos = shown["photo"]
+    nets, _ = reproduce.load_run("learnt")
+    assert torch.equal(shown["10 steps"], torch.cat([nets["G_AB"].eval()(x[None]) for x in photos]))
+    assert not torch.equal(shown["10 steps"], shown["6 steps"])
