@@ -6,7 +6,7 @@ python benchmarks/reproduce.py --list
 
 A task's runs are trained one after the other (a run that was stopped goes on where it was), scored on the test split
 and written into docs/results.json, from which the task's table in docs/results.md is made; its image goes to
-docs/results_TASK.png. The demo set is drawn; the others must lie in --data_root.
+docs/results_TASK.png, or .jpg. The demo set is drawn; the others must lie in --data_root.
 """
 
 import io
@@ -42,7 +42,7 @@ import test as test_stage
 import train
 import utils
 from checkpoints import IMAGES, RUNS, numbered_checkpoints
-from files import write_json, write_text
+from files import atomic_write, write_json, write_text
 from inference import load_run
 from logs import read_losses
 from weights import load_generator
@@ -100,6 +100,10 @@ class Task:
     side: int = 64  # px of an image that is drawn
     zoom: int = 1  # whole factor by which translations are enlarged
     filmed: str = ""  # the run whose kept epochs are shown one below the other, A → B
+
+    def file(self, name: str, what: str = "") -> str:
+        """Name of an image of this task in docs: photos are smaller as JPEG, what is drawn stays exact."""
+        return f"results_{name}{what}.{'jpg' if self.side == PHOTO else 'png'}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -526,9 +530,9 @@ def lay_out(name: str, stored: dict) -> str:
         stage, flags_of_run = recipe.split(" ", 1)
         if run in rows:
             commands.append(f"python {stage}.py {flags_of_run} --run_name {run}")
-    image = [f"![{task.title}](results_{name}.png)", ""] if task.drawn is not None else []
+    image = [f"![{task.title}]({task.file(name)})", ""] if task.drawn is not None else []
     if task.filmed:
-        image += [f"![How {task.filmed} learnt](results_{name}_film.png)", ""]
+        image += [f"![How {task.filmed} learnt]({task.file(name, '_film')})", ""]
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
     return "\n".join([f"## {task.title}", "", again, "", *lines, "", *image, "```bash", *commands, "```"])
 
@@ -536,6 +540,13 @@ def lay_out(name: str, stored: dict) -> str:
 def read_store() -> dict:
     """All tasks' rows so far."""
     return json.loads(STORE.read_text()) if STORE.is_file() else {}
+
+
+def save_page_image(image: Image.Image, name: str) -> None:
+    """Write an image beside the page; its suffix says in which format."""
+    with atomic_write(PAGE.parent / name) as temporary:
+        how = {"quality": 88, "subsampling": 0} if name.endswith(".jpg") else {}
+        image.save(temporary, format="JPEG" if how else "PNG", **how)
 
 
 def write_down(name: str, stored: dict) -> None:
@@ -567,9 +578,9 @@ def reproduce(name: str, data_root: Path, only: list[str]) -> None:
         write_down(name, {"machine": processor(), "rows": rows})
     if task.drawn is not None and all(run in rows and (IMAGES / run).is_dir() for run in task.drawn or task.runs):
         image = curves(task, rows) if task.curve else translations(task, dataset)
-        images.save_image(image, PAGE.parent / f"results_{name}.png")
+        save_page_image(image, task.file(name))
     if task.filmed and (RUNS / task.filmed).is_dir():
-        images.save_image(film(task, dataset), PAGE.parent / f"results_{name}_film.png")
+        save_page_image(film(task, dataset), task.file(name, "_film"))
 
 
 @utils.stage
