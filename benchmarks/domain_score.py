@@ -8,6 +8,7 @@ them at 64 px. Higher is better, but a classifier is easily pleased: look at the
 """
 
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import utils
 from datasets import named_images
 
 SIDE = 64  # px
+SHIFT = 6  # px at most, of a training image, up or down and to a side
+BATCH = 32
 LOOKS = {"": 3, " in grey": 1}  # how the classifier is shown images: what this adds to a name → channels
 
 
@@ -31,24 +34,31 @@ def read_folder(folder: Path, channels: int = 3) -> Tensor:
 
 
 @functools.cache
-def classifier(dataset: Path, channels: int = 3, epochs: int = 6) -> nn.Module:
-    """A small CNN that tells domain A (0) from B (1), fitted to the training images and their mirror images."""
+def classifier(dataset: Path, channels: int = 3, epochs: int = 15) -> nn.Module:
+    """A small CNN that tells domain A (0) from B (1), fitted to shifted and mirrored training images of both."""
     torch.manual_seed(0)
     real_A = read_folder(dataset / "trainA", channels)
     real_B = read_folder(dataset / "trainB", channels)
     x = torch.cat([real_A, real_B])
     y = torch.cat([torch.zeros(len(real_A)), torch.ones(len(real_B))])
     layers = []
-    for thin, wide in ((channels, 32), (32, 64), (64, 128)):
+    for thin, wide in ((channels, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(thin, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU(), nn.MaxPool2d(2)]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 1))
     optim = torch.optim.Adam(net.parameters(), 1e-3)
+    steps = epochs * math.ceil(len(x) / BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optim, 1, 0, steps)  # without it the fractions jump by epochs
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(32):
-            batch = x[rows].flip(3) if torch.rand(()) < 0.5 else x[rows]
+        for rows in torch.randperm(len(x)).split(BATCH):
+            wide = F.pad(x[rows], (SHIFT,) * 4, mode="reflect")
+            dy, dx = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
+            batch = wide[:, :, dy : dy + SIDE, dx : dx + SIDE]
+            if torch.rand(()) < 0.5:
+                batch = batch.flip(3)
             optim.zero_grad()
             F.binary_cross_entropy_with_logits(net(batch)[:, 0], y[rows]).backward()
             optim.step()
+            schedule.step()
     return net.eval()
 
 

@@ -50,7 +50,6 @@ from weights import load_generator
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
 PAGE = ROOT / "docs" / "results.md"
-COLUMNS = 6  # images in a row of a task's image
 FILMED = 8  # epochs in the film of a run
 PHOTO = 128  # px, of translated photos
 DIRECTIONS = ("AtoB", "BtoA")
@@ -81,8 +80,8 @@ FACADES = "--dataset_name facades --img_height 64 --img_width 64 --num_residual 
 FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
 HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
 HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
-HORSES += " --lambda_identity 0 --steps_per_epoch 500 --num_epochs 80"
-HORSES_STUDENT = "--teacher horses --direction both --img_height 128 --img_width 128 --student_ngf 12"
+HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 48 --decay_epoch 40"
+HORSES += " --checkpoint_interval 4"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
@@ -98,6 +97,7 @@ class Task:
     drawn: tuple[str, ...] | None = ()  # runs in the task's image; () for all, None for no image
     curve: bool = False  # it shows PSNR over minutes, not translations
     side: int = 64  # px of an image that is drawn
+    columns: int = 6  # images in a row: the first, and as many further ones, evenly spread
     zoom: int = 1  # whole factor by which translations are enlarged
     filmed: str = ""  # the run whose kept epochs are shown one below the other, A → B
 
@@ -271,6 +271,11 @@ def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
 # Images
 
 
+def chosen(paths: list[Path], count: int) -> list[Path]:
+    """Every k-th image, so many of them: a rule, so that nobody picks."""
+    return paths[:: max(1, len(paths) // count)][:count]
+
+
 def translations(task: Task, dataset: Path) -> Image.Image:
     """The same test images, as each of a task's runs translates them."""
     digits = dataset.name == "mnist2usps"
@@ -283,17 +288,17 @@ def translations(task: Task, dataset: Path) -> Image.Image:
             continue  # maps: scored in one direction
         for name, folder in folders.items():
             paths = images.list_images(folder)
-            chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
-            row = torch.stack([images.load_image(path, (task.side, task.side), 1 if digits else 3) for path in chosen])
+            some = chosen(paths, task.columns)
+            row = torch.stack([images.load_image(path, (task.side, task.side), 1 if digits else 3) for path in some])
             rows.append((name, row.repeat_interleave(task.zoom, 2).repeat_interleave(task.zoom, 3)))
     return images.draw_grid(rows)
 
 
 def film(task: Task, dataset: Path) -> Image.Image:
-    """The same photos of testA as the epochs that a run has kept translate them, six of them at most."""
+    """The same photos of testA as the epochs that a run has kept translate them."""
     paths = images.list_images(dataset / "testA")
     side = (task.side, task.side)
-    photos = torch.stack([images.load_image(path, side) for path in paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]])
+    photos = torch.stack([images.load_image(path, side) for path in chosen(paths, task.columns)])
     rows = [("photo", photos)]
     kept = sorted(numbered_checkpoints(RUNS / task.filmed), reverse=True)
     for epoch in reversed(kept[:: math.ceil(len(kept) / FILMED) or 1]):  # the last one is among them
@@ -430,10 +435,11 @@ TASKS = {
     ),
     "horse2zebra": Task(
         "Horses and zebras, photos of 128 px",
-        {"horses": f"train {HORSES}", "horses_student": f"distill {HORSES_STUDENT}"},
+        {"horses": f"train {HORSES}"},
         photo_cells,
         partial(taken_baselines, looks=domain_score.LOOKS),
         side=PHOTO,
+        columns=8,
         filmed="horses",
     ),
     "facades": Task(
