@@ -878,7 +878,9 @@ def test_a_run_goes_on_in_another_memory_format_and_learns_the_same(tiny, monkey
         expected = state_of(first)["nets"]
         for net, tensors in state_of(f"{first}_then_{then}")["nets"].items():
             for name, value in tensors.items():
-                if not name.endswith("bias"):  # those before a norm learn from rounding alone
-                    assert (value - expected[net][name]).abs().mean() < 0.01 * learning_rate, (first, net, name)
+                # Biases before a norm learn from rounding alone; elsewhere it may turn a ReLU of a tiny network around,
+                # which is a sixth of a step on some processors and nothing on others. Lost moments are a whole one.
+                if not name.endswith("bias"):
+                    assert (value - expected[net][name]).abs().mean() < 0.4 * learning_rate, (first, net, name)
     net, _ = load_generator(Path("saved_models/other/G_AB.safetensors"))
     assert all(x.is_contiguous() for x in net.state_dict().values())
