@@ -865,22 +865,24 @@ def test_a_student_is_never_written_over_its_teacher(tiny, no_plots, refused):
 
 
 def test_a_run_goes_on_in_another_memory_format_and_learns_the_same(tiny, monkeypatch, no_plots):
-    """So that a state of one machine resumes on another, whatever the rule in devices.memory_format says there."""
+    """So that a state of one machine resumes on another, whatever the rule in devices.memory_format says there.
+
+    One step before and one after: over several, rounding turns a ReLU of so small a network around, on some processors.
+    """
     learning_rate = 1e-3
+    short = ("--checkpoint_interval", 1, "--num_epochs", 2, "--steps_per_epoch", 1, "--lr", learning_rate)
     formats = {"usual": torch.contiguous_format, "other": torch.channels_last}
     for first, then in (("usual", "other"), ("other", "usual")):
         for name, resumed in ((first, first), (f"{first}_then_{then}", then)):
             monkeypatch.setattr(devices, "memory_format", lambda device, first=first: formats[first])
-            run_tiny("--run_name", name, "--checkpoint_interval", 1, "--num_epochs", 2, "--lr", learning_rate)
+            run_tiny("--run_name", name, *short)
             if resumed != first:
                 monkeypatch.setattr(devices, "memory_format", lambda device, resumed=resumed: formats[resumed])
                 train.main(["--run_name", name, "--start_from", "1", "--device", "cpu", "--precision", "fp32"])
         expected = state_of(first)["nets"]
         for net, tensors in state_of(f"{first}_then_{then}")["nets"].items():
             for name, value in tensors.items():
-                # Biases before a norm learn from rounding alone; elsewhere it may turn a ReLU of a tiny network around,
-                # which is a sixth of a step on some processors and nothing on others. Lost moments are a whole one.
-                if not name.endswith("bias"):
-                    assert (value - expected[net][name]).abs().mean() < 0.4 * learning_rate, (first, net, name)
+                if not name.endswith("bias"):  # those before a norm learn from rounding alone
+                    assert (value - expected[net][name]).abs().mean() < 0.01 * learning_rate, (first, net, name)
     net, _ = load_generator(Path("saved_models/other/G_AB.safetensors"))
     assert all(x.is_contiguous() for x in net.state_dict().values())
