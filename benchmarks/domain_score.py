@@ -47,12 +47,12 @@ def classifier(dataset: Path, channels: int = 3, epochs: int = 15) -> nn.Module:
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 1))
     optim = torch.optim.Adam(net.parameters(), 1e-3)
     steps = epochs * math.ceil(len(x) / BATCH)
-    schedule = torch.optim.lr_scheduler.LinearLR(optim, 1, 0, steps)  # without it the fractions jump by epochs
+    schedule = torch.optim.lr_scheduler.LinearLR(optim, 1, 0, steps)  # while it is high, fractions differ by epochs
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
-            wide = F.pad(x[rows], (SHIFT,) * 4, mode="reflect")
+            padded = F.pad(x[rows], (SHIFT,) * 4, mode="reflect")
             dy, dx = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
-            batch = wide[:, :, dy : dy + SIDE, dx : dx + SIDE]
+            batch = padded[:, :, dy : dy + SIDE, dx : dx + SIDE]
             if torch.rand(()) < 0.5:
                 batch = batch.flip(3)
             optim.zero_grad()

@@ -207,11 +207,8 @@ def photo_cells(run: str, dataset: Path) -> dict[str, str]:
         copy = small / path.parent.name / f"{path.stem}.png"
         copy.parent.mkdir(parents=True, exist_ok=True)
         images.save_image(images.tensor_to_image(images.load_image(path, (PHOTO, PHOTO))), copy)
-    net, _ = load_generator(RUNS / run / "G_AB.safetensors")
     scores = translate(run, small, "--metrics", "cycle", "--scale", "native")
-    cells = {"parameters": f"{sum(p.numel() for p in net.parameters()):,}"}
-    cells |= {"MMACs": f"{metrics.count_macs(net, PHOTO, PHOTO) / 1e6:,.0f}"}
-    cells |= {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    cells = size_cells(run, PHOTO) | {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
     folders = {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}
     return cells | domain_cells(dataset, folders, domain_score.LOOKS)
 
@@ -260,11 +257,16 @@ def pace(run: str, _: Path) -> dict[str, str]:
     return {"s/step": f"{60 * json.loads((RUNS / run / 'minutes.json').read_text()) / metadata['step']:.3f}"}
 
 
+def size_cells(run: str, side: int) -> dict[str, str]:
+    """Parameters of the generator, and its multiply-accumulates for an image of side x side px."""
+    net, _ = load_generator(RUNS / run / "G_AB.safetensors")
+    parameters = sum(p.numel() for p in net.parameters())
+    return {"parameters": f"{parameters:,}", "MMACs": f"{metrics.count_macs(net, side, side) / 1e6:,.0f}"}
+
+
 def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
     """The paired scores beside the size of the generator and its multiply-accumulates."""
-    net, _ = load_generator(RUNS / run / "G_AB.safetensors")
-    size = {"parameters": f"{sum(p.numel() for p in net.parameters()):,}"}
-    return size | {"MMACs": f"{metrics.count_macs(net, 64, 64) / 1e6:,.0f}"} | paired_cells(run, dataset)
+    return size_cells(run, 64) | paired_cells(run, dataset)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -598,7 +600,7 @@ def main(argv=None):
         "--data_root",
         type=Path,
         default=Path("datasets"),
-        help="folder with mnist2usps, daisy2sunflower, maps and facades",
+        help="folder with mnist2usps, daisy2sunflower, maps, facades and horse2zebra",
     )
     add("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of the tasks (default: all)")
     add("--list", action="store_true", help="show the runs of every task")
