@@ -28,12 +28,12 @@ TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and form of the objective, as in the paper; the gradient penalty is not, and is off by default."""
+    """Weights (0 leaves a term out) and form of the objective, as in the paper but for the gradient penalty."""
 
     gan_loss: str = "lsgan"
     lambda_gan: float = 1.0
     lambda_cycle: float = 10.0
-    lambda_identity: float = 5.0  # 0 leaves the identity loss out
+    lambda_identity: float = 5.0
     lambda_gp: float = 0.0  # of the discriminators' gradient penalty; 0: none
     gp_target: float = 100.0  # wanted norm of a discriminator's gradient
 
@@ -172,16 +172,17 @@ def generator_loss(
     G = nets[f"G_{domain}{other}"]
     G_back = nets[f"G_{other}{domain}"]
     fake, hidden = G(real, return_hidden=True) if with_hidden else (G(real), [])
-    back, *idt = run_as_one(G_back, *([fake, real] if config.lambda_identity else [fake]))
-    on_fake = nets[f"D_{other}"](fake)
-
-    gan = gan_loss_G(on_fake, config.gan_loss)
-    cycle = image_loss(back, real)
-    terms = {f"gan_{domain}{other}": gan, f"cycle_{domain}": cycle}
-    loss = config.lambda_gan * gan + config.lambda_cycle * cycle
-    if idt:
-        terms[f"identity_{domain}"] = image_loss(idt[0], real)
-        loss = loss + config.lambda_identity * terms[f"identity_{domain}"]
+    weights = {"gan": config.lambda_gan, "cycle": config.lambda_cycle, "identity": config.lambda_identity}
+    terms = {}
+    if weights["gan"]:
+        terms[f"gan_{domain}{other}"] = gan_loss_G(nets[f"D_{other}"](fake), config.gan_loss)
+    inputs = {name: x for name, x in {"cycle": fake, "identity": real}.items() if weights[name]}
+    outputs = run_as_one(G_back, *inputs.values()) if inputs else []
+    for name, output in zip(inputs, outputs, strict=True):
+        terms[f"{name}_{domain}"] = image_loss(output, real)
+    loss = to_float(fake.new_zeros(()))
+    for name, term in terms.items():
+        loss = loss + weights[name.split("_")[0]] * term
     return loss, terms, {"fake": fake, "hidden": hidden}
 
 
@@ -300,8 +301,9 @@ class CycleGAN:
         learning = [p for optim in self.optims.values() for group in optim.param_groups for p in group["params"]]
         statistics = [x for net in self.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
         average([*(p.grad for p in learning if p.grad is not None), *statistics])
-        for optim in self.optims.values():
-            self.scaler.step(optim)
+        for name, optim in self.optims.items():
+            if name == "G" or self.loss_config.lambda_gan:  # the scaler refuses an optimiser without gradients
+                self.scaler.step(optim)
         self.scaler.update()
         self._update_averages(finished_steps)
         return losses
@@ -358,6 +360,8 @@ class CycleGAN:
         of_A, of_B = self._of_both(gradients_G)
         losses = of_A | of_B | {"loss_G": of_A["loss_G"] + of_B["loss_G"]}
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
+        if not self.loss_config.lambda_gan:
+            return losses  # no generator asks the discriminators, so they rest
         of_A, of_B = self._of_both(gradients_D)
         return losses | of_A | of_B
 

@@ -203,9 +203,9 @@ def add_network_flags(parser: Parser) -> None:
 def add_loss_flags(parser: Parser) -> None:
     """Weights and forms of the objective."""
     add = flag_group(parser, "loss")
-    add("--lambda_cycle", type=float_between(0), default=10.0, help="weight of the cycle loss")
+    add("--lambda_cycle", type=float_between(0), default=10.0, help="weight of the cycle loss; 0 leaves it out")
     add("--lambda_identity", type=float_between(0), default=5.0, help="weight of the identity loss; 0 leaves it out")
-    add("--lambda_gan", type=float_between(0), default=1.0, help="weight of the adversarial loss")
+    add("--lambda_gan", type=float_between(0), default=1.0, help="weight of the adversarial loss; 0: none, D rests")
     add("--gan_loss", choices=models.GAN_LOSSES, default="lsgan", help="form of the adversarial loss")
     add("--buffer_size", type=int_between(0), default=50, help="translated images kept to train the discriminators")
     add("--lambda_gp", type=float_between(0), default=0.0, help="weight of D's gradient penalty; 0: none")

@@ -78,6 +78,9 @@ FLOWERS = (
 FLOWERS += " --batch_size 1 --num_epochs 3"
 FACADES = "--dataset_name facades --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
+OF_128 = "--img_height 128 --img_width 128 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 3 --batch_size 1 --lr 4e-4 --ema 0.999"
+FACADES_128 = f"--dataset_name facades {OF_128} --num_epochs 10"
+MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 4"
 HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
 HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
 HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 48 --decay_epoch 40"
@@ -222,12 +225,13 @@ def label_cells(run: str, dataset: Path) -> dict[str, str]:
     return {name: f"{value:.3f}" for name, value in scores.items()}
 
 
-def label_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
-    """The same for the photos themselves, and for the label maps at 64 px: what that size can reach."""
-    small = [images.load_image(path, (64, 64), 3) for path in images.list_images(dataset / "testB")]
+def label_baselines(dataset: Path, _: str, side: int = 64) -> dict[str, dict[str, str]]:
+    """The same for the photos themselves, and for the label maps at side x side px: what that size can reach."""
+    small = [images.load_image(path, (side, side), 3) for path in images.list_images(dataset / "testB")]
     truths = [label_score.read(path) for path in images.list_images(dataset / "testB")]
     reached = label_score.label_scores(zip(map(images.range_to_bytes, small), truths, strict=True))
-    rows = {"untranslated": label_score.folder_scores(dataset / "testA", dataset / "testB"), "real at 64 px": reached}
+    before = label_score.folder_scores(dataset / "testA", dataset / "testB")
+    rows = {"untranslated": before, f"real at {side} px": reached}
     return {name: {key: f"{value:.3f}" for key, value in row.items()} for name, row in rows.items()}
 
 
@@ -449,6 +453,20 @@ TASKS = {
         {"facades_64": f"train {FACADES}", "facades_64_skips": f"train {FACADES} --skips"},
         label_cells,
         label_baselines,
+    ),
+    "facades_128": Task(
+        "Photos of facades and their labels, 128 px: with and without skips",
+        {"facades_128": f"train {FACADES_128}", "facades_128_skips": f"train {FACADES_128} --skips"},
+        label_cells,
+        partial(label_baselines, side=PHOTO),
+        side=PHOTO,
+    ),
+    "maps_128": Task(
+        "Aerial photos and maps, 128 px: with and without skips",
+        {"maps_128": f"train {MAPS_128}", "maps_128_skips": f"train {MAPS_128} --skips"},
+        maps_cells,
+        paired_baselines,
+        side=PHOTO,
     ),
 }
 
