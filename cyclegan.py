@@ -180,9 +180,7 @@ def generator_loss(
     outputs = run_as_one(G_back, *inputs.values()) if inputs else []
     for name, output in zip(inputs, outputs, strict=True):
         terms[f"{name}_{domain}"] = image_loss(output, real)
-    loss = to_float(fake.new_zeros(()))
-    for name, term in terms.items():
-        loss = loss + weights[name.split("_")[0]] * term
+    loss = sum((weights[name.split("_")[0]] * term for name, term in terms.items()), to_float(fake.new_zeros(())))
     return loss, terms, {"fake": fake, "hidden": hidden}
 
 
@@ -360,9 +358,7 @@ class CycleGAN:
         of_A, of_B = self._of_both(gradients_G)
         losses = of_A | of_B | {"loss_G": of_A["loss_G"] + of_B["loss_G"]}
         discriminators.requires_grad_("D" in self.optims)  # not with --freeze D
-        if not self.loss_config.lambda_gan:
-            return losses  # no generator asks the discriminators, so they rest
-        of_A, of_B = self._of_both(gradients_D)
+        of_A, of_B = self._of_both(gradients_D) if self.loss_config.lambda_gan else ({}, {})  # nobody asks: they rest
         return losses | of_A | of_B
 
     def _of_both(self, compute: Callable) -> list:

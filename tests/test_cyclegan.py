@@ -1,3 +1,4 @@
+import copy
 import functools
 import importlib
 import io
@@ -228,12 +229,40 @@ def test_generator_loss_is_the_weighted_sum_of_its_terms():
     assert torch.equal(images["fake_A"], flat(0.2))
 
 
-def test_without_its_weight_the_identity_loss_is_not_even_computed():
+@pytest.mark.parametrize(
+    ("without", "expected", "seen_by_G_AB", "seen_by_D_B"),
+    [
+        ("identity", 1.25 + 3, [[0.0], [0.2]], [[0.7]]),
+        ("cycle", 1.25 + 3.5, [[0.0], [1.0]], [[0.7]]),
+        ("gan", 3 + 3.5, [[0.0], [0.2, 1.0]], []),
+    ],
+)
+def test_without_its_weight_a_term_is_not_even_computed(without, expected, seen_by_G_AB, seen_by_D_B):
     nets = table_nets()
-    loss, terms, _ = whole_loss(nets, flat(0.0), flat(1.0), LossConfig(lambda_identity=0))
-    assert "identity_A" not in terms
-    assert loss.item() == pytest.approx(1.25 + 3)
-    assert nets["G_AB"].seen == [[0.0], [0.2]]
+    loss, terms, _ = whole_loss(nets, flat(0.0), flat(1.0), LossConfig(**{f"lambda_{without}": 0.0}))
+    assert {name.split("_")[0] for name in terms} == {"gan", "cycle", "identity"} - {without}
+    assert loss.item() == pytest.approx(expected)
+    assert [sorted(values) for values in nets["G_AB"].seen] == seen_by_G_AB
+    assert nets["D_B"].seen == seen_by_D_B
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_discriminators_rest_while_no_generator_asks_them_and_learn_again_when_asked(scaled):
+    """Neither weights, nor moments, nor older images; the scaler of fp16 refuses an optimiser without gradients."""
+    model = tiny_model(lambda_gan=0.0, dtype=torch.float64)
+    model.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    before = copy.deepcopy(model.state_dict())
+    losses = model.step(*batch(0, 2, torch.float64))
+    after = copy.deepcopy(model.state_dict())
+    assert not {"loss_D_A", "loss_D_B", "gan_AB", "gan_BA"} & losses.keys()
+    changed = differences(before, after)
+    assert changed
+    assert not any("D" in path for path in changed)
+    assert not any(buffer.images for buffer in model.buffers.values())
+    asked = tiny_model(nets=model.nets, dtype=torch.float64)
+    asked.load_state_dict(after)
+    assert "loss_D_A" in asked.step(*batch(1, 2, torch.float64))
+    assert any("D_A" in path for path in differences(after, asked.state_dict()))
 
 
 @pytest.mark.parametrize("lambda_identity", [0.0, 5.0])

@@ -719,6 +719,10 @@ def test_too_many_tokens_are_refused_before_the_start_and_skipped_in_testing(tin
         (["--img_height", "4", "--img_width", "4"], "images of 4x4 px: 2 downsamplings need at least 8 px"),
         (["--n_layers_D", "5"], "--n_layers_D 5: "),
         (["--n_layers_D", "5"], "--n_layers_D that fits is 2"),
+        (
+            ["--lambda_gan", "0", "--lambda_cycle", "0", "--lambda_identity", "0"],
+            "--lambda_gan, --lambda_cycle, --lambda_identity are all 0: nothing is left to learn",
+        ),
         (["--decay_epoch", "201"], "--decay_epoch 201: expected at most --num_epochs 200"),
         (["--start_from", "7"], "--start_from 7: no saved_models/tiny/epoch_0007.pt"),
         (["--start_from", "latest", "--overwrite"], "--overwrite contradicts --start_from latest"),
