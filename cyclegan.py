@@ -299,9 +299,8 @@ class CycleGAN:
         learning = [p for optim in self.optims.values() for group in optim.param_groups for p in group["params"]]
         statistics = [x for net in self.nets.values() for x in net.buffers() if x.is_floating_point()]  # of batch norms
         average([*(p.grad for p in learning if p.grad is not None), *statistics])
-        for name, optim in self.optims.items():
-            if name == "G" or self.loss_config.lambda_gan:  # the scaler refuses an optimiser without gradients
-                self.scaler.step(optim)
+        for optim in self.optims.values():
+            self.scaler.step(optim)
         self.scaler.update()
         self._update_averages(finished_steps)
         return losses

@@ -248,7 +248,7 @@ def test_without_its_weight_a_term_is_not_even_computed(without, expected, seen_
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_discriminators_rest_while_no_generator_asks_them_and_learn_again_when_asked(scaled):
-    """Neither weights, nor moments, nor older images; the scaler of fp16 refuses an optimiser without gradients."""
+    """Neither weights, nor moments, nor older images; with the scaler of fp16, which finds no gradients, too."""
     model = tiny_model(lambda_gan=0.0, dtype=torch.float64)
     model.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     before = copy.deepcopy(model.state_dict())
