@@ -81,11 +81,14 @@ FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
 OF_128 = "--img_height 128 --img_width 128 --num_residual 6 --ngf 24 --ndf 32 --n_layers_D 3 --batch_size 1"
 OF_128 += " --lr 4e-4 --ema 0.999 --lambda_identity 0"
 FACADES_128 = f"--dataset_name facades {OF_128} --num_epochs 10"
-MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 4"
+MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 3"
 HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
 HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
-HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 48 --decay_epoch 40"
+HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 72 --decay_epoch 60"
 HORSES += " --checkpoint_interval 4"
+HORSES_STUDENT = "--teacher horses --direction both --student_residual 3 --student_ngf 16 --student_skips"
+HORSES_STUDENT += " --img_height 128 --img_width 128 --load_scale 1 --lambda_cycle 0 --lambda_output 5 --num_epochs 24"
+HORSES_STUDENT += " --decay_epoch 12"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
@@ -442,7 +445,7 @@ TASKS = {
     ),
     "horse2zebra": Task(
         "Horses and zebras, photos of 128 px",
-        {"horses": f"train {HORSES}"},
+        {"horses": f"train {HORSES}", "horses_student": f"distill {HORSES_STUDENT}"},
         photo_cells,
         partial(taken_baselines, looks=domain_score.LOOKS),
         side=PHOTO,
