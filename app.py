@@ -41,7 +41,7 @@ from utils import InputError
 from weights import METADATA_KEY
 
 NO_RUN = (
-    "no run in saved_models yet; try --weights examples/day2night.safetensors, or train one with make demo, "
+    "no run in saved_models yet; try --weights examples/horse2zebra.safetensors, or train one with make demo, "
     "or python train.py --dataset_name NAME, then reload"
 )
 SIZE = [256, 256]  # height and width in px that a network sees whose file does not record it: those of the paper

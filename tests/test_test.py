@@ -153,10 +153,38 @@ def test_the_student_that_comes_with_the_project_turns_day_into_night():
     assert pixels("out/fake_B/day.png").mean() < 0.6 * pixels(examples / "day.png").mean()
 
 
-def test_the_student_that_comes_with_the_project_is_called_as_its_file():
-    path = Path(test_stage.__file__).parent / "examples" / "day2night.safetensors"
-    metadata = load_generator(path)[1]
-    assert (metadata["run_name"], metadata["dataset_name"]) == ("day2night", "day2night")
+def test_the_students_that_come_with_the_project_give_a_horse_stripes_and_take_them_away():
+    """Of the photo that comes along: colour goes into black and white, and back."""
+    examples = Path(test_stage.__file__).parent / "examples"
+    for name, source in (("horse2zebra", examples / "horse.jpg"), ("zebra2horse", "horse2zebra/fake_B/horse.png")):
+        weights = examples / f"{name}.safetensors"
+        assert weights.stat().st_size <= 1.2e6
+        test_stage.main([*map(str, ["--weights", weights, "--input", source, "--output", name, *FP32])])
+    horse, zebra, back = (
+        pixels(path).astype(float)[55:125, 100:160]  # its neck and shoulder
+        for path in (examples / "horse.jpg", "horse2zebra/fake_B/horse.png", "zebra2horse/fake_A/horse.png")
+    )
+    colour = {name: np.ptp(x, axis=2).mean() for name, x in (("horse", horse), ("zebra", zebra), ("back", back))}
+    stripes = {
+        name: np.abs(np.diff(x.mean(2)[::2, ::2], axis=1)).mean()  # from a pixel to the next but one
+        for name, x in (("horse", horse), ("zebra", zebra), ("back", back))
+    }
+    assert colour["zebra"] < 0.7 * min(colour["horse"], colour["back"])
+    assert stripes["zebra"] > 2 * max(stripes["horse"], stripes["back"])
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "direction"),
+    [
+        ("day2night", "day2night", "AtoB"),
+        ("horse2zebra", "horse2zebra", "AtoB"),
+        ("zebra2horse", "horse2zebra", "BtoA"),
+    ],
+)
+def test_a_student_that_comes_with_the_project_is_called_as_its_file(name, dataset, direction):
+    metadata = load_generator(Path(test_stage.__file__).parent / "examples" / f"{name}.safetensors")[1]
+    found = tuple(metadata[key] for key in ("run_name", "dataset_name", "direction"))
+    assert found == (name, dataset, direction)
 
 
 def test_names_and_sub_folders_are_kept_and_never_collide(run):
