@@ -70,7 +70,7 @@ def training_loop(
                 ended = progress.step_in_epoch == steps
                 if monitor.meter.count == LOG_EVERY or ended:
                     means = log_losses(model, progress, feed, saver, monitor, args.lr * factor)
-                    bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3]}, refresh=False)
+                    bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}, refresh=False)
                 signum = stop.agreed()
                 if signum or ended:
                     break

@@ -389,6 +389,15 @@ def test_variants_train_and_record_their_flags(tiny, given):
     assert np.isnan(rows[0]["identity_A"]) == ("--lambda_identity" in given)
 
 
+def test_discriminators_may_rest_for_some_epochs(tiny):
+    run_tiny("--num_epochs", 1, "--steps_per_epoch", 2, "--lambda_gan", 0, "--eval_interval", 1)
+    assert state_of("tiny")["optims"]["D"]["state"] == {}
+    run_tiny("--start_from", "latest", "--num_epochs", 2, "--lambda_gan", 1)
+    assert state_of("tiny")["optims"]["D"]["state"]
+    for name in ("loss_D_A", "gan_AB"):
+        assert [np.isnan(row[name]) for row in read_losses(SAVED / "losses.csv")] == [True, False]
+
+
 def test_the_seed_decides_everything(tiny):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         run_tiny("--run_name", name, "--num_epochs", 1, "--seed", seed)
