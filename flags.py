@@ -17,7 +17,7 @@ from utils import InputError, is_folder_name, need_package, say, world
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
-WEIGHTS = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
+LAMBDAS = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
 VIT_FLAGS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_FLAGS = ("num_residual", "ngf", "n_downsampling", "skips")
 FIXED_FLAGS = (  # a resumed run keeps them
@@ -292,9 +292,9 @@ def check_run_flags(args: argparse.Namespace) -> None:
     """Refuse flags that need another one; inherited flags are checked like typed ones."""
     if "gp_target" in args.given and not args.lambda_gp:
         raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
-    if not any(getattr(args, name, 0) for name in WEIGHTS):
+    if not any(getattr(args, name, 0) for name in LAMBDAS):
         words = "nothing is left to learn; give one of them a weight above 0"
-        raise InputError(f"--{', --'.join(name for name in WEIGHTS if name in args)} are all 0: {words}")
+        raise InputError(f"--{', --'.join(name for name in LAMBDAS if name in args)} are all 0: {words}")
     needed = BEST_BY.get(args.best_by)
     evaluated = args.eval_interval and needed in args.eval_metrics
     if needed and not evaluated and (args.eval_interval or "best_by" in args.given):

@@ -160,15 +160,12 @@ def test_the_students_that_come_with_the_project_give_a_horse_stripes_and_take_t
         weights = examples / f"{name}.safetensors"
         assert weights.stat().st_size <= 1.2e6
         test_stage.main([*map(str, ["--weights", weights, "--input", source, "--output", name, *FP32])])
-    horse, zebra, back = (
-        pixels(path).astype(float)[55:125, 100:160]  # its neck and shoulder
-        for path in (examples / "horse.jpg", "horse2zebra/fake_B/horse.png", "zebra2horse/fake_A/horse.png")
-    )
-    colour = {name: np.ptp(x, axis=2).mean() for name, x in (("horse", horse), ("zebra", zebra), ("back", back))}
-    stripes = {
-        name: np.abs(np.diff(x.mean(2)[::2, ::2], axis=1)).mean()  # from a pixel to the next but one
-        for name, x in (("horse", horse), ("zebra", zebra), ("back", back))
-    }
+    paths = {"horse": examples / "horse.jpg", "zebra": "horse2zebra/fake_B/horse.png"}
+    paths["back"] = "zebra2horse/fake_A/horse.png"
+    patches = {name: pixels(path).astype(float)[55:125, 100:160] for name, path in paths.items()}  # neck and shoulder
+    colour = {name: np.ptp(x, axis=2).mean() for name, x in patches.items()}
+    steps = {name: np.diff(x.mean(2)[::2, ::2], axis=1) for name, x in patches.items()}  # to the next pixel but one
+    stripes = {name: np.abs(x).mean() for name, x in steps.items()}
     assert colour["zebra"] < 0.7 * min(colour["horse"], colour["back"])
     assert stripes["zebra"] > 2 * max(stripes["horse"], stripes["back"])
 
