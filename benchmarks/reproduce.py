@@ -78,10 +78,10 @@ FLOWERS = (
 FLOWERS += " --batch_size 1 --num_epochs 3"
 FACADES = "--dataset_name facades --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
 FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
-FACADES_128 = (
-    "--dataset_name facades --img_height 128 --img_width 128 --num_residual 6 --ngf 24 --ndf 32 --n_layers_D 3"
-)
-FACADES_128 += " --batch_size 1 --lr 4e-4 --ema 0.999 --lambda_identity 0 --num_epochs 10"
+OF_128 = "--img_height 128 --img_width 128 --num_residual 6 --ngf 24 --ndf 32 --n_layers_D 3 --batch_size 1"
+OF_128 += " --lr 4e-4 --ema 0.999 --lambda_identity 0"
+FACADES_128 = f"--dataset_name facades {OF_128} --num_epochs 10"
+MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 3"
 HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
 HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
 HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 72 --decay_epoch 60"
@@ -462,6 +462,13 @@ TASKS = {
         {"facades_128": f"train {FACADES_128}", "facades_128_skips": f"train {FACADES_128} --skips"},
         label_cells,
         partial(label_baselines, side=PHOTO),
+        side=PHOTO,
+    ),
+    "maps_128": Task(
+        "Aerial photos and maps, 128 px: with and without skips",
+        {"maps_128": f"train {MAPS_128}", "maps_128_skips": f"train {MAPS_128} --skips"},
+        maps_cells,
+        paired_baselines,
         side=PHOTO,
     ),
 }

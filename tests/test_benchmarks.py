@@ -259,8 +259,20 @@ def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, 
     assert "--n_layers_D 3: expected at most 2 for --size 16" in error
 
 
-def test_translations_are_taken_for_a_domain_by_their_colours_and_by_their_greys(tmp_path, capsys, refused):
-    """Red against blue of the same grey: colours tell all, greys nothing, so that both have one answer."""
+def test_a_score_by_domain_is_the_mean_of_several_classifiers(tmp_path, monkeypatch):
+    for i in range(4):
+        Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
+    brighter_than = [lambda x, level=level: x.mean((1, 2, 3))[:, None] - level for level in (-0.9, -0.2, 0.3)]
+    monkeypatch.setattr(domain_score, "classifiers", lambda *_: brighter_than)
+    assert domain_score.folder_score(tmp_path, tmp_path, "B", 1) == pytest.approx((3 + 2 + 1) / 3 / 4)
+    assert domain_score.folder_score(tmp_path, tmp_path, "A", 1) == pytest.approx((1 + 2 + 3) / 3 / 4)
+
+
+def test_translations_are_taken_for_a_domain_by_their_colours_and_by_their_greys(
+    tmp_path, capsys, refused, monkeypatch
+):
+    """Red against blue of the same grey: colours tell all, greys nothing, so that each classifier has one answer."""
+    monkeypatch.setattr(domain_score, "CLASSIFIERS", 1)
     for split, count in (("train", 24), ("test", 3)):
         for domain, colour in (("A", (162, 40, 40)), ("B", (60, 60, 200))):
             (tmp_path / f"{split}{domain}").mkdir()
