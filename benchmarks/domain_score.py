@@ -2,10 +2,10 @@
 
 python benchmarks/domain_score.py --dataset datasets/horse2zebra --fake_B generated_images/horse2zebra/test/fake_B
 
-Three small CNNs learn to tell the real training images of both domains apart (MINUTES minutes of one core for 2,400
-photos) and are then shown the test images: translated, untranslated, and real ones of the target, which is how right
-they are. They see them at 64 px; a score is the mean of the three. Higher is better, but a classifier is easily
-pleased: look at the images, too.
+Three small CNNs learn to tell the real training images of both domains apart (ten minutes of one core for 2,400
+photos, once more in grey) and are then shown the test images: translated, untranslated, and real ones of the target,
+which is how right they are. They see them at 64 px; a score is the mean of the three. Higher is better, but a
+classifier is easily pleased: look at the images, too.
 """
 
 import functools

@@ -55,7 +55,7 @@ PHOTO = 128  # px, of translated photos
 DIRECTIONS = ("AtoB", "BtoA")
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: every flag that is not a default, in one place
+# Recipes: every flag that is not a default, in one place; after "then" what changes once all epochs are done
 
 DEMO = "--dataset_name day2night --img_height 64 --img_width 64 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip"
 SMALL = f"{DEMO} --num_residual 3 --ngf 32 --num_epochs 4"
@@ -84,8 +84,8 @@ FACADES_128 = f"--dataset_name facades {OF_128} --num_epochs 10"
 MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 3"
 HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
 HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
-HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 72 --decay_epoch 60"
-HORSES += " --checkpoint_interval 4"
+HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 104 --decay_epoch 84"
+HORSES += " --checkpoint_interval 4 then --lambda_cycle 2 --num_epochs 116 --decay_epoch 104"
 HORSES_STUDENT = "--teacher horses --direction both --student_residual 3 --student_ngf 16 --student_skips"
 HORSES_STUDENT += " --img_height 128 --img_width 128 --load_scale 1 --lambda_cycle 0 --lambda_output 5 --num_epochs 20"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
@@ -508,22 +508,23 @@ def read_lines(path: str) -> list[str]:
 
 def learn(name: str, recipe: str, data_root: Path) -> float:
     """Train a run or what is left of it; returns the minutes that it took in all."""
-    stage, *words = recipe.split()
+    first, *later = recipe.split(" then ")
+    stage, *words = first.split()
     main = {"train": train.main, "distill": distill.main}[stage]
     clock = RUNS / name / "minutes.json"
     before = json.loads(clock.read_text()) if clock.is_file() else 0.0
-    argv = ["--run_name", name]
-    if (RUNS / name / "latest.pt").is_file():
-        argv += ["--start_from", "latest"]
-        if stage == "distill":
-            argv += words[words.index("--teacher") :][:2]
-    else:
-        argv = [*words, *argv]
-        if stage == "train":
-            argv += ["--data_root", "datasets" if "day2night" in recipe else str(data_root)]
+    again = ["--run_name", name, "--start_from", "latest"]
+    if stage == "distill":
+        again += words[words.index("--teacher") :][:2]
+    new = [*words, "--run_name", name]
+    if stage == "train":
+        new += ["--data_root", "datasets" if "day2night" in recipe else str(data_root)]
+    begun = (RUNS / name / "latest.pt").is_file()
     start = time.monotonic()
     try:
-        main(argv)
+        main(again if begun else new)
+        for changes in later:
+            main([*again, *changes.split()])
     finally:
         minutes = before + (time.monotonic() - start) / 60
         if clock.parent.is_dir():
@@ -557,8 +558,10 @@ def lay_out(name: str, stored: dict) -> str:
     commands = []
     for run, recipe in task.runs.items():
         stage, flags_of_run = recipe.split(" ", 1)
+        first, *later = flags_of_run.split(" then ")
         if run in rows:
-            commands.append(f"python {stage}.py {flags_of_run} --run_name {run}")
+            commands.append(f"python {stage}.py {first} --run_name {run}")
+            commands += [f"python {stage}.py --run_name {run} --start_from latest {changes}" for changes in later]
     image = [f"![{task.title}]({task.file(name)})", ""] if task.drawn is not None else []
     if task.filmed:
         image += [f"![How {task.filmed} learnt]({task.file(name, '_film')})", ""]

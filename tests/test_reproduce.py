@@ -31,7 +31,7 @@ def page(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", reproduce.TASKS)
 def test_every_recipe_parses(task):
     for run, recipe in reproduce.TASKS[task].runs.items():
-        stage, *words = recipe.split()
+        stage, *words = recipe.replace(" then ", " ").split()
         args = {"train": train, "distill": distill}[stage].parse_args([*words, "--run_name", run])
         if stage == "distill":
             assert str(args.teacher) in {name for task in reproduce.TASKS.values() for name in task.runs}
@@ -88,6 +88,29 @@ def test_minutes_add_up_over_the_parts_of_a_stopped_run(tmp_path, monkeypatch):
     assert calls == [
         ["--dataset_name", "maps", "--run_name", "run", "--data_root", "data"],
         ["--run_name", "run", "--start_from", "latest"],
+    ]
+
+
+def test_what_changes_once_all_epochs_are_done_is_learnt_after_them_whatever_was_reached(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reproduce.train, "main", calls.append)
+    recipe = "train --dataset_name maps --num_epochs 2 then --lambda_cycle 2 --num_epochs 3"
+    latest = Path("saved_models/run/latest.pt")
+    latest.parent.mkdir(parents=True)
+    again = ["--run_name", "run", "--start_from", "latest"]
+    reproduce.learn("run", recipe, Path("data"))
+    new = ["--dataset_name", "maps", "--num_epochs", "2", "--run_name", "run", "--data_root", "data"]
+    assert calls == [new, [*again, "--lambda_cycle", "2", "--num_epochs", "3"]]
+    latest.touch()
+    calls.clear()
+    reproduce.learn("run", recipe, Path("data"))
+    assert calls == [again, [*again, "--lambda_cycle", "2", "--num_epochs", "3"]]
+    task = reproduce.Task("Title", {"run": recipe}, None, None, drawn=None)
+    monkeypatch.setitem(reproduce.TASKS, "maps", task)
+    commands = reproduce.lay_out("maps", {"machine": "one", "rows": {"run": {"cells": {}}}}).splitlines()[-3:-1]
+    assert commands == [
+        "python train.py --dataset_name maps --num_epochs 2 --run_name run",
+        "python train.py --run_name run --start_from latest --lambda_cycle 2 --num_epochs 3",
     ]
 
 
