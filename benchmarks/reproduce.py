@@ -88,6 +88,7 @@ HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epo
 HORSES += " --checkpoint_interval 4 then --lambda_cycle 2 --num_epochs 116 --decay_epoch 104"
 HORSES_STUDENT = "--teacher horses --direction both --student_residual 3 --student_ngf 16 --student_skips"
 HORSES_STUDENT += " --img_height 128 --img_width 128 --load_scale 1 --lambda_cycle 0 --lambda_output 5 --num_epochs 20"
+HORSES_STUDENT += " then --lambda_output 1 --num_epochs 28 --decay_epoch 20"
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
 MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
