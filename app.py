@@ -30,15 +30,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-import flags
-import images
-import metrics
 import utils
-from checkpoints import RUNS
-from files import atomic_write
-from inference import DOMAINS, Source, Translator, free_name, load_networks, output_image
+from toolkit import cli, images, metrics, process
+from toolkit.checkpoints import RUNS
+from toolkit.files import atomic_write
+from toolkit.inference import DOMAINS, Source, Translator, free_name, load_networks, output_image
+from toolkit.weights import METADATA_KEY
 from utils import InputError
-from weights import METADATA_KEY
 
 NO_RUN = (
     "no run in saved_models yet; try --weights examples/horse2zebra.safetensors, or train one with make demo, "
@@ -95,7 +93,7 @@ def open_run(args: argparse.Namespace, run_name: str | None, scale: str = "train
     paths = [args.weights]
     try:
         if run_name and not args.weights:
-            paths = sorted((RUNS / flags.folder_name(run_name)).glob("G_??.safetensors"))
+            paths = sorted((RUNS / cli.folder_name(run_name)).glob("G_??.safetensors"))
     except argparse.ArgumentTypeError as error:  # not out of the list in the page
         raise InputError(f"run: {error}") from None
     stamps = tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
@@ -313,14 +311,14 @@ def build_page(args: argparse.Namespace, folder: Path) -> Any:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(prog="app.py", description=__doc__)
-    add = flags.flag_group(parser, "what")
-    add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of the runs")
+    parser = cli.Parser(prog="app.py", description=__doc__)
+    add = cli.flag_group(parser, "what")
+    add("--weights", type=cli.path_name, default=None, metavar="FILE", help="a generator file, in place of the runs")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network in")
-    add("--port", type=flags.int_between(1, 65535), default=7860, help="port to listen at")
-    add("--max_mb", type=flags.float_between(0, 10**4, above=True), default=20.0, help="largest file to upload, MiB")
-    flags.add_pixel_flag(add)
-    flags.add_device_flags(parser)
+    add("--port", type=cli.int_between(1, 65535), default=7860, help="port to listen at")
+    add("--max_mb", type=cli.float_between(0, 10**4, above=True), default=20.0, help="largest file to upload, MiB")
+    cli.add_pixel_flag(add)
+    cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -355,7 +353,7 @@ def invitation(host: str, port: int) -> str:
     return f"open http://{url_host(host)}:{port}{others} ; Ctrl-C ends it"
 
 
-@utils.stage
+@process.command
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the page and serve it until Ctrl-C."""
     args = parse_args(argv)

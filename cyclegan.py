@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from devices import autocast, in_threads, rng_state, set_rng_state
 from models import DIRECTIONS, GAN_LOSSES, Nets
-from utils import FakeImageBuffer, InputError, average, rank, warn
+from toolkit.devices import autocast, rng_state, set_rng_state
+from toolkit.distributed import average, rank
+from toolkit.executor import in_threads
+from utils import FakeImageBuffer, InputError, warn
 
 OTHER = {"A": "B", "B": "A"}  # the domain that images of one are translated to
 TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")

@@ -27,9 +27,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import images
-from devices import free_memory
-from utils import InputError, world
+from toolkit import images
+from toolkit.devices import free_memory
+from toolkit.distributed import world_size
+from utils import InputError
 
 DEMO = "day2night"  # the set that prepare.py draws
 CHECKSUM_BYTES = 8  # of each image in a cache
@@ -257,7 +258,7 @@ def make_caches(
         return {}
     if kind == "ram":
         total = sum(map(len, paths.values())) * (math.prod(size) * channels + CHECKSUM_BYTES)
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
         check_cache_memory(total * ranks_here, num_workers)
     folder = dataset / ".cache" if kind == "disk" else None
     return {d: ImageCache(found, size, channels, folder, num_workers > 0) for d, found in paths.items()}

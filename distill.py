@@ -29,23 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoints
 import cyclegan
 import datasets
-import devices
-import flags
-import images
 import models
 import train
 import utils
-from checkpoints import IMAGES, RUNS
-from files import write_json
-from inference import check_together
 from models import DIRECTIONS
-from progress import distillation_rows
-from report import compare_costs, refuse_large, report_direction, report_rows
+from toolkit import checkpoints, cli, devices, images, process
+from toolkit.checkpoints import IMAGES, RUNS
+from toolkit.files import write_json
+from toolkit.inference import check_together
+from toolkit.monitor import distillation_rows
+from toolkit.report import compare_costs, refuse_large, report_direction, report_rows
+from toolkit.weights import load_generator
 from utils import InputError, say
-from weights import load_generator
 
 COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
 STUDENT_FLAGS = ("student_residual", "student_ngf", "student_skips")
@@ -162,7 +159,7 @@ def settle_direction(args: Namespace, teacher: Teacher) -> Namespace:
     """Let a single generator have the one student that it can have; raises InputError if another one was asked for."""
     present = [direction for name, direction in DIRECTIONS.items() if name in teacher.nets]
     if len(present) == 1 and "direction" not in args.given:
-        return flags.changed(args, direction=present[0])
+        return cli.changed(args, direction=present[0])
     missing = [DIRECTIONS[name] for name in students_of(args) if name not in teacher.nets]
     if missing:
         words = f"translates {', '.join(present) or 'nothing'} only, not {missing[0]}; give that --direction"
@@ -236,7 +233,7 @@ def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
             nets[name] = models.build_generator(config) if name in DIRECTIONS else models.build_discriminator(config_D)
     for net in nets.values():
         net.requires_grad_(True).train()
-    flags.check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
+    cli.check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
     return {name: nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
 
 
@@ -278,46 +275,46 @@ def teacher_name(args: Namespace) -> str:
 
 def run_or_file(text: str) -> str:
     """Flag type: an existing file, or one plain folder name in saved_models."""
-    return text if Path(text).is_file() else flags.folder_name(text)
+    return text if Path(text).is_file() else cli.folder_name(text)
 
 
 def block_list(text: str) -> list[int] | None:
     """Flag type: teacher blocks, separated by commas, or auto."""
-    return None if text == "auto" else [flags.int_between(0)(word) for word in text.split(",")]
+    return None if text == "auto" else [cli.int_between(0)(word) for word in text.split(",")]
 
 
-def add_inherited_flags(parser: flags.Parser) -> flags.Parser:
+def add_inherited_flags(parser: cli.Parser) -> cli.Parser:
     """Declare the flags that a distillation takes from its teacher unless they are given; returns the parser."""
-    for add_flags in (flags.add_data_flags, flags.add_loss_flags, flags.add_optim_flags):
+    for add_flags in (cli.add_data_flags, cli.add_loss_flags, cli.add_optim_flags):
         add_flags(parser)
     return parser
 
 
-def make_parser() -> flags.Parser:
+def make_parser() -> cli.Parser:
     """Declare all flags of this stage."""
-    parser = flags.Parser(prog="distill.py", description=__doc__)
-    add = flags.flag_group(parser, "distillation")
+    parser = cli.Parser(prog="distill.py", description=__doc__)
+    add = cli.flag_group(parser, "distillation")
     words = "run, checkpoint or generator file (default: the run named --dataset_name)"
     add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
     words = "which generators get a student (of a single file: the one that it holds)"
     add("--direction", choices=("both", *DIRECTIONS.values()), default="both", help=words)
-    add("--student_residual", type=flags.int_between(0, 1000), default=3, help="blocks of the student")
-    add("--student_ngf", type=flags.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
+    add("--student_residual", type=cli.int_between(0, 1000), default=3, help="blocks of the student")
+    add("--student_ngf", type=cli.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
     words = "lead what the halvings lose around the blocks of a resnet student (default: as its teacher)"
     add("--student_skips", action=BooleanOptionalAction, default=None, help=words)
     words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
     add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
-    add("--lambda_hidden", type=flags.float_between(0), default=1.0, help="weight of the distance of hidden states")
-    add("--lambda_output", type=flags.float_between(0), default=10.0, help="weight of the distance of images")
+    add("--lambda_hidden", type=cli.float_between(0), default=1.0, help="weight of the distance of hidden states")
+    add("--lambda_output", type=cli.float_between(0), default=10.0, help="weight of the distance of images")
     add("--transfer", action=BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
     add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
     add_inherited_flags(parser)
-    for name in add_inherited_flags(flags.Parser()).flags:
+    for name in add_inherited_flags(cli.Parser()).flags:
         action = parser.flags[name]
         action.default = None
         action.help = f"{str(action.help).split(' (default')[0]} (default: the teacher's)"
-    flags.add_run_flags(parser)
-    flags.add_speed_flags(parser)
+    cli.add_run_flags(parser)
+    cli.add_speed_flags(parser)
     return parser
 
 
@@ -327,17 +324,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
-    flags.refuse_contradictions(parser, args)
+    cli.refuse_contradictions(parser, args)
     return args
 
 
 def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
-    parser = add_inherited_flags(flags.Parser())
+    parser = add_inherited_flags(cli.Parser())
     if teacher.single:
         old = {name: action.default for name, action in parser.flags.items()}
     else:
-        old = flags.saved_flags(parser, teacher.flags, teacher.path)
+        old = cli.saved_flags(parser, teacher.flags, teacher.path)
     if utils.is_folder_name(teacher.facts.get("dataset_name")):
         old["dataset_name"] = teacher.facts["dataset_name"]
     if teacher.facts.get("size"):
@@ -351,7 +348,7 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     words = " ".join(f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
     source = "defaults, and what the file says of itself" if teacher.single else f"inherited from {teacher.path}"
     say(f"{source}: {words}")
-    return flags.changed(args, **{**taken, "channels": channels})
+    return cli.changed(args, **{**taken, "channels": channels})
 
 
 def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
@@ -388,7 +385,7 @@ def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict 
     train.run(args, model, feed, saver, monitor, state, path)
 
 
-@utils.stage
+@process.command
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, from the start or from a checkpoint; or report."""
     args = parse_args(argv)
@@ -397,13 +394,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.start_from != "0":
         folder = RUNS / args.run_name
         state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill")
-        args = flags.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
-        parser = add_inherited_flags(flags.Parser())
+        args = cli.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
+        parser = add_inherited_flags(cli.Parser())
         defaults = {name: action.default for name, action in parser.flags.items()}  # of flags that came later
-        later = flags.saved_flags(parser, defaults | state["args"], checkpoint)
-        args = flags.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
+        later = cli.saved_flags(parser, defaults | state["args"], checkpoint)
+        args = cli.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
     elif not args.report:
-        checkpoints.refuse_second_run(args.run_name, args.overwrite, flags.plain_flags(args))
+        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_flags(args))
     teacher = load_teacher(str(args.teacher), students_of(args))
     args = settle_direction(args, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():  # however it is named
@@ -414,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = f"not the teacher that {checkpoint} learnt from (its content changed)"
         give = f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {args.run_name}"
         raise InputError(f"{teacher.path}: {words}; {give}")
-    flags.check_run_flags(args)
+    cli.check_run_flags(args)
     device = devices.pick_device(args.device)
     if args.report:
         report(args, teacher, device)

@@ -22,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flags
-import metrics
 import utils
-import weights
-from checkpoints import RUNS
-from files import atomic_write
-from inference import DOMAINS, NETWORKS, load_networks
 from models import Generator
+from toolkit import cli, converters, metrics, process
+from toolkit.checkpoints import RUNS
+from toolkit.files import atomic_write
+from toolkit.inference import DOMAINS, NETWORKS, load_networks
 from utils import InputError
 
 OPSET = 18
@@ -148,23 +146,23 @@ def export_onnx(net: Generator, metadata: dict, output: Path) -> dict[str, float
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(prog="export.py", description=__doc__)
-    add = flags.flag_group(parser, "what")
-    add("--run_name", type=flags.folder_name, default="horse2zebra", help="run in saved_models")
-    add("--epoch", type=flags.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
-    add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
+    parser = cli.Parser(prog="export.py", description=__doc__)
+    add = cli.flag_group(parser, "what")
+    add("--run_name", type=cli.folder_name, default="horse2zebra", help="run in saved_models")
+    add("--epoch", type=cli.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
+    add("--weights", type=cli.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add("--direction", choices=("AtoB", "BtoA"), default=None, help="which generator (default: AtoB, or the file's)")
     add("--to", choices=("onnx", "junyanz"), default="onnx", help="an ONNX model, or weights under junyanz's names")
-    add("--output", type=flags.path_name, metavar="FILE", help="where it goes (default: beside the weights)")
+    add("--output", type=cli.path_name, metavar="FILE", help="where it goes (default: beside the weights)")
     args = parser.parse_args(argv)
-    flags.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"))
+    cli.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"))
     suffix = ".onnx" if args.to == "onnx" else ".pth"
     if args.output and (args.output.suffix != suffix or args.output.is_dir()):
         parser.error(f"--output {args.output}: expected a file that ends in {suffix}")
     return args
 
 
-@utils.stage
+@process.command
 def main(argv: Sequence[str] | None = None) -> Path:
     """Export one generator; returns the file."""
     args = parse_args(argv)
@@ -181,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         export_onnx(net, metadata, output)
     else:
         with atomic_write(output) as temporary:
-            torch.save(weights.to_junyanz(net), temporary)
+            torch.save(converters.to_junyanz(net), temporary)
     utils.say(f"{metadata['direction']} written to {output}, {output.stat().st_size / 1e6:.1f} MB")
     return output
 

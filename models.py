@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
+from toolkit.layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 
 GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
@@ -26,6 +26,10 @@ GAN_LOSSES = ("lsgan", "bce", "hinge")
 PARTS = ("stem", "down", "blocks", "up", "skips", "head", "D")  # what can be frozen: parts of G, or discriminators
 DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}  # the generators and what they translate
 CHANNELS_OF_A_GROUP = 16  # of a group norm, at least; one group where there are fewer channels
+LIMITS = {  # beyond: not a network but an attack on the memory
+    **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
+    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
+}
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
@@ -483,3 +487,13 @@ def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> Di
     net = Discriminator(config)
     init_weights(net, init)
     return net
+
+
+def meta_network(config: GeneratorConfig) -> Generator:
+    """Build a generator of shapes only, on the meta device: a lying file costs no memory.
+
+    Not by build_generator: for random numbers on that device torch imports its compiler, which takes seconds.
+    """
+    kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
+    with torch.device("meta"):
+        return kind(config)

@@ -26,13 +26,13 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-import checks
-import images
 from datasets import DEMO, find_dataset, split_images
-from files import new_folder, refuse_existing
-from flags import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
-from scenes import draw_dataset
-from utils import InputError, RunError, counted, one_line, say, stage, warn
+from toolkit import checks, images
+from toolkit.cli import Parser, add_pixel_flag, float_between, folder_name, int_between, path_name
+from toolkit.files import new_folder, refuse_existing
+from toolkit.process import command
+from toolkit.synthetic import draw_dataset
+from utils import InputError, RunError, counted, one_line, say, warn
 
 SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
 SHEET_CELLS = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
@@ -300,18 +300,18 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     check.add_argument("--sheet", action="store_true", help=sheet)
     twins = "move all but one of the same images to removed/ in the data set, those in train before those in test"
     check.add_argument("--remove_twins", action="store_true", help=twins)
-    for command in (split, check):
-        add_pixel_flag(command.add_argument)
+    for sub in (split, check):
+        add_pixel_flag(sub.add_argument)
     draw.set_defaults(run=lambda args: draw_dataset(args.data_root, args.size))
     download.set_defaults(run=download_dataset)
     split.set_defaults(run=split_dataset)
     check.set_defaults(run=check_dataset)
-    for command in (draw, download, split, check):
-        command.add_argument("--data_root", type=Path, default="datasets", help="folder of all (default: datasets)")
+    for sub in (draw, download, split, check):
+        sub.add_argument("--data_root", type=Path, default="datasets", help="folder of all (default: datasets)")
     return parser.parse_args(argv)
 
 
-@stage
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one sub-command."""
     args = parse_args(argv)

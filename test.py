@@ -20,19 +20,16 @@ import torch
 from torch import Tensor
 
 import datasets
-import files
-import flags
-import images
-import metrics
 import utils
-from checkpoints import IMAGES
 from cyclegan import LossConfig
-from fidelity import fid_kid, need_torch_fidelity
-from inference import DOMAINS, Result, Translator, load_networks, translate_folder, write_gallery
-from results import forget_scores, shown_file, sweep
+from toolkit import cli, files, images, metrics, process
+from toolkit.checkpoints import IMAGES
+from toolkit.gallery import Result, forget_scores, shown_file, sweep, write_gallery
+from toolkit.inference import DOMAINS, Translator, load_networks, translate_folder
+from toolkit.metrics import fid_kid, need_torch_fidelity
 from utils import InputError
 
-MEASURES = (*flags.MEASURES, "fid", "kid")
+MEASURES = (*cli.MEASURES, "fid", "kid")
 NEEDED = {"train": {"paired", "fid", "kid"}, "test": {"identity", "losses", "fid", "kid"}}  # of the target domain
 COLUMNS = 6  # images in the grid
 
@@ -185,7 +182,7 @@ def measure_paired(args: Namespace, translator: Translator, direction: str, resu
 def mean_losses(args: Namespace, translator: Translator, saved: dict) -> dict[str, float]:
     """The training losses on the test images; weights and form of the losses are the run's."""
     reals = {domain: test_images(args, translator, domain) for domain in "AB"}
-    config = flags.config_of(LossConfig, Namespace(**saved))
+    config = cli.config_of(LossConfig, Namespace(**saved))
     return metrics.mean_losses(translator.nets, reals, config, translator.precision)
 
 
@@ -209,33 +206,33 @@ def report(scores: dict) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
-    parser = flags.Parser(prog="test.py", description=__doc__)
-    add = flags.flag_group(parser, "what")
-    add("--dataset_name", type=flags.folder_name, help="set whose test images are translated (default: the run's)")
+    parser = cli.Parser(prog="test.py", description=__doc__)
+    add = cli.flag_group(parser, "what")
+    add("--dataset_name", type=cli.folder_name, help="set whose test images are translated (default: the run's)")
     add("--data_root", type=Path, default=None, help="folder that holds the data sets (default: the run's)")
-    add("--run_name", type=flags.folder_name, help="run in saved_models (default: --dataset_name, else horse2zebra)")
-    add("--epoch", type=flags.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
-    add("--weights", type=flags.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
+    add("--run_name", type=cli.folder_name, help="run in saved_models (default: --dataset_name, else horse2zebra)")
+    add("--epoch", type=cli.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
+    add("--weights", type=cli.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
     add("--input", type=Path, metavar="FILE_OR_FOLDER", help="images of one domain, in place of a data set")
     words = "which generator to use (default: both; for --input AtoB, or what the file says)"
     add("--direction", choices=("both", "AtoB", "BtoA"), default=None, help=words)
     add("--skip_existing", action="store_true", help="leave images out whose results exist already")
-    add("--num_test", type=flags.int_between(1), default=None, help="translate at most so many images (default: all)")
-    add = flags.flag_group(parser, "how")
+    add("--num_test", type=cli.int_between(1), default=None, help="translate at most so many images (default: all)")
+    add = cli.flag_group(parser, "how")
     add("--scale", choices=("train", "native"), default=None, help="seen as in training (default), or at its own size")
     add("--round_trip", action=BooleanOptionalAction, help="also translate back (default: data sets yes, --input no)")
     words = "native, in tiles of so many px a side: takes less memory, and more time (default: whole)"
-    add("--tile", type=flags.int_between(16, 2**16), default=None, metavar="PIXELS", help=words)
+    add("--tile", type=cli.int_between(16, 2**16), default=None, metavar="PIXELS", help=words)
     add("--output_size", choices=("input", "net"), default="input", help="size of the results: input's or network's")
     add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run or file>/test)")
-    kinds = {"type": flags.words_of(MEASURES), "default": [], "metavar": ",".join(MEASURES)}
+    kinds = {"type": cli.words_of(MEASURES), "default": [], "metavar": ",".join(MEASURES)}
     add("--metrics", **kinds, help="measures on the test images (default: none)")
-    add("--inception_weights", type=flags.path_name, metavar="FILE", help="weights for fid and kid (default: download)")
-    flags.add_reading_flags(add)
-    flags.add_device_flags(parser)
+    add("--inception_weights", type=cli.path_name, metavar="FILE", help="weights for fid and kid (default: download)")
+    cli.add_reading_flags(add)
+    cli.add_device_flags(parser)
     args = parser.parse_args(argv)
     pairs = (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name"))
-    flags.refuse_both(parser, args, *pairs)
+    cli.refuse_both(parser, args, *pairs)
     if args.inception_weights and not {"fid", "kid"} & set(args.metrics):
         parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
     if args.tile and args.scale == "train":
@@ -243,7 +240,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     scale = args.scale or ("native" if args.tile else "train")
     round_trip = args.input is None if args.round_trip is None else args.round_trip
     run_name = args.run_name or args.dataset_name or "horse2zebra"
-    return flags.changed(args, run_name=run_name, scale=scale, round_trip=round_trip)
+    return cli.changed(args, run_name=run_name, scale=scale, round_trip=round_trip)
 
 
 def choose_directions(args: Namespace, translator: Translator) -> list[str]:
@@ -271,10 +268,10 @@ def settle_names(args: Namespace, metadata: dict) -> Namespace:
     recorded = None if args.weights or args.input else metadata.get("data_root")
     data_root = args.data_root or datasets.recorded_root(recorded)
     output = args.output or IMAGES / run_name / "test"
-    return flags.changed(args, dataset_name=dataset_name, data_root=data_root, output=output)
+    return cli.changed(args, dataset_name=dataset_name, data_root=data_root, output=output)
 
 
-@utils.stage
+@process.command
 def main(argv: Sequence[str] | None = None) -> dict:
     """Translate, show, score; returns the scores."""
     args = parse_args(argv)

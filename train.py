@@ -20,23 +20,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoints
 import datasets
-import devices
-import files
-import flags
-import metrics
 import models
-import scenes
 import utils
-from checkpoints import IMAGES, RUNS, Progress, Saver
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
 from datasets import Feed
-from images import BadImages, limit_pixels
-from logs import Meter
-from progress import Monitor, command, cyclegan_rows, load_samples, load_watched, say_duration
-from utils import InputError, counted, max_over_ranks, rank, say
-from weights import load_pair
+from toolkit import checkpoints, cli, devices, distributed, executor, files, metrics, process, synthetic
+from toolkit.checkpoints import IMAGES, RUNS, Progress, Saver
+from toolkit.distributed import max_over_ranks, rank
+from toolkit.images import BadImages, limit_pixels
+from toolkit.monitor import Meter, Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
+from toolkit.weights import load_pair
+from utils import InputError, counted, say
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
@@ -54,9 +49,9 @@ def training_loop(
     done_steps = progress.epoch * steps + progress.step_in_epoch
     bar = tqdm(total=args.num_epochs * steps, initial=done_steps, unit="step", mininterval=0.5, disable=rank() > 0)
     signum = 0
-    with utils.StopRequest() as stop, bar:
+    with process.StopRequest() as stop, bar:
         while progress.epoch < args.num_epochs and not signum:
-            factor = linear_decay(progress.epoch, args.num_epochs, flags.decay_epoch(args))
+            factor = linear_decay(progress.epoch, args.num_epochs, cli.decay_epoch(args))
             model.set_learning_rate(factor)
             bar.set_description(f"epoch {progress.epoch + 1}/{args.num_epochs}", refresh=False)
             for real_A, real_B in feed.batches(progress.epoch, progress.step_in_epoch, model.device):
@@ -121,7 +116,7 @@ def stop_if_not_finite(
         return
     terms, ago = meter.first_not_finite()
     seen = feed.paths_of_step((progress.step_in_epoch or feed.order.steps) - 1 - ago)
-    found = utils.gather((bool(terms), ago, terms, seen))  # of the rank whose first bad loss is oldest
+    found = distributed.gather((bool(terms), ago, terms, seen))  # of the rank whose first bad loss is oldest
     _, ago, terms, seen = max(found, default=(False, ago, terms, seen))
     raise utils.RunError(
         f"{', '.join(terms or wrong)} not finite at step {progress.step - ago}, images {' '.join(seen)}; "
@@ -164,7 +159,7 @@ def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, s
         monitor.add_measures(progress.epoch, progress.step, row)
 
 
-@utils.first_rank
+@distributed.first_rank
 def measure(args: Namespace, model: CycleGAN, progress: Progress, held_out: dict[str, Path]) -> dict | None:
     """The row of this epoch in measures.csv; None of what cannot be evaluated, which is said: the run goes on."""
     try:
@@ -183,10 +178,10 @@ def measure(args: Namespace, model: CycleGAN, progress: Progress, held_out: dict
 def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
     """Find the images, drawing the demo set when it is missing, and make their loader."""
     limit_pixels(1e6 * args.max_megapixels)
-    rank_slice = utils.rank_slice(args.batch_size)
-    with utils.first_rank_first():
+    rank_slice = distributed.rank_slice(args.batch_size)
+    with distributed.first_rank_first():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
-            scenes.draw_dataset(args.data_root)
+            synthetic.draw_dataset(args.data_root)
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     paths = {}
     bad = {}
@@ -219,7 +214,7 @@ def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
             if key in given and getattr(args, key) != value:
                 words = f"its network has {key} {value}, not {getattr(args, key)}"
                 raise InputError(f"--init_from {path}: {words}; leave the flag out")
-            args = flags.changed(args, **{key: value})
+            args = cli.changed(args, **{key: value})
         given = given | dataclasses.asdict(net.config).keys()  # so that a second file has to agree with the first
     return args, nets
 
@@ -241,7 +236,7 @@ def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
 
 def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
     """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
-    generator, discriminator = flags.network_configs(args)
+    generator, discriminator = cli.network_configs(args)
     devices.seed_everything(args.seed, args.deterministic)
     nets: models.Nets = {name: models.build_generator(generator, args.init) for name in models.DIRECTIONS}
     nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
@@ -264,7 +259,7 @@ def make_model(
     loss: Callable = generator_loss,
 ) -> CycleGAN:
     """Put networks on their device and make all that learns with them; adapters and loss are a distillation's."""
-    flags.check_memory(args, nets["G_AB"].config, device)
+    cli.check_memory(args, nets["G_AB"].config, device)
     devices.set_cudnn_benchmark(device, args.deterministic)
     devices.set_tf32(device)
     for net in nets.values():
@@ -273,20 +268,20 @@ def make_model(
         adapters.to(device)
     precision = devices.pick_precision(args.precision, device)
     torch.manual_seed(args.seed + rank())  # weights are equal on all ranks; from here each draws its own numbers
-    losses = flags.config_of(LossConfig, args)
-    model = CycleGAN(nets, losses, flags.config_of(OptimConfig, args), precision, args.seed, adapters, loss)
+    losses = cli.config_of(LossConfig, args)
+    model = CycleGAN(nets, losses, cli.config_of(OptimConfig, args), precision, args.seed, adapters, loss)
     if args.compile:
-        model.compiled = devices.compile_nets(nets, device)
+        model.compiled = executor.compile_nets(nets, device)
     return model
 
 
 def make_saver(args: Namespace, stage: str, **facts: object) -> Saver:
     """Settle where and when states go, and what stands in each; facts: what a distillation adds."""
-    schedules = {"num_epochs": args.num_epochs, "decay_epoch": flags.decay_epoch(args)}
+    schedules = {"num_epochs": args.num_epochs, "decay_epoch": cli.decay_epoch(args)}
     names = {name: str(getattr(args, name)) for name in ("run_name", "dataset_name", "data_root")}
     return Saver(
         RUNS / args.run_name,
-        {"stage": stage, "args": flags.plain_flags(args), "schedules": schedules, **facts},
+        {"stage": stage, "args": cli.plain_flags(args), "schedules": schedules, **facts},
         {"stage": stage, **names, "size": [args.img_height, args.img_width]},
         checkpoint_interval=args.checkpoint_interval,
         keep_checkpoints=args.keep_checkpoints,
@@ -309,7 +304,7 @@ def make_monitor(args: Namespace, dataset: Path, terms: Sequence[str], draw_rows
 
 def describe(args: Namespace, model: CycleGAN, counts: dict[str, int]) -> None:
     """Write run.json and say what is about to learn, on what."""
-    facts = checkpoints.run_description(flags.plain_flags(args), counts, model)
+    facts = checkpoints.run_description(cli.plain_flags(args), counts, model)
     files.write_json(RUNS / args.run_name / "run.json", facts)
     parameters = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
     say(f"parameters: {parameters}; {model.device}, {model.precision}")
@@ -366,19 +361,19 @@ def run(
         words = f"the last save failed, {saver.last_state()}"
         raise utils.RunError(f"{saver.save_error}; {words}; free the disk and go on from it")
     if signum:
-        again = command(f"{saver.facts['stage']}.py", "--run_name", args.run_name, "--start_from", "latest")
+        again = command_line(f"{saver.facts['stage']}.py", "--run_name", args.run_name, "--start_from", "latest")
         say(f"stopped and saved after step {progress.step}; go on with: {again}")
-        utils.leave_ranks()
+        distributed.leave_ranks()
         raise SystemExit(128 + signum)
     done = f"{counted(progress.epoch, 'epoch')}, {counted(progress.step, 'step')}; see {monitor.images}/epoch_{progress.epoch:04d}.png"
-    say(f"done: {done}, then: {command('test.py', '--run_name', args.run_name)}")
+    say(f"done: {done}, then: {command_line('test.py', '--run_name', args.run_name)}")
 
 
-def make_parser() -> flags.Parser:
+def make_parser() -> cli.Parser:
     """Declare all flags of this stage."""
-    parser = flags.Parser(prog="train.py", description=__doc__)
-    groups = (flags.add_data_flags, flags.add_network_flags, flags.add_loss_flags, flags.add_optim_flags)
-    for add_flags in (*groups, flags.add_transfer_flags, flags.add_run_flags, flags.add_speed_flags):
+    parser = cli.Parser(prog="train.py", description=__doc__)
+    groups = (cli.add_data_flags, cli.add_network_flags, cli.add_loss_flags, cli.add_optim_flags)
+    for add_flags in (*groups, cli.add_transfer_flags, cli.add_run_flags, cli.add_speed_flags):
         add_flags(parser)
     return parser
 
@@ -388,14 +383,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
-    flags.refuse_contradictions(parser, args)
-    meaningless = args.given & set(flags.VIT_FLAGS if args.generator == "resnet" else flags.RESNET_FLAGS)
+    cli.refuse_contradictions(parser, args)
+    meaningless = args.given & set(cli.VIT_FLAGS if args.generator == "resnet" else cli.RESNET_FLAGS)
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
 
 
-@utils.stage
+@process.command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, from the start or from a checkpoint."""
     args = parse_args(argv)
@@ -403,14 +398,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = None
     pretrained = {}
     if args.start_from == "0":
-        checkpoints.refuse_second_run(args.run_name, args.overwrite, flags.plain_flags(args))
+        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_flags(args))
         args, pretrained = load_pretrained(args)
     else:
         state, checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "train")
-        args = flags.resume_flags(make_parser(), args, state.get("args"), checkpoint)
-    args = flags.with_vit_defaults(args)
-    flags.check_run_flags(args)
-    flags.network_configs(args)  # refuses sizes before anything starts
+        args = cli.resume_flags(make_parser(), args, state.get("args"), checkpoint)
+    args = cli.with_vit_defaults(args)
+    cli.check_run_flags(args)
+    cli.network_configs(args)  # refuses sizes before anything starts
     device = devices.pick_device(args.device)
     dataset, feed = make_feed(args, device)
     model = make_model(args, make_nets(args, pretrained), device)

@@ -24,17 +24,14 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
-import devices
-import flags
-import images
-import metrics
 import test as test_stage
 import train
 import utils
-from checkpoints import IMAGES, RUNS
-from files import atomic_write, write_json, write_text
-from logs import read_losses
-from weights import load_generator
+from toolkit import cli, devices, images, metrics, process
+from toolkit.checkpoints import IMAGES, RUNS
+from toolkit.files import atomic_write, write_json, write_text
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 
 RESNET = ["--generator", "resnet", "--num_residual", "6", "--ngf", "32"]
 VARIANTS = {
@@ -84,7 +81,7 @@ def seconds_per_step(args):
     """Median time of a training step of each network, in turns, so that a busy machine slows all."""
     models = {}
     for variant, words in VARIANTS.items():
-        parsed = flags.with_vit_defaults(train.parse_args([*common_flags(args), *words]))
+        parsed = cli.with_vit_defaults(train.parse_args([*common_flags(args), *words]))
         models[variant] = train.make_model(parsed, train.make_nets(parsed, {}), devices.pick_device(parsed.device))
     times = {variant: [] for variant in models}
     for turn in range(TIMED + 2):
@@ -216,15 +213,15 @@ def draw_rows(args, runs, path):
     images.save_image(images.draw_grid(rows), path)
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="compare_generators.py", description=__doc__)
-    add = flags.flag_group(parser, "what")
-    add("--dataset_name", type=flags.folder_name, default="day2night", help="folder in --data_root")
+    parser = cli.Parser(prog="compare_generators.py", description=__doc__)
+    add = cli.flag_group(parser, "what")
+    add("--dataset_name", type=cli.folder_name, default="day2night", help="folder in --data_root")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--steps", type=flags.int_between(EPOCHS), default=2400, help=f"steps of each run, in {EPOCHS} epochs")
+    add("--steps", type=cli.int_between(EPOCHS), default=2400, help=f"steps of each run, in {EPOCHS} epochs")
     add("--equal_minutes", action="store_true", help="also compare at the minutes that the slowest takes for the steps")
-    add("--seeds", type=flags.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each network")
+    add("--seeds", type=cli.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each network")
     add("--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle for unpaired sets")
     args = parser.parse_args(argv)
     args.steps -= args.steps % EPOCHS

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import devices
-import flags
-import images
 import models
 import utils
 from cyclegan import LossConfig, discriminator_loss
+from toolkit import cli, devices, images, process
 
 # the last has no normalisation of maps, but weights of spectral norm 1 (Miyato et al. 2018, arXiv:1802.05957)
 NORMS = (*models.NORMS, "spectral")
@@ -50,18 +48,18 @@ def ranked(net: nn.Module, test_A: Tensor, test_B: Tensor) -> float:
     return (scores_B[:, None] > scores_A).float().mean().item()
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="discriminators.py", description=__doc__)
-    add = flags.flag_group(parser, "how")
+    parser = cli.Parser(prog="discriminators.py", description=__doc__)
+    add = cli.flag_group(parser, "how")
     add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
-    add("--size", type=flags.int_between(8), default=64, help="side in px")
+    add("--size", type=cli.int_between(8), default=64, help="side in px")
     add("--norms", nargs="+", choices=NORMS, default=["instance", "group", "none", "spectral"], help="which to try")
-    add("--ndf", type=flags.int_between(1), default=64, help="width")
-    add("--n_layers_D", type=flags.int_between(1), default=3, help="strided layers")
-    add("--lr", type=flags.float_between(0, above=True), default=1e-4, help="rate")
-    add("--steps", type=flags.int_between(1), default=1200, help="steps for each")
-    add("--every", type=flags.int_between(1), default=400, help="steps between two figures")
+    add("--ndf", type=cli.int_between(1), default=64, help="width")
+    add("--n_layers_D", type=cli.int_between(1), default=3, help="strided layers")
+    add("--lr", type=cli.float_between(0, above=True), default=1e-4, help="rate")
+    add("--steps", type=cli.int_between(1), default=1200, help="steps for each")
+    add("--every", type=cli.int_between(1), default=400, help="steps between two figures")
     args = parser.parse_args(argv)
     largest = models.DiscriminatorConfig().largest_n_layers(args.size)
     if args.n_layers_D > largest:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import flags
 import utils
 from datasets import named_images
+from toolkit import cli, process
 
 SIDE = 64  # px
 SHIFT = 6  # px at most, of a training image, up or down and to a side
@@ -84,10 +84,10 @@ def folder_score(dataset: Path, folder: Path, target: str, channels: int = 3) ->
     return statistics.fmean(taken_for(net, real_or_fake, target) for net in classifiers(dataset, channels))
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="domain_score.py", description=__doc__)
-    add = flags.flag_group(parser, "folders")
+    parser = cli.Parser(prog="domain_score.py", description=__doc__)
+    add = cli.flag_group(parser, "folders")
     add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
     add("--fake_A", type=Path, help="translations of testB")
     add("--fake_B", type=Path, help="translations of testA")

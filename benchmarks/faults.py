@@ -41,16 +41,12 @@ from PIL import Image  # noqa: E402
 
 import app  # noqa: E402
 import distill  # noqa: E402
-import flags  # noqa: E402
-import images  # noqa: E402
-import inference  # noqa: E402
 import prepare  # noqa: E402
-import scenes  # noqa: E402
 import train  # noqa: E402
-import weights  # noqa: E402
-from checkpoints import Progress, flag_changes, load_state, networks_of, restore  # noqa: E402
-from logs import LossLog, Meter, plot_losses, read_losses  # noqa: E402
-from metrics import format_table  # noqa: E402
+from toolkit import cli, converters, images, inference, synthetic, weights  # noqa: E402
+from toolkit.checkpoints import Progress, flag_changes, load_state, networks_of, restore  # noqa: E402
+from toolkit.metrics import format_table  # noqa: E402
+from toolkit.monitor import LossLog, Meter, plot_losses, read_losses  # noqa: E402
 from utils import InputError  # noqa: E402
 
 SMALL = [
@@ -133,8 +129,8 @@ def compare(one, other):
 
 def new_model(argv):
     """Flags, and the fresh model that they describe, on the CPU."""
-    args = flags.with_vit_defaults(train.parse_args([str(word) for word in argv]))
-    flags.check_run_flags(args)
+    args = cli.with_vit_defaults(train.parse_args([str(word) for word in argv]))
+    cli.check_run_flags(args)
     return args, train.make_model(args, train.make_nets(args, {}), torch.device("cpu"))
 
 
@@ -439,7 +435,7 @@ def tally(what, count, attempt, refusal, limit=HANG):
 
 def sample_images():
     """A small image in every format and mode that a file can have, as bytes."""
-    image = scenes.draw_scene(0, "day", 48)
+    image = synthetic.draw_scene(0, "day", 48)
     wanted = [(mode, kind, {}) for mode in ("RGB", "L", "RGBA", "P", "1") for kind in KINDS]
     wanted += [("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "JPEG", {"progressive": True})]
     wanted += [("P", "PNG", {"bits": 4})]
@@ -477,10 +473,10 @@ class Reader:
 
     def start_from(self):
         found = load_state(self.state, "train")
-        args = flags.resume_flags(train.make_parser(), self.given, found.get("args"), self.state)
-        args = flags.with_vit_defaults(args)
-        flags.check_run_flags(args)
-        flags.network_configs(args)
+        args = cli.resume_flags(train.make_parser(), self.given, found.get("args"), self.state)
+        args = cli.with_vit_defaults(args)
+        cli.check_run_flags(args)
+        cli.network_configs(args)
         restore(found, self.state, self.model, Meter(), (3, SIDE, SIDE))
 
     def run_name(self):
@@ -518,7 +514,7 @@ def fuzz_files(count):
     folder = Path("saved_models/fuzz")
     finish([*SMALL, "--num_epochs", "1", "--steps_per_epoch", "3", "--buffer_size", "2", "--run_name", "fuzz"])
     state = latest("fuzz")
-    foreign = weights.to_junyanz(weights.load_generator(folder / "G_AB.safetensors")[0])
+    foreign = converters.to_junyanz(weights.load_generator(folder / "G_AB.safetensors")[0])
     torch.save(foreign, "foreign.pth")
     torch.save(foreign, "old.pth", _use_new_zipfile_serialization=False)
     files = [folder / "latest.pt", folder / "G_AB.safetensors", Path("foreign.pth"), Path("old.pth")]
@@ -647,7 +643,7 @@ def fuzz_descriptions(count):
     student["flags"] |= {"teacher": "logs", "direction": "both"}
     shutil.copytree("saved_models/logs", "saved_models/taught")
     contents = {"logs": run, "taught": json.dumps(student, indent=1).encode()}
-    given = flags.plain_flags(train.parse_args([*SMALL, "--run_name", "logs"]))
+    given = cli.plain_flags(train.parse_args([*SMALL, "--run_name", "logs"]))
 
     def read_one(i):
         rng = random.Random(f"description-{i}")
@@ -779,7 +775,7 @@ def watchdog(args):
     if args.demo:
         line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("DEMO := "))
         shutil.rmtree("datasets")
-        scenes.draw_dataset(Path("datasets"))
+        synthetic.draw_dataset(Path("datasets"))
         finish(line.removeprefix("DEMO := ").split(), "demo.log")
         print(f"demo: {Path('demo.log').read_text().count('warning: ')} warnings")
         return
@@ -888,7 +884,7 @@ def main():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)
-    scenes.draw_dataset(Path("datasets"), size=SIDE)
+    synthetic.draw_dataset(Path("datasets"), size=SIDE)
     COMMANDS[args.what](args)
 
 

@@ -31,15 +31,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
-import devices
-import flags
-import inference
 import models
 import train
 import utils
-from files import write_json, write_text
-from metrics import median_ms
-from weights import save_generator
+from toolkit import cli, devices, distributed, inference, process
+from toolkit.files import write_json, write_text
+from toolkit.metrics import median_ms
+from toolkit.weights import save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = Path("generated_images/gpu")  # what stages leave on the way to their rows
@@ -185,14 +183,14 @@ def pace(args: argparse.Namespace, *words: object, launch: tuple = (), limit: li
 
 def print_pace(warm: int, timed: int, megabytes: float | None, words: list[str]) -> None:
     """Make a model and time its steps on noise, in all processes that torchrun started."""
-    args = flags.with_vit_defaults(train.parse_args(words))
+    args = cli.with_vit_defaults(train.parse_args(words))
     device = devices.pick_device(args.device)
     if megabytes:
         torch.cuda.set_per_process_memory_fraction(1e6 * megabytes / devices.total_memory(device))
     model = train.make_model(args, train.make_nets(args, {}), device)
     noise = torch.Generator().manual_seed(0)
     shape = (2, args.batch_size, args.channels, args.img_height, args.img_width)
-    reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, utils.rank_slice(args.batch_size)].to(device)
+    reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, distributed.rank_slice(args.batch_size)].to(device)
     first = float(model.step(*reals)["loss_G"])
     start = 0.0
     for i in range(warm + timed):
@@ -420,7 +418,7 @@ def do_stage(args: argparse.Namespace, name: str) -> dict:
     return {"command": " ".join(words), "seconds": seconds, "rows": rows, "ok": not any("error" in row for row in rows)}
 
 
-@utils.stage
+@process.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.pace:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import flags
-import images
 import utils
+from toolkit import cli, images, process
 
 PALETTE = torch.tensor(
     [
@@ -78,10 +77,10 @@ def folder_scores(fake: Path, truth: Path) -> dict[str, float]:
     return label_scores((read(path), read(truths[path.stem])) for path in paths)
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="label_score.py", description=__doc__)
-    add = flags.flag_group(parser, "folders")
+    parser = cli.Parser(prog="label_score.py", description=__doc__)
+    add = cli.flag_group(parser, "folders")
     add("--fake", type=Path, required=True, help="label maps that a generator made")
     add("--truth", type=Path, required=True, help="the real ones, of the same names")
     args = parser.parse_args(argv)

@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import devices
 import export
-import flags
-import utils
-from weights import load_generator
+from toolkit import cli, devices, process
+from toolkit.weights import load_generator
 
 CPU = torch.device("cpu")
 
@@ -46,13 +44,13 @@ def medians(programs, turns):
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="latency.py", description=__doc__)
-    parser.add_argument("files", type=flags.path_name, nargs="+", help="generator files")
-    add = flags.flag_group(parser, "how")
-    add("--sides", type=flags.int_between(16), nargs="+", default=[64, 256], help="sides of the timed images, px")
-    add("--turns", type=flags.int_between(1), default=20, help="timed passes of each")
+    parser = cli.Parser(prog="latency.py", description=__doc__)
+    parser.add_argument("files", type=cli.path_name, nargs="+", help="generator files")
+    add = cli.flag_group(parser, "how")
+    add("--sides", type=cli.int_between(16), nargs="+", default=[64, 256], help="sides of the timed images, px")
+    add("--turns", type=cli.int_between(1), default=20, help="timed passes of each")
     args = parser.parse_args(argv)
     rows = {}
     programs = {}

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
-import scenes
+from toolkit import synthetic
 
 
 def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
@@ -27,7 +27,7 @@ def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
     for domain, hour in (("A", "day"), ("B", "night")):
         for i in range(count):
             paths[domain].append(folder / f"{domain}{i}.jpg")
-            scenes.draw_scene(i, hour, side).save(paths[domain][-1], quality=90)
+            synthetic.draw_scene(i, hour, side).save(paths[domain][-1], quality=90)
     return paths
 
 

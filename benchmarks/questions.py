@@ -16,15 +16,14 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
-import flags
-import images
 import test as test_stage
 import train
 import utils
-from checkpoints import IMAGES, RUNS, numbered_checkpoints
-from files import atomic_write
-from logs import read_losses
-from weights import load_generator
+from toolkit import cli, images, process
+from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
+from toolkit.files import atomic_write
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 
 RECIPE = ["--dataset_name", "day2night", "--img_height", "64", "--img_width", "64", "--num_residual", "3"]
 RECIPE += ["--ngf", "32", "--ndf", "32", "--n_layers_D", "2", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
@@ -111,9 +110,9 @@ def draw_losses():
         figure.savefig(temporary, dpi=90, format="png")
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    flags.Parser(prog="questions.py", description=__doc__).parse_args(argv)
+    cli.Parser(prog="questions.py", description=__doc__).parse_args(argv)
     for name, words in VARIANTS.items():
         train_or_resume(name, words)
     scores = {name: psnr_by_epoch(name) for name in VARIANTS}

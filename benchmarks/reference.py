@@ -29,13 +29,11 @@ import step as plain
 
 import cyclegan
 import datasets
-import devices
-import flags
-import metrics
 import train
 import utils
-from files import atomic_write
-from images import range_to_bytes
+from toolkit import cli, devices, metrics, process
+from toolkit.files import atomic_write
+from toolkit.images import range_to_bytes
 
 CLASSIC = "--batch_size 1 --lr 2e-4 --load_scale 1.12 --flip"
 DEMO = "--img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1"
@@ -79,9 +77,7 @@ class Ours:
     def start_epoch(self, epoch: int) -> bool:
         """Set the rate of an epoch; False if there is none left."""
         if epoch < self.args.num_epochs:
-            self.model.set_learning_rate(
-                cyclegan.linear_decay(epoch, self.args.num_epochs, flags.decay_epoch(self.args))
-            )
+            self.model.set_learning_rate(cyclegan.linear_decay(epoch, self.args.num_epochs, cli.decay_epoch(self.args)))
         return epoch < self.args.num_epochs
 
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
@@ -133,7 +129,7 @@ def make_run(config: argparse.Namespace, key: dict) -> list[dict]:
         recipe = f"{CLASSIC} --img_height {config.size} --img_width {config.size}"
     words = ["--dataset_name", config.dataset_name, "--data_root", str(config.data_root), "--seed", key["seed"]]
     args = train.parse_args([*shlex.split(recipe), *words])
-    flags.check_run_flags(args)
+    cli.check_run_flags(args)
     device = devices.pick_device(args.device)
     dataset, feed = train.make_feed(args, device)
     size = (args.img_height, args.img_width)
@@ -211,24 +207,24 @@ def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(prog="reference.py", description=__doc__)
-    add = flags.flag_group(parser, "what")
+    parser = cli.Parser(prog="reference.py", description=__doc__)
+    add = cli.flag_group(parser, "what")
     add("--ours", default=DEMO, help="flags of train.py (default: those of make demo)")
-    add("--ngf", type=flags.int_between(1), default=64, help="width of the reference's networks")
-    add("--blocks", type=flags.int_between(0), default=9, help="residual blocks of the reference")
-    add("--n_layers_D", type=flags.int_between(1), default=3, help="strided layers of the reference's discriminators")
-    add("--size", type=flags.int_between(4), default=64, help="side of the reference's images, px")
-    add("--dataset_name", type=flags.folder_name, default="day2night", help="folder in --data_root, with test pairs")
+    add("--ngf", type=cli.int_between(1), default=64, help="width of the reference's networks")
+    add("--blocks", type=cli.int_between(0), default=9, help="residual blocks of the reference")
+    add("--n_layers_D", type=cli.int_between(1), default=3, help="strided layers of the reference's discriminators")
+    add("--size", type=cli.int_between(4), default=64, help="side of the reference's images, px")
+    add("--dataset_name", type=cli.folder_name, default="day2night", help="folder in --data_root, with test pairs")
     add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--minutes", type=flags.float_between(0, above=True), default=10.0, help="minutes of training of each run")
-    add("--every", type=flags.float_between(0, above=True), default=20.0, help="seconds of training between two scores")
-    add("--seeds", type=flags.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each side")
-    add("--threads", type=flags.int_between(1), default=2, help="CPU threads")
+    add("--minutes", type=cli.float_between(0, above=True), default=10.0, help="minutes of training of each run")
+    add("--every", type=cli.float_between(0, above=True), default=20.0, help="seconds of training between two scores")
+    add("--seeds", type=cli.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each side")
+    add("--threads", type=cli.int_between(1), default=2, help="CPU threads")
     add("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
     return parser.parse_args(argv)
 
 
-@utils.stage
+@process.command
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv)
     torch.set_num_threads(config.threads)

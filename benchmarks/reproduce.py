@@ -33,19 +33,16 @@ import digit_score
 import domain_score
 import label_score
 
-import devices
 import distill
-import flags
-import images
-import metrics
 import test as test_stage
 import train
 import utils
-from checkpoints import IMAGES, RUNS, numbered_checkpoints
-from files import atomic_write, write_json, write_text
-from inference import load_run
-from logs import read_losses
-from weights import load_generator
+from toolkit import cli, devices, images, metrics, process
+from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
+from toolkit.files import atomic_write, write_json, write_text
+from toolkit.inference import load_run
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
@@ -616,11 +613,11 @@ def reproduce(name: str, data_root: Path, only: list[str]) -> None:
         save_page_image(film(task, dataset), task.file(name, "_film"))
 
 
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="reproduce.py", description=__doc__)
+    parser = cli.Parser(prog="reproduce.py", description=__doc__)
     parser.add_argument("task", nargs="*", choices=[*TASKS, []], help="what to reproduce")
-    add = flags.flag_group(parser, "how")
+    add = cli.flag_group(parser, "how")
     add(
         "--data_root",
         type=Path,

@@ -30,9 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cyclegan
-import devices
-import flags
 import train
+from toolkit import cli, devices
 
 BUFFER_SIZE = 50
 
@@ -148,7 +147,7 @@ class Ours:
         if compiled:
             argv.append("--compile")
         args = train.parse_args(argv)
-        flags.check_run_flags(args)
+        cli.check_run_flags(args)
         self.model = train.make_model(args, train.make_nets(args, {}), device)
         self.finished_steps = 0
 

@@ -18,13 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import devices
-import flags
-import scenes
-import tiles
-import utils
-from images import image_to_tensor, resize_image, save_image, tensor_to_image
-from weights import load_generator
+from toolkit import cli, devices, process, synthetic, tiles
+from toolkit.images import image_to_tensor, resize_image, save_image, tensor_to_image
+from toolkit.weights import load_generator
 
 CPU = torch.device("cpu")
 SEEDS = (200_000, 200_007)  # of the landscapes: two of the test split
@@ -46,16 +42,16 @@ def save_beside(outputs, path):
 
 
 @torch.no_grad()
-@utils.stage
+@process.command
 def main(argv=None):
-    parser = flags.Parser(prog="tiles.py", description=__doc__)
-    parser.add_argument("file", type=flags.path_name, help="a generator file")
-    add = flags.flag_group(parser, "how")
-    add("--side", type=flags.int_between(64), default=1024, help="of the landscapes, px")
-    add("--tiles", type=flags.int_between(16), nargs="+", default=[512, 256], help="sides of the tiles, px")
-    add("--turns", type=flags.int_between(1), default=3, help="timed passes of each")
+    parser = cli.Parser(prog="tiles.py", description=__doc__)
+    parser.add_argument("file", type=cli.path_name, help="a generator file")
+    add = cli.flag_group(parser, "how")
+    add("--side", type=cli.int_between(64), default=1024, help="of the landscapes, px")
+    add("--tiles", type=cli.int_between(16), nargs="+", default=[512, 256], help="sides of the tiles, px")
+    add("--turns", type=cli.int_between(1), default=3, help="timed passes of each")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision")
-    add("--image", type=flags.path_name, metavar="FILE.png", help="where the images go (default: nowhere)")
+    add("--image", type=cli.path_name, metavar="FILE.png", help="where the images go (default: nowhere)")
     args = parser.parse_args(argv)
     net, _ = load_generator(args.file)
 
@@ -70,7 +66,7 @@ def main(argv=None):
     ratios = {way: [] for way in ways}
     distances = {way: [] for way in ways}
     for seed in SEEDS:
-        image = image_to_tensor(scenes.draw_scene(seed, "day", args.side))[None]
+        image = image_to_tensor(synthetic.draw_scene(seed, "day", args.side))[None]
         whole = translate(image)
         for _ in range(args.turns):
             seconds = {}

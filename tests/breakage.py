@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 
-import progress
 from cyclegan import CycleGAN
 
 
@@ -35,7 +34,7 @@ def steps_that_take(seconds):
         return plain(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "time", clock)
+        patch.setattr("toolkit.monitor.time", clock)
         patch.setattr(CycleGAN, "step", step)
         yield clock
 

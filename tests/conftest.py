@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from cyclegan import CycleGAN, LossConfig, OptimConfig
-from devices import seed_everything
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
+from toolkit.devices import seed_everything
 
 TINY = [
     *("--img_height", "16", "--img_width", "16", "--num_residual", "1", "--ngf", "4", "--ndf", "4"),
@@ -137,7 +137,7 @@ def inception(tmp_path, monkeypatch):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Leave losses.png out: drawing it takes more time than all else in a tiny run."""
-    monkeypatch.setattr("progress.plot_losses", lambda rows, path: None)
+    monkeypatch.setattr("toolkit.monitor.plot_losses", lambda rows, path: None)
 
 
 def warnings_in(capsys):

@@ -21,11 +21,12 @@ from conftest import noise_image
 from PIL import Image
 
 import app
-import images
 import test as test_stage
 from models import GeneratorConfig, build_generator
+from toolkit import images
+from toolkit.converters import to_junyanz
+from toolkit.weights import save_generator
 from utils import InputError
-from weights import save_generator, to_junyanz
 
 ROOT = Path(app.__file__).parent
 EXACT = ["--device", "cpu", "--precision", "fp32"]

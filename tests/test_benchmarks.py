@@ -24,7 +24,7 @@ import label_score
 import reference
 import step
 
-from images import read_image
+from toolkit.images import read_image
 
 BENCHMARKS = Path(step.__file__).parent
 TINY_DISCRIMINATOR = ["--ndf", "4", "--n_layers_D", "1"]

@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import run_tiny, save_run, saved_args, state_of
 
-import devices
 import distill
-import flags
 import test as test_stage
 import train
-from checkpoints import (
+from toolkit import cli, devices
+from toolkit.checkpoints import (
     IMAGES,
     RUNS,
     Progress,
@@ -33,8 +32,8 @@ from checkpoints import (
     save_latest,
     save_state,
 )
-from files import write_text
-from logs import Meter, read_losses
+from toolkit.files import write_text
+from toolkit.monitor import Meter, read_losses
 from utils import InputError, one_line
 
 
@@ -293,7 +292,7 @@ def stopped_once(tmp_path_factory):
     make_dataset(root / "datasets" / "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("progress.plot_losses", lambda rows, path: None)
+        patch.setattr("toolkit.monitor.plot_losses", lambda rows, path: None)
         with stops_in_step(4, signal.SIGINT):
             run_tiny("--num_epochs", 2, "--steps_per_epoch", 6, "--buffer_size", 4)
     return root
@@ -426,8 +425,8 @@ def take(model, path):
     """Do with a state what a run that goes on does."""
     state = load_state(path, "train")
     typed = train.parse_args(["--dataset_name", "tiny", "--start_from", "latest"])
-    args = flags.resume_flags(train.make_parser(), typed, state.get("args"), path)
-    flags.check_run_flags(flags.with_vit_defaults(args))
+    args = cli.resume_flags(train.make_parser(), typed, state.get("args"), path)
+    cli.check_run_flags(cli.with_vit_defaults(args))
     networks_of(state, path)
     return restore(state, path, model, Meter(), (3, 16, 16))
 

@@ -6,9 +6,8 @@ import numpy as np
 from conftest import noise_image
 from PIL import Image
 
-import checks
-import images
 import prepare
+from toolkit import checks, images
 
 
 def copy(source, *targets):

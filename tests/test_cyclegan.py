@@ -16,7 +16,6 @@ from conftest import differences, tiny_model, tiny_networks
 from torch import nn
 
 import cyclegan
-import devices
 from cyclegan import (
     CycleGAN,
     LossConfig,
@@ -42,6 +41,7 @@ from models import (
     VitSize,
     build_generator,
 )
+from toolkit import devices
 from utils import FakeImageBuffer, InputError
 
 CPU = torch.device("cpu")

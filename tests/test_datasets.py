@@ -11,7 +11,6 @@ from conftest import make_dataset, noise_image
 from PIL import Image
 
 import datasets
-import images
 from datasets import (
     EpochSampler,
     Feed,
@@ -25,7 +24,8 @@ from datasets import (
     paired_images,
     split_images,
 )
-from images import BadImages, list_images, load_image
+from toolkit import images
+from toolkit.images import BadImages, list_images, load_image
 from utils import InputError
 
 

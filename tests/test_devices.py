@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-import devices
+from toolkit import devices, executor
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -109,10 +109,10 @@ def test_networks_are_compiled_into_cuda_graphs_of_one_size(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, **options: (net, options))
     nets = {"G_AB": torch.nn.Linear(1, 1), "D_A": torch.nn.Linear(1, 1)}
     with torch._dynamo.config.patch(recompile_limit=8):
-        compiled = devices.compile_nets(nets, torch.device("cuda"))
+        compiled = executor.compile_nets(nets, torch.device("cuda"))
     assert compiled == {name: (net, {"mode": "reduce-overhead", "dynamic": False}) for name, net in nets.items()}
     with pytest.raises(InputError, match=r"--compile: gains nothing on cpu .*; leave the flag out"):
-        devices.compile_nets(nets, CPU)
+        executor.compile_nets(nets, CPU)
 
 
 # -- choices by rule -------------------------------------------------------------------------
@@ -148,11 +148,11 @@ def test_two_calls_run_at_once_and_share_the_threads_of_the_cpu(two_threads):
         return name, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
 
     calls = [functools.partial(call, name) for name in "AB"]
-    assert devices.in_threads(calls, at_once=True) == [("A", 1, False), ("B", 1, False)]
+    assert executor.in_threads(calls, at_once=True) == [("A", 1, False), ("B", 1, False)]
     assert torch.get_num_threads() == 2
     meeting.reset()
     with pytest.raises(threading.BrokenBarrierError):
-        devices.in_threads([functools.partial(meeting.wait, 0.1)] * 2, at_once=False)
+        executor.in_threads([functools.partial(meeting.wait, 0.1)] * 2, at_once=False)
 
 
 @pytest.mark.parametrize(("threads", "at_once"), [(2, False), (1, True)])
@@ -166,7 +166,7 @@ def test_calls_that_follow_one_another_have_all_threads(threads, at_once, two_th
         return name, len(began), torch.get_num_threads()
 
     calls = [functools.partial(call, name) for name in "AB"]
-    assert devices.in_threads(calls, at_once) == [("A", 1, threads), ("B", 2, threads)]
+    assert executor.in_threads(calls, at_once) == [("A", 1, threads), ("B", 2, threads)]
 
 
 def test_nothing_goes_on_when_one_of_two_calls_has_failed(two_threads):
@@ -180,7 +180,7 @@ def test_nothing_goes_on_when_one_of_two_calls_has_failed(two_threads):
         ended.append(True)
 
     with pytest.raises(torch.OutOfMemoryError):
-        devices.in_threads([failing, slow], at_once=True)
+        executor.in_threads([failing, slow], at_once=True)
     assert ended == [True]
 
 
@@ -191,7 +191,7 @@ def test_a_signal_is_heard_while_calls_compute(at_once, two_threads):
     before = signal.signal(signal.SIGALRM, lambda signum, frame: heard.set())
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
-        assert devices.in_threads([lambda: heard.wait(20)] * 2, at_once) == [True, True]
+        assert executor.in_threads([lambda: heard.wait(20)] * 2, at_once) == [True, True]
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -199,8 +199,8 @@ def test_a_signal_is_heard_while_calls_compute(at_once, two_threads):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_has_threads_of_its_own(two_threads):
-    devices.in_threads([int, int], at_once=True)
-    process = multiprocessing.get_context("fork").Process(target=devices.in_threads, args=([int, int], True))
+    executor.in_threads([int, int], at_once=True)
+    process = multiprocessing.get_context("fork").Process(target=executor.in_threads, args=([int, int], True))
     process.start()
     process.join(20)
     try:

@@ -13,14 +13,14 @@ from tiny_runs import save_run
 from torch import nn
 
 import distill
-import metrics
 import test as test_stage
 import train
-from checkpoints import load_state, save_state
-from logs import read_losses
 from models import GeneratorConfig, build_generator
+from toolkit import metrics
+from toolkit.checkpoints import load_state, save_state
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 from utils import InputError, one_line
-from weights import load_generator
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 pytestmark = pytest.mark.usefixtures("no_plots")

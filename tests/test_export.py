@@ -12,9 +12,10 @@ from tiny_runs import save_pair, save_run
 
 import export
 import test as test_stage
-from checkpoints import load_state, save_state
 from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
-from weights import load_generator, save_generator, to_junyanz
+from toolkit.checkpoints import load_state, save_state
+from toolkit.converters import to_junyanz
+from toolkit.weights import load_generator, save_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
 ROOT = Path(export.__file__).parent

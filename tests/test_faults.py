@@ -24,16 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_runs import run_tiny, state_of
 
-import checkpoints
 import cyclegan
 import distill
-import images
-import inference
 import prepare
 import test as test_stage
 import train
-import weights
-from checkpoints import load_state
+from toolkit import checkpoints, images, inference, weights
+from toolkit.checkpoints import load_state
 from utils import InputError, one_line
 
 pytestmark = pytest.mark.usefixtures("no_plots")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import make_dataset, noise_image
 
-import images
 import utils
-from fidelity import fid_kid
-from files import read_archive
-from images import load_image, range_to_bytes
+from toolkit import images
+from toolkit.files import read_archive
+from toolkit.images import load_image, range_to_bytes
+from toolkit.metrics import fid_kid
 
 CPU = torch.device("cpu")
 

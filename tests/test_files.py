@@ -21,10 +21,17 @@ from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
 
-import files
-import images
-import utils
-from files import atomic_write, attempt, link_file, read_archive, sole_process, write_json, write_page, write_text
+from toolkit import distributed, files, images
+from toolkit.files import (
+    atomic_write,
+    attempt,
+    link_file,
+    read_archive,
+    sole_process,
+    write_json,
+    write_page,
+    write_text,
+)
 from utils import InputError, RunError, one_line
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks, modes and links of POSIX")
@@ -138,7 +145,7 @@ def test_text_is_utf8_with_plain_line_ends_and_json_knows_paths(tmp_path):
 
 
 def test_only_the_first_rank_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     write_text(tmp_path / "x.txt", "hello")
     write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []
@@ -466,7 +473,7 @@ def test_pages_are_written_whole_and_by_the_first_rank(tmp_path, templates, monk
     with full_disk(), pytest.raises(OSError, match=r"x\.html"):
         write_page(tmp_path / "x.html", "page.html", title="a")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     write_page(tmp_path / "x.html", "page.html", title="a")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,10 +9,10 @@ from edits import FUZZ
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flags
 import models
-from flags import Parser, float_between, folder_name, int_between, words_of
 from models import VIT_SIZES
+from toolkit import cli
+from toolkit.cli import Parser, float_between, folder_name, int_between, words_of
 from utils import InputError, one_line
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ def full_parser():
     """A parser with all the flags that stages share."""
     parser = Parser(prog="stage.py")
     for add_flags in (
-        *(flags.add_data_flags, flags.add_network_flags, flags.add_loss_flags, flags.add_optim_flags),
-        *(flags.add_transfer_flags, flags.add_run_flags, flags.add_speed_flags),
+        *(cli.add_data_flags, cli.add_network_flags, cli.add_loss_flags, cli.add_optim_flags),
+        *(cli.add_transfer_flags, cli.add_run_flags, cli.add_speed_flags),
     ):
         add_flags(parser)
     return parser
@@ -36,12 +36,12 @@ def parse(*argv):
 
 def saved(*argv):
     """The flags as a checkpoint holds them."""
-    return flags.plain_flags(parse(*argv))
+    return cli.plain_flags(parse(*argv))
 
 
 def resume(old, *argv, **options):
     """The flags of a run that goes on, from those of its checkpoint and those that are typed."""
-    return flags.resume_flags(full_parser(), parse(*argv), old, PATH, **options)
+    return cli.resume_flags(full_parser(), parse(*argv), old, PATH, **options)
 
 
 def is_one_line(error, words):
@@ -61,9 +61,9 @@ def is_one_line(error, words):
         (float_between(0), ["0", "2e-4"], ["-1", "nan", "inf", "x", ""]),
         (float_between(0, 1, above=True), ["1", "0.5"], ["0", "1.1"]),
         (folder_name, ["a", "день-1", "a.b c"], ["", ".", "..", "../..", "a/b", "a\\b", "/a", "-a", "a\nb", "c:x"]),
-        (flags.path_name, ["a", "../a/b", "."], [""]),
-        (flags.epoch_name, ["0", "007", "latest", "best"], ["-1", "last", "1.5"]),
-        (flags.micro_batch, ["auto", "1"], ["0", "all", "1.5"]),
+        (cli.path_name, ["a", "../a/b", "."], [""]),
+        (cli.epoch_name, ["0", "007", "latest", "best"], ["-1", "last", "1.5"]),
+        (cli.micro_batch, ["auto", "1"], ["0", "all", "1.5"]),
         (words_of(("a", "b")), ["", "a", "b,a", "a,"], ["c", "a,c", "a b"]),
     ],
 )
@@ -97,9 +97,9 @@ def test_flag_types_give_values():
     assert float_between(0)("2e-4") == 2e-4
     assert words_of(("a", "b"))("b,a") == ["b", "a"]
     assert words_of(("a", "b"))("") == []
-    assert flags.path_name("a/b") == Path("a/b")
-    assert (flags.epoch_name("007"), flags.epoch_name("best")) == ("7", "best")
-    assert (flags.micro_batch("auto"), flags.micro_batch("3")) == ("auto", 3)
+    assert cli.path_name("a/b") == Path("a/b")
+    assert (cli.epoch_name("007"), cli.epoch_name("best")) == ("7", "best")
+    assert (cli.micro_batch("auto"), cli.micro_batch("3")) == ("auto", 3)
 
 
 # -- the parser ------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_flag_types_give_values():
 
 def test_given_flags_are_told_from_defaults():
     parser = Parser()
-    add = flags.flag_group(parser, "some")
+    add = cli.flag_group(parser, "some")
     add("--lr", type=float, default=1.0, help="rate")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror")
     add("--overwrite", action="store_true", help="delete")
@@ -131,7 +131,7 @@ def test_flags_that_are_not_given_have_their_defaults():
 def test_a_default_is_never_shared_between_two_command_lines():
     parser = full_parser()
     parser.parse_args([]).watch.append("cat.jpg")
-    flags.saved_flags(parser, {"lr": 1.0}, "x")["watch"].append("cat.jpg")
+    cli.saved_flags(parser, {"lr": 1.0}, "x")["watch"].append("cat.jpg")
     assert parser.parse_args([]).watch == []
 
 
@@ -214,7 +214,7 @@ def test_plain_flags_hold_no_object_that_needs_code(tmp_path):
 
 def test_changed_flags_leave_the_old_ones_as_they_are():
     args = parse("--lr", "1e-3")
-    other = flags.changed(args, lr=1.0)
+    other = cli.changed(args, lr=1.0)
     assert (args.lr, other.lr, other.given) == (1e-3, 1.0, {"lr"})
 
 
@@ -227,20 +227,20 @@ def test_a_new_start_and_going_on_contradict_each_other(argv):
         args = parse(*argv, "--start_from", start)
         words = rf"{argv[0]} contradicts --start_from {start}, which goes on with a run: give one of them"
         with pytest.raises(InputError, match=words):
-            flags.refuse_contradictions(full_parser(), args)
-    flags.refuse_contradictions(full_parser(), parse(*argv))
-    flags.refuse_contradictions(full_parser(), parse("--start_from", "latest"))
+            cli.refuse_contradictions(full_parser(), args)
+    cli.refuse_contradictions(full_parser(), parse(*argv))
+    cli.refuse_contradictions(full_parser(), parse("--start_from", "latest"))
 
 
 def test_pairs_of_flags_are_refused_when_both_are_given():
     pairs = [("lr", "lr_D"), ("norm", "init")]
-    flags.refuse_both(full_parser(), parse("--lr", "1", "--norm", "batch"), *pairs)
+    cli.refuse_both(full_parser(), parse("--lr", "1", "--norm", "batch"), *pairs)
     for argv, words in (
         (("--lr", "1", "--lr_D", "1"), "--lr and --lr_D contradict each other: give one of them"),
         (("--init", "xavier", "--norm", "batch"), "--norm and --init contradict each other"),
     ):
         with pytest.raises(InputError, match=words):
-            flags.refuse_both(full_parser(), parse(*argv), *pairs)
+            cli.refuse_both(full_parser(), parse(*argv), *pairs)
 
 
 EVALUATED = ["--eval_interval", "1", "--eval_metrics", "paired"]
@@ -262,7 +262,7 @@ EVALUATED = ["--eval_interval", "1", "--eval_metrics", "paired"]
 )
 def test_flags_that_need_another_one_are_refused_without_it(argv, words):
     with pytest.raises(InputError, match=words):
-        flags.check_run_flags(parse(*argv))
+        cli.check_run_flags(parse(*argv))
 
 
 @pytest.mark.parametrize(
@@ -280,31 +280,31 @@ def test_flags_that_need_another_one_are_refused_without_it(argv, words):
     ],
 )
 def test_flags_that_fit_each_other_are_taken(argv):
-    flags.check_run_flags(parse(*argv))
+    cli.check_run_flags(parse(*argv))
 
 
 def test_an_inherited_best_by_is_checked_like_a_typed_one():
     old = saved("--best_by", "PSNR", "--eval_interval", "1", "--eval_metrics", "paired")
-    flags.check_run_flags(resume(old))
+    cli.check_run_flags(resume(old))
     with pytest.raises(InputError, match="--best_by PSNR: needs --eval_interval and paired"):
-        flags.check_run_flags(resume(old, "--eval_metrics", "cycle"))
-    flags.check_run_flags(resume(old, "--eval_interval", "0"))  # nothing is evaluated any more: it has no effect
+        cli.check_run_flags(resume(old, "--eval_metrics", "cycle"))
+    cli.check_run_flags(resume(old, "--eval_interval", "0"))  # nothing is evaluated any more: it has no effect
     with pytest.raises(InputError, match="--best_by cycle: needs --eval_interval and cycle"):
-        flags.check_run_flags(resume(old, "--best_by", "cycle"))
+        cli.check_run_flags(resume(old, "--best_by", "cycle"))
 
 
 def test_a_missing_tensorboard_is_said_before_the_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    flags.check_run_flags(parse())
+    cli.check_run_flags(parse())
     with pytest.raises(InputError, match=r"--log tensorboard: the package tensorboard is missing; .*pip install"):
-        flags.check_run_flags(parse("--log", "tensorboard"))
+        cli.check_run_flags(parse("--log", "tensorboard"))
 
 
 def test_the_rate_falls_from_half_of_the_epochs_unless_it_is_said():
-    assert flags.decay_epoch(parse()) == 100
-    assert flags.decay_epoch(parse("--num_epochs", 5)) == 2
-    assert flags.decay_epoch(parse("--decay_epoch", 0)) == 0
-    assert flags.decay_epoch(parse("--decay_epoch", 150)) == 150
+    assert cli.decay_epoch(parse()) == 100
+    assert cli.decay_epoch(parse("--num_epochs", 5)) == 2
+    assert cli.decay_epoch(parse("--decay_epoch", 0)) == 0
+    assert cli.decay_epoch(parse("--decay_epoch", 150)) == 150
 
 
 # -- flags → configs -------------------------------------------------------------------------
@@ -315,16 +315,16 @@ def test_network_flags_become_configs():
     argv += ["--skips"]
     argv += ["--norm_output", "--channels", 1, "--discriminator", "pixel", "--ndf", 6, "--n_layers_D", 2]
     argv += ["--max_mult_D", 4, "--pool_D"]
-    generator, discriminator = flags.network_configs(parse(*argv))
+    generator, discriminator = cli.network_configs(parse(*argv))
     shape = {"ngf": 8, "num_residual": 3, "n_downsampling": 1, "upsample": "resize"}
     shape |= {"norm_output": True, "skips": True}
     assert generator == models.GeneratorConfig(channels=1, norm="batch", **shape)
     shape = {"ndf": 6, "n_layers": 2, "max_mult": 4, "pool": True}
     assert discriminator == models.DiscriminatorConfig("pixel", channels=1, norm="batch", **shape)
-    generator, discriminator = flags.network_configs(parse("--norm", "group"))
+    generator, discriminator = cli.network_configs(parse("--norm", "group"))
     assert (generator.norm, discriminator.norm) == ("group", "instance")
     default = (models.GeneratorConfig(), models.DiscriminatorConfig())
-    assert flags.network_configs(parse()) == default  # those of the paper
+    assert cli.network_configs(parse()) == default  # those of the paper
 
 
 @pytest.mark.parametrize(
@@ -339,9 +339,9 @@ def test_network_flags_become_configs():
 )
 def test_blocks_and_heads_of_a_unet_vit_follow_its_size(argv, blocks, heads):
     args = parse("--generator", "unet_vit", *argv)
-    generator, _ = flags.network_configs(args)
+    generator, _ = cli.network_configs(args)
     assert (generator.vit_blocks, generator.vit_heads) == (blocks, heads)
-    filled = flags.with_vit_defaults(args)  # as they go into a checkpoint
+    filled = cli.with_vit_defaults(args)  # as they go into a checkpoint
     assert (filled.vit_blocks, filled.vit_heads) == (blocks, heads)
 
 
@@ -358,7 +358,7 @@ def test_blocks_and_heads_of_a_unet_vit_follow_its_size(argv, blocks, heads):
 )
 def test_networks_that_do_not_fit_the_images_are_refused(argv, words):
     with pytest.raises(InputError, match=words):
-        flags.network_configs(parse(*argv))
+        cli.network_configs(parse(*argv))
 
 
 @pytest.mark.parametrize(
@@ -371,16 +371,16 @@ def test_networks_that_do_not_fit_the_images_are_refused(argv, words):
     ],
 )
 def test_the_smallest_images_that_fit_are_taken(argv):
-    flags.network_configs(parse(*argv))
+    cli.network_configs(parse(*argv))
 
 
 def check_memory(*argv, device=CPU):
     args = parse("--generator", "unet_vit", *argv)
-    flags.check_memory(args, flags.network_configs(args)[0], device)
+    cli.check_memory(args, cli.network_configs(args)[0], device)
 
 
 def test_tokens_that_memory_cannot_hold_are_refused(monkeypatch):
-    monkeypatch.setattr(flags, "total_memory", lambda device: 2**30)
+    monkeypatch.setattr("toolkit.cli.total_memory", lambda device: 2**30)
     with pytest.raises(InputError) as error:
         check_memory("--img_height", 512, "--img_width", 256, "--batch_size", 4)
     # 6 images of each of 4 pairs; 4 blocks of 8 vectors of 256 numbers and 2 of 1024, 4 bytes each; 128 x 64 tokens
@@ -389,13 +389,13 @@ def test_tokens_that_memory_cannot_hold_are_refused(monkeypatch):
     assert "8,192 tokens an image at 256x512 px" in str(error.value)
     assert f"about {wanted / 2**30:.0f} GiB in a step, and cpu has 1" in str(error.value)
     assert "lower --img_height" in str(error.value)
-    monkeypatch.setattr(flags, "total_memory", lambda device: wanted)
+    monkeypatch.setattr("toolkit.cli.total_memory", lambda device: wanted)
     check_memory("--img_height", 512, "--img_width", 256, "--batch_size", 4)  # just enough
 
 
 def test_memory_is_asked_for_what_is_processed_at_once(monkeypatch):
     one_pair = 6 * 4 * (8 * 256 + 2 * 1024) * 4 * 64 * 64
-    monkeypatch.setattr(flags, "total_memory", lambda device: 2 * one_pair)
+    monkeypatch.setattr("toolkit.cli.total_memory", lambda device: 2 * one_pair)
     with pytest.raises(InputError, match="unet_vit"):
         check_memory("--batch_size", 3)
     check_memory("--batch_size", 3, "--micro_batch", 2)
@@ -403,14 +403,14 @@ def test_memory_is_asked_for_what_is_processed_at_once(monkeypatch):
     check_memory("--batch_size", 10, device=torch.device("cuda"))  # where an out-of-memory can be caught
     with pytest.raises(InputError, match="unet_vit"):
         check_memory("--batch_size", 10, "--micro_batch", 3, device=torch.device("cuda"))
-    monkeypatch.setattr(flags, "world", lambda: 2)
+    monkeypatch.setattr("toolkit.cli.world_size", lambda: 2)
     check_memory("--batch_size", 4)  # two for each of two ranks
 
 
 def test_a_resnet_has_no_tokens_to_hold(monkeypatch):
-    monkeypatch.setattr(flags, "total_memory", lambda device: 1)
+    monkeypatch.setattr("toolkit.cli.total_memory", lambda device: 1)
     args = parse("--img_height", 1024)
-    flags.check_memory(args, flags.network_configs(args)[0], CPU)
+    cli.check_memory(args, cli.network_configs(args)[0], CPU)
 
 
 # -- how saved flags come back ---------------------------------------------------------------
@@ -427,20 +427,20 @@ MANY = [
 def test_saved_flags_come_back_as_they_were_typed(capsys):
     for argv in ([], [word for word in MANY if word != "-x.png"]):
         args = parse(*argv)
-        values = flags.saved_flags(full_parser(), flags.plain_flags(args), "x.pt")
+        values = cli.saved_flags(full_parser(), cli.plain_flags(args), "x.pt")
         assert {**values, "given": args.given} == vars(args)
     assert capsys.readouterr().out == ""
 
 
 def test_names_that_begin_with_a_dash_come_back():
     old = saved() | {"watch": ["-x.png", "--lr"]}
-    assert flags.saved_flags(full_parser(), old, "x.pt")["watch"] == [Path("-x.png"), Path("--lr")]
+    assert cli.saved_flags(full_parser(), old, "x.pt")["watch"] == [Path("-x.png"), Path("--lr")]
 
 
 def test_flags_that_are_newer_than_the_checkpoint_have_their_defaults_and_it_is_said(capsys):
     old = saved("--lr", "1e-3")
     del old["ema"], old["eval_metrics"]
-    values = flags.saved_flags(full_parser(), old, "x.pt")
+    values = cli.saved_flags(full_parser(), old, "x.pt")
     assert (values["ema"], values["eval_metrics"], values["lr"]) == (0.0, ["cycle", "identity"], 1e-3)
     out = capsys.readouterr().out
     assert out == "x.pt: older than --ema, --eval_metrics; these have their defaults\n"
@@ -448,14 +448,14 @@ def test_flags_that_are_newer_than_the_checkpoint_have_their_defaults_and_it_is_
 
 def test_flags_that_are_gone_and_flags_to_skip_are_left_out():
     old = saved("--lr", "1e-3") | {"no_longer_a_flag": object()}
-    values = flags.saved_flags(full_parser(), old, "x.pt", skip=("lr", "device"))
+    values = cli.saved_flags(full_parser(), old, "x.pt", skip=("lr", "device"))
     assert values.keys() == full_parser().flags.keys() - {"lr", "device"}
 
 
 @pytest.mark.parametrize("nothing", [None, {}, [], [1], "--lr 1", 3, torch.zeros(2)])
 def test_a_checkpoint_without_flags_is_refused(nothing):
     with pytest.raises(InputError, match=r"x\.pt: does not say its flags"):
-        flags.saved_flags(full_parser(), nothing, "x.pt")
+        cli.saved_flags(full_parser(), nothing, "x.pt")
 
 
 HOSTILE = [
@@ -500,7 +500,7 @@ HOSTILE = [
 @pytest.mark.parametrize(("name", "value", "words"), HOSTILE)
 def test_a_saved_value_that_could_not_have_been_typed_is_refused(name, value, words):
     with pytest.raises(InputError) as error:
-        flags.saved_flags(full_parser(), saved() | {name: value}, PATH)
+        cli.saved_flags(full_parser(), saved() | {name: value}, PATH)
     assert str(error.value).startswith(f"{PATH}: says --{name}")
     assert words in str(error.value)
     assert len(one_line(error.value)) < 300
@@ -517,7 +517,7 @@ VALUES = st.recursive(
 @given(name=st.sampled_from(sorted(full_parser().flags)), value=VALUES)
 def test_any_saved_value_is_one_that_could_have_been_typed_or_refused_in_one_line(name, value):
     try:
-        found = flags.saved_flags(full_parser(), saved() | {name: value}, PATH)[name]
+        found = cli.saved_flags(full_parser(), saved() | {name: value}, PATH)[name]
     except InputError as error:
         is_one_line(error, f"{PATH}: says --{name}")
         return
@@ -536,9 +536,9 @@ def test_any_saved_value_is_one_that_could_have_been_typed_or_refused_in_one_lin
 def test_epochs_that_a_teacher_shall_tell_may_be_unset(left):
     """As in distillation, where flags that are not given come from the teacher."""
     parser = Parser()
-    flags.add_optim_flags(parser)
+    cli.add_optim_flags(parser)
     parser.flags["num_epochs"].default = None
-    values = flags.saved_flags(parser, {"lr": 1.0, **left}, "x.pt")
+    values = cli.saved_flags(parser, {"lr": 1.0, **left}, "x.pt")
     assert (values["num_epochs"], values["decay_epoch"]) == (None, left.get("decay_epoch"))
 
 
@@ -546,9 +546,9 @@ def test_a_switch_whose_default_is_inherited_stays_a_switch():
     """As in distillation, where flags that are not given come from the teacher."""
     parser = full_parser()
     parser.flags["flip"].default = None
-    assert flags.check_saved(parser.flags["flip"], False, "x.pt") is False
-    assert flags.check_saved(parser.flags["flip"], True, "x.pt") is True
-    assert flags.check_saved(parser.flags["flip"], None, "x.pt") is None
+    assert cli.check_saved(parser.flags["flip"], False, "x.pt") is False
+    assert cli.check_saved(parser.flags["flip"], True, "x.pt") is True
+    assert cli.check_saved(parser.flags["flip"], None, "x.pt") is None
 
 
 # -- going on --------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ def test_some_flags_are_never_inherited():
     resumed = resume(old, "--run_name", "new")
     found = (resumed.device, resumed.overwrite, resumed.run_name, resumed.start_from)
     assert found == ("auto", False, "new", "0")
-    for name in flags.NEVER_INHERITED:
+    for name in cli.NEVER_INHERITED:
         resume({**old, name: object()})  # not even looked at
 
 
@@ -603,15 +603,15 @@ def test_all_flags_that_shape_networks_are_fixed():
         "vit_blocks",
         "vit_heads",
     }
-    assert set(flags.FIXED_FLAGS) == shapes | {"init", "freeze"}
+    assert set(cli.FIXED_FLAGS) == shapes | {"init", "freeze"}
     parser = Parser()
-    flags.add_network_flags(parser)
-    assert parser.flags.keys() | {"channels", "freeze"} == set(flags.FIXED_FLAGS)
+    cli.add_network_flags(parser)
+    assert parser.flags.keys() | {"channels", "freeze"} == set(cli.FIXED_FLAGS)
 
 
 def test_a_decay_epoch_that_was_never_typed_follows_num_epochs(capsys):
     resumed = resume(saved("--num_epochs", 100), "--num_epochs", 400)
-    assert flags.decay_epoch(resumed) == 200
+    assert cli.decay_epoch(resumed) == 200
     assert capsys.readouterr().out.splitlines() == [
         "changed on resume: --num_epochs 100 → 400",
         "the learning rate falls from epoch 200 to 0 at 400",
@@ -622,23 +622,23 @@ def test_a_decay_epoch_that_was_never_typed_follows_num_epochs(capsys):
 
 def test_a_decay_epoch_that_older_versions_filled_in_follows_num_epochs_too():
     old = saved("--num_epochs", 101) | {"decay_epoch": 50}
-    assert flags.decay_epoch(resume(old, "--num_epochs", 20)) == 10
-    assert flags.decay_epoch(resume(old)) == 50
+    assert cli.decay_epoch(resume(old, "--num_epochs", 20)) == 10
+    assert cli.decay_epoch(resume(old)) == 50
 
 
 def test_a_typed_decay_epoch_stays(capsys):
     resumed = resume(saved("--num_epochs", 100, "--decay_epoch", 30), "--num_epochs", 400)
-    assert flags.decay_epoch(resumed) == 30
+    assert cli.decay_epoch(resumed) == 30
     assert "falls from epoch 30 to 0 at 400" in capsys.readouterr().out
     resumed = resume(saved("--num_epochs", 100), "--num_epochs", 400, "--decay_epoch", 7)
-    assert flags.decay_epoch(resumed) == 7
+    assert cli.decay_epoch(resumed) == 7
     assert "falls from epoch 7 to 0 at 400" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "value", "words"), HOSTILE)
 def test_hostile_flags_of_a_checkpoint_end_a_resume_in_one_line(name, value, words):
     old = saved() | {name: value}
-    if name in flags.NEVER_INHERITED:
+    if name in cli.NEVER_INHERITED:
         resume(old)
         return
     with pytest.raises(InputError, match=r"latest\.pt: says --"):
@@ -650,4 +650,4 @@ def test_the_sizes_that_flags_offer_are_those_of_the_networks():
     assert tuple(parser.flags["vit_size"].choices) == tuple(VIT_SIZES)
     assert tuple(parser.flags["norm"].choices) == models.NORMS
     assert tuple(parser.flags["gan_loss"].choices) == models.GAN_LOSSES
-    assert set(flags.BEST_BY.values()) <= set(flags.MEASURES)
+    assert set(cli.BEST_BY.values()) <= set(cli.MEASURES)

@@ -17,14 +17,14 @@ from PIL import Image
 from tiny_runs import state_of
 
 import app
-import devices
 import distill
 import export
 import test as test_stage
 import train
-from logs import read_losses
+from toolkit import devices, executor
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 from utils import InputError
-from weights import load_generator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first product
 ROOT = Path(train.__file__).parent
@@ -157,7 +157,7 @@ def test_out_of_memory_on_the_card_is_survived_with_micro_batches(capsys, monkey
         nets = tiny_networks(ngf=16, ndf=16, num_residual=2)
         model = tiny_model(nets={name: net.to(CUDA) for name, net in nets.items()})
         if compiled:
-            model.compiled = devices.compile_nets(model.nets, CUDA)
+            model.compiled = executor.compile_nets(model.nets, CUDA)
         return model, {name: float(value) for name, value in model.step(real_A, real_B).items()}
 
     torch.compiler.reset()

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cyclegan
-import devices
 import distill
 import train
 from cyclegan import gradient_penalty
 from models import VIT_SIZES, DiscriminatorConfig, GeneratorConfig, VitSize, build_discriminator, build_generator
+from toolkit import executor
 
 META = torch.device("meta")
 
@@ -225,7 +225,7 @@ def test_as_many_sizes_of_micro_batches_as_a_run_may_need_stay_compiled(compiled
     net = tiny_discriminator()
     sizes = range(2, 12)
     with torch._dynamo.config.patch(recompile_limit=8):
-        run = devices.compile_nets({"D_A": net}, torch.device("cuda"))["D_A"]
+        run = executor.compile_nets({"D_A": net}, torch.device("cuda"))["D_A"]
         for size in sizes:
             run(torch.zeros(size, 3, 16, 16, dtype=torch.float64))
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -403,7 +403,7 @@ def test_an_overflow_of_the_forward_pass_shows_in_the_losses_so_that_a_run_ends_
 
 
 def test_an_fp16_run_survives_its_first_overflows_and_goes_on_with_its_scale(tiny, monkeypatch, no_plots):
-    monkeypatch.setattr(devices, "pick_precision", lambda name, device: "fp16")
+    monkeypatch.setattr("toolkit.devices.pick_precision", lambda name, device: "fp16")
     run_tiny("--num_epochs", 2, "--steps_per_epoch", 6, "--run_name", "whole")
     run_tiny("--num_epochs", 1, "--steps_per_epoch", 6, "--decay_epoch", 1)
     scaler = state_of("tiny")["scaler"]

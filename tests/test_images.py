@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-import images
-import results
-from images import (
+from toolkit import gallery, images
+from toolkit.images import (
     BadImages,
     UnreadableImage,
     bytes_to_range,
@@ -114,7 +113,7 @@ def test_a_thumbnail_is_small_and_gone_when_its_image_is(tmp_path):
         ((256, 1), None),
         ((257, 257), (256, 256)),
     ):
-        results.save_thumbnail(Image.new("L", size, 200), path)
+        gallery.save_thumbnail(Image.new("L", size, 200), path)
         if expected is None:
             assert not path.exists()
         else:

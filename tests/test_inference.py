@@ -9,14 +9,12 @@ from conftest import noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
-import devices
-import inference
-import tiles
-from images import list_images, load_image, range_to_bytes
-from inference import Source, Translator, translate_folder
 from models import GeneratorConfig, build_generator
+from toolkit import devices, inference, tiles
+from toolkit.images import list_images, load_image, range_to_bytes
+from toolkit.inference import Source, Translator, translate_folder
+from toolkit.weights import load_generator, save_generator
 from utils import InputError
-from weights import load_generator, save_generator
 
 
 def generator(init="normal", **config):

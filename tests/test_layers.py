@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import InstanceNorm2d, ThinConv2d, mirror
+from toolkit.layers import InstanceNorm2d, ThinConv2d, mirror
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 5, 2, 1), (2, 5, 40, 7)])

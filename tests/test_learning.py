@@ -8,7 +8,7 @@ import distill
 import prepare
 import test as test_stage
 import train
-from logs import read_losses
+from toolkit.monitor import read_losses
 
 FLAGS = ["--dataset_name", "day2night", "--img_height", "32", "--img_width", "32", "--num_residual", "2"]
 FLAGS += ["--ngf", "16", "--ndf", "16", "--n_layers_D", "2", "--batch_size", "1", "--device", "cpu"]

@@ -10,10 +10,9 @@ from breakage import full_disk
 from conftest import noise_image, warnings_in
 from PIL import Image
 
-import logs
-import utils
-from files import attempt
-from logs import Board, LossLog, Meter, plot_losses, read_losses
+from toolkit import distributed
+from toolkit.files import attempt
+from toolkit.monitor import Board, LossLog, Meter, plot_losses, read_losses
 
 CPU = torch.device("cpu")
 COLUMNS = ["epoch", "step", "lr", "loss_G"]
@@ -247,8 +246,8 @@ def test_rows_that_the_disk_does_not_take_wait_and_are_never_torn(tmp_path):
 def test_only_the_first_rank_reads_and_writes_the_log(tmp_path, monkeypatch, capsys):
     path = tmp_path / "losses.csv"
     path.write_text("foo\n")
-    monkeypatch.setattr(logs, "rank", lambda: 1)
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr("toolkit.monitor.rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     log = LossLog(path, COLUMNS, 100)
     log.append(row_of(120))
     log.save()

@@ -10,11 +10,19 @@ from conftest import differences, tiny_model, tiny_networks
 from skimage.metrics import structural_similarity
 from torch import nn
 
-import devices
-import metrics
 from cyclegan import LossConfig, translate
-from images import range_to_bytes
-from metrics import (
+from models import (
+    VIT_SIZES,
+    Attention,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    VitSize,
+    build_discriminator,
+    build_generator,
+)
+from toolkit import devices, metrics
+from toolkit.images import range_to_bytes
+from toolkit.metrics import (
     all_losses,
     below_mean_image,
     count_macs,
@@ -31,15 +39,6 @@ from metrics import (
     score_by,
     spikes_of,
     ssim,
-)
-from models import (
-    VIT_SIZES,
-    Attention,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    VitSize,
-    build_discriminator,
-    build_generator,
 )
 
 CPU = torch.device("cpu")

@@ -16,10 +16,9 @@ import pytest
 from conftest import noise_image, warnings_in
 from PIL import Image
 
-import images
 import prepare
-import scenes
-from images import list_images, read_image
+from toolkit import images, synthetic
+from toolkit.images import list_images, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +41,19 @@ def fails_with(error):
 
 
 def test_draw_makes_the_whole_set_once(tmp_path, monkeypatch, refused):
-    small = {name: (time, first, 3) for name, (time, first, _) in scenes.DEMO_FOLDERS.items()}
-    monkeypatch.setattr(scenes, "DEMO_FOLDERS", small)
+    small = {name: (time, first, 3) for name, (time, first, _) in synthetic.DEMO_FOLDERS.items()}
+    monkeypatch.setattr("toolkit.synthetic.DEMO_FOLDERS", small)
     prepare.main(["draw", "day2night", "--size", "32"])
     assert [p.name for p in sorted(tmp_path.glob("datasets/*"))] == ["day2night"]
     assert len(list_images(tmp_path / "datasets")) == 12
     drawn = read_image(tmp_path / "datasets/day2night/testB/0002.png")
     assert drawn.size == (32, 32)
-    assert drawn.tobytes() == scenes.draw_scene(200_002, "night", 32).tobytes()
+    assert drawn.tobytes() == synthetic.draw_scene(200_002, "night", 32).tobytes()
     assert "datasets/day2night" in refused(prepare.main, "draw", "day2night")
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(scenes, "draw_scene", fails_with(OSError(28, "disk full")))
+    monkeypatch.setattr("toolkit.synthetic.draw_scene", fails_with(OSError(28, "disk full")))
     assert "disk full" in refused(prepare.main, "draw", "day2night", code=1)
     assert list((tmp_path / "datasets").iterdir()) == []
 
@@ -63,7 +62,7 @@ def test_sigterm_while_the_demo_set_is_drawn_leaves_nothing(monkeypatch):
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(scenes, "draw_scene", stopped)
+    monkeypatch.setattr("toolkit.synthetic.draw_scene", stopped)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_:
         prepare.main(["draw", "day2night"])

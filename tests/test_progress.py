@@ -14,22 +14,21 @@ from breakage import FakeTime, full_disk
 from conftest import differences, make_dataset, noise_image, tiny_model, warnings_in
 from PIL import Image
 
-import devices
-import progress
 from cyclegan import TERMS
-from files import attempt, page_templates
-from logs import read_losses
-from progress import (
+from toolkit import devices, monitor
+from toolkit.files import attempt, page_templates
+from toolkit.monitor import (
     MOMENTS,
     Clock,
     Monitor,
-    command,
+    command_line,
     cyclegan_rows,
     duration,
     faster_flags,
     legend,
     load_samples,
     load_watched,
+    read_losses,
     say_duration,
     warn_if_collapsed,
     write_progress,
@@ -113,7 +112,7 @@ def test_a_single_sample_image_tells_nothing_of_a_collapse(capsys):
 @pytest.fixture
 def fake_time(monkeypatch):
     clock = FakeTime()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr("toolkit.monitor.time", clock)
     return clock
 
 
@@ -167,14 +166,14 @@ def test_pages_take_little_of_a_runs_time_also_where_a_disk_takes_none(fake_time
             raise error
 
     for seconds, pause in ((0.1, 30), (5, 250)):
-        monkeypatch.setattr(progress, "write_progress", lambda *_, seconds=seconds: write(seconds))
+        monkeypatch.setattr("toolkit.monitor.write_progress", lambda *_, seconds=seconds: write(seconds))
         begun = fake_time.now
         monitor.show(0, 1, 1, 2, 2)
         fake_time.now = begun + pause - 0.01
         assert not monitor.clock.page_due()
         fake_time.now = begun + pause
         assert monitor.clock.page_due()
-    monkeypatch.setattr(progress, "write_progress", lambda *_: write(1, OSError("full")))
+    monkeypatch.setattr("toolkit.monitor.write_progress", lambda *_: write(1, OSError("full")))
     attempt(monitor.show, 0, 1, 1, 2, 2)
     assert not monitor.clock.page_due()
 
@@ -212,7 +211,7 @@ def test_it_is_said_how_long_a_run_takes_and_on_a_slow_cpu_what_would_be_faster(
 
 
 def test_the_flags_that_fit_a_cpu_are_those_of_the_recipes_as_far_as_they_can_still_be_changed():
-    recipes = (Path(progress.__file__).parent / "docs/recipes.md").read_text()
+    recipes = (Path(monitor.__file__).parents[1] / "docs/recipes.md").read_text()
     small = "--img_height 64 --img_width 64 --batch_size 1"
     narrow = "--num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
     assert faster_flags(206, PAPER) == f"{small} {narrow}"
@@ -229,13 +228,13 @@ def test_the_flags_that_fit_a_cpu_are_those_of_the_recipes_as_far_as_they_can_st
 
 
 def test_a_command_works_where_it_is_typed_and_quotes_what_a_shell_would_take_apart(monkeypatch):
-    words = shlex.split(command("test.py", "--run_name", "my run; rm $HOME"))
+    words = shlex.split(command_line("test.py", "--run_name", "my run; rm $HOME"))
     assert words[2:] == ["--run_name", "my run; rm $HOME"]
     assert Path(words[1]).is_file()
-    monkeypatch.chdir(Path(progress.__file__).parent)
-    assert command("test.py", "--run_name", "tiny") == "python test.py --run_name tiny"
+    monkeypatch.chdir(Path(monitor.__file__).parents[1])
+    assert command_line("test.py", "--run_name", "tiny") == "python test.py --run_name tiny"
     monkeypatch.chdir("tests")
-    assert Path(shlex.split(command("test.py"))[1]).is_file()
+    assert Path(shlex.split(command_line("test.py"))[1]).is_file()
 
 
 # -- the page --------------------------------------------------------------------------------
@@ -397,7 +396,7 @@ def test_grids_of_a_branch_that_the_run_left_are_not_shown_until_drawn_again(tmp
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
 def test_of_few_epochs_a_photo_shows_all(count):
-    chosen = progress.evenly(list(range(count)), MOMENTS)
+    chosen = monitor.evenly(list(range(count)), MOMENTS)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(count, MOMENTS)
 
@@ -483,7 +482,7 @@ def test_a_monitor_leaves_logs_plots_grids_photos_and_a_page(tmp_path, capsys):
 def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        progress, "write_progress", lambda folder, title, facts, fraction, *_: seen.append((facts, fraction))
+        "toolkit.monitor.write_progress", lambda folder, title, facts, fraction, *_: seen.append((facts, fraction))
     )
     monitor = monitor_of(tmp_path)
     monitor.open(0, with_tensorboard=False)
@@ -495,7 +494,7 @@ def test_the_page_says_how_far_a_run_is_within_an_epoch(tmp_path, monkeypatch):
 
 def test_the_page_is_titled_by_run_and_domains_and_says_how_long_is_left(tmp_path, monkeypatch, fake_time):
     seen = []
-    monkeypatch.setattr(progress, "write_progress", lambda *args: seen.append(args))
+    monkeypatch.setattr("toolkit.monitor.write_progress", lambda *args: seen.append(args))
     monitor = monitor_of(tmp_path, term_names=[*TERMS, "output_BA", "hidden_BA"])
     monitor.open(0, with_tensorboard=False)
     monitor.show(0, 0, 0, 2, 60)

@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, differences, tiny_model
 
-import checkpoints
-import devices
-import files
 import train
 import utils
-from checkpoints import load_state
 from datasets import EpochSampler
-from logs import Meter, read_losses
+from toolkit import checkpoints, devices, distributed, files
+from toolkit.checkpoints import load_state
+from toolkit.monitor import Meter, read_losses
 
 ROOT = Path(train.__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -36,7 +34,7 @@ def in_ranks(function, world):
         store = dist.FileStore(str(Path("store").absolute()), world)
         dist.init_process_group("gloo", store=store, rank=number, world_size=world)
         torch.save(function(), f"rank_{number}.pt")
-        utils.leave_ranks()
+        distributed.leave_ranks()
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=child, args=(number,)) for number in range(world)]
@@ -51,7 +49,7 @@ def in_ranks(function, world):
 def learn(steps=5, batch=4, **changes):
     """What a tiny model learns from its rank's slice of a few batches, in float64."""
     model = tiny_model(dtype=torch.float64, lr=1e-3, **changes)
-    own = utils.rank_slice(batch)
+    own = distributed.rank_slice(batch)
     meter = Meter()
     for step in range(steps):
         noise = torch.Generator().manual_seed(step)
@@ -87,7 +85,7 @@ def test_one_of_two_ranks_runs_out_of_memory_and_both_learn_the_same():
         whole = model.generator_loss
 
         def loss(nets, domain, real, config):
-            if utils.rank() == 1 and len(real) > 1:
+            if distributed.rank() == 1 and len(real) > 1:
                 raise torch.OutOfMemoryError("injected")
             return whole(nets, domain, real, config)
 
@@ -169,9 +167,9 @@ def test_a_batch_that_two_ranks_cannot_share_ends_both_with_code_2(tiny):
 
 def test_the_slices_of_all_ranks_make_up_the_batches_of_one_process(monkeypatch):
     def keys(rank, world):
-        monkeypatch.setattr(utils, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(utils, "world", lambda: world)
-        return list(EpochSampler((7, 5), 4, None, 3, utils.rank_slice(4)))
+        return list(EpochSampler((7, 5), 4, None, 3, distributed.rank_slice(4)))
 
     whole, first, second = keys(0, 1), keys(0, 2), keys(1, 2)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
@@ -196,7 +194,7 @@ def test_in_another_world_buffers_start_anew_and_it_is_said(tiny, capsys):
 
 
 def test_only_the_first_rank_writes_and_speaks(monkeypatch, capsys):
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     utils.say("hello")
     files.write_text(Path("x.txt"), "hello")
     utils.say("a fault", file=sys.stderr)
@@ -212,7 +210,7 @@ def test_ranks_that_share_a_card_do_not_meet_over_nccl_which_refuses_that(monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
-    utils.join_ranks()
+    distributed.join_ranks()
     assert asked == [backend]
     assert ("2 ranks share 1 of this machine's GPUs" in capsys.readouterr().out) == (cards == 1)
 

@@ -9,9 +9,9 @@ import torch
 from conftest import differences, tiny_networks
 from tiny_runs import save_run
 
-import metrics
 from models import GeneratorConfig, build_generator
-from report import COLUMNS, compare_costs, compare_generators, refuse_large, report_rows
+from toolkit import metrics
+from toolkit.report import COLUMNS, compare_costs, compare_generators, refuse_large, report_rows
 from utils import InputError
 
 

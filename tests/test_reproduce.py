@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import reproduce
 
 import distill
-import images
 import train
+from toolkit import images
 
 ROW = {"cells": {"PSNR": "1 / 2"}, "minutes": 3.0, "commit": "abc"}
 

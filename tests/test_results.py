@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import noise_image
 
-import results
-from images import save_image
+from toolkit import gallery
+from toolkit.images import save_image
 
 NETWORK = "run"
 
@@ -21,7 +21,7 @@ def leave(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    results.sweep(folder, [Path(name) for name in names], [], NETWORK, keep=False)
+    gallery.sweep(folder, [Path(name) for name in names], [], NETWORK, keep=False)
 
 
 def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
@@ -30,8 +30,8 @@ def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
     (tmp_path / "fake_B/mine.png").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     capsys.readouterr()
-    results.sweep(tmp_path, [Path("fake_B/kept.png")], [tmp_path / "fake_B/input.png"], NETWORK, keep=False)
-    expected = {f"fake_B/{name}.png" for name in ("changed", "input", "kept", "mine")} | {"notes.txt", results.WRITTEN}
+    gallery.sweep(tmp_path, [Path("fake_B/kept.png")], [tmp_path / "fake_B/input.png"], NETWORK, keep=False)
+    expected = {f"fake_B/{name}.png" for name in ("changed", "input", "kept", "mine")} | {"notes.txt", gallery.WRITTEN}
     assert files_in(tmp_path) == expected
     out = capsys.readouterr().out
     assert "removed 1 file of" in out
@@ -40,10 +40,10 @@ def test_only_what_a_test_wrote_and_nobody_changed_is_removed(tmp_path, capsys):
 
 def test_what_is_kept_once_can_be_removed_later(tmp_path):
     leave(tmp_path, "fake_B/old.png")
-    results.sweep(tmp_path, [], [], NETWORK, keep=True)
+    gallery.sweep(tmp_path, [], [], NETWORK, keep=True)
     assert "fake_B/old.png" in files_in(tmp_path)
-    results.sweep(tmp_path, [], [], NETWORK, keep=False)
-    assert files_in(tmp_path) == {results.WRITTEN}
+    gallery.sweep(tmp_path, [], [], NETWORK, keep=False)
+    assert files_in(tmp_path) == {gallery.WRITTEN}
 
 
 @pytest.mark.parametrize("name", ["../mine.txt", "notes.txt", "fake_B/../../mine.txt", "/etc/none", ""])
@@ -52,10 +52,10 @@ def test_a_list_that_leads_elsewhere_removes_nothing(tmp_path, name):
     leave(output, "fake_B/a.png")
     (tmp_path / "mine.txt").write_text("mine")
     (output / "notes.txt").write_text("mine")
-    (output / results.WRITTEN).write_text(
-        json.dumps({"network": NETWORK, "files": {name: results.stamp(output / name)}})
+    (output / gallery.WRITTEN).write_text(
+        json.dumps({"network": NETWORK, "files": {name: gallery.stamp(output / name)}})
     )
-    results.sweep(output, [], [], NETWORK, keep=False)
+    gallery.sweep(output, [], [], NETWORK, keep=False)
     assert {"mine.txt", "output/notes.txt", "output/fake_B/a.png"} <= files_in(tmp_path)
 
 
@@ -72,8 +72,8 @@ def test_a_list_that_leads_elsewhere_removes_nothing(tmp_path, name):
 )
 def test_a_damaged_list_removes_nothing(tmp_path, text):
     leave(tmp_path, "fake_B/a.png")
-    (tmp_path / results.WRITTEN).write_text(text)
-    results.sweep(tmp_path, [], [], NETWORK, keep=False)
+    (tmp_path / gallery.WRITTEN).write_text(text)
+    gallery.sweep(tmp_path, [], [], NETWORK, keep=False)
     assert "fake_B/a.png" in files_in(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_what_another_network_gave_stays_and_is_not_cleared_later(tmp_path, caps
     """All our generator files are called G_AB or G_BA, so their results share a folder."""
     leave(tmp_path, "fake_B/cat.png")
     for _ in range(2):
-        results.sweep(tmp_path, [], [], "saved_models/other/G_AB.safetensors", keep=False)
+        gallery.sweep(tmp_path, [], [], "saved_models/other/G_AB.safetensors", keep=False)
         assert "fake_B/cat.png" in files_in(tmp_path)
         assert "files that this test did not write: 1, such as" in capsys.readouterr().out
 
@@ -89,11 +89,11 @@ def test_what_another_network_gave_stays_and_is_not_cleared_later(tmp_path, caps
 @pytest.mark.parametrize("side", [20, 300])
 def test_a_result_whose_end_is_missing_is_not_whole(tmp_path, side):
     file = Path("fake_B/a.png")
-    assert not results.is_whole(tmp_path, file)
+    assert not gallery.is_whole(tmp_path, file)
     save_image(noise_image(0, (side, side)), tmp_path / file)
-    assert results.is_whole(tmp_path, file)
-    assert (tmp_path / results.thumbnail(file)).is_file() == (side > 256)
+    assert gallery.is_whole(tmp_path, file)
+    assert (tmp_path / gallery.thumbnail(file)).is_file() == (side > 256)
     data = (tmp_path / file).read_bytes()
     for size in (len(data) // 2, len(data) - 1, 3, 0):
         (tmp_path / file).write_bytes(data[:size])
-        assert not results.is_whole(tmp_path, file)
+        assert not gallery.is_whole(tmp_path, file)

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-import scenes
+from toolkit import synthetic
 
 
 @pytest.mark.parametrize(
@@ -17,11 +17,11 @@ import scenes
     ],
 )
 def test_demo_scenes_are_fixed(seed, time, digest):
-    assert hashlib.sha256(scenes.draw_scene(seed, time, 64).tobytes()).hexdigest()[:12] == digest
+    assert hashlib.sha256(synthetic.draw_scene(seed, time, 64).tobytes()).hexdigest()[:12] == digest
 
 
 def test_the_demo_set_has_unpaired_training_scenes_and_paired_test_scenes():
-    seeds = {name: set(range(first, first + count)) for name, (_, first, count) in scenes.DEMO_FOLDERS.items()}
+    seeds = {name: set(range(first, first + count)) for name, (_, first, count) in synthetic.DEMO_FOLDERS.items()}
     assert [len(seeds[name]) for name in ("trainA", "trainB", "testA", "testB")] == [400, 400, 40, 40]
     assert seeds["testA"] == seeds["testB"]
     assert not seeds["trainA"] & seeds["trainB"]

@@ -31,10 +31,10 @@ import distill
 import export
 import test as test_stage
 import train
-from checkpoints import RUNS, load_state
-from logs import read_losses
+from toolkit.checkpoints import RUNS, load_state
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 from utils import InputError
-from weights import load_generator
 
 STEPS = 2  # in an epoch
 RATES = [2e-4, 0.05]  # the second spoils what was learned, so that a later epoch is not always the better one

@@ -16,15 +16,14 @@ from conftest import TINY, make_dataset, noise_image, tiny_model, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
-import images
-import inference
-import metrics
 import test as test_stage
-from checkpoints import load_state, networks_of, save_state
-from images import load_image, range_to_bytes
 from models import GeneratorConfig, build_generator
-from results import WRITTEN
-from weights import load_generator, save_generator, to_junyanz
+from toolkit import images, inference, metrics
+from toolkit.checkpoints import load_state, networks_of, save_state
+from toolkit.converters import to_junyanz
+from toolkit.gallery import WRITTEN
+from toolkit.images import load_image, range_to_bytes
+from toolkit.weights import load_generator, save_generator
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
 STATE = Path("saved_models/tiny/latest.pt")
@@ -135,7 +134,7 @@ def test_one_file_of_weights_and_one_image_are_enough(run):
 
 
 def test_the_student_that_comes_with_the_project_turns_day_into_night():
-    from scenes import draw_scene
+    from toolkit.synthetic import draw_scene
 
     examples = Path(test_stage.__file__).parent / "examples"
     assert (examples / "day2night.safetensors").stat().st_size <= 1.2e6

@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-import tiles
 from models import GeneratorConfig, build_generator
-from tiles import blend_tiles, receptive_field, tile_spans, tiles_of, translate_tiled
+from toolkit import tiles
+from toolkit.tiles import blend_tiles, receptive_field, tile_spans, tiles_of, translate_tiled
 
 
 def generator(init="normal", **config):

@@ -17,19 +17,16 @@ from tiny_runs import run_tiny, save_run, state_of
 
 import cyclegan
 import datasets
-import devices
 import distill
-import flags
-import logs
-import metrics
-import progress
 import test as test_stage
 import train
-from checkpoints import load_state, networks_of
-from images import list_images, read_image
-from logs import read_losses
 from models import VIT_SIZES, VitSize
-from weights import load_generator, to_junyanz
+from toolkit import cli, devices, metrics, monitor
+from toolkit.checkpoints import load_state, networks_of
+from toolkit.converters import to_junyanz
+from toolkit.images import list_images, read_image
+from toolkit.monitor import read_losses
+from toolkit.weights import load_generator
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 ROOT = Path(train.__file__).parent
@@ -44,13 +41,13 @@ EVAL = ["--eval_interval", "1", "--eval_metrics", "losses,cycle,identity,paired"
 # -- what a run leaves -----------------------------------------------------------------------
 
 
-PLOT_LOSSES = logs.plot_losses
+PLOT_LOSSES = monitor.plot_losses
 
 
 @pytest.fixture
 def plots(no_plots, monkeypatch):
     """Let losses.png be drawn after all."""
-    monkeypatch.setattr(progress, "plot_losses", PLOT_LOSSES)
+    monkeypatch.setattr("toolkit.monitor.plot_losses", PLOT_LOSSES)
 
 
 def test_a_run_leaves_what_the_design_promises(tiny, plots):
@@ -91,7 +88,9 @@ def test_one_batch_can_be_learnt(tmp_path):
 
 
 def test_the_demo_set_is_drawn_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("scenes.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2)))
+    monkeypatch.setattr(
+        "toolkit.synthetic.DEMO_FOLDERS", dict.fromkeys(("trainA", "trainB", "testA", "testB"), ("day", 0, 2))
+    )
     train.main(["--dataset_name", "day2night", *TINY, "--num_epochs", "1"])
     assert (tmp_path / "datasets/day2night/trainA/0001.png").exists()
     assert (tmp_path / "saved_models/day2night/latest.pt").exists()
@@ -123,9 +122,9 @@ def test_a_run_leaves_a_page_with_grids_curves_measures_and_the_watched_photos(t
 
 def test_the_page_is_renewed_within_an_epoch(tiny, monkeypatch):
     fractions = []
-    monkeypatch.setattr(progress.Clock, "page_due", lambda clock: True)
+    monkeypatch.setattr(monitor.Clock, "page_due", lambda clock: True)
     monkeypatch.setattr(
-        progress, "write_progress", lambda folder, title, facts, fraction, *_: fractions.append(fraction)
+        "toolkit.monitor.write_progress", lambda folder, title, facts, fraction, *_: fractions.append(fraction)
     )
     run_tiny("--sample_interval", 1, "--steps_per_epoch", 2, "--num_epochs", 2)
     assert fractions == sorted(fractions)
@@ -134,7 +133,7 @@ def test_the_page_is_renewed_within_an_epoch(tiny, monkeypatch):
 
 def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, monkeypatch):
     drawn = []
-    monkeypatch.setattr(progress, "save_image", lambda image, path: drawn.append((path.name, image)))
+    monkeypatch.setattr("toolkit.monitor.save_image", lambda image, path: drawn.append((path.name, image)))
     run_tiny("--num_epochs", 1, "--steps_per_epoch", 5, "--sample_interval", 2)
     assert [name for name, _ in drawn] == ["epoch_0001.png"] * 3  # steps 2, 4 and the end
     grid = np.asarray(drawn[-1][1])
@@ -146,7 +145,7 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
 def page_facts(monkeypatch):
     """The sentences of all pages that are written from here on."""
     facts = []
-    monkeypatch.setattr(progress, "write_progress", lambda folder, title, words, *_: facts.append(words))
+    monkeypatch.setattr("toolkit.monitor.write_progress", lambda folder, title, words, *_: facts.append(words))
     return facts
 
 
@@ -154,7 +153,7 @@ def test_a_slow_run_says_how_long_it_takes_and_shows_an_early_grid_and_the_time_
     tiny, monkeypatch, capsys
 ):
     drawn = []
-    monkeypatch.setattr(progress, "save_image", lambda image, path: drawn.append(path.name))
+    monkeypatch.setattr("toolkit.monitor.save_image", lambda image, path: drawn.append(path.name))
     facts = page_facts(monkeypatch)
     with steps_that_take(2000):
         run_tiny("--num_epochs", 2)
@@ -376,7 +375,7 @@ def test_a_spoilt_state_never_replaces_a_good_one(tiny, refused):
 def test_variants_train_and_record_their_flags(tiny, given):
     run_tiny("--num_epochs", 1, "--steps_per_epoch", 2, *given)
     state = state_of("tiny")
-    parser_values = flags.plain_flags(train.parse_args([*TINY, *given]))
+    parser_values = cli.plain_flags(train.parse_args([*TINY, *given]))
     for word in given:
         if word.startswith("--") and not word.startswith("--no-"):
             assert state["args"][word[2:]] == parser_values[word[2:]]
@@ -698,7 +697,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_taught(tiny, tiny_v
 
 def test_too_many_tokens_are_refused_before_the_start_and_skipped_in_testing(tiny, tiny_vit, refused, monkeypatch):
     train.main([*tiny_vit, "--num_epochs", "1"])
-    for room in (flags, devices):
+    for room in (cli, devices):
         monkeypatch.setattr(room, "total_memory", lambda device: 4e5)
     error = refused(train.main, *tiny_vit, "--run_name", "large", "--img_height", "64", "--img_width", "64")
     assert "--generator unet_vit: 256 tokens" in error

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import utils
-from utils import FakeImageBuffer, InputError, RunError, StopRequest, domain_names, explain, one_line, rank_slice, stage
+from toolkit import distributed, process
+from toolkit.distributed import rank_slice
+from toolkit.process import StopRequest, command, explain
+from utils import FakeImageBuffer, InputError, RunError, domain_names, one_line
 
 CPU = torch.device("cpu")
 
@@ -20,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("a\nb\x1b[31m"), 2), (RunError("a\nb\x1b[31m"), 1)])
 def test_an_expected_error_is_one_safe_line_and_its_exit_code(capsys, error, code):
-    @stage
+    @command
     def main(argv):
         raise error
 
@@ -43,7 +46,7 @@ def test_an_expected_error_is_one_safe_line_and_its_exit_code(capsys, error, cod
     ],
 )
 def test_what_the_machine_refuses_is_one_line_too(capsys, error, code, words):
-    @stage
+    @command
     def main(argv):
         raise error
 
@@ -55,7 +58,7 @@ def test_what_the_machine_refuses_is_one_line_too(capsys, error, code, words):
 
 @pytest.mark.parametrize("error", [ValueError("a slip"), RuntimeError("shapes differ"), AssertionError()])
 def test_mistakes_of_ours_are_not_dressed_up(error):
-    @stage
+    @command
     def main(argv):
         raise error
 
@@ -65,7 +68,7 @@ def test_mistakes_of_ours_are_not_dressed_up(error):
 
 
 def test_a_stage_hands_on_its_arguments_its_result_and_its_own_exit():
-    @stage
+    @command
     def main(argv=None):
         if argv == ["stop"]:
             raise SystemExit(143)
@@ -82,7 +85,7 @@ def test_sigterm_ends_a_stage_with_143_after_its_cleaning_up():
     cleaned = []
     before = signal.getsignal(signal.SIGTERM)
 
-    @stage
+    @command
     def main(argv):
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -97,10 +100,10 @@ def test_sigterm_ends_a_stage_with_143_after_its_cleaning_up():
 
 
 def test_a_rank_that_is_not_the_first_says_which_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(utils, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
     monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
 
-    @stage
+    @command
     def main(argv):
         raise InputError("wrong")
 
@@ -133,7 +136,7 @@ def test_words_go_to_stdout_and_warnings_to_stderr_each_on_one_line(capsys):
 
 
 def test_only_the_first_rank_speaks_on_stdout(capsys, monkeypatch):
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     utils.say("hello")
     utils.warn("a fault")
     utils.say("an error", file=sys.stderr)
@@ -156,7 +159,7 @@ def of_two(monkeypatch):
     def all_reduce(x, op=utils.dist.ReduceOp.SUM):
         x.mul_(2) if op == utils.dist.ReduceOp.MAX else x.mul_(3)
 
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(utils, "world", lambda: 2)
     monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(utils.dist, "all_reduce", all_reduce)
@@ -168,7 +171,7 @@ def test_the_slices_of_all_ranks_make_up_the_batch(monkeypatch):
         monkeypatch.setattr(utils, "world", lambda world=world: world)
         found = []
         for rank in range(world):
-            monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             found += batch[rank_slice(12)]
         assert found == batch
 
@@ -184,12 +187,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_one_that_fits(monke
 
 def test_alone_the_collectives_change_nothing():
     x = torch.tensor([1.0, 2.0])
-    utils.average([x])
+    distributed.average([x])
     assert x.tolist() == [1, 2]
-    assert utils.max_over_ranks(7) == 7
-    assert utils.gather("mine") == ["mine"]
-    utils.barrier()
-    with utils.first_rank_first():
+    assert distributed.max_over_ranks(7) == 7
+    assert distributed.gather("mine") == ["mine"]
+    distributed.barrier()
+    with distributed.first_rank_first():
         pass
 
 
@@ -198,16 +201,16 @@ def test_tensors_are_averaged_over_the_ranks_in_one_message(of_two, monkeypatch)
     plain = utils.dist.all_reduce
     monkeypatch.setattr(utils.dist, "all_reduce", lambda x, *op: (messages.append(x.numel()), plain(x, *op)))
     tensors = [torch.tensor([[2.0, 4.0]]), torch.tensor(6.0), torch.ones(2, 1, requires_grad=True)]
-    utils.average(tensors)
+    distributed.average(tensors)
     assert messages == [5]
     assert [x.tolist() for x in tensors] == [[[3, 6]], 9, [[1.5], [1.5]]]  # (x + 2 x) / 2
-    utils.average([])
+    distributed.average([])
     assert messages == [5]
 
 
 def test_the_largest_number_of_all_ranks_is_known_to_each(of_two):
-    assert utils.max_over_ranks(True) == 2
-    assert utils.max_over_ranks(0) == 0
+    assert distributed.max_over_ranks(True) == 2
+    assert distributed.max_over_ranks(0) == 0
     stop = StopRequest()
     assert stop.agreed() == 0
     stop.signum = 2
@@ -219,7 +222,7 @@ def test_a_lost_rank_is_one_line_with_the_way_to_go_on(of_two, monkeypatch):
         raise RuntimeError(f"connection closed by peer {'x' * 200}\nat line 7")
 
     monkeypatch.setattr(utils.dist, "all_reduce", lost)
-    for call in (lambda: utils.average([torch.ones(1)]), utils.barrier):
+    for call in (lambda: distributed.average([torch.ones(1)]), distributed.barrier):
         with pytest.raises(RunError, match=r"lost another rank.*closed by peer.*--start_from latest") as error:
             call()
         assert len(str(error.value)) < 200
@@ -227,7 +230,7 @@ def test_a_lost_rank_is_one_line_with_the_way_to_go_on(of_two, monkeypatch):
 
 
 def test_what_the_first_rank_writes_is_written_once(monkeypatch):
-    @utils.first_rank
+    @distributed.first_rank
     def write(text):
         """Write."""
         written.append(text)
@@ -235,7 +238,7 @@ def test_what_the_first_rank_writes_is_written_once(monkeypatch):
 
     written = []
     assert write("a") == "a"
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     assert write(text="b") is None
     assert written == ["a"]
     assert write.__doc__ == "Write."
@@ -244,9 +247,9 @@ def test_what_the_first_rank_writes_is_written_once(monkeypatch):
 def test_the_first_rank_runs_a_block_before_the_others(monkeypatch):
     for rank, expected in ((0, ["block", "meet"]), (1, ["meet", "block"])):
         order = []
-        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(utils, "barrier", lambda order=order: order.append("meet"))
-        with utils.first_rank_first():
+        with distributed.first_rank_first():
             order.append("block")
         assert order == expected
 
@@ -294,7 +297,7 @@ def test_a_lost_terminal_asks_to_stop_unless_nohup_ignores_it(handler, noted):
 
 def test_in_another_thread_signals_are_left_alone():
     def work():
-        with StopRequest() as stop, utils.exit_on_sigterm():
+        with StopRequest() as stop, process.exit_on_sigterm():
             found.append(stop.signum)
 
     found = []

@@ -21,9 +21,9 @@ from PIL import Image
 
 import export
 import test as test_stage
-from images import image_to_tensor, load_image, tensor_to_image
 from models import GeneratorConfig, build_generator
-from weights import save_generator
+from toolkit.images import image_to_tensor, load_image, tensor_to_image
+from toolkit.weights import save_generator
 
 WEB = Path(export.__file__).parent / "examples" / "web"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import save_state
 from models import DiscriminatorConfig, GeneratorConfig, build_generator
+from toolkit.checkpoints import save_state
+from toolkit.converters import to_junyanz
+from toolkit.weights import load_generator, load_tensors, read_config, save_generator
 from utils import InputError, one_line
-from weights import load_generator, load_tensors, read_config, save_generator, to_junyanz
 
 CONFIG = GeneratorConfig(ngf=4, num_residual=1)
 

@@ -3,19 +3,19 @@
 import torch
 from conftest import TINY, tiny_model
 
-import flags
 import train
-from checkpoints import RUNS, Progress, Saver, load_state
-from weights import save_generator
+from toolkit import cli
+from toolkit.checkpoints import RUNS, Progress, Saver, load_state
+from toolkit.weights import save_generator
 
 
 def saved_args(*argv):
     """The flags that a state of a tiny run holds."""
-    parser = flags.Parser()
+    parser = cli.Parser()
     groups = ("data", "network", "loss", "optim", "transfer", "run", "speed")
     for group in groups:
-        getattr(flags, f"add_{group}_flags")(parser)
-    return flags.plain_flags(parser.parse_args(["--dataset_name", "tiny", *TINY, *map(str, argv)]))
+        getattr(cli, f"add_{group}_flags")(parser)
+    return cli.plain_flags(parser.parse_args(["--dataset_name", "tiny", *TINY, *map(str, argv)]))
 
 
 def save_run(name="tiny", epochs=2, argv=(), **changes):

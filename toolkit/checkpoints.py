@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from cyclegan import CycleGAN
-from devices import rng_state, set_rng_state
-from files import atomic_write, attempt, link_file, read_archive, replace
-from flags import NEVER_INHERITED
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Nets, build_discriminator, build_generator
-from utils import InputError, counted, first_rank, first_rank_first, gather, one_line, rank, say, warn, world
-from weights import check_tensors, load_tensors, read_config, same_nets, save_generator
+from toolkit.cli import NEVER_INHERITED
+from toolkit.devices import rng_state, set_rng_state
+from toolkit.distributed import first_rank, first_rank_first, gather, rank, world_size
+from toolkit.files import atomic_write, attempt, check_tensors, link_file, read_archive, replace
+from toolkit.weights import load_tensors, read_config, same_nets, save_generator
+from utils import InputError, counted, one_line, say, warn
 
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
@@ -321,10 +322,10 @@ def own_part(state: dict) -> dict:
     """What of a state is this rank's alone: buffers, random numbers, sums of losses; says what more ranks change."""
     first = {"buffers": state["buffers"], "rng": state["rng"], "meter": state["loader"]["meter"]}
     found = [first, *state.get("other_ranks", [])]
-    if len(found) == world():
+    if len(found) == world_size():
         return found[rank()]
     say(
-        f"saved by {counted(len(found), 'rank')}, going on with {world()}: the batches stay the same; buffers of images "
+        f"saved by {counted(len(found), 'rank')}, going on with {world_size()}: the batches stay the same; buffers of images "
         "and random numbers of ranks that were not there start anew, so the numbers will differ from an unbroken run's"
     )
     new = {"buffers": None, "rng": rng_state()}
@@ -437,5 +438,5 @@ def run_description(flags: dict, counts: dict[str, int], model: CycleGAN) -> dic
         "device": str(model.device),
         "precision": model.precision,
         "threads": torch.get_num_threads(),
-        "ranks": world(),
+        "ranks": world_size(),
     }

@@ -1,167 +1,20 @@
-"""Generator files: weights with the metadata that builds their network, and the layouts of other projects.
-
-save_generator(Path("G_AB.safetensors"), G_AB, {"direction": "AtoB", "size": [256, 256]})
-G_AB, metadata = load_generator(Path("G_AB.safetensors"))
-G_AB, metadata = load_generator(Path("latest_net_G_A.pth"))  # of pytorch-CycleGAN-and-pix2pix
-torch.save(to_junyanz(G_AB), "latest_net_G_A.pth")
-"""
+"""Other projects' generator files."""
 
 import dataclasses
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from files import atomic_write, is_state_dict, read_archive
-from models import (
-    DIRECTIONS,
-    DISCRIMINATORS,
-    GENERATORS,
-    NORMS,
-    UPSAMPLES,
-    VIT_SIZES,
-    DiscriminatorConfig,
-    Generator,
-    GeneratorConfig,
-    Nets,
-    ResnetGenerator,
-    UnetVitGenerator,
-    build_generator,
-)
+from models import LIMITS, Generator, GeneratorConfig, meta_network
+from toolkit.files import check_tensors, is_state_dict, read_archive
 from utils import InputError, one_line, say
 
-METADATA_FORMAT = 1
-METADATA_KEY = "recipe"  # in the file, where it has been since the first of them
-LIMITS = {  # beyond: not a network but an attack on the memory
-    **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
-    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
-}
-WORDS = {
-    **{"generator": GENERATORS, "discriminator": DISCRIMINATORS, "upsample": UPSAMPLES, "norm": NORMS},
-    "vit_size": tuple(VIT_SIZES),
-}
-LATER = {"vit_size", "vit_blocks", "vit_heads", "skips"}  # files from before these came do not have them
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
-
-
-def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
-    """Compare a state dict with that of a network before it is loaded, or say in one line what does not fit.
-
-    raises: InputError with the first three names that are missing, foreign, of another shape or type, or not finite
-    """
-    if not is_state_dict(tensors):
-        raise InputError(f"{what}: holds no tensors by name; expected the weights of one network")
-    faults = []
-    for name in sorted(wanted.keys() | tensors.keys()):
-        if name not in tensors:
-            faults.append(f"{name} is missing, expected {tuple(wanted[name].shape)}")
-        elif name not in wanted:
-            faults.append(f"{one_line(name)[:80]}, {tuple(tensors[name].shape)}, is not part of this network")
-        elif tensors[name].shape != wanted[name].shape:
-            faults.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}")
-        elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
-            faults.append(f"{name} is {tensors[name].dtype}, expected {wanted[name].dtype}")
-        elif not torch.isfinite(tensors[name].float()).all():  # as the network will hold it
-            faults.append(f"{name} is not finite")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError(f"{what}: does not fit the network: {'; '.join(faults[:3])}{more}")
-
-
-def same_nets(saved: Any, nets: Nets) -> bool:
-    """Whether a file holds the very weights of some networks, by their names; nothing in it is trusted."""
-    if not isinstance(saved, dict) or not all(is_state_dict(saved.get(name)) for name in nets):
-        return False
-    for name, net in nets.items():
-        own = {key: x.cpu() for key, x in net.state_dict().items()}
-        alike = saved[name].keys() == own.keys() and all(saved[name][key].dtype == own[key].dtype for key in own)
-        if not alike or not all(torch.equal(saved[name][key], own[key]) for key in own):
-            return False
-    return True
-
-
-def load_tensors(net: nn.Module, tensors: Any, what: object) -> None:
-    """Load a state dict strictly; raises InputError as check_tensors does."""
-    check_tensors(net.state_dict(), tensors, what)
-    net.load_state_dict(tensors, strict=True)
-
-
-def read_config(kind: type[Config], values: object, what: object) -> Config:
-    """Turn the config of a file into a GeneratorConfig or DiscriminatorConfig, trusting nothing in it.
-
-    raises: InputError with the first value that is unknown, missing or out of range
-    """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or not fields.keys() - LATER <= values.keys() <= fields.keys():
-        raise InputError(f"{what}: its metadata is no {kind.__name__}; expected {', '.join(fields)}")
-    for name, value in values.items():
-        good = type(value) is type(fields[name].default)
-        if name in WORDS:
-            good = good and value in WORDS[name]
-        if name in LIMITS:
-            good = good and LIMITS[name][0] <= value <= LIMITS[name][1]
-        if not good:
-            raise InputError(f"{what}: its metadata says {name} = {one_line(value)[:40]}, which no network has")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise InputError(f"{what}: its metadata says {error}") from error
-
-
-def save_generator(path: Path, net: Generator, metadata: dict) -> None:
-    """Write the weights of a generator and how to build and feed it.
-
-    metadata: direction ("AtoB" or "BtoA"), size (height and width of the training images in px),
-            stage, run_name, dataset_name, data_root, epoch, step; the network's config and the range are added
-    """
-    metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **metadata}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, {METADATA_KEY: json.dumps(metadata)}))  # save_file hides why a disk refuses
-
-
-def meta_network(config: GeneratorConfig) -> Generator:
-    """Build a generator of shapes only, on the meta device: a lying file costs no memory.
-
-    Not by build_generator: for random numbers on that device torch imports its compiler, which takes seconds.
-    """
-    kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
-    with torch.device("meta"):
-        return kind(config)
-
-
-def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a safetensors file of this project: config, state dict, metadata; none of them trusted."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        reason = one_line(error)[:120]
-        raise InputError(f"{path}: not a readable safetensors file ({reason})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != METADATA_FORMAT:
-        raise InputError(
-            f"{path}: carries no metadata of this project; expected a file that train.py or distill.py wrote"
-        )
-    config = read_config(GeneratorConfig, metadata.get("config"), path)
-    size = metadata.get("size")
-    whole_sides = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
-    if not (whole_sides and all(config.smallest_side <= side <= 2**16 for side in size)):
-        raise InputError(f"{path}: its metadata says size = {one_line(size)[:40]}, expected [height, width] in px")
-    if metadata.get("direction") not in ("AtoB", "BtoA"):
-        raise InputError(
-            f"{path}: its metadata says direction = {one_line(metadata.get('direction'))[:40]}, expected AtoB or BtoA"
-        )
-    check_tensors(meta_network(config).state_dict(), tensors, path)
-    return config, tensors, metadata
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,50 +254,3 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         "config": dataclasses.asdict(config),
     }
     return config, tensors, metadata
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-
-
-def load_generator(path: Path) -> tuple[Generator, dict]:
-    """Read a generator file of this or another project: the network on the CPU in eval mode, and its metadata.
-
-    returns: of our files the metadata that save_generator wrote; of others range, config,
-             direction ("AtoB", "BtoA"; None where the file's name tells none) and size None
-    raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; expected the generator of a run, such as saved_models/NAME/G_AB.safetensors"
-        )
-    with path.open("rb") as file:
-        start = file.read(9)  # of safetensors: the header's length in 8 bytes, then JSON
-    own = path.suffix == ".safetensors" or start[8:] == b"{"
-    config, tensors, metadata = read_own(path) if own else read_foreign(path)
-    net = build_generator(config)
-    net.load_state_dict(tensors, strict=True)
-    return net.eval(), metadata
-
-
-def load_pair(paths: Sequence[Path]) -> Nets:
-    """Read generator files, one per direction, by the name of their direction; says which starts from which.
-
-    raises: InputError as load_generator does, or for a second file of one direction
-    """
-    nets: Nets = {}
-    names = {direction: name for name, direction in DIRECTIONS.items()}
-    for path in paths:
-        net, metadata = load_generator(path)
-        name = names.get(metadata["direction"])
-        if name is None:
-            name = "G_BA" if "G_AB" in nets else "G_AB"
-            say(f"{path}: does not say its direction; taken for {name}")
-        if name in nets:
-            raise InputError(f"{path}: a second file for {name}; expected one file for each direction")
-        nets[name] = net
-        say(f"{name} starts from {path}")
-    if nets:
-        for name in DIRECTIONS.keys() - nets.keys():
-            say(f"{name} starts new: no file is for it")
-    return nets

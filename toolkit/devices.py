@@ -1,24 +1,22 @@
 """Where and in which precision networks run, and in which threads; seeds and states of random numbers."""
 
-import functools
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from utils import InputError, world
+from toolkit.distributed import world_size
+from utils import InputError
 
 
 def pick_device(name: str) -> torch.device:
     """Turn a flag into a device that exists; auto takes a CUDA GPU, else the CPU; ranks get one each, or share them."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world() > 1:
+    if name == "cuda" and world_size() > 1:
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
@@ -54,37 +52,6 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
     return best if name == "auto" else name
-
-
-@functools.cache
-def thread_pair(pid: int) -> ThreadPoolExecutor:
-    """Two threads of this process; a forked one has to make its own."""
-    return ThreadPoolExecutor(2)
-
-
-def in_threads(calls: Sequence[Callable], at_once: bool) -> list:
-    """Results of two calls, made in threads of their own so that the main one hears signals while it waits.
-
-    at_once: both at the same time, each with half of the threads that torch has on the CPU: small maps are too little
-             work to be shared by all. They must not change the same things. Else one after the other, with all threads
-    """
-    threads = torch.get_num_threads()
-
-    def start(call: Callable, share: int) -> Future:
-        def run() -> object:
-            torch.set_num_threads(share)  # of this thread
-            return call()
-
-        return thread_pair(os.getpid()).submit(run)
-
-    try:
-        if at_once and threads > 1:
-            futures = [start(call, threads // 2) for call in calls]
-            wait(futures)  # of both, also if one fails: nothing goes on behind the caller's back
-            return [future.result() for future in futures]
-        return [start(call, threads).result() for call in calls]
-    finally:
-        torch.set_num_threads(threads)  # what new threads begin with is what was set last, in any of them
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -154,19 +121,6 @@ def set_tf32(device: torch.device) -> None:
     """Compute float32 matrix products of a GPU as torch computes its convolutions anyway: with 10 bits of mantissa."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-
-
-def compile_nets(nets: dict[str, torch.nn.Module], device: torch.device) -> dict[str, Callable]:
-    """Compile networks, into CUDA graphs, as second names, so that those in a state stay as they are.
-
-    Sizes are fixed in training, so that no graph is made for all of them.
-    raises: InputError on anything but CUDA
-    """
-    if device.type != "cuda":
-        raise InputError(f"--compile: gains nothing on {device.type} (benchmarks/NOTES.md); leave the flag out")
-    # micro-batches come in many sizes; after 8 of them, torch would go on uncompiled
-    torch._dynamo.config.recompile_limit = 64  # ty: ignore[invalid-assignment]
-    return {name: torch.compile(net, mode="reduce-overhead", dynamic=False) for name, net in nets.items()}
 
 
 def default_workers(device: torch.device) -> int:

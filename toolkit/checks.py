@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import images
 from datasets import spread
+from toolkit import images
 from utils import InputError, counted, one_line, say, warn
 
 FEW = 6  # are named, others only counted

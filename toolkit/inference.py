@@ -15,37 +15,35 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import devices
-import flags
 import utils
-from checkpoints import RUNS, found_runs, load_checkpoint, networks_of
-from files import write_page
-from images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, save_image, tensor_to_image
 from models import DIRECTIONS, Generator, GeneratorConfig, Nets
-from results import KINDS, is_whole, save_thumbnail, shown_file, thumbnail
-from tiles import receptive_field, translate_tiled
+from toolkit import cli, devices
+from toolkit.checkpoints import RUNS, found_runs, load_checkpoint, networks_of
+from toolkit.gallery import DOMAINS, KINDS, Result, is_whole, save_thumbnail, thumbnail
+from toolkit.images import (
+    BadImages,
+    UnreadableImage,
+    image_to_tensor,
+    read_image,
+    resize_image,
+    save_image,
+    tensor_to_image,
+)
+from toolkit.tiles import receptive_field, translate_tiled
+from toolkit.weights import load_generator
 from utils import InputError, say, warn
-from weights import load_generator
 
 NETWORKS = {direction: name for name, direction in DIRECTIONS.items()}  # "AtoB" → "G_AB"
-DOMAINS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
 BATCH = 16  # images that pass a network together, at most
 BATCH_PIXELS = 2**20  # in them all; a larger image comes alone
 AHEAD_PIXELS = 2**23  # of images that are read, or wait to be written, while a network is busy
 THREADS = 4  # that read and write
-LEGEND = {  # of the gallery
-    "real": "{} as it was given",
-    "fake": "the translation to {}",
-    "truth": "the image of the same name among those of {}",
-    "rec": "the translation, translated back to {}",
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,10 +114,10 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
 def load_run_state(folder: Path, epoch: str) -> tuple[Nets, dict]:
     """Build the networks of a whole-state file; returns them by name, and metadata with its flags."""
     state, path = load_checkpoint(folder, epoch, "--epoch")
-    parser = flags.Parser()
-    flags.add_data_flags(parser)
-    flags.add_loss_flags(parser)
-    saved = flags.saved_flags(parser, state.get("args"), path)  # checked as if they had been typed
+    parser = cli.Parser()
+    cli.add_data_flags(parser)
+    cli.add_loss_flags(parser)
+    saved = cli.saved_flags(parser, state.get("args"), path)  # checked as if they had been typed
     size: list[Any] = [saved["img_height"], saved["img_width"]]
     nets = networks_of(state, path)
     check_together(nets, path, size)
@@ -229,19 +227,6 @@ class Translator:
 def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
     """(C, H, W) in [-1, 1] out of a network → an image of (width, height)."""
     return resize_image(tensor_to_image(x), size)
-
-
-# ---------------------------------------------------------------------------------------------
-# Folders
-
-
-@dataclass
-class Result:
-    """A translated image: its input, and the files written for it by folder (real_A, fake_B, truth_B, rec_A)."""
-
-    input: Path
-    name: Path
-    files: dict[str, Path]
 
 
 def free_name(name: Path, taken: set[str]) -> Path:
@@ -393,32 +378,3 @@ def translate_folder(
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {utils.counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
     return [result for path, result in results.items() if path in written | existing]
-
-
-# ---------------------------------------------------------------------------------------------
-# The gallery
-
-
-def address(file: Path) -> str:
-    """A file below a page's folder as its links write it."""
-    return quote(os.fsencode(file.as_posix()))
-
-
-def write_gallery(
-    output: Path, dataset_name: str, about: dict, results: dict[str, list[Result]], table: Sequence[str]
-) -> None:
-    """Write index.html: input, translation and what else there is of every image, small, each leading to its file."""
-    names = dict(zip("AB", utils.domain_names(dataset_name), strict=True))
-    known = [f"{name} {value}" for name, value in about.items() if value is not None]  # epoch and step
-    title = ", ".join([utils.one_line(output.parent.name), *known])
-    directions = []
-    for direction, translated in results.items():
-        source, target = DOMAINS[direction]
-        kinds = dict.fromkeys(kind for result in translated for kind in result.files)
-        legend = [(kind, LEGEND[kind[:-2]].format(names[kind[-1]])) for kind in kinds]
-        rows = []
-        for result in translated:
-            figures = [(kind, address(file), address(shown_file(output, file))) for kind, file in result.files.items()]
-            rows.append((utils.one_line(result.name), figures))
-        directions.append((f"{names[source]} → {names[target]}: {utils.counted(len(rows), 'image')}", legend, rows))
-    write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)

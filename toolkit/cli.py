@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import torch
 
 import models
-from devices import total_memory
-from utils import InputError, is_folder_name, need_package, say, world
+from toolkit.devices import total_memory
+from toolkit.distributed import world_size
+from utils import InputError, is_folder_name, need_package, say
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
@@ -364,7 +365,7 @@ def check_memory(args: argparse.Namespace, generator: models.GeneratorConfig, de
     height = args.img_height
     width = args.img_width
     tokens = generator.tokens(height, width)
-    own = args.batch_size // world()
+    own = args.batch_size // world_size()
     if args.micro_batch != "auto":
         own = min(own, args.micro_batch)
     elif device.type == "cuda":

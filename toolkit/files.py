@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from utils import InputError, first_rank, one_line, rank, warn
+from toolkit.distributed import first_rank, rank
+from utils import InputError, one_line, warn
 
 if os.name == "nt":
     import msvcrt
 else:
     import fcntl
-
 if TYPE_CHECKING:
     import jinja2
 
@@ -254,3 +254,27 @@ def is_state_dict(value: Any) -> bool:
         and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
         for name, x in value.items()
     )
+
+
+def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
+    """Compare a state dict with that of a network before it is loaded, or say in one line what does not fit.
+
+    raises: InputError with the first three names that are missing, foreign, of another shape or type, or not finite
+    """
+    if not is_state_dict(tensors):
+        raise InputError(f"{what}: holds no tensors by name; expected the weights of one network")
+    faults = []
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors:
+            faults.append(f"{name} is missing, expected {tuple(wanted[name].shape)}")
+        elif name not in wanted:
+            faults.append(f"{one_line(name)[:80]}, {tuple(tensors[name].shape)}, is not part of this network")
+        elif tensors[name].shape != wanted[name].shape:
+            faults.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}")
+        elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
+            faults.append(f"{name} is {tensors[name].dtype}, expected {wanted[name].dtype}")
+        elif not torch.isfinite(tensors[name].float()).all():  # as the network will hold it
+            faults.append(f"{name} is not finite")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(f"{what}: does not fit the network: {'; '.join(faults[:3])}{more}")

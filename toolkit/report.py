@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 import datasets
-import metrics
-from checkpoints import RUNS
 from cyclegan import translate
-from inference import check_together, load_run
-from metrics import Images
-from models import DIRECTIONS, Generator, GeneratorConfig, Nets
+from models import DIRECTIONS, Generator, GeneratorConfig, Nets, meta_network
+from toolkit import metrics
+from toolkit.checkpoints import RUNS
+from toolkit.inference import check_together, load_run
+from toolkit.metrics import Images
 from utils import InputError, say
-from weights import meta_network
 
 COLUMNS = 6  # images in the grid
 BRIEF = 3  # images that are timed before a student learns

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from datasets import DEMO
-from files import new_folder
+from toolkit.files import new_folder
 from utils import say
 
 SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at its top, at the horizon

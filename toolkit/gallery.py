@@ -6,16 +6,20 @@ sweep(output, files, inputs, network="day2night", keep=False)
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
-from files import atomic_write, write_json
-from images import LARGEST_CELL, UnreadableImage, read_image
+import utils
+from toolkit.files import atomic_write, write_json, write_page
+from toolkit.images import LARGEST_CELL, UnreadableImage, read_image
 from utils import counted, say
 
 KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
+DOMAINS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
 
@@ -121,3 +125,53 @@ def forget_scores(output: Path, what: dict) -> None:
         return
     if known != what:
         path.unlink()
+
+
+LEGEND = {  # of the gallery
+    "real": "{} as it was given",
+    "fake": "the translation to {}",
+    "truth": "the image of the same name among those of {}",
+    "rec": "the translation, translated back to {}",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders
+
+
+@dataclass
+class Result:
+    """A translated image: its input, and the files written for it by folder (real_A, fake_B, truth_B, rec_A)."""
+
+    input: Path
+    name: Path
+    files: dict[str, Path]
+
+
+# ---------------------------------------------------------------------------------------------
+# The gallery
+
+
+def address(file: Path) -> str:
+    """A file below a page's folder as its links write it."""
+    return quote(os.fsencode(file.as_posix()))
+
+
+def write_gallery(
+    output: Path, dataset_name: str, about: dict, results: dict[str, list[Result]], table: Sequence[str]
+) -> None:
+    """Write index.html: input, translation and what else there is of every image, small, each leading to its file."""
+    names = dict(zip("AB", utils.domain_names(dataset_name), strict=True))
+    known = [f"{name} {value}" for name, value in about.items() if value is not None]  # epoch and step
+    title = ", ".join([utils.one_line(output.parent.name), *known])
+    directions = []
+    for direction, translated in results.items():
+        source, target = DOMAINS[direction]
+        kinds = dict.fromkeys(kind for result in translated for kind in result.files)
+        legend = [(kind, LEGEND[kind[:-2]].format(names[kind[-1]])) for kind in kinds]
+        rows = []
+        for result in translated:
+            figures = [(kind, address(file), address(shown_file(output, file))) for kind, file in result.files.items()]
+            rows.append((utils.one_line(result.name), figures))
+        directions.append((f"{names[source]} → {names[target]}: {utils.counted(len(rows), 'image')}", legend, rows))
+    write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)

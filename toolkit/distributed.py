@@ -1,0 +1,129 @@
+"""Processes that torchrun started."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils import InputError, RunError, say
+
+RANK_TIMEOUT = timedelta(minutes=30)  # the first rank may draw or evaluate for that long while the others wait
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks: the processes that torchrun started, each with its slice of every batch. A world of one is the ordinary case.
+# Gradients are averaged by hand, in one message a step, and not by DistributedDataParallel: so a rank may process its
+# slice in micro-batches, or again after it ran out of memory, while the others wait. Dead ranks are the business of
+# torchrun, of the process group's timeout and of NCCL's watchdog.
+
+
+def rank() -> int:
+    """Number of this process among those of the run; 0 writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work on the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks() -> None:
+    """Meet the other processes, if torchrun started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    cards = torch.cuda.device_count()
+    nccl = dist.is_nccl_available() and cards >= ranks_here
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL refuses ranks that share a GPU
+    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    if 0 < cards < ranks_here:
+        say(f"{ranks_here} ranks share {cards} of this machine's GPUs, over gloo: slower than one rank a GPU")
+
+
+def leave_ranks() -> None:
+    """Wait until all ranks are done, the first with its writing, too."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Turn torch's error about a lost rank into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:100]
+        raise RunError(f"lost another rank ({reason}); go on from the last save with --start_from latest") from error
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors (of one type, on one device) by their means over the ranks, in one message."""
+    if not dist.is_initialized() or not tensors:
+        return
+    flat = torch.cat([x.detach().reshape(-1) for x in tensors])
+    with collective():
+        dist.all_reduce(flat)
+    flat /= world_size()
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.detach().copy_(mean.view_as(x))
+
+
+def max_over_ranks(number: int) -> int:
+    """The largest of the ranks' numbers; all ranks have to call it."""
+    largest = torch.tensor(int(number))
+    if world_size() > 1:
+        with collective():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    max_over_ranks(0)
+
+
+def gather(value: object) -> list:
+    """The values of all ranks in their order, at the first; elsewhere an empty list."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    with collective():
+        dist.gather_object(value, values)
+    return values or []
+
+
+def first_rank(function: Callable) -> Callable:
+    """Decorate what writes: only the first rank runs it, the others get None."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        return function(*args, **kwargs) if rank() == 0 else None
+
+    return call
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Let the first rank run a block before the others, which then find its work done."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def rank_slice(batch_size: int) -> slice:
+    """The part of every batch that this rank processes."""
+    if batch_size % world_size():
+        fitting = max(1, round(batch_size / world_size())) * world_size()
+        raise InputError(
+            f"--batch_size {batch_size}: cannot be shared by {world_size()} ranks; expected such as {fitting}"
+        )
+    length = batch_size // world_size()
+    return slice(rank() * length, (rank() + 1) * length)
