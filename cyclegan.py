@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import DIRECTIONS, GAN_LOSSES, Nets
+from models import GAN_LOSSES, LEGACY_DIRECTIONS, Nets
 from toolkit.devices import autocast, rng_state, set_rng_state
 from toolkit.distributed import average, rank
 from toolkit.executor import in_threads
@@ -259,7 +259,7 @@ class CycleGAN:
         self.adapters = nn.ModuleDict() if adapters is None else adapters
         self.averages = {}
         if optim_config.ema:
-            self.averages = {name: copy.deepcopy(nets[name]).requires_grad_(False) for name in DIRECTIONS}
+            self.averages = {name: copy.deepcopy(nets[name]).requires_grad_(False) for name in LEGACY_DIRECTIONS}
         self.compiled: Nets = {}  # with --compile: the compiled form of a network, by its name
         self.optims = make_optims(nets | {"G_adapters": self.adapters}, optim_config)  # the G puts them with the Gs
         size = optim_config.buffer_size

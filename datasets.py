@@ -30,10 +30,61 @@ from torch.utils.data import DataLoader, Dataset
 from toolkit import images
 from toolkit.devices import free_memory
 from toolkit.distributed import world_size
-from utils import InputError
+from utils import InputError, folder_name, option
 
 DEMO = "day2night"  # the set that prepare.py draws
 CHECKSUM_BYTES = 8  # of each image in a cache
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """How large an image may be."""
+
+    max_megapixels: float = option(
+        178.0, "treat larger images as unreadable (protects the memory)", above=0, most=10**6
+    )
+
+
+@dataclass(frozen=True)
+class ReadingConfig(PixelConfig):
+    """How image files are read."""
+
+    on_bad_image: str = option(
+        "skip",
+        "skip: leave out up to 5% of a domain, naming each file; stop: end at the first",
+        choices=("skip", "stop"),
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadingConfig):
+    """Which images to train on, at which size, and how to vary them."""
+
+    dataset_name: str = option(
+        "horse2zebra", "folder in --data_root that contains trainA and trainB", parse=folder_name
+    )
+    data_root: Path = option(Path("datasets"), "folder that contains the data sets")
+    batch_size: int = option(10, "images of each domain per step, over all ranks", least=1, most=65536)
+    img_height: int = option(256, "height of the training images in px", least=4, most=16384)
+    img_width: int = option(256, "width of the training images in px", least=4, most=16384)
+    channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
+    load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
+    flip: bool = option(True, "mirror half of the images")
+    num_workers: int | None = option(None, "processes that read images (default: 0 on a CPU, else 4)", least=0)
+    cache: str = option(
+        "none", "keep decoded images in memory or in DATA_SET/.cache on disk", choices=("none", "ram", "disk")
+    )
+    max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
+    steps_per_epoch: int | None = option(None, "steps per epoch (default: one pass over the larger domain)", least=1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the training images."""
+        return self.img_height, self.img_width
 
 
 # ---------------------------------------------------------------------------------------------

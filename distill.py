@@ -34,7 +34,7 @@ import datasets
 import models
 import train
 import utils
-from models import DIRECTIONS
+from models import LEGACY_DIRECTIONS
 from toolkit import checkpoints, cli, devices, images, process
 from toolkit.checkpoints import IMAGES, RUNS
 from toolkit.files import write_json
@@ -146,7 +146,7 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
         teacher = Teacher(checkpoints.networks_of(state, path), state.get("args"), path, single=False, facts={})
     else:
         net, metadata = load_generator(path)
-        name = next((key for key in DIRECTIONS if DIRECTIONS[key] == metadata["direction"]), students[0])
+        name = next((key for key in LEGACY_DIRECTIONS if LEGACY_DIRECTIONS[key] == metadata["direction"]), students[0])
         say(f"{path}: a single generator, so the other one and the discriminators start new")
         teacher = Teacher({name: net}, None, path, single=True, facts=metadata)
     check_together(teacher.nets, path, teacher.facts.get("size"))
@@ -157,10 +157,10 @@ def load_teacher(name: str, students: Sequence[str]) -> Teacher:
 
 def settle_direction(args: Namespace, teacher: Teacher) -> Namespace:
     """Let a single generator have the one student that it can have; raises InputError if another one was asked for."""
-    present = [direction for name, direction in DIRECTIONS.items() if name in teacher.nets]
+    present = [direction for name, direction in LEGACY_DIRECTIONS.items() if name in teacher.nets]
     if len(present) == 1 and "direction" not in args.given:
         return cli.changed(args, direction=present[0])
-    missing = [DIRECTIONS[name] for name in students_of(args) if name not in teacher.nets]
+    missing = [LEGACY_DIRECTIONS[name] for name in students_of(args) if name not in teacher.nets]
     if missing:
         words = f"translates {', '.join(present) or 'nothing'} only, not {missing[0]}; give that --direction"
         raise InputError(f"--teacher {teacher.path}: {words}")
@@ -230,7 +230,9 @@ def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
         if name not in nets and name in teacher.nets:
             nets[name] = copy.deepcopy(teacher.nets[name])
         elif name not in nets:
-            nets[name] = models.build_generator(config) if name in DIRECTIONS else models.build_discriminator(config_D)
+            nets[name] = (
+                models.build_generator(config) if name in LEGACY_DIRECTIONS else models.build_discriminator(config_D)
+            )
     for net in nets.values():
         net.requires_grad_(True).train()
     cli.check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
@@ -253,7 +255,7 @@ def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
             tables[name], grid = report_direction(rows, name, size, dataset, args.on_bad_image, device, precision)
             images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
         else:
-            say(f"{DIRECTIONS[name]}: {args.run_name} has no student for it")
+            say(f"{LEGACY_DIRECTIONS[name]}: {args.run_name} has no student for it")
     write_json(IMAGES / args.run_name / "report.json", tables)
     say(f"written to {IMAGES / args.run_name}/report.json, images beside it")
 
@@ -264,7 +266,7 @@ def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
 
 def students_of(args: Namespace) -> list[str]:
     """Names of the generators that get a student."""
-    return [name for name, direction in DIRECTIONS.items() if args.direction in ("both", direction)]
+    return [name for name, direction in LEGACY_DIRECTIONS.items() if args.direction in ("both", direction)]
 
 
 def teacher_name(args: Namespace) -> str:
@@ -297,7 +299,7 @@ def make_parser() -> cli.Parser:
     words = "run, checkpoint or generator file (default: the run named --dataset_name)"
     add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
     words = "which generators get a student (of a single file: the one that it holds)"
-    add("--direction", choices=("both", *DIRECTIONS.values()), default="both", help=words)
+    add("--direction", choices=("both", *LEGACY_DIRECTIONS.values()), default="both", help=words)
     add("--student_residual", type=cli.int_between(0, 1000), default=3, help="blocks of the student")
     add("--student_ngf", type=cli.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
     words = "lead what the halvings lose around the blocks of a resnet student (default: as its teacher)"
@@ -309,8 +311,8 @@ def make_parser() -> cli.Parser:
     add("--transfer", action=BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
     add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
     add_inherited_flags(parser)
-    for name in add_inherited_flags(cli.Parser()).flags:
-        action = parser.flags[name]
+    for name in add_inherited_flags(cli.Parser()).options:
+        action = parser.options[name]
         action.default = None
         action.help = f"{str(action.help).split(' (default')[0]} (default: the teacher's)"
     cli.add_run_flags(parser)
@@ -332,7 +334,7 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
     parser = add_inherited_flags(cli.Parser())
     if teacher.single:
-        old = {name: action.default for name, action in parser.flags.items()}
+        old = {name: action.default for name, action in parser.options.items()}
     else:
         old = cli.saved_flags(parser, teacher.flags, teacher.path)
     if utils.is_folder_name(teacher.facts.get("dataset_name")):
@@ -396,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill")
         args = cli.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
         parser = add_inherited_flags(cli.Parser())
-        defaults = {name: action.default for name, action in parser.flags.items()}  # of flags that came later
+        defaults = {name: action.default for name, action in parser.options.items()}  # of flags that came later
         later = cli.saved_flags(parser, defaults | state["args"], checkpoint)
         args = cli.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
     elif not args.report:

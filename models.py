@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,45 @@ UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
 GAN_LOSSES = ("lsgan", "bce", "hinge")
 PARTS = ("stem", "down", "blocks", "up", "skips", "head", "D")  # what can be frozen: parts of G, or discriminators
-DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}  # the generators and what they translate
+LEGACY_DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
 CHANNELS_OF_A_GROUP = 16  # of a group norm, at least; one group where there are fewer channels
 LIMITS = {  # beyond: not a network but an attack on the memory
     **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
     **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
 }
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
+
+
+# ---------------------------------------------------------------------------------------------
+# Domains and directions
+
+
+class Direction(NamedTuple):
+    """One way to translate: from a source domain to a target domain, each "A" or "B"."""
+
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        """The name on the command line and in files: "AtoB" or "BtoA"."""
+        return f"{self.source}to{self.target}"
+
+    @property
+    def generator(self) -> str:
+        """Name of the network that translates this way: "G_AB" or "G_BA"."""
+        return f"G_{self.source}{self.target}"
+
+    @property
+    def reverse(self) -> "Direction":
+        return Direction(self.target, self.source)
+
+    @classmethod
+    def named(cls, name: str) -> "Direction":
+        """Return the direction that is called "AtoB" or "BtoA"."""
+        return {str(direction): direction for direction in DIRECTIONS}[name]
+
+
+DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
 # ---------------------------------------------------------------------------------------------

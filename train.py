@@ -238,15 +238,15 @@ def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
     """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
     generator, discriminator = cli.network_configs(args)
     devices.seed_everything(args.seed, args.deterministic)
-    nets: models.Nets = {name: models.build_generator(generator, args.init) for name in models.DIRECTIONS}
+    nets: models.Nets = {name: models.build_generator(generator, args.init) for name in models.LEGACY_DIRECTIONS}
     nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
     nets |= {name: net.train() for name, net in pretrained.items()}
     freeze(nets, args.freeze)
-    absent = set(args.freeze) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.DIRECTIONS))
+    absent = set(args.freeze) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.LEGACY_DIRECTIONS))
     if absent and args.start_from == "0":  # else the run began before this was refused
         words = f"the generators have no {', '.join(sorted(absent))}; leave it out"
         raise InputError(f"--freeze {','.join(args.freeze)}: {words}")
-    if not any(p.requires_grad for name in models.DIRECTIONS for p in nets[name].parameters()):
+    if not any(p.requires_grad for name in models.LEGACY_DIRECTIONS for p in nets[name].parameters()):
         raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
     return nets
 

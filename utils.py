@@ -1,13 +1,18 @@
-"""What every room leans on: one-line errors, ranks, stop signals, the image buffer.
+"""Errors and messages, options of the command line, and the buffer of translated images.
 
-Knows no network, file or flag. Nothing here runs when it is imported.
+Everything else builds on this module; it imports nothing of the project.
 """
 
+import copy
+import dataclasses
 import importlib.util
+import math
 import random
 import re
 import sys
-from typing import TextIO
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -59,17 +64,110 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def is_folder_name(value: object) -> bool:
-    """Whether a value, maybe out of a file, is one plain folder name, which cannot leave the folder that it is put into."""
-    if not isinstance(value, str) or value in ("", ".", "..") or value[0] == "-":
-        return False
-    return all(c not in '/\\:*?"<>|' and c.isprintable() for c in value)
-
-
 def need_package(name: str, flag: str, command: str) -> None:
     """Refuse, in one line with the remedy, what needs an optional package that is missing."""
     if importlib.util.find_spec(name) is None:
         raise InputError(f"{flag}: the package {name} is missing; install it with: {command}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Options: a field of a dataclass says its default, help and range; toolkit.cli.add_options makes command-line options of them
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Collection | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    parse: Callable[[str], Any] | None = None,
+    nargs: str | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+) -> Any:
+    """Declare a field of a dataclass that is also an option of the command line.
+
+    choices:     the values that are allowed
+    least, most: the range of a number, both included; above: a lower limit that is not included
+    parse:       turns the text of the command line into a value; raises ValueError if it cannot
+    nargs:       "+" or "*" for several values, as in argparse
+    flag:        the option's name, where it is not the field's
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
+    metadata |= {"parse": parse, "nargs": nargs, "metavar": metavar, "flag": flag}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(config: Any) -> None:
+    """Compare the fields of a config with what their options allow.
+
+    raises: ValueError for the first value of another type than the default's, or out of range
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        allowed = field.metadata
+        if field.default is not None and type(value) is not type(field.default):
+            raise ValueError(f"{field.name} {value!r}: expected {type(field.default).__name__}")
+        if allowed.get("choices") and value not in allowed["choices"]:
+            raise ValueError(f"{field.name} {value}: expected one of {', '.join(map(str, allowed['choices']))}")
+        limits = {name: allowed.get(name) for name in ("least", "most", "above")}
+        if any(limit is not None for limit in limits.values()) and not in_range(value, **limits):
+            raise ValueError(f"{field.name} {value}: expected {range_in_words(**limits)}")
+
+
+def in_range(value: Any, least: float | None = None, most: float | None = None, above: float | None = None) -> bool:
+    """Whether a value is a finite number within the limits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    if above is not None and value <= above:
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def range_in_words(least: float | None = None, most: float | None = None, above: float | None = None) -> str:
+    """A range for a message: "at least 1 and at most 4096"."""
+    limits = {"above": above, "at least": least, "at most": most}
+    return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
+def folder_name(text: Any) -> str:
+    """Accept one plain folder name, which cannot lead out of the folder that contains it; else raise ValueError."""
+    plain = isinstance(text, str) and text not in ("", ".", "..") and text[0] != "-"
+    if not plain or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text):
+        raise ValueError(f'given {text!r}, expected one folder name without / \\ : * ? " < > |')
+    return text
+
+
+def is_folder_name(value: object) -> bool:
+    """Whether a value, which may come from a file, is one plain folder name."""
+    try:
+        return folder_name(value) == value
+    except ValueError:
+        return False
+
+
+def existing_or_new_path(text: str) -> Path:
+    """Accept a path that is not empty; an empty one would mean the current folder."""
+    if not text:
+        raise ValueError("given '', expected a path")
+    return Path(text)
+
+
+def some_of(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """Return a function that accepts some of the choices, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        words = [word for word in text.split(",") if word]
+        wrong = [word for word in words if word not in choices]
+        if wrong:
+            raise ValueError(f"given {wrong[0]!r}, expected some of {','.join(choices)}")
+        return words
+
+    return parse
 
 
 # ---------------------------------------------------------------------------------------------

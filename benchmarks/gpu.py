@@ -342,18 +342,20 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-INTRODUCTION = """# What was measured on GPUs
+INTRODUCTION = """# GPU measurements
 
-Written by `benchmarks/gpu.py` from `gpu.json`. On your own card: `make gpu`, with `DATA=DIR` where `horse2zebra` lies; each stage is
-meant to take under 8 minutes, and one that is done is left out. What is not in a table here was never measured on a GPU.
+Written by `benchmarks/gpu.py` from `gpu.json`. To measure your own card, run `make gpu` (`DATA=DIR` names the folder that holds `horse2zebra`). Each benchmark is meant to take under 8 minutes and is skipped if this machine has done it.
+What has no table here was never measured on a GPU.
 
-Proved without one, by `tests/test_gpu_ready.py`, `test_cyclegan.py` and `test_train.py`, partly slow:
-a whole step in float32, of both generators, with gradient penalty, averages and a student, runs on torch's meta device, so that
-nothing of it (Adam's own kernel apart) leaves a tensor on the host or reads one back; every network is traced as one graph for each size, forward and
-backward, and the losses of such a step are the eager ones' (in float64, without a compiler of kernels); fp16, really computed in half on a
-CPU, scales its losses, leaves out a step that overflows and keeps the scale over a resume; where memory runs out in any call of a step, the step
-is repeated in micro-batches and teaches the same, bit for bit; a run goes on in another memory format.
-What will be decided by these tables, and how: [benchmarks/NOTES.md](../benchmarks/NOTES.md#what-a-gpu-will-decide)."""
+What is tested without a GPU, by `tests/test_gpu_ready.py`, `test_cyclegan.py` and `test_train.py` (some of them slow):
+
+* A whole float32 step of both generators, with gradient penalty, EMA weights and a student, runs on torch's meta device, so nothing in it (except Adam's own kernel) leaves a tensor on the host or reads one back.
+* Every network is traced as one graph for each size, forward and backward, and the losses of such a step equal the eager ones (in float64, without a compiler of kernels).
+* fp16, computed in half precision on a CPU, scales its losses, skips a step that overflows and keeps the scale across a resume.
+* If memory runs out in any call of a step, the step is repeated in micro-batches with the same result, bit for bit.
+* A run can be resumed in another memory format.
+
+What these measurements will decide: [benchmarks/NOTES.md](../benchmarks/NOTES.md#what-a-gpu-will-decide)."""
 
 
 def write(output: Path, results: dict) -> None:

@@ -1,11 +1,11 @@
-"""Train, score and draw the rows of docs/results.md again.
+"""Train, score and draw the tables of docs/experiments again.
 
 python benchmarks/reproduce.py day2night
 python benchmarks/reproduce.py mnist2usps daisy2sunflower --data_root DATA
 python benchmarks/reproduce.py --list
 
 A task's runs are trained one after the other (a run that was stopped goes on where it was), scored on the test split
-and written into docs/results.json, from which the task's table in docs/results.md is made; its image goes to
+and written into docs/results.json, from which the task's table on its page of docs/experiments is made; its image goes to
 docs/results_TASK.png, or .jpg. The demo set is drawn; the others must lie in --data_root.
 """
 
@@ -46,10 +46,16 @@ from toolkit.weights import load_generator
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
-PAGE = ROOT / "docs" / "results.md"
+PAGES = ROOT / "docs" / "experiments"
+SHOWN = {  # words in docs/results.json -> words on the page
+    "picture": "image",
+    "taken for the target": "predicted as the target",
+    "in grey": "in greyscale",
+    "read as their label": "predicted as their label",
+}
 FILMED = 8  # epochs in the film of a run
 PHOTO = 128  # px, of translated photos
-DIRECTIONS = ("AtoB", "BtoA")
+LEGACY_DIRECTIONS = ("AtoB", "BtoA")
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: every flag that is not a default, in one place; after "then" what changes once all epochs are done
@@ -92,12 +98,13 @@ MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ng
 
 @dataclass
 class Task:
-    """A table of docs/results.md: runs, how they are scored, what is drawn."""
+    """A table of docs/experiments: runs, how they are scored, what is drawn."""
 
     title: str
     runs: dict[str, str]  # name → stage and flags
     score: Callable  # (run, dataset) → cells by column
     before: Callable  # (dataset, run) → rows that need no training
+    page: str = ""  # of docs/experiments (default: named like the task)
     drawn: tuple[str, ...] | None = ()  # runs in the task's image; () for all, None for no image
     curve: bool = False  # it shows PSNR over minutes, not translations
     side: int = 64  # px of an image that is drawn
@@ -129,10 +136,10 @@ def both(values: Iterable[float], digits: int) -> str:
 def paired_cells(run: str, dataset: Path) -> dict[str, str]:
     """PSNR, SSIM and match@1 of both directions on the test pairs."""
     scores = translate(run, dataset, "--metrics", "paired,cycle")
-    rows = [scores[direction]["paired"]["model"] for direction in DIRECTIONS]
+    rows = [scores[direction]["paired"]["model"] for direction in LEGACY_DIRECTIONS]
     digits = {"PSNR": 2, "SSIM": 3, "match@1": 2}
     cells = {f"{key} A→B / B→A": both([row[key] for row in rows], count) for key, count in digits.items()}
-    return cells | {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    return cells | {"cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)}
 
 
 def maps_cells(run: str, dataset: Path) -> dict[str, str]:
@@ -144,7 +151,7 @@ def maps_cells(run: str, dataset: Path) -> dict[str, str]:
 def paired_baselines(dataset: Path, run: str) -> dict[str, dict[str, str]]:
     """What needs no network: the input itself, and the mean image of the domain."""
     scores = json.loads((IMAGES / run / "test" / "metrics.json").read_text())
-    tables = [scores[direction]["paired"] for direction in DIRECTIONS if direction in scores]
+    tables = [scores[direction]["paired"] for direction in LEGACY_DIRECTIONS if direction in scores]
     column = "PSNR A→B / B→A" if len(tables) == 2 else "PSNR"
     return {name: {column: both([table[name]["PSNR"] for table in tables], 2)} for name in tables[0] if name != "model"}
 
@@ -189,7 +196,7 @@ def domain_cells(dataset: Path, folders: dict[str, Path], looks: Iterable[str]) 
 def taken_cells(run: str, dataset: Path) -> dict[str, str]:
     """Cycle error, and the fraction of translations that a classifier takes for the target domain."""
     scores = translate(run, dataset, "--metrics", "cycle")
-    cells = {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    cells = {"cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)}
     return cells | domain_cells(dataset, {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}, [""])
 
 
@@ -212,7 +219,9 @@ def photo_cells(run: str, dataset: Path) -> dict[str, str]:
         copy.parent.mkdir(parents=True, exist_ok=True)
         images.save_image(images.tensor_to_image(images.load_image(path, (PHOTO, PHOTO))), copy)
     scores = translate(run, small, "--metrics", "cycle", "--scale", "native")
-    cells = size_cells(run, PHOTO) | {"cycle A / B": both([scores[direction]["cycle"] for direction in DIRECTIONS], 3)}
+    cells = size_cells(run, PHOTO) | {
+        "cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)
+    }
     folders = {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}
     return cells | domain_cells(dataset, folders, domain_score.LOOKS)
 
@@ -350,7 +359,7 @@ TASKS = {
         drawn=("teacher_0", "student", "thin", "unet_vit"),
     ),
     "skips": Task(
-        "Day and night with skips: a teacher of six blocks and the student that comes along",
+        "Day and night with skip connections: teacher and student",
         {
             "skips_teacher": f"train {SKIPS}",
             **{f"skips_teacher_{seed}": f"train {SKIPS} --seed {seed}" for seed in (1, 2)},
@@ -363,15 +372,16 @@ TASKS = {
         zoom=2,
     ),
     "mnist2usps": Task(
-        "MNIST and USPS: do digits stay what they are?",
+        "MNIST and USPS: test digits and their translations",
         {f"digits_{seed}": f"train {DIGITS} --seed {seed}" for seed in range(3)},
         digit_cells,
         digit_baselines,
+        page="digits",
         drawn=("digits_0",),
         side=digit_score.SIDE,
     ),
     "daisy2sunflower": Task(
-        "Daisies and sunflowers: what helps 600 photos",
+        "Daisies and sunflowers: what helps with 600 photos",
         {
             "flowers": f"train {FLOWERS} --ema 0.999",
             "flowers_no_ema": f"train {FLOWERS}",
@@ -418,7 +428,7 @@ TASKS = {
         paired_baselines,
     ),
     "fine_tuning": Task(
-        "Fine-tuning on day2night, from the weights of flowers, 800 steps each",
+        "Fine-tuning on day2night",
         {
             "new": f"train {TUNED}",
             "tuned": f"train {TUNED} {OF_FLOWERS}",
@@ -432,6 +442,7 @@ TASKS = {
         {f"px_{side}": f"train {PIXELS} --img_height {side} --img_width {side}" for side in (64, 128)},
         pace,
         lambda *_: {},
+        page="image_size",
         drawn=None,
     ),
     "maps": Task(
@@ -460,6 +471,7 @@ TASKS = {
         {"facades_128": f"train {FACADES_128}", "facades_128_skips": f"train {FACADES_128} --skips"},
         label_cells,
         partial(label_baselines, side=PHOTO),
+        page="facades",
         side=PHOTO,
     ),
     "maps_128": Task(
@@ -467,6 +479,7 @@ TASKS = {
         {"maps_128": f"train {MAPS_128}", "maps_128_skips": f"train {MAPS_128} --skips"},
         maps_cells,
         paired_baselines,
+        page="maps",
         side=PHOTO,
     ),
 }
@@ -537,22 +550,24 @@ def dataset_of(task: Task, data_root: Path) -> Path:
     return (Path("datasets") if name == "day2night" else data_root) / name
 
 
-def today(name: str) -> str:
-    """The name of a row or column as the page says it; docs/results.json and metrics.json keep their first words."""
-    return name.replace("picture", "image")
+def display_name(name: str) -> str:
+    """Return the name of a row or column as the page shows it; docs/results.json keeps its first names."""
+    for stored, shown in SHOWN.items():
+        name = name.replace(stored, shown)
+    return name
 
 
 def lay_out(name: str, stored: dict) -> str:
-    """A task's part of docs/results.md."""
+    """A task's block on its page: machine, table, image, commands. The page has its own headings."""
     rows = stored["rows"]
     task = TASKS[name]
     columns = list(dict.fromkeys(key for row in rows.values() for key in row["cells"]))
-    heads = ["", *map(today, columns), "minutes", "commit"]
+    heads = ["", *map(display_name, columns), "minutes", "commit"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for run, row in rows.items():
         cells = [row["cells"].get(column, "") for column in columns]
         cells += [str(row.get(key, "")) for key in ("minutes", "commit")]
-        lines.append(f"| {' | '.join([today(run), *cells])} |")
+        lines.append(f"| {' | '.join([display_name(run), *cells])} |")
     commands = []
     for run, recipe in task.runs.items():
         stage, flags_of_run = recipe.split(" ", 1)
@@ -560,11 +575,11 @@ def lay_out(name: str, stored: dict) -> str:
         if run in rows:
             commands.append(f"python {stage}.py {first} --run_name {run}")
             commands += [f"python {stage}.py --run_name {run} --start_from latest {changes}" for changes in later]
-    image = [f"![{task.title}]({task.file(name)})", ""] if task.drawn is not None else []
+    image = [f"![{task.title}](../{task.file(name)})", ""] if task.drawn is not None else []
     if task.filmed:
-        image += [f"![How {task.filmed} learnt]({task.file(name, '_film')})", ""]
+        image += [f"![Translations of {task.filmed} in the course of training](../{task.file(name, '_film')})", ""]
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
-    return "\n".join([f"## {task.title}", "", again, "", *lines, "", *image, "```bash", *commands, "```"])
+    return "\n".join([again, "", *lines, "", *image, "```bash", *commands, "```"])
 
 
 def read_store() -> dict:
@@ -573,22 +588,23 @@ def read_store() -> dict:
 
 
 def save_page_image(image: Image.Image, name: str) -> None:
-    """Write an image beside the page; its suffix says in which format."""
-    with atomic_write(PAGE.parent / name) as temporary:
+    """Write an image into docs; its suffix says in which format."""
+    with atomic_write(STORE.parent / name) as temporary:
         how = {"quality": 88, "subsampling": 0} if name.endswith(".jpg") else {}
         image.save(temporary, format="JPEG" if how else "PNG", **how)
 
 
 def write_down(name: str, stored: dict) -> None:
-    """Put a task's rows into docs/results.json and its table into docs/results.md, between its two marks."""
+    """Put a task's rows into docs/results.json and its block into its page, between its two marks."""
     begin = f"<!-- {name} -->"
     end = f"<!-- end of {name} -->"
-    text = PAGE.read_text(encoding="utf-8")
+    page = PAGES / f"{TASKS[name].page or name}.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"# {TASKS[name].title}\n"
     if begin not in text:
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
     head = text.split(begin)[0]
     tail = text.split(end)[1]
-    write_text(PAGE, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
+    write_text(page, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
     write_json(STORE, read_store() | {name: stored})
 
 

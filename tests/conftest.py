@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cyclegan import CycleGAN, LossConfig, OptimConfig
-from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
+from models import LEGACY_DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
 from toolkit.devices import seed_everything
 
 TINY = [
@@ -38,7 +38,7 @@ def tiny_networks(**changes):
     init = changes.get("init", "normal")
     generator = config_of(GeneratorConfig, {"ngf": 4, "num_residual": 1, **changes})
     discriminator = config_of(DiscriminatorConfig, {"ndf": 4, "n_layers": 1, **changes})
-    nets = {name: build_generator(generator, init) for name in DIRECTIONS}
+    nets = {name: build_generator(generator, init) for name in LEGACY_DIRECTIONS}
     return nets | {name: build_discriminator(discriminator, init) for name in ("D_A", "D_B")}
 
 

@@ -121,7 +121,7 @@ def test_given_flags_are_told_from_defaults():
 def test_flags_that_are_not_given_have_their_defaults():
     args = parse()
     assert args.given == set()
-    for name, action in full_parser().flags.items():
+    for name, action in full_parser().options.items():
         assert getattr(args, name) == action.default, name
     asked_for = {"num_epochs": 200, "batch_size": 10, "img_height": 256, "img_width": 256, "channels": 3}
     asked_for |= {"dataset_name": "horse2zebra", "num_residual": 9, "lambda_cycle": 10.0, "start_from": "0"}
@@ -172,7 +172,7 @@ def test_help_shows_each_default_once(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 2e-4)" not in text
     assert text.count("(default: 0.0002)") == 1
-    for name, action in full_parser().flags.items():
+    for name, action in full_parser().options.items():
         assert f"--{name}" in text
         assert action.help.count("default:") <= 1, name
         assert "None" not in action.help % {"default": action.default, "prog": "x"}, name
@@ -187,7 +187,7 @@ def test_watch_without_a_name_ends_watching():
     assert resume(saved("--watch", "a.jpg"), "--watch").watch == []
 
 
-WORDS = st.sampled_from(sorted(o for a in full_parser().flags.values() for o in a.option_strings))
+WORDS = st.sampled_from(sorted(o for a in full_parser().options.values() for o in a.option_strings))
 WORDS = WORDS | st.text(string.printable, max_size=8) | st.integers().map(str) | st.floats().map(str)
 
 
@@ -449,7 +449,7 @@ def test_flags_that_are_newer_than_the_checkpoint_have_their_defaults_and_it_is_
 def test_flags_that_are_gone_and_flags_to_skip_are_left_out():
     old = saved("--lr", "1e-3") | {"no_longer_a_flag": object()}
     values = cli.saved_flags(full_parser(), old, "x.pt", skip=("lr", "device"))
-    assert values.keys() == full_parser().flags.keys() - {"lr", "device"}
+    assert values.keys() == full_parser().options.keys() - {"lr", "device"}
 
 
 @pytest.mark.parametrize("nothing", [None, {}, [], [1], "--lr 1", 3, torch.zeros(2)])
@@ -514,14 +514,14 @@ VALUES = st.recursive(
 
 
 @FUZZ
-@given(name=st.sampled_from(sorted(full_parser().flags)), value=VALUES)
+@given(name=st.sampled_from(sorted(full_parser().options)), value=VALUES)
 def test_any_saved_value_is_one_that_could_have_been_typed_or_refused_in_one_line(name, value):
     try:
         found = cli.saved_flags(full_parser(), saved() | {name: value}, PATH)[name]
     except InputError as error:
         is_one_line(error, f"{PATH}: says --{name}")
         return
-    action = full_parser().flags[name]
+    action = full_parser().options[name]
     if found is None:
         assert action.default is None
     elif action.nargs == 0:

@@ -23,9 +23,10 @@ ROW = {"cells": {"PSNR": "1 / 2"}, "minutes": 3.0, "commit": "abc"}
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "STORE", tmp_path / "results.json")
-    monkeypatch.setattr(reproduce, "PAGE", tmp_path / "results.md")
-    reproduce.PAGE.write_text("# Results\n\nBy hand.\n")
-    return reproduce.PAGE
+    monkeypatch.setattr(reproduce, "PAGES", tmp_path)
+    path = tmp_path / "maps.md"
+    path.write_text("# Results\n\nBy hand.\n")
+    return path
 
 
 @pytest.mark.parametrize("task", reproduce.TASKS)
@@ -39,22 +40,23 @@ def test_every_recipe_parses(task):
 
 def test_a_row_is_written_with_its_command_and_the_rest_of_the_page_stays(page):
     reproduce.write_down("maps", {"machine": "one core", "rows": {"maps_64": ROW}})
-    reproduce.write_down("checkerboards", {"machine": "one core", "rows": {"deconv": ROW}})
+    reproduce.write_down("maps_128", {"machine": "one core", "rows": {"maps_128": ROW}})
     reproduce.write_down("maps", {"machine": "two cores", "rows": {"maps_64": ROW | {"minutes": 4.5}}})
     text = page.read_text()
     assert text.startswith("# Results\n\nBy hand.\n")
     assert text.count("| maps_64 | 1 / 2 | 4.5 | abc |") == 1
-    assert text.count("| deconv | 1 / 2 | 3.0 | abc |") == 1
+    assert text.count("| maps_128 | 1 / 2 | 3.0 | abc |") == 1
     assert "3.0 | abc |" not in text.split("<!-- end of maps -->")[0]
     recipe = reproduce.TASKS["maps"].runs["maps_64"].removeprefix("train ")
     assert f"python train.py {recipe} --run_name maps_64" in text
-    assert set(json.loads(reproduce.STORE.read_text())) == {"maps", "checkerboards"}
+    assert set(json.loads(reproduce.STORE.read_text())) == {"maps", "maps_128"}
 
 
 @pytest.mark.parametrize("task", reproduce.TASKS)
 def test_the_page_says_what_was_recorded(task):
     stored = reproduce.read_store()[task]
-    part = reproduce.PAGE.read_text(encoding="utf-8").split(f"<!-- {task} -->\n")[1]
+    page = reproduce.PAGES / f"{reproduce.TASKS[task].page or task}.md"
+    part = page.read_text(encoding="utf-8").split(f"<!-- {task} -->\n")[1]
     assert part.split(f"\n<!-- end of {task} -->")[0] == reproduce.lay_out(task, stored)
 
 

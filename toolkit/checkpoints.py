@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cyclegan import CycleGAN
-from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Nets, build_discriminator, build_generator
+from models import LEGACY_DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Nets, build_discriminator, build_generator
 from toolkit.cli import NEVER_INHERITED
 from toolkit.devices import rng_state, set_rng_state
 from toolkit.distributed import first_rank, first_rank_first, gather, rank, world_size
@@ -153,7 +153,7 @@ def networks_of(state: dict, path: Path) -> Nets:
     nets: Nets = {}
     for name, values in configs.items():
         what = f"{path}, {name}"
-        if name in DIRECTIONS:
+        if name in LEGACY_DIRECTIONS:
             net = build_generator(read_config(GeneratorConfig, values, what))
         elif name in ("D_A", "D_B"):
             net = build_discriminator(read_config(DiscriminatorConfig, values, what))
@@ -214,7 +214,7 @@ class Saver:
         self, model: CycleGAN, progress: Progress, own_parts: list[dict], save_log: Callable[[], None], best: bool
     ) -> None:
         """Write the generator files, losses.csv and latest.pt, in which all counts as saved; where due epoch_N.pt."""
-        for name, direction in DIRECTIONS.items():
+        for name, direction in LEGACY_DIRECTIONS.items():
             metadata = {**self.metadata, "direction": direction, "epoch": progress.epoch, "step": progress.step}
             save_generator(self.folder / f"{name}.safetensors", model.averaged_nets[name], metadata)
         save_log()

@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+import shlex
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,8 +16,9 @@ import torch
 import models
 from toolkit.devices import total_memory
 from toolkit.distributed import world_size
-from utils import InputError, is_folder_name, need_package, say
+from utils import InputError, in_range, is_folder_name, need_package, range_in_words, say
 
+MOST = 10**7  # of an integer option without an upper limit
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # cheap enough to be taken during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 LAMBDAS = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
@@ -34,24 +37,105 @@ NEVER_INHERITED = frozenset({"start_from", "overwrite", "device", "run_name"})
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that knows its flags by name; its error is one line, its help shows each default once."""
+    """An ArgumentParser that remembers which options were given, and reads argument files.
+
+    An argument file (python train.py @recipes/day2night.txt) has options as on the command line, on any number of
+    lines; # begins a comment. Options after it override its own. An error is one line.
+    """
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-        self.flags: dict[str, argparse.Action] = {}  # those that flag_group declared
+        super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+        self.options: dict[str, argparse.Action] = {}  # those of add_options, by name
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # ty: ignore
-        """Read the command line; args.given names the flags that stand on it."""
+        """Read the command line; args.given names the options that were given."""
         unset = object()
-        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(self.flags, unset)))
-        args.given = {name for name in self.flags if getattr(args, name) is not unset}
-        for name in self.flags.keys() - args.given:
-            setattr(args, name, copy.copy(self.flags[name].default))
+        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+        args.given = {name for name in self.options if getattr(args, name) is not unset}
+        for name in self.options.keys() - args.given:
+            setattr(args, name, copy.copy(self.options[name].default))
         return args
+
+
+def add_options(parser: Parser, title: str, kind: type, inherited_from: str = "") -> None:
+    """Make command-line options of the fields of a dataclass that were declared with utils.option.
+
+    inherited_from: the owner of the values of options that are not given; these are None then
+    """
+    group = parser.add_argument_group(title)
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if "help" in field.metadata:
+            name = field.metadata["flag"] or field.name
+            parser.options[name] = add_option(group, f"--{name}", field, types[field.name], inherited_from)
+
+
+def add_option(group: Any, flag: str, field: dataclasses.Field, hint: Any, inherited_from: str) -> argparse.Action:
+    """Declare one option; its help ends with the default."""
+    given = field.metadata
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    help = given["help"].replace("%", "%%")
+    is_switch = hint is bool and default is False
+    if inherited_from:
+        help = f"{help.split(' (default')[0]} (default: {inherited_from})"
+        default = None
+    elif default not in (None, []) and not is_switch and "default" not in help:
+        help += " (default: %(default)s)"
+    if is_switch and not inherited_from:
+        return group.add_argument(flag, action="store_true", help=help)
+    if bool in (hint, *typing.get_args(hint)):
+        return group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+    return group.add_argument(
+        flag,
+        type=(given["parse"] and argument_type(given["parse"])) or number_type(hint, given),
+        choices=given["choices"],
+        nargs=given["nargs"],
+        metavar=given["metavar"],
+        default=default,
+        help=help,
+    )
+
+
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse show the message of a ValueError."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def number_type(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return what turns text into a value of a field's type, within its range."""
+    kinds = [kind for kind in (*typing.get_args(hint), hint) if kind in (int, float, Path, str)]
+    kind = kinds[0]
+    if kind in (Path, str):
+        return kind
+    limits = {name: given[name] for name in ("least", "most", "above")}
+    if kind is int and limits["most"] is None:
+        limits["most"] = MOST
+    noun = "an integer" if kind is int else "a number"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if not in_range(value, **limits):
+            raise ValueError(f"given {text!r}, expected {noun} {range_in_words(**limits)}".rstrip())
+        return value
+
+    return argument_type(parse)
 
 
 def flag_group(parser: Parser, title: str) -> Callable:
@@ -62,7 +146,7 @@ def flag_group(parser: Parser, title: str) -> Callable:
         if kwargs.get("default") not in (None, []) and "default" not in help:
             help += " (default: %(default)s)"
         action = group.add_argument(*names, help=help, **kwargs)
-        parser.flags[action.dest] = action
+        parser.options[action.dest] = action
 
     return add
 
@@ -419,7 +503,7 @@ def saved_flags(parser: Parser, saved: object, what: object, skip: Collection[st
     if not isinstance(saved, dict) or not saved:
         raise InputError(f"{what}: does not say its flags; written by another version, or no checkpoint")
     values: dict[str, Any] = {}
-    for name, action in parser.flags.items():
+    for name, action in parser.options.items():
         if name not in skip:
             values[name] = check_saved(action, saved[name], what) if name in saved else copy.copy(action.default)
     newer = [f"--{name}" for name in values if name not in saved]

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from models import DIRECTIONS, Generator, GeneratorConfig, Nets
+from models import LEGACY_DIRECTIONS, Generator, GeneratorConfig, Nets
 from toolkit import cli, devices
 from toolkit.checkpoints import RUNS, found_runs, load_checkpoint, networks_of
 from toolkit.gallery import DOMAINS, KINDS, Result, is_whole, save_thumbnail, thumbnail
@@ -39,7 +39,7 @@ from toolkit.tiles import receptive_field, translate_tiled
 from toolkit.weights import load_generator
 from utils import InputError, say, warn
 
-NETWORKS = {direction: name for name, direction in DIRECTIONS.items()}  # "AtoB" → "G_AB"
+NETWORKS = {direction: name for name, direction in LEGACY_DIRECTIONS.items()}  # "AtoB" → "G_AB"
 BATCH = 16  # images that pass a network together, at most
 BATCH_PIXELS = 2**20  # in them all; a larger image comes alone
 AHEAD_PIXELS = 2**23  # of images that are read, or wait to be written, while a network is busy
@@ -93,15 +93,15 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     if not folder.is_dir():
         hint = f"runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
         raise InputError(f"{folder}: no such run; {hint}")
-    files = [path for name in DIRECTIONS if (path := folder / f"{name}.safetensors").is_file()]
+    files = [path for name in LEGACY_DIRECTIONS if (path := folder / f"{name}.safetensors").is_file()]
     if epoch != "latest" or discriminators or not files:
         return load_run_state(folder, epoch)
     nets = {}
     steps = set()
     for path in files:
         nets[path.stem], metadata = load_generator(path)
-        if metadata["direction"] != DIRECTIONS[path.stem]:
-            words = f"its metadata says {metadata['direction']}, its name {DIRECTIONS[path.stem]}"
+        if metadata["direction"] != LEGACY_DIRECTIONS[path.stem]:
+            words = f"its metadata says {metadata['direction']}, its name {LEGACY_DIRECTIONS[path.stem]}"
             raise InputError(f"{path}: {words}; put it right")
         steps.add(str(metadata.get("step")))
     if len(steps) > 1 and (folder / "latest.pt").is_file():
@@ -121,7 +121,7 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Nets, dict]:
     size: list[Any] = [saved["img_height"], saved["img_width"]]
     nets = networks_of(state, path)
     check_together(nets, path, size)
-    if not DIRECTIONS.keys() & nets.keys():
+    if not LEGACY_DIRECTIONS.keys() & nets.keys():
         raise InputError(f"{path}: holds no generator; use another checkpoint")
     about = {"epoch": state.get("epoch"), "step": state.get("step"), "data_root": str(saved["data_root"])}
     return nets, {"size": size, "flags": saved, "dataset_name": saved["dataset_name"], **about}
@@ -170,8 +170,8 @@ class Translator:
         self.tile = tile
         self.output_size = output_size
         self.busy = 0.0  # seconds in the networks
-        self.directions = [direction for name, direction in DIRECTIONS.items() if name in nets]
-        self.configs = [net.config for name, net in nets.items() if name in DIRECTIONS]
+        self.directions = [direction for name, direction in LEGACY_DIRECTIONS.items() if name in nets]
+        self.configs = [net.config for name, net in nets.items() if name in LEGACY_DIRECTIONS]
         self.channels = self.configs[0].channels
         self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators take, px
         field = max(map(receptive_field, self.configs))

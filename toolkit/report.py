@@ -11,7 +11,7 @@ from torch import Tensor
 
 import datasets
 from cyclegan import translate
-from models import DIRECTIONS, Generator, GeneratorConfig, Nets, meta_network
+from models import LEGACY_DIRECTIONS, Generator, GeneratorConfig, Nets, meta_network
 from toolkit import metrics
 from toolkit.checkpoints import RUNS
 from toolkit.inference import check_together, load_run
@@ -138,7 +138,7 @@ def report_direction(
     truths = datasets.named_images(dataset / f"{split}{name[3]}", size, channels, on_bad_image)
     table, grid = compare_generators(rows, name, reals, truths, precision)
     where = f"{size[1]}x{size[0]} px; milliseconds on {device}, {torch.get_num_threads()} threads, {precision}"
-    say(f"{DIRECTIONS[name]} at {where}")
+    say(f"{LEGACY_DIRECTIONS[name]} at {where}")
     for line in metrics.format_table(table):
         say(line)
     return table, grid

@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import (
-    DIRECTIONS,
     DISCRIMINATORS,
     GENERATORS,
+    LEGACY_DIRECTIONS,
     LIMITS,
     NORMS,
     UPSAMPLES,
@@ -154,7 +154,7 @@ def load_pair(paths: Sequence[Path]) -> Nets:
     raises: InputError as load_generator does, or for a second file of one direction
     """
     nets: Nets = {}
-    names = {direction: name for name, direction in DIRECTIONS.items()}
+    names = {direction: name for name, direction in LEGACY_DIRECTIONS.items()}
     for path in paths:
         net, metadata = load_generator(path)
         name = names.get(metadata["direction"])
@@ -166,6 +166,6 @@ def load_pair(paths: Sequence[Path]) -> Nets:
         nets[name] = net
         say(f"{name} starts from {path}")
     if nets:
-        for name in DIRECTIONS.keys() - nets.keys():
+        for name in LEGACY_DIRECTIONS.keys() - nets.keys():
             say(f"{name} starts new: no file is for it")
     return nets
