@@ -1,14 +1,14 @@
-# make demo    train on drawn landscapes, test, and say where the images are
-# make smoke   a few steps, to see that all is installed
-# make test    lint, types and the everyday tests
-# make format  let ruff lay out the code
-# make slow    the tests that take longer
-# make browser what the slow tests with a browser need, as root on Debian; without it they are skipped
-# make gpu     what only a GPU can show, into docs/gpu.md: tests, step, memory, ranks, training; DATA=DIR holds horse2zebra
-# make results train and score every row of docs/results.md again: many hours; DATA=DIR holds the data sets
+# make demo     train on drawn landscapes, test, and print where the images are
+# make smoke    20 training steps, to check the installation
+# make test     lint, types and the everyday tests
+# make format   format the code with ruff
+# make slow     the tests that take longer
+# make browser  install what the slow tests with a browser need, as root on Debian; without it they are skipped
+# make gpu      what only a GPU can show, written to docs/gpu.md; DATA=DIR contains horse2zebra
+# make results  train and score the rows of docs/experiments again: many hours; DATA=DIR contains the data sets
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 8
+DEMO := @recipes/day2night.txt
 
 .PHONY: demo smoke test format slow browser gpu results clean
 
@@ -26,7 +26,7 @@ demo: .venv/installed
 	if [ -f saved_models/day2night/latest.pt ]; then $(BIN)/python train.py --dataset_name day2night --start_from latest; \
 	else $(BIN)/python train.py $(DEMO); fi
 	$(BIN)/python test.py --dataset_name day2night --metrics paired,cycle,losses
-	@echo "watched while it learned: generated_images/day2night/   the test images: generated_images/day2night/test/index.html"
+	@echo "training grids: generated_images/day2night/   test images: generated_images/day2night/test/index.html"
 
 smoke: .venv/installed
 	$(BIN)/python train.py $(DEMO) --run_name smoke --overwrite --num_epochs 1 --steps_per_epoch 20

@@ -7,10 +7,7 @@ python app.py --host 0.0.0.0 --port 8080 --max_mb 8
 Uploads live in a temporary folder that goes with the program; nothing is sent anywhere.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import argparse
 import functools

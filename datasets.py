@@ -1,10 +1,8 @@
-"""Unpaired images: folders → batches, the same on every machine, from any step of any epoch.
+"""Unpaired images: folders → batches, the same on every machine and from any step of any epoch.
 
-paths = {domain: split_images(folder, f"train{domain}") for domain in "AB"}
-dataset = UnpairedDataset(paths, size=(256, 256))
-order = EpochSampler((len(paths["A"]), len(paths["B"])), batch_size=10)
-for batch in make_loader(dataset, order, num_workers=4, pin_memory=True):
-    batch["A"]  # (10, 3, 256, 256) in [-1, 1]
+data = load_training_data(DataConfig(), seed=0, device=torch.device("cuda"), held_out={})
+for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("cuda")):
+    ...  # each (10, 3, 256, 256) in [-1, 1]
 """
 
 import difflib
@@ -17,23 +15,23 @@ import shutil
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit import images
-from toolkit.devices import free_memory
-from toolkit.distributed import world_size
-from utils import InputError, folder_name, option
+from toolkit.devices import default_workers, free_memory
+from toolkit.distributed import rank_slice, world_size
+from utils import InputError, counted, folder_name, option, say
 
-DEMO = "day2night"  # the set that prepare.py draws
-CHECKSUM_BYTES = 8  # of each image in a cache
+DEMO = "day2night"  # the data set that prepare.py draws
+CHECKSUM_BYTES = 8  # per image in a cache
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,9 +90,9 @@ class DataConfig(ReadingConfig):
 
 
 def recorded_root(recorded: object) -> Path:
-    """The folder of the data sets that a run was trained on, as its files say; "datasets" where they do not.
+    """Return the folder of data sets that a run was trained on, as its files say; by default "datasets".
 
-    raises: InputError if it is gone
+    raises: InputError if it no longer exists
     """
     root = Path(recorded if isinstance(recorded, str) else "datasets")
     if root != Path("datasets") and not root.is_dir():
@@ -103,39 +101,41 @@ def recorded_root(recorded: object) -> Path:
 
 
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
-    """Return the folder of a data set, or say which one may have been meant."""
+    """Return the folder of a data set.
+
+    raises: InputError, with the most similar name, if it does not exist
+    """
     folder = data_root / dataset_name
     if folder.is_dir():
         return folder
-    others = sorted(p.name for p in data_root.iterdir() if p.is_dir()) if data_root.is_dir() else []
+    others = sorted(path.name for path in data_root.iterdir() if path.is_dir()) if data_root.is_dir() else []
     near = difflib.get_close_matches(dataset_name, others, 1, cutoff=0)
-    hint = f"nearest existing: {near[0]}" if near else f"{data_root} holds no data set"
     raise InputError(
-        f"{folder}: no such data set; {hint}; make one with: python prepare.py split --A DIR --B DIR "
-        f"--dataset_name {dataset_name}, or try --dataset_name {DEMO}"
+        f"{folder}: no such data set; nearest existing: {near[0] if near else 'none'}; make one with: "
+        f"python prepare.py split --A DIR --B DIR --dataset_name {dataset_name}, or try --dataset_name {DEMO}"
     )
 
 
 def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
-    """List the images of one part of a data set, such as trainA.
+    """List the images of one split of a data set, such as trainA.
 
-    raises: InputError if the folder is missing, or holds nothing that looks like an image
+    raises: InputError if the folder is missing or contains no image
     """
     if not (folder / split).is_dir():
-        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folder"
+        found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise InputError(
-            f"{folder}: no {split}/ inside (found: {found}); rename them, or make the layout with: "
+            f"{folder}: no {split}/ inside (found: {found}); rename the folders, or make the layout with: "
             "python prepare.py split --A DIR --B DIR --dataset_name NAME"
         )
     paths = images.list_images(folder / split)
     if not paths:
-        kinds = " ".join(sorted(images.SUFFIXES))
-        raise InputError(f"{folder / split}: no image inside; expected files that end in {kinds}")
+        suffixes = " ".join(sorted(images.SUFFIXES))
+        raise InputError(f"{folder / split}: no image inside; expected files that end in {suffixes}")
     return paths[:max_images]
 
 
 def held_out_split(folder: Path) -> str:
-    """Name the part that training may look at but not learn from: test, else val, else train itself."""
+    """Name the split to show during training: test, else val, else train itself."""
     for split in ("test", "val"):
         if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
             return split
@@ -143,28 +143,30 @@ def held_out_split(folder: Path) -> str:
 
 
 def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
-    """Find the folders to evaluate on, by domain: of the val split, where there is one, else of the test split.
+    """Find the folders to evaluate on, by domain: of the val split if there is one, else of the test split.
 
-    raises: InputError if one has no images or, if they shall be paired, no name in common with the other
+    raises: InputError if one contains no image or, with paired, if they have no image name in common
     """
     split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
     folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
     names = {}
-    for domain, part in folders.items():
-        names[domain] = {pair_name(path, part) for path in split_images(folder, part.name)}
+    for domain, path in folders.items():
+        names[domain] = {pair_name(image, path) for image in split_images(folder, path.name)}
     if paired and not names["A"] & names["B"]:
-        words = f"no image in {folders['A']} has the name of one in {folders['B']}"
-        raise InputError(f"--eval_metrics paired: {words}; leave it out for unpaired sets")
+        raise InputError(
+            f"--eval_metrics paired: no image in {folders['A']} has the name of one in {folders['B']}; "
+            "leave it out for unpaired sets"
+        )
     return folders
 
 
 def pair_name(path: Path, folder: Path) -> Path:
-    """The name that the two images of a pair share: relative to their folders, without suffix."""
+    """Return the name that both images of a pair share: relative to their folder, without the suffix."""
     return path.relative_to(folder).with_suffix("")
 
 
 def spread(paths: list[Path], most: int | None) -> list[Path]:
-    """Keep at most so many paths, evenly spread; None keeps all."""
+    """Keep at most `most` paths, evenly spread; None keeps all."""
     if most is None or len(paths) <= most:
         return paths
     return paths[:: math.ceil(len(paths) / most)] if most else []
@@ -179,35 +181,36 @@ def load_named(folder: Path, paths: Sequence[Path], size: tuple[int, int], chann
 def named_images(
     folder: Path, size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
 ) -> dict[Path, Tensor]:
-    """Read a folder's images, or at most so many evenly spread ones, by the name without suffix that pairs share.
+    """Read the images of a folder, or at most `most` evenly spread ones, by pair_name.
 
-    returns: (1, channels, H, W) in [-1, 1] by name; size is (height, width)
+    size:    height and width
+    returns: (1, channels, H, W) in [-1, 1] by name
     raises:  InputError as split_images and load_images do
     """
-    return load_named(folder, spread(split_images(folder.parent, folder.name), most), size, channels, on_bad)
+    paths = spread(split_images(folder.parent, folder.name), most)
+    return load_named(folder, paths, size, channels, on_bad)
 
 
 def paired_images(
     folders: dict[str, Path], size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
 ) -> dict[str, dict[Path, Tensor]]:
-    """Read the images of two domains as named_images does, so that pairs stay pairs.
+    """Read the images of two domains as named_images does, and keep pairs together.
 
-    Names that both domains have come first, in the same order, and are thinned together to at
-    most `most`; each domain's other images fill what room is left, evenly spread.
+    The pairs come first, in the same order in both domains, evenly spread and at most `most`.
+    The other images of each domain fill the rest, evenly spread.
     """
     paths: dict[str, dict[Path, Path]] = {}  # by domain and name
     for domain, folder in folders.items():
         found = split_images(folder.parent, folder.name)
         paths[domain] = {pair_name(path, folder): path for path in found}
     first, second = paths.values()
-    shared = [name for name in first if name in second]
-    pairs = spread(shared, most)
-    room = None if most is None else most - len(pairs)
+    pairs = spread([name for name in first if name in second], most)
+    rest = None if most is None else most - len(pairs)
     loaded = {}
     for domain, folder in folders.items():
-        others = [name for name in paths[domain] if not (name in first and name in second)]
-        chosen = [paths[domain][name] for name in (*pairs, *spread(others, room))]
-        loaded[domain] = load_named(folder, chosen, size, channels, on_bad)
+        unpaired = [name for name in paths[domain] if not (name in first and name in second)]
+        names = pairs + spread(unpaired, rest)
+        loaded[domain] = load_named(folder, [paths[domain][name] for name in names], size, channels, on_bad)
     return loaded
 
 
@@ -216,11 +219,11 @@ def paired_images(
 
 
 class ImageCache:
-    """Images of one size, decoded and resized once: bytes in memory that the workers share, or in a file.
+    """Decoded and resized images: bytes in memory that the workers share, or in a file.
 
-    An image counts as kept when its checksum says so: half-written ones, and two runs that fill
-    one file at a time, do no harm. The file's name follows from the images' names, sizes and
-    times, so that a changed data set gets a new one.
+    An image counts as cached if its checksum is right, so a half-written image or two runs that fill
+    the same file do no harm. The name of the file depends on the names, sizes and times of the images,
+    so a changed data set gets a new one.
     """
 
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None, shared: bool):
@@ -234,54 +237,52 @@ class ImageCache:
         else:
             values = torch.zeros(total, dtype=torch.uint8)
             values = values.share_memory_() if shared else values
-        self.sums = values[:checksums].view(torch.int64)  # an image's CRC32 + 1; 0 where there is none
+        self.sums = values[:checksums].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
         self.pixels = values[checksums:].view(len(paths), *size, channels)
 
     def get(self, i: int) -> Image.Image | None:
-        """The image of a path's index, if it is kept and whole."""
+        """Return the image of a path's index if it is cached."""
         expected = self.sums[i].item()
-        pixels = self.pixels[i].numpy() if expected else None
-        if pixels is None or zlib.crc32(pixels) + 1 != expected:
+        if not expected:
+            return None
+        pixels = self.pixels[i].numpy()
+        if zlib.crc32(pixels) + 1 != expected:
             return None
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)  # copies
 
     def put(self, i: int, image: Image.Image) -> None:
-        """Keep an image of the cache's size."""
+        """Cache an image, which has the size of the cache."""
         pixels: Any = np.array(image).reshape(self.pixels.shape[1:])
         self.pixels[i] = torch.from_numpy(pixels)
         self.sums[i] = zlib.crc32(pixels) + 1
 
 
 def map_file(path: Path, size: int) -> Tensor:
-    """A file of `size` bytes as a tensor that all processes share; made where it is missing.
+    """Return a file of `size` bytes, created if missing, as a tensor that all processes share.
 
-    raises: InputError if the disk is too full, or torch cannot map the file into memory
-    """
-    try:
-        str(path).encode()  # torch knows no names that are not text; asked before the file takes its room
-        return torch.from_file(str(reserve(path, size)), True, size, dtype=torch.uint8)
-    except (UnicodeEncodeError, RuntimeError) as error:
-        words = f"{path} cannot be mapped into memory ({str(error).splitlines()[0]})"
-        raise InputError(f"--cache disk: {words}; take --cache ram, or another --data_root") from error
-
-
-def reserve(path: Path, size: int) -> Path:
-    """Make sure that a file of `size` bytes exists and has its room on the disk, new parts zero; returns its path.
-
-    raises: InputError if the disk has less left (writing to it through memory would end in a bus error)
+    raises: InputError if the disk is too full (writing through memory would end in a bus error), or if the
+            file cannot be mapped into memory
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         missing = size - file.tell()
         free = shutil.disk_usage(path.parent).free
         if missing > free:
-            words = f"needs {missing / 2**30:.1f} GiB in {path.parent}, which has {free / 2**30:.1f} left"
-            raise InputError(f"--cache disk: {words}; lower --max_images, or leave it out")
+            raise InputError(
+                f"--cache disk: needs {missing / 2**30:.1f} GiB in {path.parent}, which has {free / 2**30:.1f} GiB "
+                "left; lower --max_images, or leave --cache out"
+            )
         if missing > 0 and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         elif missing > 0:
             file.truncate(size)
-    return path
+    try:
+        return torch.from_file(str(path), True, size, dtype=torch.uint8)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--cache disk: {path} cannot be mapped into memory ({str(error).splitlines()[0]}); "
+            "use --cache ram, or another --data_root"
+        ) from error
 
 
 def check_cache_memory(total: int, num_workers: int) -> None:
@@ -291,28 +292,32 @@ def check_cache_memory(total: int, num_workers: int) -> None:
     shared = Path("/dev/shm")
     if num_workers and shared.is_dir() and shutil.disk_usage(shared).free < free:
         free = shutil.disk_usage(shared).free
-        where = f"{shared}, through which workers share memory,"
+        where = f"{shared}, the memory that workers share,"
     if total > free:
-        words = f"needs {total / 2**30:.2f} GiB, and {where} has {free / 2**30:.2f} left"
-        raise InputError(f"--cache ram: {words}; take --cache disk, or lower --max_images or --load_scale")
+        raise InputError(
+            f"--cache ram: needs {total / 2**30:.2f} GiB, and {where} has {free / 2**30:.2f} GiB left; "
+            "use --cache disk, or lower --max_images or --load_scale"
+        )
 
 
-def make_caches(
-    kind: str, paths: dict[str, list[Path]], size: tuple[int, int], channels: int, dataset: Path, num_workers: int
-) -> dict[str, ImageCache]:
-    """Make the caches of --cache (none, ram or disk) by domain; none are no caches.
+def open_caches(kind: str, dataset: "UnpairedDataset", folder: Path, num_workers: int) -> dict[str, ImageCache]:
+    """Open the caches of a data set by domain.
 
-    size:   of the kept images: height and width
-    raises: InputError if memory, or the disk, does not suffice
+    kind:   none, ram or disk (in folder/.cache)
+    raises: InputError if there is not enough memory or disk space
     """
     if kind == "none":
         return {}
+    size = dataset.load_size
     if kind == "ram":
-        total = sum(map(len, paths.values())) * (math.prod(size) * channels + CHECKSUM_BYTES)
+        total = sum(map(len, dataset.paths.values())) * (math.prod(size) * dataset.channels + CHECKSUM_BYTES)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
         check_cache_memory(total * ranks_here, num_workers)
-    folder = dataset / ".cache" if kind == "disk" else None
-    return {d: ImageCache(found, size, channels, folder, num_workers > 0) for d, found in paths.items()}
+    caches = {}
+    for domain, paths in dataset.paths.items():
+        cache_folder = folder / ".cache" if kind == "disk" else None
+        caches[domain] = ImageCache(paths, size, dataset.channels, cache_folder, num_workers > 0)
+    return caches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,11 +325,13 @@ def make_caches(
 
 
 class UnpairedDataset(Dataset):
-    """Images of two domains, drawn independently; an item is fetched by (epoch, i, index_A, index_B).
+    """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
 
-    The random choices of image i come from (seed, epoch, i) alone, so that neither the number
-    of workers nor an interruption changes them. returns {"A", "B"}: (channels, height, width) in
-    [-1, 1], and "bad": the files that could not be read and were replaced by the next that can.
+    The random choices for image i depend on (seed, epoch, i) alone, so neither the number of workers nor an
+    interruption changes them.
+
+    returns: "A" and "B": (channels, height, width) in [-1, 1]; "bad": the unreadable files, each replaced by the
+             next readable one
     """
 
     def __init__(
@@ -349,48 +356,50 @@ class UnpairedDataset(Dataset):
         item = {"bad": []}
         for domain, index in zip("AB", indices, strict=True):
             image = self._read(domain, index, item["bad"])
-            item[domain] = self._vary(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
+            item[domain] = self._augment(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
         return item
 
     def _read(self, domain: str, index: int, bad: list) -> Image.Image:
-        """The image of an index, else the next that can be read, at load_size; unreadable ones go into `bad`."""
+        """Read the image of an index, else the next readable one, at load_size; add unreadable files to `bad`."""
         paths = self.paths[domain]
-        cache = self.caches.get(domain)
-        for i in (*range(index, len(paths)), *range(index)):
-            kept = cache.get(i) if cache else None
-            if kept is not None:
-                return kept
+        for offset in range(len(paths)):
+            i = (index + offset) % len(paths)
             try:
-                image = images.resize_image(
-                    images.read_image(paths[i], self.channels), (self.load_size[1], self.load_size[0])
-                )
+                return self._load(domain, i)
             except images.UnreadableImage as error:
                 bad.append((domain, paths[i], str(error)))
-                continue
-            if cache:
-                cache.put(i, image)
-            return image
-        blank = (self.load_size[1], self.load_size[0])  # never learnt from: `bad` ends the run
-        return Image.new("RGB" if self.channels == 3 else "L", blank)
+        return Image.new("RGB" if self.channels == 3 else "L", self.load_size[::-1])  # never seen: `bad` ends the run
 
-    def _vary(self, image: Image.Image, rng: random.Random) -> Tensor:
+    def _load(self, domain: str, i: int) -> Image.Image:
+        cache = self.caches.get(domain)
+        cached = cache.get(i) if cache else None
+        if cached is not None:
+            return cached
+        image = images.read_image(self.paths[domain][i], self.channels)
+        image = images.resize_image(image, self.load_size[::-1])
+        if cache:
+            cache.put(i, image)
+        return image
+
+    def _augment(self, image: Image.Image, rng: random.Random) -> Tensor:
         """Crop at random, and mirror half of the images."""
+        from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
+
         height, width = self.size
         top = rng.randint(0, self.load_size[0] - height)
         left = rng.randint(0, self.load_size[1] - width)
-        image = image.crop((left, top, left + width, top + height))
+        x = functional.crop(functional.pil_to_tensor(image), top, left, height, width)
         if self.flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        return images.image_to_tensor(image)
+            x = functional.horizontal_flip(x)
+        return images.bytes_to_range(x)
 
 
 class EpochSampler:
-    """The order of the images: full batches of (epoch, i, index_A, index_B), from any step of any epoch.
+    """Batches of keys (epoch, i, index_A, index_B) in random order, from any step of any epoch.
 
-    An epoch lasts until the larger domain was seen, or `steps`; the smaller one starts again.
-    Set `epoch` and `first_step` before each pass: they are read in the main process, where
-    persistent workers cannot freeze them. `rank_slice` is the part of each batch that is handed
-    out: a rank's own.
+    An epoch is one pass over the larger domain, or `steps`; the smaller domain starts again. Batches are always full.
+    Set `epoch` and `first_step` before each pass: they are read in the main process, so persistent workers follow.
+    `rank_slice` selects the part of each batch that this rank reads.
     """
 
     def __init__(
@@ -410,7 +419,7 @@ class EpochSampler:
         self.first_step = 0
 
     def _order(self, domain: str, count: int) -> list[int]:
-        """Indices for all steps of the epoch: whole shufflings of a domain, one after the other."""
+        """Indices for all steps of the epoch: one shuffled pass over the domain after the other."""
         rng = random.Random(f"{self.seed}-{self.epoch}-{domain}")
         order = []
         while len(order) < self.steps * self.batch_size:
@@ -434,52 +443,103 @@ def collate(items: list[dict]) -> dict:
     return batch | {"bad": [bad for item in items for bad in item["bad"]]}
 
 
-def start_worker(worker: int, pixels: float) -> None:
-    """Leave signals to the main process, which saves first and then ends its workers; keep its limit of pixels."""
+def start_worker(worker: int, max_pixels: float) -> None:
+    """Ignore signals in a worker: the main process saves first and then ends its workers."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    images.limit_pixels(pixels)
+    images.limit_pixels(max_pixels)
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Make a loader that reads in the order of `sampler`."""
+    """Make a data loader that reads in the order of `sampler`."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=functools.partial(start_worker, pixels=images.max_pixels),
+        worker_init_fn=functools.partial(start_worker, max_pixels=images.max_pixels),
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
     )
 
 
 @dataclass
-class Feed:
-    """Where batches come from."""
+class TrainingData:
+    """The images of a training run."""
 
-    loader: Any  # a DataLoader; None when its workers have been sent home
-    order: EpochSampler
-    bad: dict[str, images.BadImages]  # by domain
+    loader: Any  # a DataLoader; None after close()
+    sampler: EpochSampler
+    bad_images: dict[str, images.BadImages]  # by domain
     counts: dict[str, int]  # readable images by domain
-    held_out: dict[str, Path] = field(default_factory=dict)  # folders to evaluate on, by domain
+    held_out: dict[str, Path]  # folders to evaluate on, by domain
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps
 
     def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from a step on: real_A and real_B, on the device; unreadable files are named."""
-        self.order.epoch = epoch
-        self.order.first_step = first_step
+        """Yield real_A and real_B, (N, channels, H, W) in [-1, 1] on the device, from a step of an epoch on.
+
+        Unreadable files are named. raises: InputError if there are too many
+        """
+        self.sampler.epoch = epoch
+        self.sampler.first_step = first_step
         for batch in self.loader:
             for domain, path, reason in batch["bad"]:
-                self.bad[domain].note(path, reason)
+                self.bad_images[domain].note(path, reason)
             yield batch["A"].to(device, non_blocking=True), batch["B"].to(device, non_blocking=True)
 
     def paths_of_step(self, step: int) -> list[str]:
-        """The files of this rank's part of a batch, by its place in the epoch under way, for a message."""
-        self.order.first_step = step
+        """List the files that this rank reads in a step of the current epoch, for a message."""
+        self.sampler.first_step = step
         paths = {"A": [], "B": []}
-        for _, _, index_A, index_B in next(iter(self.order)):
+        for _, _, index_A, index_B in next(iter(self.sampler)):
             paths["A"].append(str(self.loader.dataset.paths["A"][index_A]))
             paths["B"].append(str(self.loader.dataset.paths["B"][index_B]))
         return paths["A"] + paths["B"]
+
+    def close(self) -> None:
+        """End the workers, which Python would otherwise wait for after an error."""
+        self.loader = None
+
+    @property
+    def order(self) -> EpochSampler:  # until train.py says sampler
+        return self.sampler
+
+
+Feed = TrainingData  # until train.py calls load_training_data
+
+
+def make_caches(kind, paths, size, channels, folder, num_workers):  # noqa: D103 (until train.py and benchmarks/loader.py move)
+    dataset = UnpairedDataset(paths, size, channels, load_scale=1)
+    return open_caches(kind, dataset, folder, num_workers)
+
+
+def load_training_data(config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path]) -> TrainingData:
+    """Find the images of a data set, leave out those whose header is unreadable, and make their data loader.
+
+    held_out: folders to evaluate on, by domain
+    raises:   InputError if images are missing, too many are unreadable, or the cache does not fit
+    """
+    folder = find_dataset(config.data_root, config.dataset_name)
+    paths = {}
+    bad_images = {}
+    for domain in "AB":
+        found = split_images(folder, f"train{domain}", config.max_images)
+        bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
+        paths[domain] = bad_images[domain].readable(found)
+    counts = {domain: len(found) for domain, found in paths.items()}
+    sampler = EpochSampler(
+        (counts["A"], counts["B"]), config.batch_size, config.steps_per_epoch, seed, rank_slice(config.batch_size)
+    )
+    dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed)
+    workers = default_workers(device) if config.num_workers is None else config.num_workers
+    dataset.caches = open_caches(config.cache, dataset, folder, workers)
+    loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
+    say(
+        f"{folder}: {counted(counts['A'], 'image')} in trainA, {counts['B']} in trainB; "
+        f"{sampler.steps} steps of {config.batch_size} an epoch"
+    )
+    return TrainingData(loader, sampler, bad_images, counts, held_out)

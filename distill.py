@@ -5,22 +5,19 @@
     python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
-The student takes its teacher's place in the CycleGAN objective and also learns its hidden states and images; the
-other networks go on from the teacher's. The report takes test images of one name for pairs.
+A student replaces its teacher in the CycleGAN objective, and also learns the teacher's hidden states and images; the other
+networks continue from the teacher's run. The report treats test images of the same name as pairs.
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import copy
 import dataclasses
 import functools
 import hashlib
-from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +30,63 @@ import cyclegan
 import datasets
 import models
 import train
-import utils
-from models import LEGACY_DIRECTIONS
-from toolkit import checkpoints, cli, devices, images, process
-from toolkit.checkpoints import IMAGES, RUNS
-from toolkit.files import write_json
+from cyclegan import LossConfig, OptimConfig, Translation
+from datasets import DataConfig
+from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, GeneratorConfig, Networks
+from toolkit import checkpoints, cli, devices, report
+from toolkit.checkpoints import RUNS
+from toolkit.images import limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import distillation_rows
-from toolkit.report import compare_costs, refuse_large, report_direction, report_rows
+from toolkit.process import command
 from toolkit.weights import load_generator
-from utils import InputError, say
+from utils import InputError, folder_name, in_range, is_folder_name, option, say
 
-COPIED = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks, whose number differs
-STUDENT_FLAGS = ("student_residual", "student_ngf", "student_skips")
-FIXED_FLAGS = (*STUDENT_FLAGS, "direction", "hidden_layers", "transfer", "channels")
+COPIED_PARTS = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks
+STUDENT_OPTIONS = ("student_residual", "student_ngf", "student_skips")
+FIXED_OPTIONS = (*STUDENT_OPTIONS, "direction", "hidden_layers", "transfer", "channels")
+
+
+def run_or_file(text: str) -> str:
+    """Accept an existing file, or the name of a folder in saved_models."""
+    return text if Path(text).is_file() else folder_name(text)
+
+
+def block_list(text: str) -> list[int] | None:
+    """Accept block numbers separated by commas, or auto."""
+    if text == "auto":
+        return None
+    words = text.split(",")
+    if not all(word.isdecimal() and in_range(int(word), most=1000) for word in words):
+        raise ValueError(f"given {text!r}, expected auto or block numbers such as 1,4,8")
+    return [int(word) for word in words]
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The teacher, the shape of its students, and what they learn from it."""
+
+    teacher: str | None = option(
+        None,
+        "run, checkpoint or generator file (default: the run named --dataset_name)",
+        parse=run_or_file,
+        metavar="RUN_OR_FILE",
+    )
+    direction: str = option(
+        "both",
+        "which generators get a student (of a single file: the one in it)",
+        choices=("both", *map(str, DIRECTIONS)),
+    )
+    student_residual: int = option(3, "blocks of the student", least=0, most=1000)
+    student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
+    student_skips: bool | None = option(None, "skip connections of a resnet student (default: as its teacher)")
+    hidden_layers: list[int] | None = option(
+        None, "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)", parse=block_list, metavar="I,J,…"
+    )
+    lambda_hidden: float = option(1.0, "weight of the distance between hidden states", least=0)
+    lambda_output: float = option(10.0, "weight of the distance between images", least=0)
+    transfer: bool = option(True, "start from the teacher's first and last layers")
+    report: bool = option(False, "compare an existing student with its teacher; trains nothing")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -54,11 +94,11 @@ FIXED_FLAGS = (*STUDENT_FLAGS, "direction", "hidden_layers", "transfer", "channe
 
 
 def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Mean squared error between a student's hidden states and those of its teacher, mean over the pairs.
+    """Mean squared error between the hidden states of a student and of its teacher, averaged over the pairs.
 
-    hidden, targets: states of equal shapes, pair by pair
+    hidden, targets: states of the same shape, pair by pair
     returns:         scalar, at least 0
-    raises:          ValueError if the shapes or counts differ (mse_loss would broadcast one state over three)
+    raises:          ValueError if shapes or numbers differ (mse_loss would broadcast)
     """
     if [x.shape for x in hidden] != [x.shape for x in targets]:
         raise ValueError("hidden states differ in number or shape")
@@ -67,7 +107,7 @@ def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
-    """Which teacher block each student block imitates: spread evenly, the last with the last; 1, 4, 8 for 9 → 3."""
+    """Return the teacher block that each student block imitates: evenly spread; 1, 4, 8 for 9 → 3."""
     if (teacher_blocks, student_blocks) == (9, 3):
         return [1, 4, 8]
     if not teacher_blocks:
@@ -77,36 +117,35 @@ def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
 
 @dataclass
 class DistillationLoss:
-    """The CycleGAN objective with students in their teachers' places, plus the distance to their teachers."""
+    """The CycleGAN objective of students, plus the distance to their teachers. Called as cyclegan.generator_loss."""
 
-    teachers: models.Nets  # frozen, by the name of the generator that learns from them
-    adapters: nn.ModuleDict  # where widths differ: NAME_i brings block i of a student to its teacher's width
+    teachers: Networks  # frozen, by the name of the generator that learns from them
+    adapters: nn.ModuleDict  # NAME_i projects block i of a student to the width of its teacher, where the widths differ
     pairs: Sequence[int]  # the teacher block that each student block imitates
     lambda_hidden: float
     lambda_output: float
 
     def __call__(
-        self, nets: dict[str, Callable], domain: str, real: Tensor, config: cyclegan.LossConfig
-    ) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """As cyclegan.generator_loss, with the terms hidden_XY and output_XY of the student that translates `real`."""
-        letters = domain + cyclegan.OTHER[domain]
-        name = f"G_{letters}"
-        taught = name in self.teachers
-        with_hidden = taught and bool(self.pairs)
-        loss, terms, images = cyclegan.generator_loss(nets, domain, real, config, with_hidden)
-        if not taught:
-            return loss, terms, images
+        self, networks: Networks, direction: Direction, real: Tensor, config: LossConfig
+    ) -> tuple[Tensor, dict[str, Tensor], Translation]:
+        """Add the terms output_XY and hidden_XY of the student that translates `real`."""
+        name = direction.generator
+        if name not in self.teachers:
+            return cyclegan.generator_loss(networks, direction, real, config)
+        loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(self.pairs))
         with torch.no_grad():
-            target, states = self.teachers[name](real, return_hidden=True)
-        terms[f"output_{letters}"] = cyclegan.image_loss(images["fake"], target)
-        loss = loss + self.lambda_output * terms[f"output_{letters}"]
+            target, target_hidden = self.teachers[name](real, return_hidden=True)
+        output_term = f"output_{direction.source}{direction.target}"
+        terms[output_term] = cyclegan.image_loss(translation.fake, target)
+        loss = loss + self.lambda_output * terms[output_term]
         if self.pairs:
-            hidden = images["hidden"]
+            hidden = translation.hidden
             if f"{name}_0" in self.adapters:
-                hidden = [self.adapters[f"{name}_{i}"](state) for i, state in enumerate(hidden)]
-            terms[f"hidden_{letters}"] = hidden_loss(hidden, [states[block] for block in self.pairs])
-            loss = loss + self.lambda_hidden * terms[f"hidden_{letters}"]
-        return loss, terms, images
+                hidden = [self.adapters[f"{name}_{i}"](x) for i, x in enumerate(hidden)]
+            hidden_term = f"hidden_{direction.source}{direction.target}"
+            terms[hidden_term] = hidden_loss(hidden, [target_hidden[block] for block in self.pairs])
+            loss = loss + self.lambda_hidden * terms[hidden_term]
+        return loss, terms, translation
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,74 +154,73 @@ class DistillationLoss:
 
 @dataclass
 class Teacher:
-    """Frozen generators by name, where they come from, and what was learnt beside them."""
+    """Frozen networks by name, and where they come from."""
 
-    nets: models.Nets  # G_AB, G_BA, D_A, D_B; of a single file, one generator
-    flags: object  # of its training, not checked yet; a single file has none
+    networks: Networks  # G_AB, G_BA, D_A, D_B; of a single file, one generator
+    args: Any  # of its training run; None for a single file
     path: Path
-    single: bool  # one generator alone
-    facts: dict  # that a single file records: size (height, width) in px, dataset_name
+    facts: dict  # metadata of a single file: size (height, width) in px, dataset_name
+
+    @property
+    def is_single(self) -> bool:
+        return self.args is None
 
     def fingerprint(self) -> str:
-        """What a resumed distillation compares: it must go on with the very same teacher, wherever that lies now."""
+        """Return a hash of the file: a resumed distillation must continue with the same teacher."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
-def load_teacher(name: str, students: Sequence[str]) -> Teacher:
-    """Read a run's latest state, any whole-state file, or a single generator file (ours or another project's).
+def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
+    """Read a run's latest state, any training state, or a single generator file (ours or another project's).
 
-    students: names of the generators that shall get one; the first names a file that tells no direction
-    raises:   InputError if there is no such teacher, or it cannot be used
+    directions: those that shall get a student; a file that does not say its direction is for the first
+    raises:     InputError if there is no such teacher, or it cannot be used
     """
     path = Path(name)
     state = None
     if (RUNS / name).is_dir() and not path.is_file():
         state, path = checkpoints.load_checkpoint(RUNS / name, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
-        hint = f"runs found: {checkpoints.found_runs()}; train one with: python train.py"
-        raise InputError(f"--teacher {name}: no such run or file; {hint}")
+        raise InputError(
+            f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}; "
+            "train one with: python train.py"
+        )
     if state or checkpoints.is_state(path):
         state = state or checkpoints.load_state(path)
-        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args"), path, single=False, facts={})
+        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, facts={})
     else:
         net, metadata = load_generator(path)
-        name = next((key for key in LEGACY_DIRECTIONS if LEGACY_DIRECTIONS[key] == metadata["direction"]), students[0])
+        direction = metadata["direction"]
+        generator = Direction.named(direction).generator if direction else directions[0].generator
         say(f"{path}: a single generator, so the other one and the discriminators start new")
-        teacher = Teacher({name: net}, None, path, single=True, facts=metadata)
-    check_together(teacher.nets, path, teacher.facts.get("size"))
-    for net in teacher.nets.values():
+        teacher = Teacher({generator: net}, None, path, facts=metadata)
+    check_together(teacher.networks, path, teacher.facts.get("size"))
+    for net in teacher.networks.values():
         net.requires_grad_(False).eval()
     return teacher
 
 
+def student_directions(args: Namespace) -> list[Direction]:
+    """Return the directions whose generators get a student."""
+    return [direction for direction in DIRECTIONS if args.direction in ("both", str(direction))]
+
+
 def settle_direction(args: Namespace, teacher: Teacher) -> Namespace:
-    """Let a single generator have the one student that it can have; raises InputError if another one was asked for."""
-    present = [direction for name, direction in LEGACY_DIRECTIONS.items() if name in teacher.nets]
+    """Choose the only direction that a single generator has; raises InputError if another one was asked for."""
+    present = [direction for direction in DIRECTIONS if direction.generator in teacher.networks]
     if len(present) == 1 and "direction" not in args.given:
-        return cli.changed(args, direction=present[0])
-    missing = [LEGACY_DIRECTIONS[name] for name in students_of(args) if name not in teacher.nets]
+        return cli.changed(args, direction=str(present[0]))
+    missing = [direction for direction in student_directions(args) if direction not in present]
     if missing:
-        words = f"translates {', '.join(present) or 'nothing'} only, not {missing[0]}; give that --direction"
-        raise InputError(f"--teacher {teacher.path}: {words}")
+        raise InputError(
+            f"--teacher {teacher.path}: translates {', '.join(map(str, present)) or 'nothing'} only, not {missing[0]}; "
+            "give that --direction"
+        )
     return args
 
 
-def copy_outer_layers(student: models.Generator, teacher: models.Generator) -> None:
-    """Start a student from what fits of its teacher, all but the blocks, and say what that is."""
-    theirs = teacher.state_dict()
-    copied = {}
-    for name, value in student.state_dict().items():
-        part = name.split(".")[0]
-        if part in COPIED and name in theirs and theirs[name].shape == value.shape:  # skips may be the student's alone
-            copied[name] = theirs[name]
-    student.load_state_dict(copied, strict=False)  # the rest, above all the blocks, is meant to stay new
-    changed = {name.split(".")[0] for name in theirs.keys() - copied.keys()}
-    whole = [part for part, _ in teacher.named_children() if part not in changed]
-    say(f"student takes from its teacher: {', '.join(whole) or 'no whole part: the widths differ'}")
-
-
-def student_config(args: Namespace, teacher: models.GeneratorConfig) -> models.GeneratorConfig:
-    """The config of a teacher, but for the blocks, the width and the skips of its student."""
+def student_config(args: Namespace, teacher: GeneratorConfig) -> GeneratorConfig:
+    """Return the teacher's config with the blocks, width and skip connections of the student."""
     if teacher.generator == "resnet":
         ngf = args.student_ngf or teacher.ngf
         skips = teacher.skips if args.student_skips is None else args.student_skips
@@ -190,235 +228,221 @@ def student_config(args: Namespace, teacher: models.GeneratorConfig) -> models.G
     if args.student_ngf:
         raise InputError(f"--student_ngf {args.student_ngf}: the width of a {teacher.generator} is fixed; leave it out")
     if args.student_skips is not None:
-        given = "--student_skips" if args.student_skips else "--no-student_skips"
-        raise InputError(f"{given}: the skips of a {teacher.generator} are fixed; leave it out")
+        flag = "--student_skips" if args.student_skips else "--no-student_skips"
+        raise InputError(f"{flag}: the skips of a {teacher.generator} are fixed; leave it out")
     return dataclasses.replace(teacher, vit_blocks=args.student_residual)
 
 
-def make_student(teacher: models.Generator, config: models.GeneratorConfig, transfer: bool) -> models.Generator:
-    """Build a smaller generator of the same family; with transfer it starts from what fits of its teacher."""
+def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) -> Generator:
+    """Build a student; with transfer it starts from the teacher's layers of the same shape, except the blocks."""
     student = models.build_generator(config)
-    if transfer:
-        copy_outer_layers(student, teacher)
+    if not transfer:
+        return student
+    available = teacher.state_dict()
+    copied = {}
+    for name, value in student.state_dict().items():
+        if name.split(".")[0] in COPIED_PARTS and name in available and available[name].shape == value.shape:
+            copied[name] = available[name]
+    student.load_state_dict(copied, strict=False)  # the blocks keep their new weights
+    incomplete = {name.split(".")[0] for name in available.keys() - copied.keys()}
+    complete = [part for part, _ in teacher.named_children() if part not in incomplete]
+    say(f"student takes from its teacher: {', '.join(complete) or 'no whole part: the widths differ'}")
     return student
 
 
-def make_adapters(teachers: models.Nets, students: models.Nets, pairs: Sequence[int]) -> nn.ModuleDict:
-    """Make a 1x1 convolution per pair of blocks where the widths differ; they learn and are thrown away."""
+def make_adapters(teachers: Networks, students: Networks, pairs: Sequence[int]) -> nn.ModuleDict:
+    """Build a 1x1 convolution for each pair of blocks whose widths differ; they learn and are not kept."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.items():
-        wide = teacher.config.hidden_width
-        thin = students[name].config.hidden_width
-        if wide != thin:
+        teacher_width = teacher.config.hidden_width
+        student_width = students[name].config.hidden_width
+        if teacher_width != student_width:
             for i in range(len(pairs)):
-                adapters[f"{name}_{i}"] = nn.Conv2d(thin, wide, 1)
+                adapters[f"{name}_{i}"] = nn.Conv2d(student_width, teacher_width, 1)
     return adapters
 
 
-def make_nets(args: Namespace, teacher: Teacher) -> models.Nets:
-    """Put students in their teachers' places; the rest goes on from what the teacher's run learnt, or starts new."""
+def make_networks(args: Namespace, teacher: Teacher) -> Networks:
+    """Build students in place of their teachers; the other networks continue from the teacher's run, or start new."""
     devices.seed_everything(args.seed, args.deterministic)
-    config = teacher.nets[students_of(args)[0]].config
-    config_D = models.DiscriminatorConfig(channels=config.channels)
+    students = [direction.generator for direction in student_directions(args)]
+    config = teacher.networks[students[0]].config
+    config_D = DiscriminatorConfig(channels=config.channels)
     deepest = config_D.largest_n_layers(min(args.img_height, args.img_width))
     config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
-    nets: models.Nets = {}
-    for name in students_of(args):
-        net = teacher.nets[name]
-        nets[name] = make_student(net, student_config(args, net.config), args.transfer)
+    networks: Networks = {}
+    for name in students:
+        net = teacher.networks[name]
+        networks[name] = make_student(net, student_config(args, net.config), args.transfer)
     for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        if name not in nets and name in teacher.nets:
-            nets[name] = copy.deepcopy(teacher.nets[name])
-        elif name not in nets:
-            nets[name] = (
-                models.build_generator(config) if name in LEGACY_DIRECTIONS else models.build_discriminator(config_D)
-            )
-    for net in nets.values():
-        net.requires_grad_(True).train()
-    cli.check_sizes(args, nets["G_AB"].config, nets["D_A"].config)
-    return {name: nets[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
-
-
-# ---------------------------------------------------------------------------------------------
-# The report
-
-
-def report(args: Namespace, teacher: Teacher, device: torch.device) -> None:
-    """Print and write a table and a grid of images: teacher, student, and the student from scratch."""
-    images.limit_pixels(1e6 * args.max_megapixels)
-    tables = {}
-    for name in students_of(args):
-        rows, size = report_rows(teacher.nets, teacher.path, name, args.run_name, f"{teacher_name(args)}_scratch")
-        if "direction" in args.given or rows["student"][0][name].config != teacher.nets[name].config:
-            dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-            precision = devices.pick_precision(args.precision, device)
-            tables[name], grid = report_direction(rows, name, size, dataset, args.on_bad_image, device, precision)
-            images.save_image(images.draw_grid(grid), IMAGES / args.run_name / f"report_{name}.png")
+        if name in networks:
+            continue
+        if name in teacher.networks:
+            networks[name] = copy.deepcopy(teacher.networks[name])
+        elif name.startswith("G"):
+            networks[name] = models.build_generator(config)
         else:
-            say(f"{LEGACY_DIRECTIONS[name]}: {args.run_name} has no student for it")
-    write_json(IMAGES / args.run_name / "report.json", tables)
-    say(f"written to {IMAGES / args.run_name}/report.json, images beside it")
+            networks[name] = models.build_discriminator(config_D)
+    for net in networks.values():
+        net.requires_grad_(True).train()
+    models.check_image_size(networks["G_AB"].config, networks["D_A"].config, args.img_height, args.img_width)
+    return {name: networks[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
+
+
+def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
+    """Return the teacher block that each student block imitates; raises InputError for impossible --hidden_layers."""
+    if args.hidden_layers is None:
+        return pair_blocks(teacher_blocks, args.student_residual)
+    if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
+        raise InputError(
+            f"--hidden_layers {','.join(map(str, args.hidden_layers))}: expected {args.student_residual} teacher blocks, "
+            f"one for each student block, from 0 to {teacher_blocks - 1}"
+        )
+    return args.hidden_layers
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
 
-def students_of(args: Namespace) -> list[str]:
-    """Names of the generators that get a student."""
-    return [name for name, direction in LEGACY_DIRECTIONS.items() if args.direction in ("both", direction)]
-
-
-def teacher_name(args: Namespace) -> str:
-    """A folder name for what is made from this teacher."""
-    path = Path(args.teacher)
-    return path.stem if path.is_file() else args.teacher
-
-
-def run_or_file(text: str) -> str:
-    """Flag type: an existing file, or one plain folder name in saved_models."""
-    return text if Path(text).is_file() else cli.folder_name(text)
-
-
-def block_list(text: str) -> list[int] | None:
-    """Flag type: teacher blocks, separated by commas, or auto."""
-    return None if text == "auto" else [cli.int_between(0)(word) for word in text.split(",")]
-
-
-def add_inherited_flags(parser: cli.Parser) -> cli.Parser:
-    """Declare the flags that a distillation takes from its teacher unless they are given; returns the parser."""
-    for add_flags in (cli.add_data_flags, cli.add_loss_flags, cli.add_optim_flags):
-        add_flags(parser)
+def add_inherited_options(parser: cli.Parser, inherited_from: str = "") -> cli.Parser:
+    """Declare the options that a distillation takes from its teacher unless they are given; returns the parser."""
+    cli.add_options(parser, "data", DataConfig, inherited_from)
+    cli.add_options(parser, "loss", LossConfig, inherited_from)
+    cli.add_options(parser, "optimiser", OptimConfig, inherited_from)
+    cli.add_options(parser, "schedule", train.ScheduleConfig, inherited_from)
     return parser
 
 
 def make_parser() -> cli.Parser:
-    """Declare all flags of this stage."""
+    """Declare all options of this command."""
     parser = cli.Parser(prog="distill.py", description=__doc__)
-    add = cli.flag_group(parser, "distillation")
-    words = "run, checkpoint or generator file (default: the run named --dataset_name)"
-    add("--teacher", type=run_or_file, default=None, metavar="RUN_OR_FILE", help=words)
-    words = "which generators get a student (of a single file: the one that it holds)"
-    add("--direction", choices=("both", *LEGACY_DIRECTIONS.values()), default="both", help=words)
-    add("--student_residual", type=cli.int_between(0, 1000), default=3, help="blocks of the student")
-    add("--student_ngf", type=cli.int_between(1, 4096), help="width of a resnet student (default: its teacher's)")
-    words = "lead what the halvings lose around the blocks of a resnet student (default: as its teacher)"
-    add("--student_skips", action=BooleanOptionalAction, default=None, help=words)
-    words = "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)"
-    add("--hidden_layers", type=block_list, default=None, metavar="I,J,…", help=words)
-    add("--lambda_hidden", type=cli.float_between(0), default=1.0, help="weight of the distance of hidden states")
-    add("--lambda_output", type=cli.float_between(0), default=10.0, help="weight of the distance of images")
-    add("--transfer", action=BooleanOptionalAction, default=True, help="start from the teacher's outer layers")
-    add("--report", action="store_true", help="compare teacher and student that exist; trains nothing")
-    add_inherited_flags(parser)
-    for name in add_inherited_flags(cli.Parser()).options:
-        action = parser.options[name]
-        action.default = None
-        action.help = f"{str(action.help).split(' (default')[0]} (default: the teacher's)"
-    cli.add_run_flags(parser)
-    cli.add_speed_flags(parser)
+    cli.add_options(parser, "distillation", DistillationConfig)
+    add_inherited_options(parser, "the teacher's")
+    train.add_run_options(parser)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Read the command line; args.given names the flags that stand on it, the inherited others are None."""
+    """Read the command line; args.given names the options that were given, the inherited others are None."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
-    cli.refuse_contradictions(parser, args)
+    train.refuse_contradictions(parser, args)
     return args
 
 
+def teacher_name(args: Namespace) -> str:
+    """Return a folder name for runs of this teacher."""
+    path = Path(args.teacher)
+    return path.stem if path.is_file() else args.teacher
+
+
 def inherit(args: Namespace, teacher: Teacher) -> Namespace:
-    """Fill the data, loss and optimiser flags that were not given from the teacher's training, and say which."""
-    parser = add_inherited_flags(cli.Parser())
-    if teacher.single:
-        old = {name: action.default for name, action in parser.options.items()}
-    else:
-        old = cli.saved_flags(parser, teacher.flags, teacher.path)
-    if utils.is_folder_name(teacher.facts.get("dataset_name")):
+    """Fill the options that were not given from the teacher's training, and say which."""
+    parser = add_inherited_options(cli.Parser())
+    old = cli.saved_args(parser, {} if teacher.is_single else teacher.args, teacher.path, quiet=teacher.is_single)
+    if is_folder_name(teacher.facts.get("dataset_name")):
         old["dataset_name"] = teacher.facts["dataset_name"]
     if teacher.facts.get("size"):
-        old |= dict(zip(("img_height", "img_width"), teacher.facts["size"], strict=True))
+        old["img_height"], old["img_width"] = teacher.facts["size"]
     if "num_epochs" in args.given:
-        old["decay_epoch"] = None  # half of the new number, not of the teacher's
-    channels = next(iter(teacher.nets.values())).config.channels
+        old["decay_epoch"] = None  # half of the new number
+    channels = next(iter(teacher.networks.values())).config.channels
     if args.channels not in (None, channels):
         raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
     taken = {name: value for name, value in old.items() if name not in args.given}
-    words = " ".join(f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
-    source = "defaults, and what the file says of itself" if teacher.single else f"inherited from {teacher.path}"
-    say(f"{source}: {words}")
+    source = "defaults, and what the file says of itself" if teacher.is_single else f"inherited from {teacher.path}"
+    settings = (f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
+    say(f"{source}: {' '.join(settings)}")
     return cli.changed(args, **{**taken, "channels": channels})
 
 
-def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
-    """Settle which teacher block each student block imitates."""
-    if args.hidden_layers is None:
-        return pair_blocks(teacher_blocks, args.student_residual)
-    if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
-        given = ",".join(map(str, args.hidden_layers))
-        words = f"expected {args.student_residual} teacher blocks, one for each student block"
-        raise InputError(f"--hidden_layers {given}: {words}, from 0 to {teacher_blocks - 1}")
-    return args.hidden_layers
+def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
+    """Read the state to resume from, and the options that were not given; those newer than it have their defaults."""
+    state, path = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
+    args = cli.resume_args(make_parser(), args, state.get("args"), path, FIXED_OPTIONS)
+    for name, action in add_inherited_options(cli.Parser()).options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, action.default)
+    train.say_schedule_change(args, state["args"])
+    return args, state, path
+
+
+def check_same_teacher(args: Namespace, teacher: Teacher, state: dict, checkpoint: Path) -> None:
+    """Raise InputError if a resumed distillation would learn from another teacher than before."""
+    known = state.get("teacher")
+    if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
+        raise InputError(
+            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); "
+            f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {args.run_name}"
+        )
 
 
 def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None) -> None:
-    """Build the students and what they learn from, and run train.py's loop with their objective."""
+    """Build the students and train them with train.py's loop and their own objective."""
+    names = [direction.generator for direction in student_directions(args)]
     if state is None:
-        for name in students_of(args):
-            refuse_large(student_config(args, teacher.nets[name].config), teacher.nets[name].config)
-    dataset, feed = train.make_feed(args, device)
-    nets = make_nets(args, teacher)
-    teachers = {name: teacher.nets[name].to(device) for name in students_of(args)}
-    pairs = choose_pairs(args, next(iter(teachers.values())).config.blocks)
-    adapters = make_adapters(teachers, nets, pairs)
+        for name in names:
+            report.refuse_large(student_config(args, teacher.networks[name].config), teacher.networks[name].config)
+    data = None if args.dry_run else train.load_data(args, device)
+    networks = make_networks(args, teacher)
+    teachers = {name: teacher.networks[name].to(device) for name in names}
+    pairs = choose_pairs(args, teachers[names[0]].config.blocks)
+    adapters = make_adapters(teachers, networks, pairs)
     loss = DistillationLoss(teachers, adapters, pairs, args.lambda_hidden, args.lambda_output)
-    model = train.make_model(args, nets, device, adapters, loss)
+    model = train.make_model(args, networks, device, adapters, loss)
     if state is None:
         for name, net in teachers.items():
-            costs = compare_costs(nets[name], net, (args.img_height, args.img_width), model.precision)
-            say(f"student {name}, {nets[name].config.blocks} blocks: {costs}")
+            costs = report.compare_costs(networks[name], net, (args.img_height, args.img_width), model.precision)
+            say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
+    if data is None:
+        train.dry_run(args, model)
+        return
+    terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
     draw_rows = functools.partial(distillation_rows, teachers=teachers)
-    terms = [f"{kind}_{name[2:]}" for name in teachers for kind in ("output", "hidden")]
-    monitor = train.make_monitor(args, dataset, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
-    saver = train.make_saver(args, "distill", teacher={"path": str(teacher.path), "sha256": teacher.fingerprint()})
-    train.run(args, model, feed, saver, monitor, state, path)
+    monitor = train.make_monitor(args, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
+    origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
+    train.Run(args, model, data, monitor, "distill", teacher=origin).run(state, path)
 
 
-@process.command
+@command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Distil, from the start or from a checkpoint; or report."""
+    """Distil, from the start or from a checkpoint; or compare an existing student with its teacher."""
     args = parse_args(argv)
-    state = None
+    state: dict[str, Any] | None = None
     checkpoint = None
     if args.start_from != "0":
-        folder = RUNS / args.run_name
-        state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill")
-        args = cli.resume_flags(make_parser(), args, state.get("args"), checkpoint, FIXED_FLAGS)
-        parser = add_inherited_flags(cli.Parser())
-        defaults = {name: action.default for name, action in parser.options.items()}  # of flags that came later
-        later = cli.saved_flags(parser, defaults | state["args"], checkpoint)
-        args = cli.changed(args, **{name: v for name, v in later.items() if getattr(args, name) is None})
-    elif not args.report:
-        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_flags(args))
-    teacher = load_teacher(str(args.teacher), students_of(args))
+        args, state, checkpoint = resume(args)
+    elif not (args.report or args.dry_run):
+        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_args(args))
+    teacher = load_teacher(str(args.teacher), student_directions(args))
     args = settle_direction(args, teacher)
-    if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():  # however it is named
+    if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
     if state is None:
         args = inherit(args, teacher)
-    elif not isinstance(known := state.get("teacher"), dict) or known.get("sha256") != teacher.fingerprint():
-        words = f"not the teacher that {checkpoint} learnt from (its content changed)"
-        give = f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {args.run_name}"
-        raise InputError(f"{teacher.path}: {words}; {give}")
-    cli.check_run_flags(args)
+    elif checkpoint:
+        check_same_teacher(args, teacher, state, checkpoint)
+    train.check_args(args)
     device = devices.pick_device(args.device)
-    if args.report:
-        report(args, teacher, device)
-    else:
+    if not args.report:
         distil(args, teacher, device, state, checkpoint)
+        return
+    limit_pixels(1e6 * args.max_megapixels)
+    report.write_report(
+        teacher.networks,
+        teacher.path,
+        student_directions(args),
+        args.run_name,
+        f"{teacher_name(args)}_scratch",
+        datasets.find_dataset(args.data_root, args.dataset_name),
+        args.on_bad_image,
+        device,
+        devices.pick_precision(args.precision, device),
+        explicit="direction" in args.given,
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ python export.py --weights saved_models/horse2zebra_student/G_BA.safetensors --o
 python export.py --run_name horse2zebra --to junyanz
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import argparse
 import functools

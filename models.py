@@ -1,4 +1,4 @@
-"""The networks of CycleGAN and their configs; knows no loss, command line, path or device.
+"""The networks of CycleGAN, their configs and their initial weights.
 
 G = build_generator(GeneratorConfig(num_residual=9))
 G = build_generator(GeneratorConfig(generator="unet_vit", vit_size="small"))
@@ -8,7 +8,8 @@ D = build_discriminator(DiscriminatorConfig(n_layers=3))
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
+from utils import InputError, check_options, option
 
 GENERATORS = ("resnet", "unet_vit")
 DISCRIMINATORS = ("patch", "pixel")
 NORMS = ("instance", "instance_affine", "batch", "group", "none")
 UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
-GAN_LOSSES = ("lsgan", "bce", "hinge")
-PARTS = ("stem", "down", "blocks", "up", "skips", "head", "D")  # what can be frozen: parts of G, or discriminators
-LEGACY_DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
-CHANNELS_OF_A_GROUP = 16  # of a group norm, at least; one group where there are fewer channels
-LIMITS = {  # beyond: not a network but an attack on the memory
-    **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
-    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
-}
+GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can be frozen
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
@@ -66,18 +61,18 @@ DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
 # ---------------------------------------------------------------------------------------------
-# Configs: everything that is needed to build a network again, stored beside its weights
+# Configs: everything that is needed to build a network again. They are saved beside its weights
 
 
 @dataclass(frozen=True)
 class VitSize:
-    """The numbers of a UNet-ViT that no flag changes."""
+    """The sizes of a UNet-ViT that have no option of their own."""
 
-    widths: tuple[int, ...]  # channels after the stem and after each level; the last are those of a token
+    widths: tuple[int, ...]  # channels after the stem and after each downsampling; the last is the width of a token
     ffn: int  # width of the feed-forward layers
     blocks: int
     heads: int
-    full: bool  # two convolutions, each after a normalisation, in every level and block; else the leanest that works
+    full: bool  # UVCGAN's layers: two convolutions with normalisation at each resolution, and layer norms in each block
 
 
 VIT_SIZES = {
@@ -88,60 +83,72 @@ VIT_SIZES = {
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Everything that shapes a generator. Defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px.
+    """The shape of a generator. The defaults are those of Zhu et al. 2017, appendix 7.2, at 256 px.
 
-    ngf, num_residual, n_downsampling and skips shape a resnet, vit_size, vit_blocks and vit_heads a unet_vit.
+    raises: ValueError for a value out of its range
     """
 
-    generator: str = "resnet"
-    channels: int = 3
-    ngf: int = 64
-    num_residual: int = 9
-    n_downsampling: int = 2
-    upsample: str = "deconv"
-    norm: str = "instance"
-    norm_output: bool = False
-    skips: bool = False
-    vit_size: str = "small"
-    vit_blocks: int = 4
-    vit_heads: int = 4
+    generator: str = option("resnet", "architecture of the generators", choices=GENERATORS)
+    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    ngf: int = option(64, "channels of the first layer of a resnet", least=1, most=4096)
+    num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
+    n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
+    upsample: str = option(
+        "deconv", "transposed convolution, or nearest-neighbour resize + convolution", choices=UPSAMPLES
+    )
+    norm: str = option(
+        "instance", "normalisation; instance_affine: learned scale; group: generators only", choices=NORMS
+    )
+    norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
+    skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
+    vit_size: str = option("small", "unet_vit of the 64x64 study, or of UVCGAN", choices=tuple(VIT_SIZES))
+    vit_blocks: int = option(None, "blocks of a unet_vit (default: small 4, uvcgan 12)", least=0, most=1000)
+    vit_heads: int = option(None, "attention heads of a unet_vit (default: small 4, uvcgan 6)", least=1, most=4096)
 
     def __post_init__(self) -> None:
+        if self.vit_size in VIT_SIZES:
+            size = VIT_SIZES[self.vit_size]
+            for name, default in (("vit_blocks", size.blocks), ("vit_heads", size.heads)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+        check_options(self)
         if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
-            words = f"expected a divisor of {self.hidden_width}, the width of a token"
-            raise ValueError(f"vit_heads {self.vit_heads}: {words}")
+            raise ValueError(
+                f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}, the width of a token"
+            )
 
     @property
-    def halvings(self) -> int:
-        """How often height and width are halved."""
+    def downsamplings(self) -> int:
+        """Number of layers that halve height and width."""
         return self.n_downsampling if self.generator == "resnet" else len(VIT_SIZES[self.vit_size].widths) - 1
 
     @property
     def blocks(self) -> int:
-        """Number of blocks between the halvings and the doublings; a student has fewer."""
+        """Number of blocks at the lowest resolution; a student has fewer than its teacher."""
         return self.num_residual if self.generator == "resnet" else self.vit_blocks
 
     @property
     def hidden_width(self) -> int:
-        """Channels of the states between the blocks."""
+        """Channels of the hidden states between the blocks."""
         resnet = self.generator == "resnet"
         return self.ngf * 2**self.n_downsampling if resnet else VIT_SIZES[self.vit_size].widths[-1]
 
     @property
     def smallest_side(self) -> int:
-        """Smallest height and width in px: a reflection needs a map larger than its pad."""
-        return max(4, 2 ** (self.halvings + 1))
+        """Smallest height and width in px: reflection padding needs a map larger than its pad."""
+        return max(4, 2 ** (self.downsamplings + 1))
 
     def tokens(self, height: int, width: int) -> int:
-        """Positions that attend to each other in one image of (height, width) px; 0 for a resnet."""
-        side = 2**self.halvings
+        """Return the number of tokens of one image of (height, width) px; 0 for a resnet."""
+        side = 2**self.downsamplings
         return math.ceil(height / side) * math.ceil(width / side) if self.generator == "unet_vit" else 0
 
     def token_bytes(self, height: int, width: int, blocks: int | None = None) -> int:
-        """Memory that the blocks' states of one image take in float32, all kept as in training, or of so many blocks.
+        """Return the float32 bytes that the transformer's activations of one image take.
 
-        Eight vectors of the token's width and two of the feed-forward layer's are held in each; the
-        attention matrix itself is never stored (fused kernels).
+        blocks: how many blocks keep their activations; default: all, as in training
+        Each block keeps eight vectors of a token's width and two of the feed-forward layer's; the attention matrix is
+        never stored (fused kernels).
         """
         size = VIT_SIZES[self.vit_size]
         vectors = 8 * size.widths[-1] + 2 * size.ffn
@@ -150,22 +157,32 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Everything that shapes a discriminator. Defaults give the 70x70 PatchGAN of Isola et al. 2017."""
+    """The shape of a discriminator. The defaults give the 70x70 PatchGAN of Isola et al. 2017.
 
-    discriminator: str = "patch"
-    channels: int = 3
-    ndf: int = 64
-    n_layers: int = 3
-    max_mult: int = 8
-    norm: str = "instance"
-    pool: bool = False
+    raises: ValueError for a value out of its range
+    """
+
+    discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=DISCRIMINATORS)
+    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
+    n_layers: int = option(
+        3, "strided layers of the discriminators: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D"
+    )
+    max_mult: int = option(
+        8, "the discriminators' channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D"
+    )
+    norm: str = field(default="instance", metadata={"choices": NORMS})  # the option is GeneratorConfig's
+    pool: bool = option(False, "average the discriminators' output to one value per image", flag="pool_D")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def map_side(self, side: int) -> int:
-        """Side of the output for an image side in px; below 1 the network cannot be run."""
+        """Return the side of the output for an image side in px; below 1 the network cannot be run."""
         return side if self.discriminator == "pixel" else side // 2**self.n_layers - 2
 
     def largest_n_layers(self, side: int) -> int:
-        """Largest n_layers whose output is not empty for a side in px; 0 if there is none."""
+        """Return the largest n_layers whose output is not empty for a side in px; 0 if there is none."""
         return max((n for n in range(1, 32) if side // 2**n - 2 >= 1), default=0)
 
 
@@ -174,24 +191,25 @@ class DiscriminatorConfig:
 
 
 def norm_layer(norm: str, width: int) -> nn.Module:
-    """Make the normalisation layer that follows a convolution of `width` output channels.
+    """Make the normalisation layer that follows a convolution with `width` output channels.
 
-    Instance normalisation keeps no running statistics: training and testing then compute the same. With
-    "instance_affine" it learns a scale, at first 1, and a shift, at first 0, for each channel. "group" does so too, but
-    about 16 channels share their statistics, so that a spike in one of them cannot make that map alone small.
+    instance:        no running statistics, so training and testing compute the same
+    instance_affine: the same with a learned scale and shift for each channel
+    group:           groups of about 16 channels share their statistics, so a spike in one channel cannot suppress the
+                     rest of its map; with scale and shift (Wu and He 2018, arXiv:1803.08494)
     """
     if norm in ("instance", "instance_affine"):
         return InstanceNorm2d(width, affine=norm == "instance_affine")
-    if norm == "group":  # Wu and He 2018, arXiv:1803.08494
-        groups = max((n for n in range(1, width // CHANNELS_OF_A_GROUP + 1) if width % n == 0), default=1)
+    if norm == "group":
+        groups = max((n for n in range(1, width // 16 + 1) if width % n == 0), default=1)
         return nn.GroupNorm(groups, width)
     return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
 
 
 def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) -> list[nn.Module]:
-    """Double height and width: the paper's transposed convolution, or nearest neighbour + convolution.
+    """Double height and width by the paper's transposed convolution, or by nearest neighbour + convolution.
 
-    "resize" avoids the checkerboard of a kernel that its stride does not divide
+    "resize" avoids checkerboard artefacts, which a kernel size that the stride does not divide can cause
     (Odena et al. 2016, Deconvolution and Checkerboard Artifacts).
     """
     if upsample == "deconv":
@@ -199,18 +217,18 @@ def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) ->
     return [nn.Upsample(scale_factor=2), ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
 
 
-def normed(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
-    """Layers whose last gives `width` channels, then normalisation and ReLU."""
+def with_norm(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
+    """Add normalisation and ReLU to layers that end in `width` channels."""
     return nn.Sequential(*layers, norm_layer(norm, width), nn.ReLU(inplace=True))
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a skip, no activation after the sum (Johnson et al. 2016)."""
+    """Two 3x3 convolutions with a residual connection, no activation after the sum (Johnson et al. 2016)."""
 
     def __init__(self, width: int, norm: str):
         super().__init__()
-        bias = norm != "batch"  # a batch norm brings its own shift
-        first = normed(norm, width, ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
+        bias = norm != "batch"  # a batch norm has its own shift
+        first = with_norm(norm, width, ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
         second = [ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias), norm_layer(norm, width)]
         self.body = nn.Sequential(*first, *second)
 
@@ -222,21 +240,24 @@ class ResnetBlock(nn.Module):
 # Generators
 
 
-def pad_to_halve(x: Tensor, config: GeneratorConfig) -> Tensor:
-    """Extend (N, C, H, W) by reflection until H and W can be halved; ValueError below config.smallest_side."""
+def pad_to_multiple(x: Tensor, config: GeneratorConfig) -> Tensor:
+    """Extend (N, C, H, W) by reflection until the downsampling divides H and W.
+
+    raises: ValueError below config.smallest_side
+    """
     height, width = x.shape[-2:]
     if min(height, width) < config.smallest_side:
         raise ValueError(f"{width}x{height} px: the generator needs at least {config.smallest_side} px a side")
-    right = -width % 2**config.halvings
-    below = -height % 2**config.halvings
+    right = -width % 2**config.downsamplings
+    below = -height % 2**config.downsamplings
     return reflection_pad(x, (0, right, 0, below)) if right or below else x
 
 
 class ResnetGenerator(nn.Module):
     """Translate images: stem, strided convolutions, residual blocks, upsampling, head.
 
-    With config.skips each doubled map is joined by the one of its size from before the halvings, which knows where
-    edges were (Ronneberger et al. 2015, U-Net); the paper has none.
+    With config.skips each upsampled map is concatenated with the map of its size from before the downsampling, as in a
+    U-Net (Ronneberger et al. 2015); the paper has no such connections.
 
     x:       (N, channels, H, W) in [-1, 1]; H and W at least config.smallest_side, else free:
              what the downsampling does not divide is padded by reflection and cropped back
@@ -244,7 +265,7 @@ class ResnetGenerator(nn.Module):
              all residual blocks, each (N, ngf * 2**n_downsampling, H / 2**n, W / 2**n)
     raises:  ValueError if a side is too small
     source:  Zhu et al. 2017, arXiv:1703.10593, appendix 7.2. The paper's shorthand c7s1-3 reads
-             as if the output layer were normalised; it is not (see --norm_output)
+             as if the output layer were normalised; it is not (docs/questions.md)
     """
 
     def __init__(self, config: GeneratorConfig):
@@ -252,41 +273,41 @@ class ResnetGenerator(nn.Module):
         self.config = config
         norm = config.norm
         width = config.ngf
-        bias = norm != "batch"  # a batch norm brings its own shift
-        self.stem = normed(norm, width, ReflectionPad2d(3), nn.Conv2d(config.channels, width, 7, bias=bias))
+        bias = norm != "batch"  # a batch norm has its own shift
+        self.stem = with_norm(norm, width, ReflectionPad2d(3), nn.Conv2d(config.channels, width, 7, bias=bias))
         self.down = nn.Sequential()
         self.blocks = nn.ModuleList()
         self.up = nn.Sequential()
         for _ in range(config.n_downsampling):
             conv = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=bias)
             width *= 2
-            self.down.append(normed(norm, width, conv))
+            self.down.append(with_norm(norm, width, conv))
         self.blocks.extend(ResnetBlock(width, norm) for _ in range(config.num_residual))
         for _ in range(config.n_downsampling):
             layers = upsample_layers(config.upsample, width, width // 2, bias)
             width //= 2
-            self.up.append(normed(norm, width, *layers))
-        if config.skips:  # without a nonlinearity behind each, the input's colours show through whatever stands there
+            self.up.append(with_norm(norm, width, *layers))
+        if config.skips:  # without a nonlinearity after each, the input's colours show through
             widths = [config.ngf * 2**i for i in reversed(range(config.n_downsampling))]
-            self.skips = nn.ModuleList(normed(norm, w, nn.Conv2d(2 * w, w, 1, bias=bias)) for w in widths)
+            self.skips = nn.ModuleList(with_norm(norm, w, nn.Conv2d(2 * w, w, 1, bias=bias)) for w in widths)
         self.head = nn.Sequential(ReflectionPad2d(3), ThinConv2d(width, config.channels, 7))
         if config.norm_output:
             self.head.append(norm_layer(norm, config.channels))
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
-        x = self.stem(pad_to_halve(x, self.config))  # (N, ngf, H, W)
+        x = self.stem(pad_to_multiple(x, self.config))  # (N, ngf, H, W)
         skipped = []
         hidden = []
-        for halve in self.down:
+        for downsample in self.down:
             if self.config.skips:
                 skipped.append(x)
-            x = halve(x)  # (N, ngf * 2**i, H / 2**i, W / 2**i)
+            x = downsample(x)  # (N, ngf * 2**i, H / 2**i, W / 2**i)
         for block in self.blocks:
             x = block(x)
             hidden.append(x)
-        for i, double in enumerate(self.up):
-            x = double(x)
+        for i, upsample in enumerate(self.up):
+            x = upsample(x)  # (N, ngf * 2**(n - 1 - i), 2 * H', 2 * W')
             if self.config.skips:
                 x = self.skips[i](torch.cat([x, skipped.pop()], dim=1))
         x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
@@ -310,7 +331,7 @@ class Attention(nn.Module):
 
 
 class VitBlock(nn.Module):
-    """Attention and a feed-forward layer, each around a skip that one learnt scale, at first 0, lets in.
+    """Attention and a feed-forward layer, each with a residual connection and a learned scale that starts at 0.
 
     source: Dosovitskiy et al. 2020 (the block); Bachlechner et al. 2020, ReZero (the scale)
     """
@@ -328,7 +349,7 @@ class VitBlock(nn.Module):
 
 
 class Position(nn.Module):
-    """Tell each token where it lies, from coordinates in [-1, 1], so that a net works at sizes it never saw.
+    """Add a position to each token, computed from coordinates in [-1, 1], so that any image size works.
 
     x: (N, width, H, W) → tokens (N, H * W, width); source: Torbunov et al. 2022, UVCGAN, section 3.1
     """
@@ -349,23 +370,23 @@ class Position(nn.Module):
 
 
 def double_conv(width_in: int, width: int, width_out: int, norm: str) -> nn.Sequential:
-    """Two convolutions with a normalisation before each, as in every level of UVCGAN's U-Net."""
+    """Two convolutions with normalisation before each, as at every resolution of UVCGAN's U-Net."""
     first = [norm_layer(norm, width_in), nn.Conv2d(width_in, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
     second = [norm_layer(norm, width), nn.Conv2d(width, width_out, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
     return nn.Sequential(*first, *second)
 
 
 class UnetVitGenerator(nn.Module):
-    """Translate images: a U-Net whose lowest level is a transformer over the pixels of its map.
+    """Translate images: a U-Net with a transformer over the pixels of its smallest map.
 
     x:       (N, channels, H, W) in [-1, 1]; sizes as for ResnetGenerator
     returns: (N, channels, H, W) in [-1, 1]; with return_hidden also the list of the outputs of all
-             transformer blocks, each (N, config.hidden_width, H / 2**halvings, W / 2**halvings)
+             transformer blocks, each (N, config.hidden_width, H / 2**n, W / 2**n), n = config.downsamplings
     raises:  ValueError if a side is too small
-    source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557; "uvcgan" has its very layers, with tanh in
-             place of the sigmoid since images are in [-1, 1], and config.upsample "resize"; "small"
-             is that of the 64x64 study: a CycleGAN's stem and halvings, skips, four blocks without normalisation; a
-             1x1 convolution behind each skip is ours
+    source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557. "uvcgan" with --upsample resize has as many parameters as
+             the published network, and tanh in place of the sigmoid since images are in [-1, 1]. "small" is that of a
+             study at 64x64 px: CycleGAN's stem and downsampling, skip connections, four blocks without normalisation;
+             the 1x1 convolution after each skip connection is ours
     """
 
     def __init__(self, config: GeneratorConfig):
@@ -381,7 +402,7 @@ class UnetVitGenerator(nn.Module):
             head = [nn.Conv2d(widths[0], config.channels, 1)]
         else:
             conv = nn.Conv2d(config.channels, widths[0], 7, bias=bias)
-            self.stem = normed(norm, widths[0], ReflectionPad2d(3), conv)
+            self.stem = with_norm(norm, widths[0], ReflectionPad2d(3), conv)
             head = [ReflectionPad2d(3), ThinConv2d(widths[0], config.channels, 7)]
         levels = [self._level(thin, wide) for thin, wide in itertools.pairwise(widths)]
         self.down = nn.ModuleList(down for down, _ in levels)
@@ -392,7 +413,7 @@ class UnetVitGenerator(nn.Module):
         self.head = nn.Sequential(*head, *([norm_layer(norm, config.channels)] if config.norm_output else []))
 
     def _level(self, thin: int, wide: int) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """What a level does around its skip: before it is taken and after on the way down, likewise on the way up."""
+        """Make the layers of one resolution: before and after its skip connection, downwards and upwards."""
         norm = self.config.norm
         upsample = self.config.upsample
         if VIT_SIZES[self.config.vit_size].full:
@@ -401,34 +422,35 @@ class UnetVitGenerator(nn.Module):
         else:
             bias = norm != "batch"
             conv = nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=bias)
-            down = [nn.Identity(), normed(norm, wide, conv)]
-            double = normed(norm, thin, *upsample_layers(upsample, wide, thin, bias))
-            # without a nonlinearity behind the skip, colours of the input show through whatever stands there
-            up = [double, normed(norm, thin, nn.Conv2d(2 * thin, thin, 1, bias=bias))]
+            down = [nn.Identity(), with_norm(norm, wide, conv)]
+            upsample_to_thin = with_norm(norm, thin, *upsample_layers(upsample, wide, thin, bias))
+            # without a nonlinearity after the skip connection, the input's colours show through
+            up = [upsample_to_thin, with_norm(norm, thin, nn.Conv2d(2 * thin, thin, 1, bias=bias))]
         return nn.ModuleList(down), nn.ModuleList(up)
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
-        x = self.stem(pad_to_halve(x, self.config))
+        x = self.stem(pad_to_multiple(x, self.config))
         skips = []
         hidden = []
-        for body, halve in self.down:  # ty: ignore[not-iterable]
-            skips.append(body(x))
-            x = halve(skips[-1])
+        for body, downsample in self.down:  # ty: ignore[not-iterable]
+            skips.append(body(x))  # (N, widths[i], H / 2**i, W / 2**i)
+            x = downsample(skips[-1])
         sides = x.shape[-2:]
-        tokens = self.position(x)  # (N, T, F) with T = H * W / 4**halvings
+        tokens = self.position(x)  # (N, T, width) with T = H * W / 4**n
         for block in self.blocks:
             tokens = block(tokens)
             hidden.append(tokens.transpose(1, 2).unflatten(2, sides))
         x = self.leave(tokens).transpose(1, 2).unflatten(2, sides)
-        for double, body in self.up:  # ty: ignore[not-iterable]
-            x = body(torch.cat([double(x), skips.pop()], dim=1))
+        for upsample, body in self.up:  # ty: ignore[not-iterable]
+            x = body(torch.cat([upsample(x), skips.pop()], dim=1))  # (N, widths[i], H / 2**i, W / 2**i)
         x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
         return (x, hidden) if return_hidden else x
 
 
 Generator = ResnetGenerator | UnetVitGenerator
-Nets = dict[str, Any]  # G_AB, G_BA, D_A, D_B; Any, since a compiled network is of none of their classes
+Networks = dict[str, Any]  # by name: G_AB, G_BA, D_A, D_B; Any, since a compiled network has another class
+Nets = Networks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -436,7 +458,7 @@ Nets = dict[str, Any]  # G_AB, G_BA, D_A, D_B; Any, since a compiled network is 
 
 
 def patch_layers(config: DiscriminatorConfig) -> list[nn.Module]:
-    """PatchGAN: strided 4x4 convolutions that see overlapping patches (Isola et al. 2017, arXiv:1611.07004)."""
+    """PatchGAN: strided 4x4 convolutions over overlapping patches (Isola et al. 2017, arXiv:1611.07004)."""
     bias = config.norm != "batch"
     width = config.ndf
     layers: list[nn.Module] = [nn.Conv2d(config.channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
@@ -450,7 +472,7 @@ def patch_layers(config: DiscriminatorConfig) -> list[nn.Module]:
 
 
 def pixel_layers(config: DiscriminatorConfig) -> list[nn.Module]:
-    """1x1 convolutions that see each pixel's colour alone ("pixelGAN" of Isola et al. 2017)."""
+    """1x1 convolutions, which judge the colour of each pixel alone (PixelGAN, Isola et al. 2017)."""
     bias = config.norm != "batch"
     return [
         nn.Conv2d(config.channels, config.ndf, 1),
@@ -463,11 +485,11 @@ def pixel_layers(config: DiscriminatorConfig) -> list[nn.Module]:
 
 
 class Discriminator(nn.Module):
-    """Tell real from translated, patch by patch (16, 34, 70, 142 or 286 px for 1 to 5 n_layers) or pixel by pixel.
+    """Tell real images from translated ones, by patches (16, 34, 70, 142, 286 px for n_layers 1 to 5) or by pixels.
 
     x:       (N, channels, H, W) in [-1, 1]
     returns: unbounded; patches (N, 1, H / 2**n_layers - 2, W / 2**n_layers - 2), pixels (N, 1, H, W);
-             with pool, the global average of the 64x64 study, (N, 1, 1, 1)
+             with pool the average of them, (N, 1, 1, 1)
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -486,9 +508,9 @@ class Discriminator(nn.Module):
 
 
 def init_weights(net: nn.Module, init: str = "normal") -> None:
-    """Set every convolution by `init` and its bias to 0; batch norms to N(1, 0.02), 0.
+    """Initialise the weights of every convolution by `init`, biases to 0, batch norms to N(1, 0.02).
 
-    The linear layers of a transformer keep torch's start: N(0, 0.02) would flatten its positions.
+    The linear layers of a transformer keep torch's initialisation: N(0, 0.02) would flatten its positions.
     source: Radford et al. 2015, N(0, 0.02), is the default of the paper and of its successors
     """
     start = {
@@ -508,24 +530,61 @@ def init_weights(net: nn.Module, init: str = "normal") -> None:
 
 
 def build_generator(config: GeneratorConfig, init: str = "normal") -> Generator:
-    """Make the generator that `config` describes, freshly initialised."""
+    """Build the generator that a config describes, newly initialised."""
     net = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator](config)
     init_weights(net, init)
     return net
 
 
 def build_discriminator(config: DiscriminatorConfig, init: str = "normal") -> Discriminator:
-    """Make the discriminator that `config` describes, freshly initialised."""
+    """Build the discriminator that a config describes, newly initialised."""
     net = Discriminator(config)
     init_weights(net, init)
     return net
 
 
-def meta_network(config: GeneratorConfig) -> Generator:
-    """Build a generator of shapes only, on the meta device: a lying file costs no memory.
+def freeze(networks: Networks, parts: Collection[str]) -> None:
+    """Stop the named parts of all generators ("D": the discriminators) from learning; the others learn.
 
-    Not by build_generator: for random numbers on that device torch imports its compiler, which takes seconds.
+    The running statistics of a frozen batch norm do not change either.
+    """
+    for name, net in networks.items():
+        children = {"D": net} if name.startswith("D") else dict(net.named_children())
+        for part, module in children.items():
+            module.requires_grad_(part not in parts)
+            module.train(part not in parts)
+
+
+def check_image_size(generator: GeneratorConfig, discriminator: DiscriminatorConfig, height: int, width: int) -> None:
+    """Raise InputError if images of (height, width) px are too small for a network, with the option that would fit."""
+    side = min(height, width)
+    given = f"images of {width}x{height} px"
+    if side < generator.smallest_side:
+        raise InputError(
+            f"{given}: {generator.downsamplings} downsamplings need at least {generator.smallest_side} px a side; "
+            "raise --img_height and --img_width, or lower --n_downsampling"
+        )
+    if discriminator.map_side(side) < 1:
+        most = discriminator.largest_n_layers(side)
+        remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"
+        raise InputError(f"--n_layers_D {discriminator.n_layers}: its output for {given} would be empty; {remedy}")
+
+
+def meta_network(config: GeneratorConfig) -> Generator:
+    """Build a generator without memory for its weights, on the meta device.
+
+    Its weights are not initialised: for random numbers on that device torch imports its compiler, which takes seconds.
     """
     kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
     with torch.device("meta"):
         return kind(config)
+
+
+# TEMPORARY, until all modules are converted
+LIMITS = {
+    **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
+    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
+}
+LEGACY_DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
+GAN_LOSSES = ("lsgan", "bce", "hinge")
+PARTS = (*GENERATOR_PARTS, "D")

@@ -1,18 +1,16 @@
-"""Translate images with trained generators, show them in a gallery, score them.
+"""Translate images with trained generators, show them on a page, score them.
 
 python test.py --dataset_name horse2zebra
 python test.py --run_name horse2zebra --input photos --direction AtoB --scale native
 python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import functools
-from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,298 +18,371 @@ import torch
 from torch import Tensor
 
 import datasets
-import utils
 from cyclegan import LossConfig
-from toolkit import cli, files, images, metrics, process
+from models import Direction, Networks
+from toolkit import cli, files, gallery, images, metrics, process
 from toolkit.checkpoints import IMAGES
-from toolkit.gallery import Result, forget_scores, shown_file, sweep, write_gallery
-from toolkit.inference import DOMAINS, Translator, load_networks, translate_folder
-from toolkit.metrics import fid_kid, need_torch_fidelity
-from utils import InputError
+from toolkit.devices import DeviceConfig
+from toolkit.gallery import Result
+from toolkit.inference import Translator, epoch_name, load_networks, translate_folder
+from utils import InputError, counted, existing_or_new_path, folder_name, is_folder_name, option, say, some_of
 
-MEASURES = (*cli.MEASURES, "fid", "kid")
-NEEDED = {"train": {"paired", "fid", "kid"}, "test": {"identity", "losses", "fid", "kid"}}  # of the target domain
-COLUMNS = 6  # images in the grid
-
-
-def find_inputs(args: Namespace, direction: str) -> tuple[Path, list[Path]]:
-    """Return the folder that names are relative to, and the images of a direction."""
-    root = args.input
-    if root is None:
-        root = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{DOMAINS[direction][0]}"
-        paths = datasets.split_images(root.parent, root.name)
-    elif root.is_file():
-        root = args.input.parent
-        paths = [args.input]
-    else:
-        paths = images.list_images(root) if root.is_dir() else []
-    if not paths:
-        kinds = " ".join(sorted(images.SUFFIXES))
-        raise InputError(f"--input {root}: no image there; expected one, or a folder of files that end in {kinds}")
-    return root, images.BadImages(root, len(paths), args.on_bad_image).readable(paths)[: args.num_test]
+METRICS = ("losses", "cycle", "identity", "paired", "spike", "fid", "kid")
+NETWORKS_OF_METRICS = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
+TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "losses", "fid", "kid"}}  # by split
 
 
-def find_truths(args: Namespace, direction: str, paths: Sequence[Path], needed: bool = False) -> dict[Path, Path]:
-    """By input, the image of the same name in the other domain's test folder, if the data set has one; needed: any."""
-    if args.input:
-        return {}
-    source, target = (datasets.find_dataset(args.data_root, args.dataset_name) / f"test{d}" for d in DOMAINS[direction])
-    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
-    pairs = {path: named.get(datasets.pair_name(path, source)) for path in paths}
-    truths = {path: truth for path, truth in pairs.items() if truth}
-    if needed and not truths:
-        words = f"no image in {target} has the name of one in {source.name}; leave it out for unpaired sets"
-        raise InputError(f"--metrics paired: {words}")
-    return truths
+@dataclass(frozen=True)
+class TestOptions:
+    """Which networks translate which images, where the results go, and how they are scored."""
 
-
-def write_grid(output: Path, results: dict[str, list[Result]]) -> None:
-    """Write grid.png: some images of each direction."""
-    columns = min(COLUMNS, *(len(translated) for translated in results.values()))
-    rows = []
-    for translated in results.values():
-        chosen = translated[:: len(translated) // columns][:columns]
-        for kind in chosen[0].files:
-            if all(kind in result.files for result in chosen):
-                rows.append((kind, [output / shown_file(output, result.files[kind]) for result in chosen]))
-    images.save_image(images.draw_file_grid(rows), output / "grid.png")
-
-
-# ---------------------------------------------------------------------------------------------
-# Measures
-
-
-def load_split(
-    args: Namespace, split: str, size: tuple[int, int] | None, channels: int, most: int | None = None
-) -> Iterator[tuple[Path, Tensor]]:
-    """Read one part of the data set, image by image, with their paths; unreadable ones are named and left out."""
-    folder = datasets.find_dataset(args.data_root, args.dataset_name) / split
-    paths = datasets.split_images(folder.parent, split, most)
-    return images.load_images(folder, paths, size, channels, args.on_bad_image)
-
-
-def readable(args: Namespace, split: str, most: int | None = None) -> list[Path]:
-    """The images of one part of the data set that are whole."""
-    return [path for path, _ in load_split(args, split, None, 3, most)]
-
-
-def test_images(args: Namespace, translator: Translator, domain: str) -> images.LazyImages:
-    """The test images of a domain as the networks were trained, at the size of training."""
-    paths = readable(args, f"test{domain}", args.num_test)
-    return images.LazyImages(paths, translator.size, translator.channels)
-
-
-def check_measures(args: Namespace, inputs: dict[str, tuple[Path, list[Path]]]) -> None:
-    """Raise InputError, before anything is translated, if a measure that was asked for lacks its data or package."""
-    compared = [name for name in ("fid", "kid") if name in args.metrics]
-    if compared:
-        need_torch_fidelity(compared)
-    for direction, (folder, _) in inputs.items():
-        for split, measures in NEEDED.items():
-            if measures & set(args.metrics):
-                datasets.split_images(folder.parent, f"{split}{DOMAINS[direction][1]}")
-
-
-def measure(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
-    """Compute the measures of one direction that were asked for; errors in the units of training, [0, 2]."""
-    source, target = DOMAINS[direction]
-    net, back = translator.generators(direction)
-    there = functools.partial(translator, net)
-    way_back = functools.partial(translator, back) if back else None
-    scores = {}
-    wanted = [name for name in ("cycle", "identity") if name in args.metrics]
-    if wanted:
-        sources = test_images(args, translator, source) if "cycle" in wanted else {}
-        targets = test_images(args, translator, target) if "identity" in wanted else {}
-        scores |= metrics.measure_direction(there, way_back, sources, targets, wanted)
-    if "spike" in args.metrics:
-        inputs = images.LazyImages([result.input for result in results], translator.size, translator.channels)
-        scores["spike"] = metrics.mean_spike(net, inputs, translator.precision)
-    if "paired" in args.metrics:
-        scores["paired"] = measure_paired(args, translator, direction, results)
-    if {"fid", "kid"} & set(args.metrics):
-        scores["distribution"] = measure_distribution(args, translator, target, results)
-    return scores
-
-
-def as_bytes(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
-    """Read an image as uint8 (channels, H, W), resized as for training; size is (height, width)."""
-    return images.range_to_bytes(images.load_image(path, size, channels))
-
-
-def measure_distribution(args: Namespace, translator: Translator, target: str, results: Sequence[Result]) -> dict:
-    """Compare the written images as a whole with the test and with the training images of the target domain."""
-    load = functools.partial(as_bytes, size=translator.size or (299, 299))  # Inception sees that in any case
-    fakes = [args.output / result.files[f"fake_{target}"] for result in results]
-    wanted = [name for name in ("fid", "kid") if name in args.metrics]
-    tables = {}
-    for split in (f"test{target}", f"train{target}"):
-        tables[split] = fid_kid(fakes, readable(args, split), load, wanted, args.inception_weights, translator.device)
-    return tables
-
-
-def measure_paired(args: Namespace, translator: Translator, direction: str, results: Sequence[Result]) -> dict:
-    """Compare the written images with those of the same name in the other domain's test folder, one at a time."""
-    target = DOMAINS[direction][1]
-    folder = datasets.find_dataset(args.data_root, args.dataset_name) / f"test{target}"
-    channels = translator.channels
-    truths = find_truths(args, direction, [result.input for result in results], needed=True)
-    if len(truths) < len(results):
-        utils.say(f"{folder}: {len(truths)} of {len(results)} images have their truth there; only these are scored")
-    bad = images.BadImages(folder, len(truths), args.on_bad_image)
-
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for result in results:
-            if result.input in truths:
-                fake = as_bytes(args.output / result.files[f"fake_{target}"], None, channels)
-                its_size: Any = fake.shape[-2:]
-                try:
-                    truth = as_bytes(truths[result.input], its_size, channels)
-                except images.UnreadableImage as error:
-                    bad.note(truths[result.input], error)
-                    continue
-                yield fake, as_bytes(result.input, its_size, channels), truth
-
-    size: Any = translator.size or next(triples())[0].shape[-2:]
-    mean = torch.zeros(channels, *size, dtype=torch.float64)
-    for count, (_, x) in enumerate(load_split(args, f"train{target}", size, channels), start=1):
-        mean += (images.range_to_bytes(x) - mean) / count
-    return metrics.paired_table(triples(), mean)
-
-
-def mean_losses(args: Namespace, translator: Translator, saved: dict) -> dict[str, float]:
-    """The training losses on the test images; weights and form of the losses are the run's."""
-    reals = {domain: test_images(args, translator, domain) for domain in "AB"}
-    config = cli.config_of(LossConfig, Namespace(**saved))
-    return metrics.mean_losses(translator.nets, reals, config, translator.precision)
-
-
-def report(scores: dict) -> list[str]:
-    """Lay out all measures as lines of text."""
-    lines = []
-    for direction, measures in scores.items():
-        plain = {name: value for name, value in measures.items() if not isinstance(value, dict)}
-        tables = [{"": plain}] if plain else []
-        tables += [measures[kind] for kind in ("paired", "distribution") if kind in measures]
-        if tables:
-            lines.append("losses on the test set" if direction == "losses" else direction)
-        lines += [line for table in tables for line in metrics.format_table(table)]
-        lines += metrics.below_mean_image(measures.get("paired", {}))
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
+    run_name: str | None = option(
+        None, "run in saved_models (default: --dataset_name, else horse2zebra)", parse=folder_name
+    )
+    epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
+    weights: Path | None = option(None, "generator file, in place of a run", parse=existing_or_new_path, metavar="FILE")
+    dataset_name: str | None = option(
+        None, "data set whose test images are translated (default: the run's)", parse=folder_name
+    )
+    data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
+    input: Path | None = option(None, "images of one domain, in place of a data set", metavar="FILE_OR_FOLDER")
+    num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
+    direction: str | None = option(
+        None,
+        "which generator to use (default: both; for --input AtoB, or what the file says)",
+        choices=("both", "AtoB", "BtoA"),
+    )
+    round_trip: bool | None = option(None, "also translate back (default: data sets yes, --input no)")
+    scale: str | None = option(
+        None, "resize images to the training size (default), or keep their own", choices=("train", "native")
+    )
+    tile: int | None = option(
+        None,
+        "native scale in tiles of so many px a side: less memory, more time (default: whole images)",
+        least=16,
+        most=2**16,
+        metavar="PIXELS",
+    )
+    output_size: str = option(
+        "input", "size of the results: that of the input, or the network's", choices=("input", "net")
+    )
+    output: Path | None = option(
+        None, "folder for the results (default: generated_images/<run or file>/test)", metavar="DIR"
+    )
+    skip_existing: bool = option(False, "leave out images whose results exist; removes nothing")
+    metrics: list[str] = option(
+        [], "scores of the test images (default: none)", parse=some_of(METRICS), metavar=",".join(METRICS)
+    )
+    inception_weights: Path | None = option(
+        None, "weights for fid and kid (default: download)", parse=existing_or_new_path, metavar="FILE"
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = cli.Parser(prog="test.py", description=__doc__)
-    add = cli.flag_group(parser, "what")
-    add("--dataset_name", type=cli.folder_name, help="set whose test images are translated (default: the run's)")
-    add("--data_root", type=Path, default=None, help="folder that holds the data sets (default: the run's)")
-    add("--run_name", type=cli.folder_name, help="run in saved_models (default: --dataset_name, else horse2zebra)")
-    add("--epoch", type=cli.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
-    add("--weights", type=cli.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
-    add("--input", type=Path, metavar="FILE_OR_FOLDER", help="images of one domain, in place of a data set")
-    words = "which generator to use (default: both; for --input AtoB, or what the file says)"
-    add("--direction", choices=("both", "AtoB", "BtoA"), default=None, help=words)
-    add("--skip_existing", action="store_true", help="leave images out whose results exist already")
-    add("--num_test", type=cli.int_between(1), default=None, help="translate at most so many images (default: all)")
-    add = cli.flag_group(parser, "how")
-    add("--scale", choices=("train", "native"), default=None, help="seen as in training (default), or at its own size")
-    add("--round_trip", action=BooleanOptionalAction, help="also translate back (default: data sets yes, --input no)")
-    words = "native, in tiles of so many px a side: takes less memory, and more time (default: whole)"
-    add("--tile", type=cli.int_between(16, 2**16), default=None, metavar="PIXELS", help=words)
-    add("--output_size", choices=("input", "net"), default="input", help="size of the results: input's or network's")
-    add("--output", type=Path, metavar="DIR", help="where results go (default: generated_images/<run or file>/test)")
-    kinds = {"type": cli.words_of(MEASURES), "default": [], "metavar": ",".join(MEASURES)}
-    add("--metrics", **kinds, help="measures on the test images (default: none)")
-    add("--inception_weights", type=cli.path_name, metavar="FILE", help="weights for fid and kid (default: download)")
-    cli.add_reading_flags(add)
-    cli.add_device_flags(parser)
+    cli.add_options(parser, "translation", TestOptions)
+    cli.add_options(parser, "image files", datasets.ReadingConfig)
+    cli.add_options(parser, "speed", DeviceConfig)
     args = parser.parse_args(argv)
     pairs = (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name"))
     cli.refuse_both(parser, args, *pairs)
     if args.inception_weights and not {"fid", "kid"} & set(args.metrics):
         parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
     if args.tile and args.scale == "train":
-        parser.error("--tile: cuts images at their own size, and --scale train reduces them; leave one of them out")
-    scale = args.scale or ("native" if args.tile else "train")
-    round_trip = args.input is None if args.round_trip is None else args.round_trip
-    run_name = args.run_name or args.dataset_name or "horse2zebra"
-    return cli.changed(args, run_name=run_name, scale=scale, round_trip=round_trip)
+        parser.error("--tile: cuts images at their own size, and --scale train resizes them; leave one of them out")
+    args.run_name = args.weights.stem if args.weights else args.run_name or args.dataset_name or "horse2zebra"
+    args.output = args.output or IMAGES / args.run_name / "test"
+    args.scale = args.scale or ("native" if args.tile else "train")
+    if args.round_trip is None:
+        args.round_trip = args.input is None
+    return args
 
 
-def choose_directions(args: Namespace, translator: Translator) -> list[str]:
-    """Return the directions to translate; refuse what these weights cannot do."""
-    present = translator.directions
-    wanted = [args.direction] if args.direction in DOMAINS else present
-    if args.input and args.direction is None:
-        wanted = present[:1]
-        utils.say(f"--input {args.input}: translated {wanted[0]}; --direction chooses another")
-    if not set(wanted) <= set(present):
-        raise InputError(f"--direction {args.direction}: these weights translate {', '.join(present)} only")
-    needed = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
-    for name in needed.keys() & set(args.metrics):
-        missing = needed[name] - translator.nets.keys()
+# ---------------------------------------------------------------------------------------------
+# Finding images
+
+
+def choose_directions(direction: str | None, source: Path | None, translator: Translator) -> list[Direction]:
+    """Return the directions to translate: of photos one, unless both are asked for."""
+    if direction in ("AtoB", "BtoA"):
+        translator.generators(Direction.named(direction))  # raises if there is none
+        return [Direction.named(direction)]
+    if source and direction is None:
+        chosen = translator.directions[0]
+        say(f"--input {source}: translated {chosen}; --direction chooses another")
+        return [chosen]
+    return translator.directions
+
+
+def choose_dataset(args: Namespace, metadata: dict) -> tuple[str, Path | None]:
+    """Return the name of the data set, which is the run's if none was given, and its folder; with --input None."""
+    dataset_name = args.dataset_name or metadata.get("dataset_name")
+    if not is_folder_name(dataset_name):  # metadata may come from a stranger
+        dataset_name = args.run_name
+    if args.input:
+        return dataset_name, None
+    recorded = None if args.weights else metadata.get("data_root")
+    root = args.data_root or datasets.recorded_root(recorded)
+    return dataset_name, datasets.find_dataset(root, dataset_name)
+
+
+def find_inputs(args: Namespace, dataset: Path | None, direction: Direction) -> tuple[Path, list[Path]]:
+    """Return the folder that names of results are relative to, and the images to translate."""
+    if dataset:
+        root = dataset / f"test{direction.source}"
+        paths = datasets.split_images(dataset, root.name)
+    elif args.input.is_dir():
+        root = args.input
+        paths = images.list_images(root)
+    else:
+        root = args.input.parent
+        paths = [args.input] if args.input.is_file() else []
+    if not paths:
+        suffixes = " ".join(sorted(images.SUFFIXES))
+        raise InputError(
+            f"--input {args.input}: no image there; expected one, or a folder of files that end in {suffixes}"
+        )
+    return root, images.BadImages(root, len(paths), args.on_bad_image).readable(paths)[: args.num_test]
+
+
+def find_truths(dataset: Path | None, direction: Direction, paths: Sequence[Path]) -> dict[Path, Path]:
+    """Return, by input, the test image of the same name in the target domain."""
+    if dataset is None:
+        return {}
+    source = dataset / f"test{direction.source}"
+    target = dataset / f"test{direction.target}"
+    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
+    found = {path: named.get(datasets.pair_name(path, source)) for path in paths}
+    return {path: truth for path, truth in found.items() if truth}
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def check_metrics(
+    wanted: Sequence[str], networks: Networks, dataset: Path | None, truths: Mapping[Direction, Mapping]
+) -> None:
+    """Raise InputError, before anything is translated, if a metric lacks its networks, images or package."""
+    for name in NETWORKS_OF_METRICS.keys() & set(wanted):
+        missing = NETWORKS_OF_METRICS[name] - networks.keys()
         if missing:
             raise InputError(f"--metrics {name}: needs {', '.join(sorted(missing))}, which these weights do not hold")
-    return wanted
+    of_inception = [name for name in wanted if name in ("fid", "kid")]
+    if of_inception:
+        metrics.need_torch_fidelity(of_inception)
+    for direction, found in truths.items():
+        for split, names in TARGETS_OF_METRICS.items():
+            if dataset and names & set(wanted):
+                datasets.split_images(dataset, f"{split}{direction.target}")
+        if "paired" in wanted and not found:
+            raise no_truth(dataset, direction)
 
 
-def settle_names(args: Namespace, metadata: dict) -> Namespace:
-    """Fill in on which data set the networks are tested and where results go, as far as that was not given."""
-    run_name = args.weights.stem if args.weights else args.run_name
-    recorded = metadata.get("dataset_name")
-    dataset_name = args.dataset_name or (recorded if utils.is_folder_name(recorded) else run_name)
-    recorded = None if args.weights or args.input else metadata.get("data_root")
-    data_root = args.data_root or datasets.recorded_root(recorded)
-    output = args.output or IMAGES / run_name / "test"
-    return cli.changed(args, dataset_name=dataset_name, data_root=data_root, output=output)
+def no_truth(dataset: Path | None, direction: Direction) -> InputError:
+    """Return the error for paired scores of unpaired images."""
+    return InputError(
+        f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in "
+        f"test{direction.source}; leave it out for unpaired sets"
+    )
+
+
+def load_bytes(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
+    """Read an image as uint8 (channels, H, W), resized to (height, width) as in training."""
+    return images.range_to_bytes(images.load_image(path, size, channels))
+
+
+@dataclass
+class Scorer:
+    """Scores of translated test images."""
+
+    metrics: Sequence[str]
+    translator: Translator
+    dataset: Path
+    output: Path  # folder of the results
+    num_test: int | None
+    on_bad: str  # "skip" or "stop" at an unreadable image
+    inception_weights: Path | None
+
+    def score(self, direction: Direction, results: Sequence[Result]) -> dict:
+        """Return the scores of one direction; errors in the units of training, [0, 2]."""
+        scores = {}
+        if {"cycle", "identity"} & set(self.metrics):
+            scores |= self.cycle_and_identity(direction)
+        if "spike" in self.metrics:
+            net, _ = self.translator.generators(direction)
+            inputs = self.lazy_images([result.input for result in results])
+            scores["spike"] = metrics.mean_spike(net, inputs, self.translator.precision)
+        if "paired" in self.metrics:
+            scores["paired"] = self.paired(direction, results)
+        if {"fid", "kid"} & set(self.metrics):
+            scores["distribution"] = self.distribution(direction, results)
+        return scores
+
+    def cycle_and_identity(self, direction: Direction) -> dict[str, float]:
+        net, back = self.translator.generators(direction)
+        wanted = [name for name in ("cycle", "identity") if name in self.metrics]
+        sources = self.test_images(direction.source) if "cycle" in wanted else {}
+        targets = self.test_images(direction.target) if "identity" in wanted else {}
+        there = functools.partial(self.translator, net)
+        return metrics.measure_direction(
+            there, back and functools.partial(self.translator, back), sources, targets, wanted
+        )
+
+    def distribution(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
+        """Compare all translations with the test and with the training images of the target domain."""
+        load = functools.partial(load_bytes, size=self.translator.size or (299, 299))  # Inception resizes to 299
+        fakes = [self.output / result.files[f"fake_{direction.target}"] for result in results]
+        wanted = [name for name in ("fid", "kid") if name in self.metrics]
+        tables = {}
+        for split in (f"test{direction.target}", f"train{direction.target}"):
+            reals = self.readable(split)
+            tables[split] = metrics.fid_kid(fakes, reals, load, wanted, self.inception_weights, self.translator.device)
+        return tables
+
+    def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
+        """Compare translations with their truth, one at a time."""
+        scored = [result for result in results if result.truth]
+        folder = self.dataset / f"test{direction.target}"
+        if not scored:
+            raise no_truth(self.dataset, direction)
+        if len(scored) < len(results):
+            say(f"{folder}: {len(scored)} of {len(results)} images have their truth there; only these are scored")
+        bad = images.BadImages(folder, len(scored), self.on_bad)
+        triples = functools.partial(self.read_triples, direction, scored, bad)
+        size: Any = self.translator.size or next(triples())[0].shape[-2:]
+        return metrics.paired_table(triples(), self.mean_image(f"train{direction.target}", size))
+
+    def read_triples(
+        self, direction: Direction, results: Sequence[Result], bad: images.BadImages
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield translation, input and truth, all at the size of the translation."""
+        channels = self.translator.channels
+        for result in results:
+            fake = load_bytes(self.output / result.files[f"fake_{direction.target}"], None, channels)
+            size: Any = fake.shape[-2:]
+            try:
+                truth = load_bytes(result.truth, size, channels)
+            except images.UnreadableImage as error:
+                bad.note(result.truth, error)
+                continue
+            yield fake, load_bytes(result.input, size, channels), truth
+
+    def mean_image(self, split: str, size: tuple[int, int]) -> Tensor:
+        """Return the mean of a split's images: float64 (C, H, W) in [0, 255]."""
+        mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
+        for count, (_, x) in enumerate(self.load(split, size, self.translator.channels), start=1):
+            mean += (images.range_to_bytes(x) - mean) / count
+        return mean
+
+    def losses(self, loss_config: LossConfig) -> dict[str, float]:
+        """Return the training losses on the test images."""
+        reals = {domain: self.test_images(domain) for domain in "AB"}
+        return metrics.mean_losses(self.translator.nets, reals, loss_config, self.translator.precision)
+
+    def load(
+        self, split: str, size: tuple[int, int] | None, channels: int, most: int | None = None
+    ) -> Iterator[tuple[Path, Tensor]]:
+        """Read the images of a split one by one; unreadable ones are named and left out."""
+        paths = datasets.split_images(self.dataset, split, most)
+        return images.load_images(self.dataset / split, paths, size, channels, self.on_bad)
+
+    def readable(self, split: str, most: int | None = None) -> list[Path]:
+        return [path for path, _ in self.load(split, None, 3, most)]
+
+    def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
+        return images.LazyImages(paths, self.translator.size, self.translator.channels)
+
+    def test_images(self, domain: str) -> images.LazyImages:
+        return self.lazy_images(self.readable(f"test{domain}", self.num_test))
+
+
+def score(
+    args: Namespace,
+    translator: Translator,
+    dataset: Path,
+    results: Mapping[Direction, Sequence[Result]],
+    loss_config: LossConfig,
+) -> dict:
+    """Compute and print the scores, by direction; the losses are those of both."""
+    scorer = Scorer(
+        args.metrics, translator, dataset, args.output, args.num_test, args.on_bad_image, args.inception_weights
+    )
+    scores = {str(direction): scorer.score(direction, translated) for direction, translated in results.items()}
+    if "losses" in args.metrics:
+        scores["losses"] = scorer.losses(loss_config)
+    for line in score_lines(scores):
+        say(line)
+    return scores
+
+
+def score_lines(scores: dict) -> list[str]:
+    """Lay out all scores as lines of text."""
+    lines = []
+    for name, values in scores.items():
+        plain = {metric: value for metric, value in values.items() if not isinstance(value, dict)}
+        tables = [{"": plain}] if plain else []
+        tables += [values[metric] for metric in ("paired", "distribution") if metric in values]
+        if tables:
+            lines.append("losses on the test set" if name == "losses" else name)
+        for table in tables:
+            lines += metrics.format_table(table)
+        lines += metrics.below_mean_image(values.get("paired", {}))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
 
 
 @process.command
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Translate, show, score; returns the scores."""
+    """Find networks and images, translate, show, score; returns the scores."""
     args = parse_args(argv)
     images.limit_pixels(1e6 * args.max_megapixels)
     if args.inception_weights:
-        files.read_archive(args.inception_weights)  # torch-fidelity would execute what a hostile file holds
-    direction = args.direction if args.direction in DOMAINS else None
-    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, direction, "losses" in args.metrics)
-    args = settle_names(args, metadata)
+        files.read_archive(args.inception_weights)  # torch-fidelity would execute code in a hostile file
+
+    asked = Direction.named(args.direction) if args.direction in ("AtoB", "BtoA") else None
+    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, "losses" in args.metrics)
     translator = Translator(nets, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
-    results = {}
-    inputs = {direction: find_inputs(args, direction) for direction in choose_directions(args, translator)}
-    check_measures(args, inputs)
-    truths = {d: find_truths(args, d, paths, needed="paired" in args.metrics) for d, (_, paths) in inputs.items()}
-    how = (args.output, args.on_bad_image, args.skip_existing, args.round_trip)
-    for direction, (root, paths) in inputs.items():
-        results[direction] = translate_folder(translator, direction, root, paths, *how, truths[direction])
-    translated = [result for some in results.values() for result in some]
-    written = [file for result in translated for file in result.files.values()]
-    network = str(args.weights or args.run_name)
-    sweep(args.output, written, [result.input for result in translated], network, args.skip_existing)
-    about = {name: metadata.get(name) for name in ("epoch", "step")}
-    what = {"network": network, "dataset_name": args.dataset_name, **about}
-    what |= {"scale": args.scale, "output_size": args.output_size}
+
+    dataset_name, dataset = choose_dataset(args, metadata)
+    directions = choose_directions(args.direction, args.input, translator)
+    inputs = {direction: find_inputs(args, dataset, direction) for direction in directions}
+    truths = {direction: find_truths(dataset, direction, paths) for direction, (_, paths) in inputs.items()}
+    check_metrics(args.metrics, nets, dataset, truths)
+
     if not args.skip_existing:
-        forget_scores(args.output, what)
-    gallery = functools.partial(write_gallery, args.output, args.dataset_name, about, results)
-    gallery([])  # a measure may fail
-    write_grid(args.output, results)
-    scores = {direction: measure(args, translator, direction, some) for direction, some in results.items()}
-    if "losses" in args.metrics:
-        scores["losses"] = mean_losses(args, translator, metadata["flags"])
-    table = report(scores)
-    for line in table:
-        utils.say(line)
-    gallery(table)
+        gallery.clear(args.output, [path for _, paths in inputs.values() for path in paths])
+    results = {}
+    for direction, (root, paths) in inputs.items():
+        results[direction] = translate_folder(
+            translator,
+            direction,
+            root,
+            paths,
+            args.output,
+            on_bad=args.on_bad_image,
+            skip_existing=args.skip_existing,
+            round_trip=args.round_trip,
+            truths=truths[direction],
+        )
+
+    about = {name: metadata.get(name) for name in ("epoch", "step")}
+    gallery.write_gallery(args.output, dataset_name, about, results, table=[])  # now, since scores may fail
+    gallery.write_grid(args.output, results)
+    scores = {}
     if args.metrics:
-        counts = {direction: len(translated) for direction, translated in results.items()}
-        files.write_json(args.output / "metrics.json", {**what, "images": counts, **scores})
-    utils.say(f"{utils.counted(len(translated), 'image')} translated; look at {args.output / 'index.html'}")
+        scores = score(args, translator, dataset, results, metadata.get("loss_config"))
+        facts = {"network": str(args.weights or args.run_name), "dataset_name": dataset_name} | about
+        facts |= {"scale": args.scale, "output_size": args.output_size}
+        facts["images"] = {str(direction): len(translated) for direction, translated in results.items()}
+        gallery.write_gallery(args.output, dataset_name, about, results, table=score_lines(scores))
+        gallery.write_scores(args.output, facts | scores)
+    count = sum(len(translated) for translated in results.values())
+    say(f"{counted(count, 'image')} translated; open {args.output / gallery.PAGE}")
     return scores
 
 

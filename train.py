@@ -1,20 +1,20 @@
 """Train a CycleGAN: two generators and two discriminators on unpaired images of two domains.
 
-python train.py --dataset_name day2night --img_height 64 --img_width 64 --num_residual 3
+python train.py @recipes/day2night.txt
 python train.py --dataset_name horse2zebra
 python train.py --dataset_name horse2zebra --start_from latest
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last: no traceback out of them
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import dataclasses
 import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,395 +22,652 @@ from tqdm import tqdm
 
 import datasets
 import models
-import utils
 from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
-from datasets import Feed
-from toolkit import checkpoints, cli, devices, distributed, executor, files, metrics, process, synthetic
-from toolkit.checkpoints import IMAGES, RUNS, Progress, Saver
-from toolkit.distributed import max_over_ranks, rank
-from toolkit.images import BadImages, limit_pixels
-from toolkit.monitor import Meter, Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
+from datasets import DataConfig, TrainingData
+from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
+from toolkit import checkpoints, cli, devices, files, metrics, synthetic
+from toolkit.checkpoints import IMAGES, RUNS, CheckpointSaver
+from toolkit.devices import DeviceConfig
+from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank, world_size
+from toolkit.executor import ExecutorConfig
+from toolkit.images import limit_pixels
+from toolkit.metrics import BEST_BY, MEASURES
+from toolkit.monitor import Monitor, command_line, cyclegan_rows, duration, load_samples, load_watched, say_duration
+from toolkit.process import StopRequest, command
 from toolkit.weights import load_pair
-from utils import InputError, counted, say
+from utils import InputError, RunError, counted, epoch_name, folder_name, need_package, option, say, some_of, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
+VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
+RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop
+# Options
 
 
-def training_loop(
-    args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor
-) -> int:
-    """Run the epochs that are left; returns the number of the signal that ended it early, or 0. A save was tried."""
-    steps = feed.order.steps
-    done_steps = progress.epoch * steps + progress.step_in_epoch
-    bar = tqdm(total=args.num_epochs * steps, initial=done_steps, unit="step", mininterval=0.5, disable=rank() > 0)
-    signum = 0
-    with process.StopRequest() as stop, bar:
-        while progress.epoch < args.num_epochs and not signum:
-            factor = linear_decay(progress.epoch, args.num_epochs, cli.decay_epoch(args))
-            model.set_learning_rate(factor)
-            bar.set_description(f"epoch {progress.epoch + 1}/{args.num_epochs}", refresh=False)
-            for real_A, real_B in feed.batches(progress.epoch, progress.step_in_epoch, model.device):
-                monitor.meter.add(model.step(real_A, real_B, progress.step))
-                progress.step += 1
-                progress.step_in_epoch += 1
-                bar.update()
-                if monitor.clock.tick():
-                    left = (args.num_epochs - progress.epoch) * steps - progress.step_in_epoch
-                    say_duration(monitor.clock.pace, left, steps, saver.facts["args"], model.device)
-                ended = progress.step_in_epoch == steps
-                if monitor.meter.count == LOG_EVERY or ended:
-                    means = log_losses(model, progress, feed, saver, monitor, args.lr * factor)
-                    bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}, refresh=False)
-                signum = stop.agreed()
-                if signum or ended:
-                    break
-                if progress.step % args.sample_interval == 0 or monitor.clock.first_grid_due():
-                    files.attempt(monitor.draw, model, progress.epoch, progress.step, False)
-                show(args, progress, steps, monitor)
-                if max_over_ranks(saver.due()):
-                    save(model, progress, feed, saver, monitor)
-            if progress.step_in_epoch >= steps:
-                progress.epoch += 1
-                progress.step_in_epoch = 0
-                files.attempt(monitor.draw, model, progress.epoch, progress.step, True)
-                show(args, progress, steps, monitor)
-            save(model, progress, feed, saver, monitor)
-            evaluate(args, model, progress, feed, saver, monitor)
-            if progress.epoch < args.num_epochs:  # else nothing is left that could be stopped
-                signum = signum or stop.agreed()
-            stopped = signum > 0
-            show(args, progress, steps, monitor, at_once=stopped or progress.epoch == args.num_epochs, stopped=stopped)
-    return signum
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train."""
 
-
-def log_losses(
-    model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor, lr: float
-) -> dict[str, float]:
-    """Log the means of the losses since the last row (reading them waits for the device); returns them."""
-    means = monitor.meter.means()
-    stop_if_not_finite(model, progress, feed, saver, monitor.meter, means)
-    monitor.log_losses(progress.epoch + 1, progress.step, lr, means)  # resets the meter, too
-    return means
-
-
-def save(model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor, best: bool = False) -> None:
-    """Save all that the run needs to go on, once all losses and weights are seen to be finite."""
-    stop_if_not_finite(model, progress, feed, saver, monitor.meter, monitor.meter.means())
-    saver.save(model, progress, monitor.meter.state_dict(), monitor.log.save, best)
-
-
-def stop_if_not_finite(
-    model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, meter: Meter, means: dict[str, float]
-) -> None:
-    """End the run when a loss or a weight is not a number any more; the last save stays."""
-    wrong = []
-    for name, net in model.nets.items():
-        if not all(torch.isfinite(x).all() for x in net.state_dict().values()):
-            wrong.append(f"a weight of {name}")
-    if not wrong and all(map(math.isfinite, means.values())):
-        return
-    terms, ago = meter.first_not_finite()
-    seen = feed.paths_of_step((progress.step_in_epoch or feed.order.steps) - 1 - ago)
-    found = distributed.gather((bool(terms), ago, terms, seen))  # of the rank whose first bad loss is oldest
-    _, ago, terms, seen = max(found, default=(False, ago, terms, seen))
-    raise utils.RunError(
-        f"{', '.join(terms or wrong)} not finite at step {progress.step - ago}, images {' '.join(seen)}; "
-        f"{saver.last_state()}; try a smaller --lr or --precision fp32"
+    num_epochs: int = option(200, "epochs in total", least=1)
+    decay_epoch: int | None = option(
+        None, "from this epoch on the learning rate falls to 0 (default: half of --num_epochs)", least=0
     )
 
 
-def show(
-    args: Namespace, progress: Progress, steps: int, monitor: Monitor, at_once: bool = False, stopped: bool = False
-) -> None:
-    """Write the page that shows where the run is, losses.csv and its plot; not too often, unless at_once."""
-    if at_once or monitor.clock.page_due():
-        counts = (progress.epoch, progress.step, progress.step_in_epoch, args.num_epochs, steps)
-        files.attempt(monitor.show, *counts, stopped)
+@dataclass(frozen=True)
+class InitConfig:
+    """What the networks start from."""
+
+    init: str = option("normal", "initialisation of the weights", choices=models.INITS)
+    init_from: list[Path] = option([], "generators to start from, one for each direction", nargs="+", metavar="FILE")
+    freeze: list[str] = option(
+        [],
+        "parts that do not learn: parts of the generators, or D (default: none)",
+        parse=some_of((*models.GENERATOR_PARTS, "D")),
+        metavar=",".join((*models.GENERATOR_PARTS, "D")),
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, intervals and seed of a training run."""
+
+    start_from: str = option(
+        "0", "0: a new run; N: resume from epoch_N.pt; latest: resume from latest.pt", parse=epoch_name
+    )
+    run_name: str | None = option(
+        None, "folder in saved_models and generated_images (default: --dataset_name)", parse=folder_name
+    )
+    overwrite: bool = option(False, "delete an earlier run of this name")
+    dry_run: bool = option(False, "print the configuration, parameters, images and minutes, and start nothing")
+    sample_interval: int = option(200, "steps between sample grids; also after a minute and each epoch", least=1)
+    checkpoint_interval: int = option(10, "epochs between checkpoints that are kept", least=1)
+    keep_checkpoints: int = option(0, "keep only the newest N epoch_NNNN.pt; 0: all", least=0)
+    eval_interval: int = option(0, "epochs between evaluations on the val, else test images; 0: none", least=0)
+    eval_metrics: list[str] = option(
+        ["cycle", "identity"],
+        "measures of an evaluation, written to measures.csv (default: cycle,identity)",
+        parse=some_of(MEASURES),
+        metavar=",".join(MEASURES),
+    )
+    best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
+    save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)
+    watch: list[Path] = option([], "photos to translate after each epoch", nargs="*", metavar="PHOTO")
+    log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
+    seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
+    deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
+
+
+NETWORK_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
+FIXED_OPTIONS = (  # a resumed run cannot change them
+    *NETWORK_OPTIONS,
+    *("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"),
+    *("channels", "init", "freeze"),
+)
 
 
 # ---------------------------------------------------------------------------------------------
-# Evaluation: after saving, so that a failure in it loses no training
+# The run
 
 
-def evaluation_due(args: Namespace, progress: Progress, feed: Feed) -> bool:
-    """Whether --eval_interval wants this moment, the end of an epoch, evaluated."""
-    return bool(feed.held_out) and not progress.step_in_epoch and progress.epoch % args.eval_interval == 0
+class Run:
+    """A training run: it owns the model, the data, the progress, the checkpoint saver and the monitor.
 
+    command: "train" or "distill"
+    facts:   what each of its states also contains
+    """
 
-def evaluate(args: Namespace, model: CycleGAN, progress: Progress, feed: Feed, saver: Saver, monitor: Monitor) -> None:
-    """Evaluate the epoch just saved, if --eval_interval says so; the best so far by --best_by becomes best.pt."""
-    if not evaluation_due(args, progress, feed):
-        return
-    row = measure(args, model, progress, feed.held_out)
-    score = metrics.score_by(args.best_by, row) if row else None
-    before = progress.best
-    better = score is not None and (before is None or metrics.is_better(args.best_by, score, before["score"]))
-    if max_over_ranks(better):  # only the first rank has a score
-        progress.best = {"metric": args.best_by, "score": score, "epoch": progress.epoch}
-        save(model, progress, feed, saver, monitor, best=True)
-        if saver.save_error:
-            progress.best = before  # the save failed: best.pt is still the older one
-    if row:  # the last thing, so that a run that was killed before is seen to lack it
-        monitor.add_measures(progress.epoch, progress.step, row)
+    def __init__(
+        self, args: Namespace, model: CycleGAN, data: TrainingData, monitor: Monitor, command: str, **facts: object
+    ):
+        self.args = args
+        self.model = model
+        self.data = data
+        self.monitor = monitor
+        self.command = command
+        self.plain_args = cli.plain_args(args)
+        schedules = {"num_epochs": args.num_epochs, "decay_epoch": decay_epoch(args)}
+        self.facts = {"stage": command, "args": self.plain_args, "schedules": schedules, **facts}
+        names = {name: str(getattr(args, name)) for name in ("run_name", "dataset_name", "data_root")}
+        self.saver = CheckpointSaver(
+            RUNS / args.run_name,
+            {"stage": command, **names, "size": [args.img_height, args.img_width]},
+            args.checkpoint_interval,
+            args.keep_checkpoints,
+            args.save_minutes,
+        )
+        self.epoch = 0  # finished epochs
+        self.step = 0
+        self.step_in_epoch = 0
+        self.best: dict | None = None  # of best.pt: metric, score, epoch
 
+    def train(self) -> int:
+        """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
+        args = self.args
+        steps = self.data.steps_per_epoch
+        total = args.num_epochs * steps
+        bar = tqdm(total=total, initial=self.steps_done(), unit="step", mininterval=0.5, disable=rank() > 0)
+        signum = 0
+        with StopRequest() as stop, bar:
+            while self.epoch < args.num_epochs and not signum:
+                self.model.set_learning_rate(self.learning_rate_factor())
+                bar.set_description(f"epoch {self.epoch + 1}/{args.num_epochs}", refresh=False)
+                for real_A, real_B in self.data.batches(self.epoch, self.step_in_epoch, self.model.device):
+                    self.monitor.meter.add(self.model.step(real_A, real_B, self.step))
+                    self.step += 1
+                    self.step_in_epoch += 1
+                    bar.update()
+                    if self.monitor.clock.tick():
+                        say_duration(
+                            self.monitor.clock.pace,
+                            total - self.steps_done(),
+                            steps,
+                            self.plain_args,
+                            self.model.device,
+                        )
+                    complete = self.step_in_epoch == steps
+                    if self.monitor.meter.count == LOG_EVERY or complete:
+                        bar.set_postfix(self.log_losses(), refresh=False)
+                    signum = stop.agreed()
+                    if signum or complete:
+                        break
+                    if self.step % args.sample_interval == 0 or self.monitor.clock.first_grid_due():
+                        self.draw()
+                    self.update_page()
+                    if max_over_ranks(self.saver.due()):
+                        self.save()
+                if self.step_in_epoch >= steps:
+                    self.epoch += 1
+                    self.step_in_epoch = 0
+                    self.draw(epoch_complete=True)
+                    self.update_page()
+                self.save()
+                self.evaluate()
+                if self.epoch < args.num_epochs:  # otherwise nothing is left that could be stopped
+                    signum = signum or stop.agreed()
+                stopped = signum > 0
+                self.update_page(at_once=stopped or self.epoch == args.num_epochs, stopped=stopped)
+        return signum
 
-@distributed.first_rank
-def measure(args: Namespace, model: CycleGAN, progress: Progress, held_out: dict[str, Path]) -> dict | None:
-    """The row of this epoch in measures.csv; None of what cannot be evaluated, which is said: the run goes on."""
-    try:
-        size = (args.img_height, args.img_width)
-        reals = datasets.paired_images(held_out, size, args.channels, args.on_bad_image, EVAL_IMAGES)
-        return metrics.measure_nets(model.averaged_nets, reals, args.eval_metrics, model.loss_config, model.precision)
-    except (InputError, OSError) as error:
-        utils.warn(f"epoch {progress.epoch} is not evaluated: {error}")
-        return None
+    def steps_done(self) -> int:
+        return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
+
+    def learning_rate_factor(self) -> float:
+        return linear_decay(self.epoch, self.args.num_epochs, decay_epoch(self.args))
+
+    def log_losses(self) -> dict[str, str]:
+        """Add the mean losses since the last row to losses.csv; returns the main ones for the progress bar."""
+        means = self.monitor.meter.means()  # waits for the device
+        self.stop_if_not_finite(means)
+        self.monitor.log_losses(self.epoch + 1, self.step, self.args.lr * self.learning_rate_factor(), means)
+        return {name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}
+
+    def draw(self, epoch_complete: bool = False) -> None:
+        """Draw the sample grid and the watched photos."""
+        files.attempt(self.monitor.draw, self.model, self.epoch, self.step, epoch_complete)
+
+    def update_page(self, at_once: bool = False, stopped: bool = False) -> None:
+        """Write losses.csv, its plot and the page; not too often, unless at_once."""
+        if at_once or self.monitor.clock.page_due():
+            counts = (self.epoch, self.step, self.step_in_epoch, self.args.num_epochs, self.data.steps_per_epoch)
+            files.attempt(self.monitor.write_page, *counts, stopped)
+
+    def stop_if_not_finite(self, means: dict[str, float]) -> None:
+        """Raise RunError if a loss or a weight is not a finite number; the last state on disk is a good one."""
+        wrong = []
+        for name, net in self.model.networks.items():
+            if not all(torch.isfinite(x).all() for x in net.state_dict().values()):
+                wrong.append(f"a weight of {name}")
+        if not wrong and all(map(math.isfinite, means.values())):
+            return
+        terms, steps_ago = self.monitor.meter.first_not_finite()
+        images = self.data.paths_of_step((self.step_in_epoch or self.data.steps_per_epoch) - 1 - steps_ago)
+        found = gather((bool(terms), steps_ago, terms, images))
+        _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest of all ranks
+        raise RunError(
+            f"{', '.join(terms or wrong)} not finite at step {self.step - steps_ago}, images {' '.join(images)}; "
+            f"{self.saver.last_state()}; try a smaller --lr or --precision fp32"
+        )
+
+    # -- saving and resuming --
+
+    def save(self, best: bool = False) -> None:
+        """Save the state, after checking that all losses and weights are finite; best: also as best.pt."""
+        self.stop_if_not_finite(self.monitor.meter.means())
+        self.saver.save(self.state_dict(), self.model.ema_networks, self.monitor.log.save, best)
+
+    def state_dict(self) -> dict:
+        """Return everything that learns, counts or is random; all ranks have to call it."""
+        own = {**self.model.rank_state_dict(), "meter": self.monitor.meter.state_dict()}
+        first, *others = gather(own) or [own]
+        micro_batch_size = self.model.executor.micro_batch_size
+        return {
+            **self.facts,
+            **self.model.state_dict(),
+            "config": {name: dataclasses.asdict(net.config) for name, net in self.model.networks.items()},
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "loader": {"place": self.step_in_epoch, "meter": first["meter"], "piece": micro_batch_size},
+            "other_ranks": others,
+            "range": [-1, 1],
+        }
+
+    def resume(self, state: dict, path: Path) -> None:
+        """Restore a state, so that the next step is the one that would have followed.
+
+        raises: InputError if it is not a state that `save` wrote
+        """
+        try:
+            own = checkpoints.own_rank_state(state)
+            self.model.load_state_dict({**state, "buffers": own["buffers"], "rng": own["rng"]})
+            self.model.executor.micro_batch_size = state["loader"].get("piece", 0)
+            self.monitor.meter.load_state_dict(own["meter"], self.model.device)
+            self.epoch = int(state["epoch"])
+            self.step = int(state["step"])
+            self.step_in_epoch = int(state["loader"]["place"])
+            self.best = state.get("best")
+        except Exception as error:  # of a file that was edited, there is no end of kinds
+            raise checkpoints.unusable(path, error) from error
+        shape = (self.args.channels, self.args.img_height, self.args.img_width)
+        for domain, buffer in self.model.buffers.items():
+            if any(image.shape != shape for image in buffer.images):
+                buffer.images = []
+                say(f"image buffer of {domain} starts empty: the image size has changed")
+        say(f"going on after epoch {self.epoch}, step {self.step} of {path}")
+        if self.step_in_epoch >= self.data.steps_per_epoch:
+            self.step_in_epoch = self.data.steps_per_epoch
+            say(f"an epoch now has {self.step_in_epoch} steps, which are done: this epoch counts as finished")
+
+    # -- evaluation, always after saving: a failure in it loses nothing --
+
+    def evaluation_due(self) -> bool:
+        is_epoch_end = self.step_in_epoch == 0 and self.epoch % max(1, self.args.eval_interval) == 0
+        return bool(self.data.held_out) and is_epoch_end
+
+    def evaluate(self) -> None:
+        """Evaluate the epoch just saved, if it is due; the best one so far by --best_by becomes best.pt."""
+        if not self.evaluation_due():
+            return
+        row = self.measure()
+        best_by = self.args.best_by
+        score = metrics.score_by(best_by, row) if row else None
+        before = self.best
+        better = score is not None and (before is None or metrics.is_better(best_by, score, before["score"]))
+        if max_over_ranks(better):  # only the first rank has a score
+            self.best = {"metric": best_by, "score": score, "epoch": self.epoch}
+            self.save(best=True)
+            if self.saver.save_error:
+                self.best = before  # best.pt is still the older one
+        if row:  # last, so that a run that was killed before this evaluates again
+            self.monitor.add_measures(self.epoch, self.step, row)
+
+    @first_rank
+    def measure(self) -> dict | None:
+        """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
+        args = self.args
+        model = self.model
+        try:
+            size = (args.img_height, args.img_width)
+            images = datasets.paired_images(self.data.held_out, size, args.channels, args.on_bad_image, EVAL_IMAGES)
+            return metrics.measure_nets(
+                model.ema_networks, images, args.eval_metrics, model.loss_config, model.precision
+            )
+        except (InputError, OSError) as error:
+            warn(f"epoch {self.epoch} is not evaluated: {error}")
+            return None
+
+    def lacks_evaluation(self, state: dict) -> bool:
+        """Return whether the run ended between a save and the evaluation that should have followed."""
+        unchanged = self.args.start_from == "latest" and state["args"].get("eval_interval") == self.args.eval_interval
+        wanted = unchanged and self.evaluation_due()
+        return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.step))))
+
+    # -- from start to end --
+
+    def run(self, state: dict | None, checkpoint: Path | None) -> None:
+        """Start, or resume from a state, and train to the end; after a signal exit with 128 + its number."""
+        args = self.args
+        evaluation_missing = False
+        if state and checkpoint:
+            self.resume(state, checkpoint)
+            evaluation_missing = self.lacks_evaluation(state)
+            if self.epoch >= args.num_epochs and not evaluation_missing:
+                say(f"nothing left to do: {self.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")
+                return
+        for folder in (self.saver.folder, self.monitor.images):
+            folder.mkdir(parents=True, exist_ok=True)
+        with files.sole_process(self.saver.folder, self.monitor.images):
+            self.saver.take_folder(args.overwrite, self.plain_args, checkpoint)
+            self.monitor.open(self.step, args.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
+            if state and args.best_by:
+                self.best = checkpoints.best_score(self.saver.folder, self.best, args.best_by)
+            self.describe()
+            if evaluation_missing:
+                self.evaluate()
+            self.update_page()
+            try:
+                signum = self.train()
+            finally:
+                self.data.close()
+                self.monitor.close()
+        self.report_end(signum)
+
+    def describe(self) -> None:
+        """Write run.json, and print the number of parameters and where to look."""
+        parameters = count_parameters(self.model.networks)
+        description = checkpoints.run_description(
+            self.plain_args, self.data.counts, parameters, str(self.model.device), self.model.precision
+        )
+        files.write_json(self.saver.folder / "run.json", description)
+        numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+        say(f"parameters: {numbers}; {self.model.device}, {self.model.precision}")
+        say(f"watch {self.monitor.images}/index.html ; checkpoints go to {self.saver.folder}/")
+
+    def report_end(self, signum: int) -> None:
+        """Say how the run ended and which command follows.
+
+        raises: RunError if the last save failed; SystemExit after a signal
+        """
+        run_name = self.args.run_name
+        if max_over_ranks(bool(self.saver.save_error)):
+            raise RunError(
+                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; "
+                "free the disk and go on from it"
+            )
+        if signum:
+            again = command_line(f"{self.command}.py", "--run_name", run_name, "--start_from", "latest")
+            say(f"stopped and saved after step {self.step}; go on with: {again}")
+            leave_ranks()
+            raise SystemExit(128 + signum)
+        done = f"{counted(self.epoch, 'epoch')}, {counted(self.step, 'step')}"
+        say(
+            f"done: {done}; see {self.monitor.images}/epoch_{self.epoch:04d}.png, "
+            f"then: {command_line('test.py', '--run_name', run_name)}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
 # Building a run
 
 
-def make_feed(args: Namespace, device: torch.device) -> tuple[Path, Feed]:
-    """Find the images, drawing the demo set when it is missing, and make their loader."""
+def decay_epoch(args: Namespace) -> int:
+    """Return the epoch after which the learning rate falls."""
+    return args.num_epochs // 2 if args.decay_epoch is None else args.decay_epoch
+
+
+def load_data(args: Namespace, device: torch.device) -> TrainingData:
+    """Load the data set that the options name; the demo set is drawn if it does not exist."""
     limit_pixels(1e6 * args.max_megapixels)
-    rank_slice = distributed.rank_slice(args.batch_size)
-    with distributed.first_rank_first():
+    with first_rank_first():
         if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
             synthetic.draw_dataset(args.data_root)
-    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    paths = {}
-    bad = {}
-    for domain in "AB":
-        found = datasets.split_images(dataset, f"train{domain}", args.max_images)
-        bad[domain] = BadImages(dataset / f"train{domain}", len(found), args.on_bad_image)
-        paths[domain] = bad[domain].readable(found)
-    counts = {domain: len(found) for domain, found in paths.items()}
-    order = datasets.EpochSampler(
-        (counts["A"], counts["B"]), args.batch_size, args.steps_per_epoch, args.seed, rank_slice
-    )
-    size = (args.img_height, args.img_width)
-    images = datasets.UnpairedDataset(paths, size, args.channels, args.load_scale, args.flip, args.seed)
-    workers = args.num_workers if args.num_workers is not None else devices.default_workers(device)
-    if args.cache != "none":
-        images.caches = datasets.make_caches(args.cache, paths, images.load_size, args.channels, dataset, workers)
-    loader = datasets.make_loader(images, order, workers, pin_memory=device.type == "cuda")
-    numbers = f"{counted(counts['A'], 'image')} in trainA, {counts['B']} in trainB"
-    say(f"{dataset}: {numbers}; {order.steps} steps of {args.batch_size} an epoch")
-    held_out = datasets.held_out_folders(dataset, "paired" in args.eval_metrics) if args.eval_interval else {}
-    return dataset, Feed(loader, order, bad, counts, held_out)
+    folder = datasets.find_dataset(args.data_root, args.dataset_name)
+    held_out = datasets.held_out_folders(folder, "paired" in args.eval_metrics) if args.eval_interval else {}
+    return datasets.load_training_data(cli.config_of(DataConfig, args), args.seed, device, held_out)
 
 
-def load_pretrained(args: Namespace) -> tuple[Namespace, models.Nets]:
-    """Read the files of --init_from and take the network flags that were not given from them."""
-    nets = load_pair(args.init_from)
-    given = args.given
-    for path, net in zip(args.init_from, nets.values(), strict=True):
-        for key, value in dataclasses.asdict(net.config).items():
-            if key in given and getattr(args, key) != value:
-                words = f"its network has {key} {value}, not {getattr(args, key)}"
-                raise InputError(f"--init_from {path}: {words}; leave the flag out")
-            args = cli.changed(args, **{key: value})
-        given = given | dataclasses.asdict(net.config).keys()  # so that a second file has to agree with the first
-    return args, nets
+def network_configs(args: Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+    """Return the configs that the options describe, checked against the size of the images."""
+    try:
+        generator = cli.config_of(GeneratorConfig, args)
+        norm = "instance" if args.norm == "group" else args.norm  # group norm prevents blobs of generators
+        discriminator = cli.config_of(DiscriminatorConfig, cli.changed(args, norm=norm))
+        models.check_image_size(generator, discriminator, args.img_height, args.img_width)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    return generator, discriminator
 
 
-def freeze(nets: models.Nets, parts: Sequence[str]) -> None:
-    """Take the named parts of all generators ("D": the discriminators) out of learning, and say what is left.
+def check_memory(args: Namespace, generator: GeneratorConfig, device: torch.device) -> None:
+    """Raise InputError if the activations of a unet_vit cannot fit into the memory of the device."""
+    height = args.img_height
+    width = args.img_width
+    images = args.batch_size // world_size()
+    if args.micro_batch != "auto":
+        images = min(images, args.micro_batch)
+    elif device.type == "cuda":
+        images = 1  # as small as micro-batches can become; a CPU cannot recover from running out of memory
+    needed = (
+        6 * images * generator.token_bytes(height, width)
+    )  # a step runs six images of each pair through a generator
+    available = devices.total_memory(device)
+    tokens = generator.tokens(height, width)
+    if tokens and needed > available:
+        raise InputError(
+            f"--generator unet_vit: {tokens:,} tokens an image at {width}x{height} px take about "
+            f"{needed / 2**30:.0f} GiB in a step, and {device} has {available / 2**30:.0f}; "
+            "lower --img_height and --img_width, or --batch_size, or take --vit_size uvcgan (16 times fewer)"
+        )
 
-    The running statistics of a frozen batch norm stay, too.
-    """
-    for name, net in nets.items():
-        children = {"D": net} if name.startswith("D") else dict(net.named_children())
-        for part, module in children.items():
-            module.requires_grad_(part not in parts)
-            module.train(part not in parts)
-        if parts:
-            words = (f"{part} {'frozen' if part in parts else 'learns'}" for part in children)
-            say(f"{name}: {', '.join(words)}")
+
+def load_pretrained(args: Namespace) -> tuple[Namespace, Networks]:
+    """Read the generators of --init_from, and take the network options that were not given from them."""
+    networks = load_pair(args.init_from)
+    known = args.given
+    for path, net in zip(args.init_from, networks.values(), strict=True):
+        config = {name: value for name, value in dataclasses.asdict(net.config).items() if name in args}
+        for name, value in config.items():
+            if name in known and getattr(args, name) != value:
+                raise InputError(
+                    f"--init_from {path}: its network has {name} {value}, not {getattr(args, name)}; leave the flag out"
+                )
+        args = cli.changed(args, **config)
+        known = known | config.keys()  # a second file has to agree with the first
+    return args, networks
 
 
-def make_nets(args: Namespace, pretrained: models.Nets) -> models.Nets:
-    """Build the four networks, freshly seeded; `pretrained` generators take the place of new ones."""
-    generator, discriminator = cli.network_configs(args)
+def make_networks(
+    args: Namespace, generator: GeneratorConfig, discriminator: DiscriminatorConfig, pretrained: Networks
+) -> Networks:
+    """Build the four networks from the seed; pretrained generators replace new ones."""
     devices.seed_everything(args.seed, args.deterministic)
-    nets: models.Nets = {name: models.build_generator(generator, args.init) for name in models.LEGACY_DIRECTIONS}
-    nets |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
-    nets |= {name: net.train() for name, net in pretrained.items()}
-    freeze(nets, args.freeze)
-    absent = set(args.freeze) - {"D"}.union(*(dict(nets[name].named_children()) for name in models.LEGACY_DIRECTIONS))
-    if absent and args.start_from == "0":  # else the run began before this was refused
-        words = f"the generators have no {', '.join(sorted(absent))}; leave it out"
-        raise InputError(f"--freeze {','.join(args.freeze)}: {words}")
-    if not any(p.requires_grad for name in models.LEGACY_DIRECTIONS for p in nets[name].parameters()):
+    generators = [direction.generator for direction in DIRECTIONS]
+    networks: Networks = {name: models.build_generator(generator, args.init) for name in generators}
+    networks |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
+    networks |= {name: net.train() for name, net in pretrained.items()}
+    models.freeze(networks, args.freeze)
+    if args.freeze:
+        for name, net in networks.items():
+            frozen = [
+                part for part, module in net.named_children() if not any(p.requires_grad for p in module.parameters())
+            ]
+            say(f"{name}: {', '.join(frozen) or 'nothing'} frozen")
+    parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
+    absent = ", ".join(sorted(set(args.freeze) - parts))
+    if absent and args.start_from == "0":  # older runs may have been started with such a flag
+        raise InputError(f"--freeze {','.join(args.freeze)}: the generators have no {absent}; leave it out")
+    if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
         raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
-    return nets
+    return networks
 
 
 def make_model(
     args: Namespace,
-    nets: models.Nets,
+    networks: Networks,
     device: torch.device,
     adapters: nn.ModuleDict | None = None,
     loss: Callable = generator_loss,
 ) -> CycleGAN:
-    """Put networks on their device and make all that learns with them; adapters and loss are a distillation's."""
-    cli.check_memory(args, nets["G_AB"].config, device)
-    devices.set_cudnn_benchmark(device, args.deterministic)
-    devices.set_tf32(device)
-    for net in nets.values():
-        net.to(device=device, memory_format=devices.memory_format(device))
-    if adapters is not None:
-        adapters.to(device)
-    precision = devices.pick_precision(args.precision, device)
-    torch.manual_seed(args.seed + rank())  # weights are equal on all ranks; from here each draws its own numbers
-    losses = cli.config_of(LossConfig, args)
-    model = CycleGAN(nets, losses, cli.config_of(OptimConfig, args), precision, args.seed, adapters, loss)
-    if args.compile:
-        model.compiled = executor.compile_nets(nets, device)
-    return model
-
-
-def make_saver(args: Namespace, stage: str, **facts: object) -> Saver:
-    """Settle where and when states go, and what stands in each; facts: what a distillation adds."""
-    schedules = {"num_epochs": args.num_epochs, "decay_epoch": cli.decay_epoch(args)}
-    names = {name: str(getattr(args, name)) for name in ("run_name", "dataset_name", "data_root")}
-    return Saver(
-        RUNS / args.run_name,
-        {"stage": stage, "args": cli.plain_flags(args), "schedules": schedules, **facts},
-        {"stage": stage, **names, "size": [args.img_height, args.img_width]},
-        checkpoint_interval=args.checkpoint_interval,
-        keep_checkpoints=args.keep_checkpoints,
-        save_minutes=args.save_minutes,
+    """Put the networks on their device and build what trains them; a distillation has adapters and its own loss."""
+    check_memory(args, networks["G_AB"].config, device)
+    devices.set_backend_flags(device, args.deterministic)
+    for net in (*networks.values(), *([adapters] if adapters is not None else [])):
+        net.to(device)
+    torch.manual_seed(args.seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
+    return CycleGAN(
+        networks,
+        cli.config_of(LossConfig, args),
+        cli.config_of(OptimConfig, args),
+        cli.config_of(ExecutorConfig, args),
+        devices.pick_precision(args.precision, device),
+        args.seed,
+        adapters,
+        loss,
     )
 
 
-def make_monitor(args: Namespace, dataset: Path, terms: Sequence[str], draw_rows: Callable) -> Monitor:
-    """Read the fixed test images and the watched photos that the run shows."""
+def make_monitor(args: Namespace, terms: Sequence[str], draw_rows: Callable) -> Monitor:
+    """Read the test images and the watched photos that the run shows while it trains."""
     size = (args.img_height, args.img_width)
-    samples = load_samples(dataset, size, args.channels, args.on_bad_image)
+    samples = load_samples(args.data_root / args.dataset_name, size, args.channels, args.on_bad_image)
     photos = load_watched(args.watch, size, args.channels, resumed="watch" not in args.given)
     names = (args.run_name, args.dataset_name)
     return Monitor(RUNS / args.run_name, IMAGES / args.run_name, names, samples, photos, draw_rows, terms)
 
 
+def count_parameters(networks: Networks) -> dict[str, int]:
+    """Return the number of parameters of each network."""
+    return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+
+
+def dry_run(args: Namespace, model: CycleGAN) -> None:
+    """Print the complete configuration, and how long it would train; nothing is written."""
+    for name, value in sorted(cli.plain_args(args).items()):
+        say(f"--{name} {value}")
+    for name, count in count_parameters(model.networks).items():
+        say(f"{name}: {count:,} parameters")
+    folder = args.data_root / args.dataset_name
+    if args.dataset_name == datasets.DEMO and not folder.exists():
+        counts = {domain: synthetic.DEMO_FOLDERS[f"train{domain}"][2] for domain in "AB"}
+        say(f"{folder}: will be drawn")
+    else:
+        counts = {domain: len(datasets.split_images(folder, f"train{domain}", args.max_images)) for domain in "AB"}
+    steps = args.steps_per_epoch or math.ceil(max(counts.values()) / args.batch_size)
+    say(
+        f"{counts['A']} images in trainA, {counts['B']} in trainB; {steps} steps of {args.batch_size} an epoch, "
+        f"{args.num_epochs * steps:,} in all"
+    )
+    images = torch.rand(args.batch_size, args.channels, args.img_height, args.img_width, device=model.device) * 2 - 1
+    for i in range(4):
+        if i == 1:  # the first step is slower than the others
+            start = time.perf_counter()
+        model.step(images, images)["loss_G"].item()  # waits for the device
+    pace = (time.perf_counter() - start) / 3
+    say(
+        f"{duration(pace)} a step on {model.device} in {model.precision} (three steps on noise): "
+        f"about {pace * steps * args.num_epochs / 60:,.1f} minutes of training, not counting saving and evaluation"
+    )
+
+
 # ---------------------------------------------------------------------------------------------
-# Running it
-
-
-def describe(args: Namespace, model: CycleGAN, counts: dict[str, int]) -> None:
-    """Write run.json and say what is about to learn, on what."""
-    facts = checkpoints.run_description(cli.plain_flags(args), counts, model)
-    files.write_json(RUNS / args.run_name / "run.json", facts)
-    parameters = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    say(f"parameters: {parameters}; {model.device}, {model.precision}")
-    say(f"watch {IMAGES / args.run_name}/index.html ; checkpoints go to {RUNS / args.run_name}/")
-
-
-def go_on(args: Namespace, model: CycleGAN, steps: int, meter: Meter, state: dict, checkpoint: Path) -> Progress:
-    """Put a checkpoint back and say where the run stands."""
-    progress = checkpoints.restore(state, checkpoint, model, meter, (args.channels, args.img_height, args.img_width))
-    say(f"going on after epoch {progress.epoch}, step {progress.step} of {checkpoint}")
-    if progress.step_in_epoch >= steps:
-        say(f"an epoch has {steps} steps now, and {progress.step_in_epoch} are done: this one counts as finished")
-        progress.step_in_epoch = steps
-    return progress
-
-
-def run(
-    args: Namespace,
-    model: CycleGAN,
-    feed: Feed,
-    saver: Saver,
-    monitor: Monitor,
-    state: dict | None,
-    checkpoint: Path | None,
-) -> None:
-    """Start, or go on with a checkpoint, and run the loop to its end; after a signal exit with 128 + its number."""
-    progress = Progress()
-    missing = 0  # an evaluation after the last save, which a kill cut off
-    if state and checkpoint:
-        progress = go_on(args, model, feed.order.steps, monitor.meter, state, checkpoint)
-        unchanged = args.start_from == "latest" and state["args"].get("eval_interval") == args.eval_interval
-        wanted = unchanged and evaluation_due(args, progress, feed)
-        missing = max_over_ranks(bool(wanted and monitor.lacks_measures(progress.step)))
-        if progress.epoch >= args.num_epochs and not missing:
-            say(f"nothing left to do: {progress.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")
-            return
-    for folder in (saver.folder, monitor.images):
-        folder.mkdir(parents=True, exist_ok=True)
-    with files.sole_process(saver.folder, monitor.images):
-        saver.take_folder(args.overwrite, checkpoint)
-        monitor.open(progress.step, args.log == "tensorboard", progress.epoch + (progress.step_in_epoch > 0))
-        if state and args.best_by:
-            progress.best = checkpoints.score_to_beat(saver.folder, model, progress, args.best_by)
-        describe(args, model, feed.counts)
-        if missing:
-            evaluate(args, model, progress, feed, saver, monitor)
-        show(args, progress, feed.order.steps, monitor)
-        try:
-            signum = training_loop(args, model, progress, feed, saver, monitor)
-        finally:
-            feed.loader = None  # ends its workers; after an error the program would wait for them for ever
-            monitor.close()
-    if max_over_ranks(bool(saver.save_error)):
-        words = f"the last save failed, {saver.last_state()}"
-        raise utils.RunError(f"{saver.save_error}; {words}; free the disk and go on from it")
-    if signum:
-        again = command_line(f"{saver.facts['stage']}.py", "--run_name", args.run_name, "--start_from", "latest")
-        say(f"stopped and saved after step {progress.step}; go on with: {again}")
-        distributed.leave_ranks()
-        raise SystemExit(128 + signum)
-    done = f"{counted(progress.epoch, 'epoch')}, {counted(progress.step, 'step')}; see {monitor.images}/epoch_{progress.epoch:04d}.png"
-    say(f"done: {done}, then: {command_line('test.py', '--run_name', args.run_name)}")
+# The command line
 
 
 def make_parser() -> cli.Parser:
-    """Declare all flags of this stage."""
+    """Declare all options of this command."""
     parser = cli.Parser(prog="train.py", description=__doc__)
-    groups = (cli.add_data_flags, cli.add_network_flags, cli.add_loss_flags, cli.add_optim_flags)
-    for add_flags in (*groups, cli.add_transfer_flags, cli.add_run_flags, cli.add_speed_flags):
-        add_flags(parser)
+    cli.add_options(parser, "data", DataConfig)
+    cli.add_options(parser, "generators", GeneratorConfig)
+    cli.add_options(parser, "discriminators", DiscriminatorConfig)
+    cli.add_options(parser, "loss", LossConfig)
+    cli.add_options(parser, "optimiser", OptimConfig)
+    cli.add_options(parser, "schedule", ScheduleConfig)
+    cli.add_options(parser, "initialisation", InitConfig)
+    add_run_options(parser)
     return parser
 
 
+def add_run_options(parser: cli.Parser) -> None:
+    """Declare the options that are about the run and the hardware, which distill.py also has."""
+    cli.add_options(parser, "run", RunConfig)
+    cli.add_options(parser, "device", DeviceConfig)
+    cli.add_options(parser, "execution", ExecutorConfig)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Read the command line; args.given names the flags that stand on it."""
+    """Read the command line; args.given names the options that were given."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
-    cli.refuse_contradictions(parser, args)
-    meaningless = args.given & set(cli.VIT_FLAGS if args.generator == "resnet" else cli.RESNET_FLAGS)
+    refuse_contradictions(parser, args)
+    meaningless = args.given & set(VIT_OPTIONS if args.generator == "resnet" else RESNET_OPTIONS)
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
 
 
-@process.command
+def refuse_contradictions(parser: cli.Parser, args: Namespace) -> None:
+    """Refuse options of a new run together with --start_from."""
+    for flag in ("overwrite", "init_from"):
+        if flag in args.given and args.start_from != "0":
+            parser.error(
+                f"--{flag} contradicts --start_from {args.start_from}, which goes on with a run: give one of them"
+            )
+
+
+def check_args(args: Namespace) -> None:
+    """Refuse options that need another one, given or inherited."""
+    lambdas = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
+    if "gp_target" in args.given and not args.lambda_gp:
+        raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
+    if not any(getattr(args, name, 0) for name in lambdas):
+        names = ", --".join(name for name in lambdas if name in args)
+        raise InputError(f"--{names} are all 0: nothing is left to learn; give one of them a weight above 0")
+    needed = BEST_BY.get(args.best_by)
+    evaluated = args.eval_interval and needed in args.eval_metrics
+    if needed and not evaluated and (args.eval_interval or "best_by" in args.given):
+        raise InputError(
+            f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
+        )
+    if args.best_by == "SSIM" and min(args.img_height, args.img_width) < 11:
+        raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
+    if args.log == "tensorboard":
+        need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
+    if args.decay_epoch is not None and args.decay_epoch > args.num_epochs:
+        raise InputError(
+            f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}; give a lower one"
+        )
+
+
+def say_schedule_change(args: Namespace, saved: dict) -> None:
+    """Say how the learning rate falls if a resumed run has another number of epochs."""
+    if saved.get("num_epochs") != args.num_epochs:
+        say(f"the learning rate falls from epoch {decay_epoch(args)} to 0 at {args.num_epochs}")
+
+
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, from the start or from a checkpoint."""
     args = parse_args(argv)
-    state = None
+    state: dict[str, Any] | None = None
     checkpoint = None
-    pretrained = {}
+    pretrained: Networks = {}
     if args.start_from == "0":
-        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_flags(args))
+        if not args.dry_run:
+            checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_args(args))
         args, pretrained = load_pretrained(args)
+        generator, discriminator = network_configs(args)
     else:
-        state, checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "train")
-        args = cli.resume_flags(make_parser(), args, state.get("args"), checkpoint)
-    args = cli.with_vit_defaults(args)
-    cli.check_run_flags(args)
-    cli.network_configs(args)  # refuses sizes before anything starts
+        folder = RUNS / args.run_name
+        state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train")
+        args = cli.resume_args(make_parser(), args, state.get("args"), checkpoint, FIXED_OPTIONS)
+        say_schedule_change(args, state["args"])
+        generator, discriminator = saved_configs(args, state, checkpoint)
+    check_args(args)
+    args = cli.changed(args, vit_blocks=generator.vit_blocks, vit_heads=generator.vit_heads)
     device = devices.pick_device(args.device)
-    dataset, feed = make_feed(args, device)
-    model = make_model(args, make_nets(args, pretrained), device)
-    monitor = make_monitor(args, dataset, loss_names(model.loss_config), cyclegan_rows)
-    run(args, model, feed, make_saver(args, "train"), monitor, state, checkpoint)
+    if args.dry_run:
+        dry_run(args, make_model(args, make_networks(args, generator, discriminator, pretrained), device))
+        return
+    data = load_data(args, device)
+    model = make_model(args, make_networks(args, generator, discriminator, pretrained), device)
+    monitor = make_monitor(args, loss_names(model.loss_config), cyclegan_rows)
+    Run(args, model, data, monitor, "train").run(state, checkpoint)
+
+
+def saved_configs(args: Namespace, state: dict, path: Path) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+    """Return the network configs of a state, checked against the size of the images."""
+    try:
+        generator = GeneratorConfig(**state["config"]["G_AB"])
+        discriminator = DiscriminatorConfig(**state["config"]["D_A"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoints.unusable(path, error) from error
+    models.check_image_size(generator, discriminator, args.img_height, args.img_width)
+    return generator, discriminator
 
 
 if __name__ == "__main__":

@@ -20,34 +20,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# One-line errors
+# Errors and messages
 
 
 class InputError(Exception):
-    """Wrong flag, folder, image or file. One line: what was given, what was expected, what to do."""
+    """Raised for a wrong flag, folder, image or file. One line: what was given, what was expected, what to do."""
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """The program was called correctly, but failed while running."""
+    """Raised when the program was called correctly but failed while running."""
 
     exit_code = 1
 
 
 def one_line(text: object) -> str:
-    """Make `text` safe to print: line breaks, control characters and broken unicode are escaped."""
+    """Escape line breaks, control characters and broken unicode, so that a text can be printed."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def domain_names(dataset_name: str) -> tuple[str, str]:
-    """What the domains of a data set are called: horse and zebra in horse2zebra; A and B where the name tells none."""
+    """Return the names of the domains of a data set: horse and zebra for horse2zebra, otherwise A and B."""
     parts = re.split(r"(?<=[^\W\d_])2(?=[^\W\d_])", dataset_name)  # a 2 between letters: not that of photos2 or v2.1
     return (parts[0], parts[1]) if len(parts) == 2 else ("A", "B")
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print one line without tearing a progress bar apart; on stdout only the first rank speaks."""
+    """Print one line above any progress bar; on stdout only the first rank prints."""
     if file is not sys.stderr and dist.is_initialized() and dist.get_rank() > 0:
         return
     tqdm.write(one_line(text), file=file or sys.stdout)
@@ -55,17 +55,17 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def warn(text: object) -> None:
-    """Print a line on stderr about what the user should know, and go on."""
+    """Print a warning on stderr."""
     say(f"warning: {text}", file=sys.stderr)
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words: 1 image, 2 images."""
+    """Return a number with its noun: 1 image, 2 images."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def need_package(name: str, flag: str, command: str) -> None:
-    """Refuse, in one line with the remedy, what needs an optional package that is missing."""
+    """Raise InputError, with the command that installs it, if an optional package is missing."""
     if importlib.util.find_spec(name) is None:
         raise InputError(f"{flag}: the package {name} is missing; install it with: {command}")
 
@@ -103,15 +103,15 @@ def option(
 
 
 def check_options(config: Any) -> None:
-    """Compare the fields of a config with what their options allow.
+    """Compare the fields of a config, each of one plain type, with what their options allow.
 
-    raises: ValueError for the first value of another type than the default's, or out of range
+    raises: ValueError for the first value of another type, or out of range
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         allowed = field.metadata
-        if field.default is not None and type(value) is not type(field.default):
-            raise ValueError(f"{field.name} {value!r}: expected {type(field.default).__name__}")
+        if type(value) is not field.type:
+            raise ValueError(f"{field.name} {value!r}: expected {field.type.__name__}")
         if allowed.get("choices") and value not in allowed["choices"]:
             raise ValueError(f"{field.name} {value}: expected one of {', '.join(map(str, allowed['choices']))}")
         limits = {name: allowed.get(name) for name in ("least", "most", "above")}
@@ -150,6 +150,15 @@ def is_folder_name(value: object) -> bool:
         return False
 
 
+def epoch_name(text: str) -> str:
+    """Accept a number of finished epochs, "latest" or "best"; else raise ValueError."""
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"given {text!r}, expected a number of finished epochs, latest or best")
+    return str(int(text))
+
+
 def existing_or_new_path(text: str) -> Path:
     """Accept a path that is not empty; an empty one would mean the current folder."""
     if not text:
@@ -175,10 +184,10 @@ def some_of(choices: Collection[str]) -> Callable[[str], list[str]]:
 
 
 class FakeImageBuffer:
-    """The last translated images, so that a discriminator also sees earlier ones.
+    """The latest translated images, so that a discriminator also sees older ones.
 
-    Until it is full every image is kept and handed back; then each is, with probability 1/2,
-    exchanged for a kept one.
+    Until it is full, every image is stored and returned. Then each new image is, with probability 1/2, exchanged for a
+    stored one.
     source: Shrivastava et al. 2017, section 2.3; size 50 in Zhu et al. 2017, section 4
     """
 
@@ -188,7 +197,7 @@ class FakeImageBuffer:
         self._rng = random.Random(str(seed))
 
     def exchange(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W) of new and older images, without gradient."""
+        """Store images (N, C, H, W) and return as many, new and older ones, without gradient."""
         exchanged = []
         for image in images.detach():
             if len(self.images) < self.size:
@@ -201,13 +210,12 @@ class FakeImageBuffer:
             exchanged.append(image)
         return torch.stack(exchanged)
 
-    def mark(self) -> tuple:
-        """Note the present state, cheaply; images are replaced, never changed."""
+    def snapshot(self) -> tuple:
+        """Return the present state without a copy: stored images are replaced, never changed."""
         return list(self.images), self._rng.getstate()
 
-    def back_to(self, mark: tuple) -> None:
-        """Return to a noted state."""
-        images, random_state = mark
+    def restore(self, snapshot: tuple) -> None:
+        images, random_state = snapshot
         self.images = list(images)
         self._rng.setstate(random_state)
 
@@ -215,6 +223,6 @@ class FakeImageBuffer:
         return {"images": [x.cpu() for x in self.images], "rng": self._rng.getstate()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Put back a state; of a larger buffer only the first `size` images are kept."""
+        """Restore a state; of a larger buffer only the first `size` images are kept."""
         self.images = [x.to(device) for x in state["images"]][: self.size]
         self._rng.setstate(state["rng"])

@@ -1,13 +1,13 @@
-"""Compare the generators at equal steps and at equal minutes: the same data, discriminators, losses and optimiser.
+"""Compare generators at equal steps and at equal minutes: the same data, discriminators, losses and optimiser.
 
 python benchmarks/compare_generators.py
 python benchmarks/compare_generators.py --seeds 0 1 2 --steps 800 --equal_minutes
 python benchmarks/compare_generators.py --dataset_name horse2zebra --steps 20000 --measure cycle
 
-Trains each network with each seed for the same steps and, with --equal_minutes, also for as many as it makes in the
-time that the slowest takes for them; in each run the rate falls to 0 over its own steps. The pace is measured in turns
-before (and kept in pace.json, so that a comparison that goes on has the same steps); evaluating and saving come on top.
-Runs that exist go on where they are. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
+Trains each network with each seed for the same number of steps and, with --equal_minutes, also for as many steps as it
+makes in the time of the slowest. The learning rate of each run falls to 0 over its own steps. Seconds per step are measured
+first, in turns, and stored in pace.json, so that a resumed comparison has the same steps; evaluating and saving are not
+included. Existing runs are resumed. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
 """
 
 import csv
@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
-import test as test_stage
+import flags
+import test as test_command
 import train
 import utils
 from toolkit import cli, devices, images, metrics, process
@@ -39,73 +40,66 @@ VARIANTS = {
     "resnet_skips": [*RESNET, "--skips"],
     "unet_vit": ["--generator", "unet_vit", "--vit_size", "small"],
 }
-TIMED = 8  # steps of each network, in turns; their median is its pace
+TIMED_STEPS = 8  # of each network
 SIDE = 64  # px
-EPOCHS = 4  # of each run, whatever its steps: so often its curve has a point
-COLUMNS = 6  # images in rows.png
-FIGURES = {
-    "PSNR_B": 2,
-    "PSNR_A": 2,
-    "SSIM_B": 3,
-    "SSIM_A": 3,
-    "match@1_B": 2,
-    "match@1_A": 2,
-    "cycle_A": 3,
-    "cycle_B": 3,
-}
+EPOCHS = 4  # of each run, whatever its steps: the number of points of its curve
+IMAGES_PER_ROW = 6  # of rows.png
+SCORES = {"PSNR": 2, "SSIM": 3, "match@1": 2, "cycle": 3}  # digits after the point
 
 
 @dataclass
-class Run:
-    """One training: which network, how long, from which seed."""
+class PlannedRun:
+    """One training run: which network, how long, with which seed."""
 
     variant: str
-    budget: str  # as it stands in the table
+    budget: str  # as the table shows it
     seed: int
-    name: str  # of the run
-    words: list[str]  # flags of train.py
+    run_name: str
+    flags: list[str]  # of train.py
     steps: int
-    pace: float  # seconds a step
+    pace: float  # seconds per step
 
 
 def common_flags(args):
-    """What all networks share: what suits images of 64 px, at the default rate and without an average of the weights."""
-    words = ["--dataset_name", args.dataset_name, "--data_root", str(args.data_root)]
-    words += ["--img_height", str(SIDE), "--img_width", str(SIDE), "--ndf", "32", "--n_layers_D", "2"]
-    words += ["--batch_size", "1", "--load_scale", "1", "--no-flip", "--num_epochs", str(EPOCHS)]
-    words += ["--eval_interval", "1", "--eval_metrics", "paired,cycle" if args.measure == "PSNR" else "cycle"]
-    return words
+    """Flags that are the same for all networks."""
+    metrics_of_epochs = "paired,cycle" if args.measure == "PSNR" else "cycle"
+    return [
+        *flags.DAY2NIGHT.split(),
+        *("--dataset_name", args.dataset_name, "--data_root", str(args.data_root)),
+        *("--img_height", str(SIDE), "--img_width", str(SIDE), "--num_epochs", str(EPOCHS)),
+        *("--eval_interval", "1", "--eval_metrics", metrics_of_epochs),
+    ]
 
 
 def seconds_per_step(args):
-    """Median time of a training step of each network, in turns, so that a busy machine slows all."""
+    """Median time of a training step of each network, in turns, so that other programs slow all of them alike."""
     models = {}
     for variant, words in VARIANTS.items():
         parsed = cli.with_vit_defaults(train.parse_args([*common_flags(args), *words]))
         models[variant] = train.make_model(parsed, train.make_nets(parsed, {}), devices.pick_device(parsed.device))
     times = {variant: [] for variant in models}
-    for turn in range(TIMED + 2):
+    for turn in range(TIMED_STEPS + 2):
         for variant, model in models.items():
             real_A, real_B = torch.rand(2, 1, 3, SIDE, SIDE, device=model.device) * 2 - 1
             start = time.perf_counter()
             losses = model.step(real_A, real_B, turn)
             losses["loss_G"].item()  # waits for the device
-            if turn > 1:  # the first ones pay for set-up
+            if turn > 1:  # the first steps include set-up
                 times[variant].append(time.perf_counter() - start)
     return {variant: statistics.median(values) for variant, values in times.items()}
 
 
-def known_pace(args, path):
-    """The pace that an earlier call measured, else this one's."""
+def stored_pace(args, path):
+    """The pace that an earlier call measured; else measure it."""
     if not path.is_file():
         write_json(path, seconds_per_step(args))
     return json.loads(path.read_text())
 
 
 def plan(args, paces):
-    """All runs: at equal steps, then at equal minutes; seed by seed, so that what is done first can be compared.
+    """All runs: at equal steps, then at equal minutes; seed by seed, so that finished runs can be compared early.
 
-    A run is named by its steps: the slowest network has the same one in both.
+    A run is named by its steps, so the slowest network has one run for both.
     """
     budgets = {f"{args.steps} steps": dict.fromkeys(VARIANTS, args.steps)}
     if args.equal_minutes:
@@ -116,20 +110,20 @@ def plan(args, paces):
     runs = []
     for seed in args.seeds:
         for budget, counts in budgets.items():
-            for variant, words in VARIANTS.items():
+            for variant, network in VARIANTS.items():
                 steps = counts[variant]
                 name = f"compare_{args.dataset_name}_{variant}_{steps}_{seed}"
-                words = [*common_flags(args), *words, "--steps_per_epoch", str(steps // EPOCHS)]
-                words += ["--seed", str(seed), "--run_name", name]
-                runs.append(Run(variant, budget, seed, name, words, steps, paces[variant]))
+                own = ["--steps_per_epoch", str(steps // EPOCHS), "--seed", str(seed), "--run_name", name]
+                run_flags = [*common_flags(args), *network, *own]
+                runs.append(PlannedRun(variant, budget, seed, name, run_flags, steps, paces[variant]))
     return runs
 
 
 def score(args, run):
-    """A row of runs.csv: what a run cost, and its figures on the test split."""
+    """A row of runs.csv: the cost of a run, and its scores on the test split."""
     wanted = "paired,cycle" if args.measure == "PSNR" else "cycle"
-    scores = test_stage.main(["--run_name", run.name, "--data_root", str(args.data_root), "--metrics", wanted])
-    net, _ = load_generator(RUNS / run.name / "G_AB.safetensors")
+    scores = test_command.main(["--run_name", run.run_name, "--data_root", str(args.data_root), "--metrics", wanted])
+    net, _ = load_generator(RUNS / run.run_name / "G_AB.safetensors")
     row = {"budget": run.budget, "variant": run.variant, "seed": run.seed}
     row |= {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": metrics.count_macs(net, SIDE, SIDE) / 1e6}
     row |= {"s/step": run.pace, "steps": run.steps, "minutes": run.steps * run.pace / 60}
@@ -140,14 +134,14 @@ def score(args, run):
     return row
 
 
-def mean_and_spread(values, digits):
+def mean_and_deviation(values, digits):
     """The mean and, of several seeds, their standard deviation."""
-    words = f"{statistics.fmean(values):.{digits}f}"
-    return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def grouped(items, key):
-    """Items by what `key` says of them, in order."""
+    """Lists of items by their key, in order."""
     groups = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -155,28 +149,29 @@ def grouped(items, key):
 
 
 def table(rows):
-    """Lay out the comparison as lines of Markdown, the seeds of a network in one line."""
-    shown = {name: digits for name, digits in FIGURES.items() if name in rows[0]}
+    """Lines of a Markdown table with one row for all seeds of a network."""
+    shown = {f"{score}_{domain}": digits for score, digits in SCORES.items() for domain in "BA"}
+    shown = {name: digits for name, digits in shown.items() if name in rows[0]}
     costs = {"parameters": "{:,}", "MMACs": "{:,.0f}", "s/step": "{:.3f}", "steps": "{:,}", "minutes": "{:.1f}"}
     columns = ["budget", "variant", "seeds", *costs, *shown]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     groups = grouped(rows, lambda row: (row["budget"], row["variant"]))
     for (budget, variant), group in groups.items():
         cells = [budget, variant, str(len(group)), *(form.format(group[0][name]) for name, form in costs.items())]
-        cells += [mean_and_spread([row[name] for row in group], digits) for name, digits in shown.items()]
+        cells += [mean_and_deviation([row[name] for row in group], digits) for name, digits in shown.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def curve(run, measure):
     """Steps and the mean of a measure over both directions, from measures.csv."""
-    rows = read_losses(RUNS / run.name / "measures.csv")
+    rows = read_losses(RUNS / run.run_name / "measures.csv")
     columns = [name for name in rows[0] if name.startswith(f"{measure}_")]
     return [row["step"] for row in rows], [statistics.fmean(row[name] for name in columns) for row in rows]
 
 
 def plot(runs, measure, path):
-    """Draw the measure over steps, at equal steps, and over minutes, at equal minutes; a thin line for each seed."""
+    """Plot the measure over steps, at equal steps, and over minutes, at equal minutes; a thin line for each seed."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     budgets = grouped(runs, lambda run: run.budget)
@@ -203,11 +198,11 @@ def draw_rows(args, runs, path):
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     rows = []
     for source, target in ("AB", "BA"):
-        found = datasets.named_images(dataset / f"test{source}", (SIDE, SIDE), 3, most=COLUMNS)
+        found = datasets.named_images(dataset / f"test{source}", (SIDE, SIDE), 3, most=IMAGES_PER_ROW)
         real = torch.cat(list(found.values()))
         rows.append((f"real_{source}", real))
         for run in runs:
-            net, _ = load_generator(RUNS / run.name / f"G_{source}{target}.safetensors")
+            net, _ = load_generator(RUNS / run.run_name / f"G_{source}{target}.safetensors")
             with torch.no_grad():
                 rows.append((run.variant, net(real)))
     images.save_image(images.draw_grid(rows), path)
@@ -216,22 +211,23 @@ def draw_rows(args, runs, path):
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="compare_generators.py", description=__doc__)
-    add = cli.flag_group(parser, "what")
-    add("--dataset_name", type=cli.folder_name, default="day2night", help="folder in --data_root")
-    add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--steps", type=cli.int_between(EPOCHS), default=2400, help=f"steps of each run, in {EPOCHS} epochs")
-    add("--equal_minutes", action="store_true", help="also compare at the minutes that the slowest takes for the steps")
-    add("--seeds", type=cli.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each network")
-    add("--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle for unpaired sets")
+    parser.add_argument("--dataset_name", default="day2night", help="folder in --data_root")
+    parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="folder that contains the data sets")
+    parser.add_argument("--steps", type=int, default=2400, help=f"steps of each run, in {EPOCHS} epochs")
+    parser.add_argument("--equal_minutes", action="store_true", help="also compare at the minutes of the slowest network")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each network")
+    parser.add_argument(
+        "--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle without test pairs"
+    )
     args = parser.parse_args(argv)
     args.steps -= args.steps % EPOCHS
     folder = IMAGES / f"compare_{args.dataset_name}"
     folder.mkdir(parents=True, exist_ok=True)
-    runs = plan(args, known_pace(args, folder / "pace.json"))
+    runs = plan(args, stored_pace(args, folder / "pace.json"))
     rows = []
     for run in runs:
-        existing = (RUNS / run.name / "latest.pt").is_file()
-        train.main(["--run_name", run.name, "--start_from", "latest"] if existing else run.words)
+        existing = (RUNS / run.run_name / "latest.pt").is_file()
+        train.main(["--run_name", run.run_name, "--start_from", "latest"] if existing else run.flags)
         rows.append(score(args, run))
         with atomic_write(folder / "runs.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -2,9 +2,9 @@
 
 python benchmarks/discriminators.py --dataset datasets/horse2zebra
 
-It learns as it does in a training: least squares, one image of each domain a step, mirrored half of the time, Adam with
-beta1 0.5. After every --every steps: the mean loss of these steps (.25 is what a guess costs), and over the test images how
-often one of B scores above one of A (area under the ROC curve: 0.5 is a guess, 1 without a fault).
+It is trained as in a CycleGAN: least squares, one image of each domain per step, half of them mirrored, Adam with beta1 0.5.
+Every --every steps it prints the mean loss of these steps (0.25 if it cannot decide), and the fraction of test pairs in
+which the image of B scores higher than that of A (area under the ROC curve: 0.5 is chance, 1 is perfect).
 """
 
 import random
@@ -22,14 +22,14 @@ import utils
 from cyclegan import LossConfig, discriminator_loss
 from toolkit import cli, devices, images, process
 
-# the last has no normalisation of maps, but weights of spectral norm 1 (Miyato et al. 2018, arXiv:1802.05957)
+# "spectral": no normalisation layers, but weights of spectral norm 1 (Miyato et al. 2018, arXiv:1802.05957)
 NORMS = (*models.NORMS, "spectral")
 
 
 def build(norm: str, ndf: int, n_layers: int) -> nn.Module:
     """A PatchGAN with one of NORMS."""
-    of_maps = "none" if norm == "spectral" else norm
-    net = models.build_discriminator(models.DiscriminatorConfig(ndf=ndf, n_layers=n_layers, norm=of_maps))
+    norm_layers = "none" if norm == "spectral" else norm
+    net = models.build_discriminator(models.DiscriminatorConfig(ndf=ndf, n_layers=n_layers, norm=norm_layers))
     if norm == "spectral":
         for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]:
             nn.utils.parametrizations.spectral_norm(layer)
@@ -43,7 +43,7 @@ def read(folder: Path, size: int) -> Tensor:
 
 @torch.no_grad()
 def ranked(net: nn.Module, test_A: Tensor, test_B: Tensor) -> float:
-    """Fraction of pairs of an image of A and one of B, of which that of B scores higher."""
+    """Fraction of pairs of an image of A and one of B in which that of B scores higher."""
     scores_A, scores_B = (torch.cat([net(x).mean((1, 2, 3)) for x in test.split(32)]) for test in (test_A, test_B))
     return (scores_B[:, None] > scores_A).float().mean().item()
 
@@ -51,15 +51,14 @@ def ranked(net: nn.Module, test_A: Tensor, test_B: Tensor) -> float:
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="discriminators.py", description=__doc__)
-    add = cli.flag_group(parser, "how")
-    add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
-    add("--size", type=cli.int_between(8), default=64, help="side in px")
-    add("--norms", nargs="+", choices=NORMS, default=["instance", "group", "none", "spectral"], help="which to try")
-    add("--ndf", type=cli.int_between(1), default=64, help="width")
-    add("--n_layers_D", type=cli.int_between(1), default=3, help="strided layers")
-    add("--lr", type=cli.float_between(0, above=True), default=1e-4, help="rate")
-    add("--steps", type=cli.int_between(1), default=1200, help="steps for each")
-    add("--every", type=cli.int_between(1), default=400, help="steps between two figures")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
+    parser.add_argument("--size", type=int, default=64, help="side of the images, px")
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=["instance", "group", "none", "spectral"])
+    parser.add_argument("--ndf", type=int, default=64, help="width")
+    parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--steps", type=int, default=1200, help="steps with each normalisation")
+    parser.add_argument("--every", type=int, default=400, help="steps between two lines")
     args = parser.parse_args(argv)
     largest = models.DiscriminatorConfig().largest_n_layers(args.size)
     if args.n_layers_D > largest:

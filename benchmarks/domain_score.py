@@ -1,11 +1,11 @@
-"""Score translations by domain: for which of both does a classifier take them?
+"""Score translations by domain: of how many does a classifier predict the target domain?
 
 python benchmarks/domain_score.py --dataset datasets/horse2zebra --fake_B generated_images/horse2zebra/test/fake_B
 
-Three small CNNs learn to tell the real training images of both domains apart (ten minutes of one core for 2,400
-photos, once more in grey) and are then shown the test images: translated, untranslated, and real ones of the target,
-which is how right they are. They see them at 64 px; a score is the mean of the three. Higher is better, but a
-classifier is easily pleased: look at the images, too.
+Three small CNNs learn to tell the real training images of both domains apart at 64 px (ten minutes on one core for 2,400
+photos, and as long in greyscale). They then classify the test images: translated, untranslated, and real ones of the target
+domain, which shows how reliable they are. A score is the mean of the three. Higher is better, but a classifier is easily
+satisfied: look at the images, too.
 """
 
 import functools
@@ -25,10 +25,10 @@ from datasets import named_images
 from toolkit import cli, process
 
 SIDE = 64  # px
-SHIFT = 6  # px at most, of a training image, up or down and to a side
+SHIFT = 6  # px; training images are shifted by at most this much in each direction
 BATCH = 32
-CLASSIFIERS = 3  # one alone moves by some points with its seed, and even with how many threads its sums are split into
-LOOKS = {"": 3, " in grey": 1}  # how the classifier is shown images: what this adds to a name → channels
+CLASSIFIERS = 3  # the score of one alone varies by some points with its seed, and even with the number of threads
+VIEWS = {"": 3, " in greyscale": 1}  # suffix of a score's name → channels that the classifier sees
 
 
 def read_folder(folder: Path, channels: int = 3) -> Tensor:
@@ -38,7 +38,7 @@ def read_folder(folder: Path, channels: int = 3) -> Tensor:
 
 @functools.cache
 def classifiers(dataset: Path, channels: int = 3) -> list[nn.Module]:
-    """Small CNNs, of one seed each, that tell domain A (0) from B (1)."""
+    """Small CNNs with different seeds that tell domain A (0) from B (1)."""
     real_A = read_folder(dataset / "trainA", channels)
     real_B = read_folder(dataset / "trainB", channels)
     x = torch.cat([real_A, real_B])
@@ -56,7 +56,7 @@ def classifier(x: Tensor, y: Tensor, seed: int, epochs: int = 15) -> nn.Module:
     net.to(memory_format=torch.channels_last)  # a third faster on a CPU
     optim = torch.optim.Adam(net.parameters(), 1e-3)
     steps = epochs * math.ceil(len(x) / BATCH)
-    schedule = torch.optim.lr_scheduler.LinearLR(optim, 1, 0, steps)  # while it is high, fractions differ by epochs
+    schedule = torch.optim.lr_scheduler.LinearLR(optim, 1, 0, steps)  # while the rate is high, scores vary by epoch
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
             padded = F.pad(x[rows], (SHIFT,) * 4, mode="reflect")
@@ -72,36 +72,37 @@ def classifier(x: Tensor, y: Tensor, seed: int, epochs: int = 15) -> nn.Module:
 
 
 @torch.no_grad()
-def taken_for(net: nn.Module, real_or_fake: Tensor, target: str) -> float:
-    """Fraction of images (N, C, H, W) that the classifier takes for the target domain."""
-    says_b = torch.cat([net(batch)[:, 0] > 0 for batch in real_or_fake.split(64)])
-    return (says_b == (target == "B")).float().mean().item()
+def predicted_as(net: nn.Module, real_or_fake: Tensor, target: str) -> float:
+    """Fraction of images (N, C, H, W) of which the classifier predicts the target domain."""
+    predicts_B = torch.cat([net(batch)[:, 0] > 0 for batch in real_or_fake.split(64)])
+    return (predicts_B == (target == "B")).float().mean().item()
 
 
 def folder_score(dataset: Path, folder: Path, target: str, channels: int = 3) -> float:
-    """Fraction of the images of a folder that classifiers of this data set take for the target domain: their mean."""
+    """Fraction of a folder's images of which this data set's classifiers predict the target domain: their mean."""
     real_or_fake = read_folder(folder, channels)
-    return statistics.fmean(taken_for(net, real_or_fake, target) for net in classifiers(dataset, channels))
+    return statistics.fmean(predicted_as(net, real_or_fake, target) for net in classifiers(dataset, channels))
 
 
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="domain_score.py", description=__doc__)
-    add = cli.flag_group(parser, "folders")
-    add("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
-    add("--fake_A", type=Path, help="translations of testB")
-    add("--fake_B", type=Path, help="translations of testA")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with trainA, trainB, testA, testB")
+    parser.add_argument("--fake_A", type=Path, help="translations of testB")
+    parser.add_argument("--fake_B", type=Path, help="translations of testA")
     args = parser.parse_args(argv)
     if not (args.fake_A or args.fake_B):
         parser.error("nothing to score; expected --fake_A, --fake_B or both")
-    for look, channels in LOOKS.items():
+    for view, channels in VIEWS.items():
         for source, target, fake in (("A", "B", args.fake_B), ("B", "A", args.fake_A)):
             if fake is None:
                 continue
             folders = (fake, args.dataset / f"test{source}", args.dataset / f"test{target}")
             found, before, real = (folder_score(args.dataset, folder, target, channels) for folder in folders)
-            say = f"fake_{target}{look}: {found:.3f} taken for {target}"
-            utils.say(f"{say} (untranslated {source} images {before:.3f}, real {target} images {real:.3f})")
+            utils.say(
+                f"fake_{target}{view}: {found:.3f} predicted as {target} "
+                f"(untranslated {source} images {before:.3f}, real {target} images {real:.3f})"
+            )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import train  # noqa: E402
 from toolkit import cli, converters, images, inference, synthetic, weights  # noqa: E402
 from toolkit.checkpoints import Progress, flag_changes, load_state, networks_of, restore  # noqa: E402
 from toolkit.metrics import format_table  # noqa: E402
-from toolkit.monitor import LossLog, Meter, plot_losses, read_losses  # noqa: E402
+from toolkit.monitor import CsvLog, Meter, plot_losses, read_losses  # noqa: E402
 from utils import InputError  # noqa: E402
 
 SMALL = [
@@ -595,10 +595,10 @@ def run_with_logs():
 def read_log(path, last_step, plot):
     """Read a log in every way in which a run that goes on, its page and its plot would; returns the rows kept."""
     read_losses(path)
-    log = LossLog(path, ["epoch", "step"], last_step)
+    log = CsvLog(path, ["epoch", "step"], last_step)
     log.append({"epoch": 9, "step": last_step + 1, "loss_G": 1.0})
     log.save()
-    again = LossLog(path, ["epoch", "step"], last_step + 1)
+    again = CsvLog(path, ["epoch", "step"], last_step + 1)
     steps = [row["step"] for row in log.rows]
     if [row["step"] for row in again.rows] != steps or steps != sorted(set(steps)):
         raise AssertionError(f"steps {steps[:9]} are not those that are read again, or do not rise")

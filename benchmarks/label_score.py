@@ -1,11 +1,11 @@
-"""Score translated label maps pixel by pixel: is each pixel's nearest colour of the palette the right one?
+"""Score translated label maps pixel by pixel: is the nearest colour of the palette the right one?
 
 python benchmarks/label_score.py --fake generated_images/facades/test/fake_B --truth datasets/facades/testB
 
-The palette is that of the facades set of Isola et al. 2017 (12 classes); its files are JPEG, so colours are only near to it.
-A translation may be smaller than its truth: its labels are then enlarged without blurring. Prints the fraction of pixels
-that are right, the same as a mean over classes, and the mean intersection over union (Long et al. 2015, section 5, as in
-table 2 of Zhu et al. 2017); higher is better, and 1/12 of the pixels would be right by chance.
+The palette is that of the facades set of Isola et al. 2017 (12 classes); its files are JPEG, so their colours are only close
+to it. If a translation is smaller than its truth, its labels are enlarged without blurring. Prints pixel accuracy, mean
+accuracy over the classes and mean intersection over union (Long et al. 2015, section 5, as in table 2 of Zhu et al. 2017).
+Higher is better; 1/12 of the pixels would be right by chance.
 """
 
 import sys
@@ -21,12 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
 from toolkit import cli, images, process
 
-PALETTE = torch.tensor(
-    [
-        *([0, 0, 222], [0, 48, 255], [0, 128, 255], [0, 207, 255], [32, 255, 224], [112, 255, 143]),
-        *([192, 255, 63], [255, 240, 0], [255, 159, 0], [255, 80, 0], [255, 0, 0], [174, 0, 0]),
-    ]
-)
+PALETTE = torch.tensor([
+    [0, 0, 222], [0, 48, 255], [0, 128, 255], [0, 207, 255], [32, 255, 224], [112, 255, 143],
+    [192, 255, 63], [255, 240, 0], [255, 159, 0], [255, 80, 0], [255, 0, 0], [174, 0, 0],
+])
 
 
 def labels_of(image: Tensor) -> Tensor:
@@ -39,12 +37,12 @@ def labels_of(image: Tensor) -> Tensor:
 
 
 def label_scores(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Scores over all pixels of pairs of images, uint8 (3, H, W), a translation and its truth.
+    """Scores over all pixels of pairs of a translation and its truth, uint8 (3, H, W).
 
-    returns: pixel accuracy, and over the classes that the truth has: mean accuracy, mean intersection over union
+    returns: pixel accuracy; mean accuracy and mean intersection over union of the classes that occur in the truth
     """
     classes = len(PALETTE)
-    counts = torch.zeros(classes, classes)  # of pixels, by true and found class
+    counts = torch.zeros(classes, classes)  # of pixels, by true and predicted class
     for output, truth in pairs:
         right = labels_of(truth)
         found = labels_of(output)[None, None].float()
@@ -52,12 +50,12 @@ def label_scores(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         counts += torch.bincount(right.flatten() * classes + found.flatten(), minlength=classes**2).view(counts.shape)
     hits = counts.diag()
     true = counts.sum(1)
-    there = true > 0
+    occurs = true > 0
     union = true + counts.sum(0) - hits
     return {
         "pixel accuracy": (hits.sum() / true.sum()).item(),
-        "mean accuracy": (hits / true)[there].mean().item(),
-        "mean IoU": (hits / union)[there].mean().item(),
+        "mean accuracy": (hits / true)[occurs].mean().item(),
+        "mean IoU": (hits / union)[occurs].mean().item(),
     }
 
 
@@ -67,7 +65,7 @@ def read(path: Path) -> Tensor:
 
 
 def folder_scores(fake: Path, truth: Path) -> dict[str, float]:
-    """label_scores of all images of a folder that have a truth of the same name; InputError if none has."""
+    """label_scores of all images of a folder that have a truth of the same name."""
     truths = {path.stem: path for path in images.list_images(truth)}
     paths = [path for path in images.list_images(fake) if path.stem in truths]
     if not paths:
@@ -80,9 +78,8 @@ def folder_scores(fake: Path, truth: Path) -> dict[str, float]:
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="label_score.py", description=__doc__)
-    add = cli.flag_group(parser, "folders")
-    add("--fake", type=Path, required=True, help="label maps that a generator made")
-    add("--truth", type=Path, required=True, help="the real ones, of the same names")
+    parser.add_argument("--fake", type=Path, required=True, help="folder of translated label maps")
+    parser.add_argument("--truth", type=Path, required=True, help="folder of the real ones, with the same names")
     args = parser.parse_args(argv)
     for name, value in folder_scores(args.fake, args.truth).items():
         utils.say(f"{name}: {value:.3f}")

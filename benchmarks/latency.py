@@ -1,10 +1,10 @@
-"""Milliseconds for one image in PyTorch and onnxruntime on the CPU, and how far their outputs differ, by generator file.
+"""Milliseconds per image in PyTorch and onnxruntime on the CPU, and how far their outputs differ, by generator file.
 
 python benchmarks/latency.py saved_models/day2night/G_AB.safetensors saved_models/day2night_student/G_AB.safetensors
 OMP_NUM_THREADS=1 python benchmarks/latency.py --sides 64 256 --turns 30 teacher.safetensors student.safetensors
 
-Batch 1; medians of passes made in turns, so that a busy machine slows all alike. The difference, in [0, 2], is the largest
-at three sizes, those of export.py. Needs the packages of requirements-export.txt. Prints a table in Markdown.
+Batch 1; medians of passes made in turns, so that other programs slow all of them alike. The difference, in [0, 2], is the
+largest at the three sizes of export.py. Needs the packages of requirements-export.txt. Prints a table in Markdown.
 """
 
 import statistics
@@ -31,15 +31,15 @@ def in_bf16(net):
 
 
 @torch.no_grad()
-def medians(programs, turns):
-    """Median time in ms of each program: (function, image) by any key."""
+def median_times(programs, turns):
+    """Median time of each program in ms; programs: (function, image) by any key."""
     times = {key: [] for key in programs}
     for turn in range(turns + 2):
         for key, (run, image) in programs.items():
-            time.sleep(0.02)  # onnxruntime's threads spin on for a while, which would slow the next one
+            time.sleep(0.02)  # the threads of onnxruntime stay busy for a while, which would slow the next program
             start = time.perf_counter()
             run(image)
-            if turn > 1:  # the first ones pay for set-up
+            if turn > 1:  # the first passes include set-up
                 times[key].append(1000 * (time.perf_counter() - start))
     return {key: statistics.median(values) for key, values in times.items()}
 
@@ -47,10 +47,9 @@ def medians(programs, turns):
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="latency.py", description=__doc__)
-    parser.add_argument("files", type=cli.path_name, nargs="+", help="generator files")
-    add = cli.flag_group(parser, "how")
-    add("--sides", type=cli.int_between(16), nargs="+", default=[64, 256], help="sides of the timed images, px")
-    add("--turns", type=cli.int_between(1), default=20, help="timed passes of each")
+    parser.add_argument("files", type=Path, nargs="+", help="generator files")
+    parser.add_argument("--sides", type=int, nargs="+", default=[64, 256], help="sides of the timed images, px")
+    parser.add_argument("--turns", type=int, default=20, help="timed passes of each")
     args = parser.parse_args(argv)
     rows = {}
     programs = {}
@@ -64,10 +63,10 @@ def main(argv=None):
         for side in args.sides:
             image = torch.rand(1, net.config.channels, side, side) * 2 - 1
             programs |= {(file, f"{name}, {side} px"): (run, image) for name, run in runs.items()}
-    found = medians(programs, args.turns)
+    found = median_times(programs, args.turns)
     columns = list(dict.fromkeys(column for _, column in programs))
-    native = "" if devices.has_native_bf16(CPU) else "; bf16 is emulated here"
-    print(f"milliseconds on {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}{native}")
+    bf16 = "in hardware" if devices.has_native_bf16(CPU) else "emulated"
+    print(f"milliseconds, {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}; bf16 is {bf16}")
     print(f"| file | parameters | ONNX, MB | difference | {' | '.join(columns)} |\n|{'---|' * (4 + len(columns))}")
     for file, cells in rows.items():
         print(f"| {' | '.join(cells + [f'{found[file, column]:.1f}' for column in columns])} |")

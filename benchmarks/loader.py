@@ -1,14 +1,13 @@
-"""Images a second that the loader delivers, by kind of cache and number of workers.
+"""Images per second that the data loader delivers, by kind of cache and number of workers.
 
 python benchmarks/loader.py --size 64 --photo 256
 python benchmarks/loader.py --size 256 --photo 512 --workers 0 4 8
 
 Draws JPEG photos of --photo px, and reads epochs of them as training at --size px does (resize, crop, mirror, stack).
-The first epoch fills the cache and is shown apart. Compare with images/s of benchmarks/step.py: the loader has to be
-faster. Prints a table in markdown and writes loader.csv into --output.
+The first epoch fills the cache and has its own column. Compare with images/s of benchmarks/step.py: the loader must be
+faster. Prints a table in Markdown and writes loader.csv to --output.
 """
 
-import argparse
 import csv
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
-from toolkit import synthetic
+from toolkit import cli, process, synthetic
 
 
 def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
@@ -31,8 +30,8 @@ def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
     return paths
 
 
-def measure(args: argparse.Namespace, paths: dict, folder: Path, kind: str, workers: int) -> dict:
-    """Images a second of the first epoch and of the best of the others."""
+def images_per_second(args, paths: dict, folder: Path, kind: str, workers: int) -> dict:
+    """A row of the table: the first epoch, and the best of the others."""
     images = datasets.UnpairedDataset(paths, (args.size, args.size))
     if kind != "none":
         images.caches = datasets.make_caches(kind, paths, images.load_size, 3, folder / f"{kind}{workers}", workers)
@@ -47,21 +46,22 @@ def measure(args: argparse.Namespace, paths: dict, folder: Path, kind: str, work
     return {"cache": kind, "workers": workers, "first epoch": round(rates[0]), "later": round(max(rates[1:]))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@process.command
+def main(argv=None):
+    parser = cli.Parser(prog="loader.py", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="side of the training images, px")
     parser.add_argument("--photo", type=int, default=256, help="side of the photos on disk, px")
     parser.add_argument("--count", type=int, default=200, help="photos of each domain")
     parser.add_argument("--batch", type=int, default=4, help="images of each domain in a batch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of reading processes")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs, the first filling the cache")
-    parser.add_argument("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
-    args = parser.parse_args()
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of worker processes")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs; the first fills the cache")
+    parser.add_argument("--output", type=Path, default=Path("generated_images/benchmarks"), help="folder of loader.csv")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         paths = draw_photos(Path(folder), args.count, args.photo)
-        kinds = [(kind, n) for n in args.workers for kind in ("none", "ram", "disk")]
-        rows = [measure(args, paths, Path(folder), kind, workers) for kind, workers in kinds]
-    print(f"images a second at {args.size} px from JPEG photos of {args.photo} px, batch {args.batch}")
+        kinds = [(kind, workers) for workers in args.workers for kind in ("none", "ram", "disk")]
+        rows = [images_per_second(args, paths, Path(folder), kind, workers) for kind, workers in kinds]
+    print(f"images per second at {args.size} px from JPEG photos of {args.photo} px, batch {args.batch}")
     print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(map(str, row.values()))} |")

@@ -1,11 +1,11 @@
-"""What tiles cost beside the whole image, in CPU time, and how far their result is from that of the whole.
+"""CPU time of translating in tiles, and how far the result is from that of the whole image.
 
 OMP_NUM_THREADS=1 python benchmarks/tiles.py examples/day2night.safetensors --image docs/tiles.png
 OMP_NUM_THREADS=1 python benchmarks/tiles.py --side 2048 --tiles 1024 512 --precision bf16 G_AB.safetensors
 
-On drawn landscapes, in turns, so that a busy machine slows all alike; medians. Beside them, for each tile size, tiles that
-are each normalised by themselves. Prints a table in Markdown; --image shows the first landscape, whole and in the smallest
-tiles.
+On drawn landscapes, in turns, so that other programs slow all ways alike; medians. For comparison, each tile size also
+with tiles that are normalised independently. Prints a table in Markdown; --image shows the first landscape, whole and in
+the smallest tiles.
 """
 
 import statistics
@@ -27,14 +27,16 @@ SEEDS = (200_000, 200_007)  # of the landscapes: two of the test split
 SHOWN = 340  # px, side of each image of --image
 
 
-def alone(net, translate, image, tile):
-    """Translate in the same tiles, each normalised by itself."""
+def translate_independent_tiles(net, translate, image, tile):
+    """Translate in the same tiles, each normalised by its own statistics."""
     overlap = tile // tiles.OVERLAP
-    return tiles.blend_tiles(translate, image, tiles.tiles_of(image, tile, overlap, 2**net.config.halvings), overlap)
+    return tiles.blend_tiles(
+        translate, image, tiles.tiles_of(image, tile, overlap, 2**net.config.downsamplings), overlap
+    )
 
 
-def save_beside(outputs, path):
-    """Write images (1, 3, H, W), reduced, beside each other."""
+def save_side_by_side(outputs, path):
+    """Write images (1, 3, H, W), reduced in size, side by side."""
     sheet = Image.new("RGB", (len(outputs) * (SHOWN + 10) - 10, SHOWN), "white")
     for i, output in enumerate(outputs):
         sheet.paste(resize_image(tensor_to_image(output[0]), (SHOWN, SHOWN)), (i * (SHOWN + 10), 0))
@@ -45,13 +47,12 @@ def save_beside(outputs, path):
 @process.command
 def main(argv=None):
     parser = cli.Parser(prog="tiles.py", description=__doc__)
-    parser.add_argument("file", type=cli.path_name, help="a generator file")
-    add = cli.flag_group(parser, "how")
-    add("--side", type=cli.int_between(64), default=1024, help="of the landscapes, px")
-    add("--tiles", type=cli.int_between(16), nargs="+", default=[512, 256], help="sides of the tiles, px")
-    add("--turns", type=cli.int_between(1), default=3, help="timed passes of each")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision")
-    add("--image", type=cli.path_name, metavar="FILE.png", help="where the images go (default: nowhere)")
+    parser.add_argument("file", type=Path, help="a generator file")
+    parser.add_argument("--side", type=int, default=1024, help="side of the landscapes, px")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[512, 256], help="sides of the tiles, px")
+    parser.add_argument("--turns", type=int, default=3, help="timed passes of each")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--image", type=Path, metavar="FILE.png", help="also write images to this file")
     args = parser.parse_args(argv)
     net, _ = load_generator(args.file)
 
@@ -62,7 +63,7 @@ def main(argv=None):
     ways = {("whole", 0): lambda image: translate(image)}
     for tile in args.tiles:
         ways["shared statistics", tile] = lambda image, tile=tile: tiles.translate_tiled(net, translate, image, tile)
-        ways["each by itself", tile] = lambda image, tile=tile: alone(net, translate, image, tile)
+        ways["independent", tile] = lambda image, tile=tile: translate_independent_tiles(net, translate, image, tile)
     ratios = {way: [] for way in ways}
     distances = {way: [] for way in ways}
     for seed in SEEDS:
@@ -81,10 +82,10 @@ def main(argv=None):
             distances[way].append(127.5 * F.l1_loss(output, whole).item())
         if args.image and seed == SEEDS[0]:
             smallest = min(args.tiles)
-            kinds = [("whole", 0), ("each by itself", smallest), ("shared statistics", smallest)]
-            save_beside([outputs[kind] for kind in kinds], args.image)
+            kinds = [("whole", 0), ("independent", smallest), ("shared statistics", smallest)]
+            save_side_by_side([outputs[kind] for kind in kinds], args.image)
     print(f"{args.side} px, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| tile, px | statistics | CPU time, whole image = 1 | mean difference to it, of 255 |")
+    print("| tile, px | statistics | CPU time, whole image = 1 | mean difference to the whole image, of 255 |")
     print("|---|---|---|---|")
     for (kind, tile), values in list(ratios.items())[1:]:
         differences = ", ".join(f"{value:.1f}" for value in distances[kind, tile])

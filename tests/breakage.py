@@ -1,4 +1,4 @@
-"""What breaks from outside, for tests: a disk that is full, a process that ends or is stopped in the middle, time."""
+"""Faults from outside, for tests: a full disk, a process that dies or is stopped in the middle, and a fake clock."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from cyclegan import CycleGAN
 
 
 class FakeTime:
-    """A clock of the wall that stands still between two looks, unless it is set; for the rooms that show time."""
+    """Stands in for the module `time`; its clock moves only when a test sets it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -22,16 +22,35 @@ class FakeTime:
 
 
 @contextmanager
-def steps_that_take(seconds):
-    """Within the block each step of a training takes so many seconds of a fake clock; the first of them 100 more."""
-    clock = FakeTime()
-    plain = CycleGAN.step
-    calls = []
+def before_steps(actions: dict[int, Callable]):
+    """Within the block, call an action before some training steps, counted from 1."""
+    original = CycleGAN.step
+    count = 0
 
     def step(*args):
-        calls.append(1)
-        clock.now += seconds + (100 if len(calls) == 1 else 0)
-        return plain(*args)
+        nonlocal count
+        count += 1
+        if count in actions:
+            actions[count]()
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CycleGAN, "step", step)
+        yield
+
+
+@contextmanager
+def steps_that_take(seconds):
+    """Within the block, each training step takes so many seconds of a fake clock, and the first 100 more."""
+    clock = FakeTime()
+    original = CycleGAN.step
+    first = True
+
+    def step(*args):
+        nonlocal first
+        clock.now += seconds + (100 if first else 0)
+        first = False
+        return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toolkit.monitor.time", clock)
@@ -40,29 +59,12 @@ def steps_that_take(seconds):
 
 
 class Dead(BaseException):
-    """The process ends here: nothing in the code catches it."""
-
-
-@contextmanager
-def before_steps(actions: dict[int, Callable]):
-    """Within the block some steps of a training, counted from 1, begin with a call."""
-    plain = CycleGAN.step
-    calls = []
-
-    def step(*args):
-        calls.append(1)
-        if len(calls) in actions:
-            actions[len(calls)]()
-        return plain(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CycleGAN, "step", step)
-        yield
+    """Ends the process: nothing in the code catches it."""
 
 
 @contextmanager
 def dies_in_step(number):
-    """Within the block a training ends without a word before its step `number`."""
+    """Within the block, the training process dies just before step `number`."""
 
     def die():
         raise Dead
@@ -77,7 +79,7 @@ def dies_in_step(number):
 
 @contextmanager
 def stops_in_step(number, signum):
-    """Within the block a training gets a signal in its step `number`, and obeys it when that is done."""
+    """Within the block, the training gets a signal in step `number` and has to exit with its code."""
     code = 0
     with before_steps({number: lambda: signal.raise_signal(signum)}):
         try:
@@ -90,7 +92,7 @@ def stops_in_step(number, signum):
 
 @contextmanager
 def full_disk(room=0):
-    """Within the block no file can grow beyond `room` bytes; the system refuses, as when the disk is full."""
+    """Within the block, no file can grow beyond `room` bytes; writes fail as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))

@@ -302,7 +302,7 @@ def test_one_unet_vit_translates_images_of_any_size(tiny_vits, flags, norm, upsa
     output, hidden = net(x, return_hidden=True)
     assert output.shape == x.shape
     assert output.abs().max() <= 1
-    side = 2**config.halvings
+    side = 2**config.downsamplings
     shape = (2, config.hidden_width, math.ceil(size[0] / side), math.ceil(size[1] / side))
     assert [state.shape for state in hidden] == [shape] * config.vit_blocks
     assert config.tokens(*size) == shape[2] * shape[3]

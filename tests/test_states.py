@@ -471,8 +471,8 @@ USUAL = settings(
 def light(no_plots, monkeypatch):
     """Leave out what takes time and is not looked at here: synced disks, drawn grids and pages."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
-    for name in ("progress.draw_grid", "progress.save_image", "progress.write_progress"):
-        monkeypatch.setattr(name, lambda *args: None)
+    for name in ("draw_grid", "save_image", "Monitor.write_index"):
+        monkeypatch.setattr(f"toolkit.monitor.{name}", lambda *args: None)
 
 
 @pytest.mark.usefixtures("light")

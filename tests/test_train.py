@@ -123,9 +123,7 @@ def test_a_run_leaves_a_page_with_grids_curves_measures_and_the_watched_photos(t
 def test_the_page_is_renewed_within_an_epoch(tiny, monkeypatch):
     fractions = []
     monkeypatch.setattr(monitor.Clock, "page_due", lambda clock: True)
-    monkeypatch.setattr(
-        "toolkit.monitor.write_progress", lambda folder, title, facts, fraction, *_: fractions.append(fraction)
-    )
+    monkeypatch.setattr(monitor.Monitor, "write_index", lambda self, facts, fraction: fractions.append(fraction))
     run_tiny("--sample_interval", 1, "--steps_per_epoch", 2, "--num_epochs", 2)
     assert fractions == sorted(fractions)
     assert set(fractions) == {0, 0.25, 0.5, 0.75, 1.0}  # the page is there from the start
@@ -145,7 +143,7 @@ def test_grids_are_drawn_at_the_interval_and_show_the_range_faithfully(tiny, mon
 def page_facts(monkeypatch):
     """The sentences of all pages that are written from here on."""
     facts = []
-    monkeypatch.setattr("toolkit.monitor.write_progress", lambda folder, title, words, *_: facts.append(words))
+    monkeypatch.setattr(monitor.Monitor, "write_index", lambda self, line, fraction: facts.append(line))
     return facts
 
 
@@ -166,7 +164,7 @@ def test_a_slow_run_says_how_long_it_takes_and_shows_an_early_grid_and_the_time_
     assert "left" not in facts[-1]
     with stops_in_step(2, signal.SIGINT), steps_that_take(2000):
         run_tiny("--num_epochs", 4, "--start_from", "latest")
-    assert "; step 8; stopped, goes on with --start_from latest; written" in facts[-1]
+    assert "; step 8; stopped, resume with --start_from latest; written" in facts[-1]
     capsys.readouterr()
     with steps_that_take(2000):
         run_tiny("--start_from", "latest")

@@ -1,13 +1,14 @@
-"""Generator files: ours, whose metadata nobody has to trust, and those of other projects.
+"""Generator files of this project and of others.
 
-The files of other projects are made up after their key tables, and judged by forward passes written here.
+The files of other projects are synthetic: they have the names and shapes of real ones. What they should compute is
+written here as plain function calls.
 """
 
 import errno
 import json
 import re
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from models import DiscriminatorConfig, GeneratorConfig, build_generator
 from toolkit.checkpoints import save_state
 from toolkit.converters import to_junyanz
-from toolkit.weights import load_generator, load_tensors, read_config, save_generator
+from toolkit.weights import load_generator, load_pair, load_tensors, read_config, save_generator
 from utils import InputError, one_line
 
 CONFIG = GeneratorConfig(ngf=4, num_residual=1)
 
 
-# -- ours ------------------------------------------------------------------------------------
+# -- files of this project ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def saved(tmp_path):
 
 
 def rewrite(path, change=None, tensors=None):
-    """Write the file again with changed metadata or changed tensors."""
+    """Write the file again with changed metadata or tensors."""
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["recipe"])
     if change:
@@ -48,27 +49,29 @@ def rewrite(path, change=None, tensors=None):
     save_file(tensors or load_file(path), path, {"recipe": json.dumps(metadata)})
 
 
-def test_a_generator_comes_back_with_its_metadata(saved):
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_generator_is_loaded_with_its_metadata(saved, kind):
     path, net = saved
-    back, metadata = load_generator(path)
+    loaded, metadata = load_generator(kind(path))
     x = torch.rand(1, 3, 16, 24)
-    assert torch.equal(back(x), net(x))
-    assert back.config == CONFIG
-    assert not back.training
-    assert (metadata["direction"], metadata["size"]) == ("AtoB", [16, 24])
-    assert (metadata["range"], metadata["epoch"]) == ([-1, 1], 3)
+    assert torch.equal(loaded(x), net(x))
+    assert (loaded.config, loaded.training) == (CONFIG, False)
+    assert (metadata["direction"], metadata["size"], metadata["range"]) == ("AtoB", [16, 24], [-1, 1])
+    assert metadata["epoch"] == 3
 
 
-def test_channels_last_weights_are_written_whole(saved):
+def test_channels_last_weights_are_written_unchanged(saved):
     path, net = saved
-    save_generator(path, net.to(memory_format=torch.channels_last), {"direction": "AtoB", "size": [16, 24]})
+    save_generator(str(path), net.to(memory_format=torch.channels_last), {"direction": "AtoB", "size": [16, 24]})
     assert torch.equal(load_generator(path)[0].stem[1].weight, net.stem[1].weight)
 
 
-def test_a_generator_file_needs_no_run(tmp_path):
+def test_a_file_is_recognised_by_its_content(tmp_path):
     net = build_generator(GeneratorConfig(ngf=2, num_residual=0))
-    save_generator(tmp_path / "x.safetensors", net, {"direction": "BtoA", "size": [16, 16]})
-    assert len(load_generator(tmp_path / "x.safetensors")[0].blocks) == 0
+    save_generator(tmp_path / "G", net, {"direction": "BtoA", "size": [16, 16]})
+    loaded, metadata = load_generator(tmp_path / "G")
+    assert torch.equal(loaded.stem[1].weight, net.stem[1].weight)
+    assert metadata["direction"] == "BtoA"
 
 
 def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path):
@@ -81,6 +84,15 @@ def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_from_before_a_field_existed_gets_its_default(saved):
+    def remove(metadata):
+        for name in ("skips", "vit_size", "vit_blocks", "vit_heads"):
+            del metadata["config"][name]
+
+    rewrite(saved[0], remove)
+    assert load_generator(saved[0])[0].config == CONFIG
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -89,13 +101,14 @@ def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path):
         (lambda m: m.update(size=[2, 10**9]), "size = "),
         (lambda m: m.update(size=[16.0, 16.0]), "size = "),
         (lambda m: m.update(format=2), "no metadata of this project"),
-        (lambda m: m["config"].update(ngf=10**9), "ngf = 1000000000"),
-        (lambda m: m["config"].update(ngf=-1), "ngf = -1"),
-        (lambda m: m["config"].update(ngf="4"), "ngf = 4"),
-        (lambda m: m["config"].update(ngf=True), "ngf = True"),
-        (lambda m: m["config"].update(norm="evil"), "norm = evil"),
-        (lambda m: m["config"].pop("ngf"), "no GeneratorConfig"),
-        (lambda m: m["config"].update(extra=1), "no GeneratorConfig"),
+        (lambda m: m["config"].update(ngf=10**9), "ngf 1000000000: expected at least 1 and at most 4096"),
+        (lambda m: m["config"].update(ngf=-1), "ngf -1: expected at least 1"),
+        (lambda m: m["config"].update(ngf="4"), "ngf '4': expected int"),
+        (lambda m: m["config"].update(ngf=True), "ngf True: expected int"),
+        (lambda m: m["config"].update(norm="ev\nil"), r"norm ev\\nil: expected one of instance"),
+        (lambda m: m["config"].update(vit_size=[1]), "its metadata says"),
+        (lambda m: m["config"].update(vit_blocks=4.0), "vit_blocks 4.0: expected int"),
+        (lambda m: m["config"].update(extra=1), "no GeneratorConfig; expected generator, channels, ngf"),
         (lambda m: m.update(config=[1]), "no GeneratorConfig"),
         (lambda m: m["config"].update(ngf=8), r"blocks.0.body.1.bias is \(16,\), expected \(32,\)"),
         (lambda m: m["config"].update(num_residual=2), "blocks.1.body.1.bias is missing"),
@@ -125,7 +138,7 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
         load_generator(saved[0])
 
 
-def test_files_that_are_no_generators_are_refused(saved, tmp_path):
+def test_files_that_hold_no_generator_are_refused(saved, tmp_path):
     path = saved[0]
     whole = path.read_bytes()
     for data in (b"", b"abc", whole[:100], whole[:-5], b"\xff" * 16 + whole, torch.rand(9).numpy().tobytes()):
@@ -144,27 +157,35 @@ def test_files_that_are_no_generators_are_refused(saved, tmp_path):
 
 def test_load_tensors_refuses_other_types_and_containers():
     net = build_generator(CONFIG)
-    tensors = dict(net.state_dict())
+    tensors = net.state_dict() | {"head.1.bias": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(InputError, match=r"head.1.bias is torch.int64, expected torch.float32"):
-        load_tensors(net, tensors | {"head.1.bias": torch.zeros(3, dtype=torch.int64)}, "x")
+        load_tensors(net, tensors, "x")
     for nothing in (None, [], {"a": 1}):
         with pytest.raises(InputError, match="no tensors by name"):
             load_tensors(net, nothing, "x")
 
 
-def test_discriminator_configs_are_read_with_the_same_distrust():
-    values = {
-        "discriminator": "patch",
-        "channels": 3,
-        "ndf": 4,
-        "n_layers": 2,
-        "max_mult": 8,
-        "norm": "none",
-        "pool": False,
-    }
-    assert read_config(DiscriminatorConfig, values, "x") == DiscriminatorConfig(ndf=4, n_layers=2, norm="none")
-    with pytest.raises(InputError, match="discriminator = style"):
-        read_config(DiscriminatorConfig, values | {"discriminator": "style"}, "x")
+def test_discriminator_configs_are_validated_too():
+    config = DiscriminatorConfig(ndf=4, n_layers=2, norm="none")
+    assert read_config(DiscriminatorConfig, asdict(config), "x") == config
+    with pytest.raises(InputError, match="discriminator style: expected one of patch, pixel"):
+        read_config(DiscriminatorConfig, {"discriminator": "style"}, "x")
+
+
+def test_a_pair_is_loaded_by_the_directions_of_its_files(tmp_path, capsys):
+    net = build_generator(CONFIG)
+    for name, direction in (("1", "BtoA"), ("2", "AtoB")):
+        save_generator(tmp_path / name, net, {"direction": direction, "size": [16, 16]})
+    torch.save(to_junyanz(net), tmp_path / "3.pth")
+    assert list(load_pair([tmp_path / "1", tmp_path / "2"])) == ["G_BA", "G_AB"]
+    assert list(load_pair([tmp_path / "2", tmp_path / "3.pth"])) == ["G_AB", "G_BA"]
+    assert "3.pth: does not say its direction; used as G_BA" in capsys.readouterr().out
+    assert list(load_pair([tmp_path / "1"])) == ["G_BA"]
+    assert "G_AB starts new" in capsys.readouterr().out
+    assert load_pair([]) == {}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="a second file for G_BA"):
+        load_pair([tmp_path / "1", tmp_path / "1"])
 
 
 # -- files of other projects --------------------------------------------------------------------
@@ -172,12 +193,13 @@ def test_discriminator_configs_are_read_with_the_same_distrust():
 NGF = 4
 JUNYANZ = ("conv_block", "deconv")  # the name of a block, and how it is upsampled
 PYTORCH_GAN = ("block", "resize")
-MIXES = [("block", "deconv"), ("conv_block", "resize")]  # of the two
+BLOCK_DECONV = ("block", "deconv")  # mixes of the two
+CONV_BLOCK_RESIZE = ("conv_block", "resize")
 WITH_BIASES = ("instance", "instance_affine")
 
 
 def norm_tensors(noise, width, norm, stale):
-    """What a file holds of a normalisation layer."""
+    """The tensors of a normalisation layer."""
     tensors = {}
     if norm in ("batch", "instance_affine"):
         tensors = {"weight": 1 + noise(width), "bias": noise(width)}
@@ -189,9 +211,9 @@ def norm_tensors(noise, width, norm, stale):
 
 
 def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=5, lead=1, stale=(), biases=None):
-    """Random weights under the names and shapes of another project.
+    """Random weights with the names and shapes of another project.
 
-    stale: statistics beside instance norms; lead: layers before a "resize" convolution
+    stale: unused statistics of instance norms; lead: layers before a "resize" convolution
     """
     source = torch.Generator().manual_seed(0)
     state = {}
@@ -219,9 +241,9 @@ def foreign(blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=
         normed(f"model.{at + 1}", width)
         at += 3
     for _ in range(blocks):
-        for place in (1, second):
-            conv(f"model.{at}.{block}.{place}", width, width, 3)
-            normed(f"model.{at}.{block}.{place + 1}", width)
+        for inner in (1, second):
+            conv(f"model.{at}.{block}.{inner}", width, width, 3)
+            normed(f"model.{at}.{block}.{inner + 1}", width)
         at += 1
     for _ in range(n):
         at += lead if up == "resize" else 0
@@ -289,23 +311,23 @@ def random_images(channels=3, side=32):
 
 
 def assert_same(state, net, metadata, **variant):
-    """The loaded network computes what `state` does in its own project; in float64, beyond the noise of rounding."""
+    """The loaded network computes what `state` computes in its own project, in float64."""
     x = random_images(net.config.channels).double()
     state = {name: value.double() for name, value in state.items()}
-    rounded = 1e-6 if "biases" in variant else 1e-9  # a bias goes into a mean in float32
+    tolerance = 1e-6 if "biases" in variant else 1e-9  # biases are folded into means in float32
     variant = {key: value for key, value in variant.items() if key not in ("channels", "stale", "biases")}
     with torch.no_grad():
         mine = net.double()(x)
         theirs = translate(state, x, **variant)
     assert theirs.std() > 0.05  # not all alike
-    assert torch.allclose(mine, theirs, rtol=0, atol=rounded)
+    assert torch.allclose(mine, theirs, rtol=0, atol=tolerance)
     assert not net.training
     assert (metadata["size"], metadata["range"]) == (None, [-1, 1])
     assert GeneratorConfig(**metadata["config"]) == net.config
 
 
 def refused(value, *words):
-    """One line that holds all the words."""
+    """Loading is refused in one line that contains all the words."""
     with pytest.raises(InputError) as error:
         load(value)
     assert "\n" not in str(error.value)
@@ -313,7 +335,7 @@ def refused(value, *words):
         assert word in str(error.value)
 
 
-# -- the made-up files are those of the tables --------------------------------------------------
+# -- the synthetic files are like real ones -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +351,7 @@ def refused(value, *words):
         ({"project": PYTORCH_GAN}, 48),
     ],
 )
-def test_the_made_up_files_have_as_many_tensors_as_real_ones(variant, count):
+def test_the_synthetic_files_have_as_many_tensors_as_real_ones(variant, count):
     assert len(foreign(9, **variant)) == count
 
 
@@ -342,24 +364,25 @@ def test_the_made_up_files_have_as_many_tensors_as_real_ones(variant, count):
         (6, PYTORCH_GAN, {17: (8, 16, 3, 3), 21: (4, 8, 3, 3), 25: (3, 4, 7, 7)}),
     ],
 )
-def test_the_made_up_files_are_numbered_as_real_ones(blocks, project, shapes):
+def test_the_synthetic_files_are_numbered_like_real_ones(blocks, project, shapes):
     state = foreign(blocks, project)
-    for place, shape in {1: (4, 3, 7, 7), 4: (8, 4, 3, 3), 7: (16, 8, 3, 3), **shapes}.items():
-        assert state[f"model.{place}.weight"].shape == shape
-    for place in range(10, 10 + blocks):
-        assert state[f"model.{place}.{project[0]}.5.weight"].shape == (16, 16, 3, 3)
+    for index, shape in ({1: (4, 3, 7, 7), 4: (8, 4, 3, 3), 7: (16, 8, 3, 3)} | shapes).items():
+        assert state[f"model.{index}.weight"].shape == shape
+    for index in range(10, 10 + blocks):
+        assert state[f"model.{index}.{project[0]}.5.weight"].shape == (16, 16, 3, 3)
 
 
 # -- reading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN, *MIXES], ids="-".join)
+@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN, BLOCK_DECONV, CONV_BLOCK_RESIZE], ids="-".join)
 @pytest.mark.parametrize(
     "variant",
     [
         {"blocks": 9},
         {"blocks": 6},
         {"blocks": 0},
+        {"blocks": 0, "n": 0},
         {"blocks": 2, "n": 0},
         {"blocks": 1, "n": 1},
         {"blocks": 1, "n": 3},
@@ -378,7 +401,7 @@ def test_the_made_up_files_are_numbered_as_real_ones(blocks, project, shapes):
     ],
     ids=str,
 )
-def test_a_foreign_generator_computes_what_it_computed_at_home(project, variant):
+def test_a_foreign_generator_computes_what_it_computes_in_its_project(project, variant):
     state = foreign(project=project, **variant)
     net, metadata = load(state)
     assert_same(state, net, metadata, project=project, **variant)
@@ -389,12 +412,12 @@ def test_a_foreign_generator_computes_what_it_computed_at_home(project, variant)
     assert config.upsample == (project[1] if variant.get("n", 2) else "deconv")
 
 
-def test_blocks_of_either_name_can_stand_in_one_file_and_other_words_too():
+@pytest.mark.parametrize(
+    "old_and_new", [(r"model\.11\.conv_block", "model.11.block"), ("conv_block", "res"), ("model", "main")]
+)
+def test_the_names_of_blocks_and_sequential_do_not_matter(old_and_new):
     state = foreign(2, norm="instance_affine")
-    theirs = rename(state, r"model\.11\.conv_block", "model.11.block")
-    net, metadata = load(theirs)
-    assert_same(state, net, metadata, blocks=2, norm="instance_affine")
-    net, metadata = load(rename(rename(state, "conv_block", "res"), "model", "main"))
+    net, metadata = load(rename(state, *old_and_new))
     assert_same(state, net, metadata, blocks=2, norm="instance_affine")
 
 
@@ -402,34 +425,24 @@ def test_blocks_of_either_name_can_stand_in_one_file_and_other_words_too():
 def test_a_wide_mix_is_read_with_all_its_parameters(norm, parameters, monkeypatch):
     """Blocks as in PyTorch-GAN, transposed convolutions as in junyanz, twice the usual width."""
     monkeypatch.setitem(globals(), "NGF", 128)
-    net, _ = load(foreign(1, MIXES[0], norm=norm))
+    net, _ = load(foreign(1, BLOCK_DECONV, norm=norm))
     assert (net.config.ngf, net.config.num_residual, net.config.upsample) == (128, 1, "deconv")
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
-def test_a_network_without_blocks_and_strides_is_read():
-    state = foreign(0, n=0)
-    net, metadata = load(state)
-    assert_same(state, net, metadata, blocks=0, n=0)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.module.", "model.module."])
 @pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict"])
-def test_prefixes_and_containers_are_taken_off(prefix, container):
+def test_prefixes_and_containers_are_removed(prefix, container):
     state = foreign(2, norm="batch")
-    wrapped = OrderedDict((prefix + name, x) for name, x in state.items())
-    net, metadata = load({container: wrapped, "epoch": 3} if container else wrapped)
+    prefixed = OrderedDict((prefix + name.removeprefix("model."), x) for name, x in state.items())
+    if prefix != "model.module.":
+        prefixed = OrderedDict((prefix + name, x) for name, x in state.items())
+    net, metadata = load({container: prefixed, "epoch": 3} if container else prefixed)
     assert_same(state, net, metadata, blocks=2, norm="batch")
 
 
-def test_a_prefix_inside_the_name_is_taken_off():
-    state = foreign(2)
-    net, metadata = load({name.replace("model.", "model.module.", 1): x for name, x in state.items()})
-    assert_same(state, net, metadata, blocks=2)
-
-
 def test_a_module_saved_by_the_old_writer_is_read():
-    """Files of 2018: no zip archive, and version metadata that calls running statistics unexpected."""
+    """Files of 2018: not a zip archive, and version metadata for which running statistics are unexpected."""
     state = OrderedDict(foreign(2, stale=("mean", "count")))
     state._metadata = OrderedDict({"": {"version": 1}, "model.2": {"version": 2}})
     net, metadata = load(state, _use_new_zipfile_serialization=False)
@@ -467,60 +480,56 @@ def test_the_folder_tells_no_direction(tmp_path):
     assert load(foreign(), "G_AB/latest_net_G.pth")[1]["direction"] is None
 
 
-def test_a_file_of_ours_is_known_by_its_content(tmp_path):
-    net = build_generator(GeneratorConfig(ngf=4, num_residual=1))
-    save_generator(tmp_path / "G", net, {"direction": "BtoA", "size": [16, 16]})
-    back, metadata = load_generator(tmp_path / "G")
-    assert torch.equal(back.stem[1].weight, net.stem[1].weight)
-    assert metadata["direction"] == "BtoA"
+# -- messages -----------------------------------------------------------------------------------
 
 
-# -- what is said -------------------------------------------------------------------------------
+def without(state, *names):
+    return {name: x for name, x in state.items() if name not in names}
 
 
-def test_a_plain_file_is_read_without_a_word(capsys):
-    load(foreign(2, stale=("mean", "count")))
-    load(foreign(2, norm="batch"))
-    load(foreign(2, PYTORCH_GAN, n=0))
-    assert capsys.readouterr().out == ""
+ONLY_TRACKED = {name: x for name, x in foreign(2, stale=("mean",)).items() if x.dim() != 1 or "running" in name}
 
 
-def test_missing_biases_before_an_instance_norm_are_zeros_and_said(capsys):
-    state = foreign(2)
-    del state["model.1.bias"], state["model.11.conv_block.5.bias"], state["model.12.bias"]
+@pytest.mark.parametrize(
+    ("state", "variant", "words"),
+    [
+        (foreign(2, stale=("mean", "count")), {}, ""),
+        (foreign(2, norm="batch"), {"norm": "batch"}, ""),
+        (foreign(2, PYTORCH_GAN, n=0), {"n": 0}, ""),
+        (
+            without(foreign(2), "model.1.bias", "model.11.conv_block.5.bias", "model.12.bias"),
+            {},
+            "latest_net_G.pth: missing model.1.bias (3 in all); filled with zeros\n",
+        ),
+        (
+            ONLY_TRACKED | {"model.19.bias": torch.zeros(3)},
+            {},
+            "latest_net_G.pth: missing model.1.bias (9 in all); filled with zeros\n",
+        ),
+        (
+            foreign(2, norm="none"),
+            {"norm": "none"},
+            "latest_net_G.pth: missing model.1.bias (9 in all); filled with zeros\n"
+            "latest_net_G.pth: no sign of a normalisation; read as a network without one\n",
+        ),
+        (
+            {name: x for name, x in foreign(2, norm="batch").items() if not name.endswith("tracked")},
+            {"norm": "batch"},
+            "latest_net_G.pth: missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros\n",
+        ),
+        (
+            foreign(2, norm="batch", biases=True),
+            {"norm": "batch", "biases": True},
+            "latest_net_G.pth: 9 biases before batch norms became part of their means\n",
+        ),
+    ],
+)
+def test_what_a_file_lacks_is_filled_in_and_said(capsys, state, variant, words):
     net, metadata = load(state)
-    assert_same(state, net, metadata, blocks=2)
-    assert "missing model.1.bias (3 in all); filled with zeros" in capsys.readouterr().out
-
-
-def test_tracked_statistics_mark_an_instance_norm_even_without_biases(capsys):
-    state = {name: x for name, x in foreign(2, stale=("mean",)).items() if x.dim() != 1 or "running" in name}
-    state["model.19.bias"] = torch.zeros(3)
-    net, metadata = load(state)
-    assert_same(state, net, metadata, blocks=2)
-    assert "missing model.1.bias (9 in all); filled with zeros" in capsys.readouterr().out
-
-
-def test_a_network_without_norms_is_said(capsys):
-    load(foreign(norm="none"))
-    said = capsys.readouterr().out
-    assert "latest_net_G.pth: missing model.1.bias (7 in all) and no sign of a normalisation" in said
-    assert said.count("\n") == 1
-
-
-def test_batch_norms_from_before_they_counted_are_read(capsys):
-    state = {name: x for name, x in foreign(2, norm="batch").items() if not name.endswith("tracked")}
-    net, metadata = load(state)
-    assert_same(state, net, metadata, blocks=2, norm="batch")
-    assert "missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros" in capsys.readouterr().out
-
-
-def test_biases_before_batch_norms_are_kept_in_their_means_and_said(capsys):
-    state = foreign(2, norm="batch", biases=True)
-    net, metadata = load(state)
-    assert_same(state, net, metadata, blocks=2, norm="batch", biases=True)
-    assert "latest_net_G.pth: 9 biases before batch norms became part of their means" in capsys.readouterr().out
-    assert "stem.1.bias" not in net.state_dict()
+    assert capsys.readouterr().out == words
+    assert net.config.norm == variant.get("norm", "instance")
+    project = PYTORCH_GAN if "model.4.block.1.weight" in state else JUNYANZ
+    assert_same(state, net, metadata, blocks=2, project=project, **variant)
 
 
 def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
@@ -540,10 +549,6 @@ def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_bord
 
 def rename(state, old, new):
     return {re.sub(old, new, name): x for name, x in state.items()}
-
-
-def without(state, *names):
-    return {name: x for name, x in state.items() if name not in names}
 
 
 DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torch.zeros(4)}
@@ -567,7 +572,7 @@ DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torc
             ["1 convolutions outside of blocks (model.1.weight (4, 3, 7, 7)); expected a first, a last, and as many"],
         ),
         (without(foreign(), "model.4.weight", "model.4.bias"), ["5 convolutions outside of blocks (model.1.weight"]),
-        ({"format": 1, "nets": {}}, ["a whole training state", "--run_name and --epoch", "G_AB.safetensors"]),
+        ({"format": 1, "nets": {}}, ["a whole training state; give --run_name and --epoch, or a G_AB.safetensors"]),
         ({}, ["holds no tensors by name"]),
         (torch.zeros(3), ["holds no tensors by name"]),
         ([1, 2], ["holds no tensors by name"]),
@@ -592,46 +597,46 @@ DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torc
         (foreign() | {"model.1.bias": torch.full((4,), 1e300, dtype=torch.float64)}, ["model.1.bias is not finite"]),
         (foreign() | {"model.1.bias": torch.zeros(4, dtype=torch.int64)}, ["model.1.bias is torch.int64"]),
         (foreign() | {"model.1.weight": torch.zeros(4, 4, 7, 7)}, ["model.1.weight is (4, 4, 7, 7); expected (4, 3,"]),
-        (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, ["its ngf is 0; expected 1 to 4096"]),
-        (foreign(n=5), ["its n_downsampling is 5; expected 0 to 4"]),
+        (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, ["give ngf 0: expected at least 1 and at most 4096"]),
+        (foreign(n=5), ["give n_downsampling 5: expected at least 0 and at most 4"]),
         (
             foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)},
             ["7 convolutions", "model.9999.weight (1, 1, 1, 1)"],
         ),
         (
             foreign() | {"model.4.weight": torch.zeros(8, 4, 4, 4)},
-            ["model.4.weight is (8, 4, 4, 4); expected (8, 4, 3, 3) at place 4"],
+            ["model.4.weight is (8, 4, 4, 4); expected (8, 4, 3, 3) at position 4"],
         ),
         (
             rename(foreign(2), r"conv_block\.1\.", "conv_block.0."),  # blocks that pad with zeros
             [
-                "model.10.conv_block.0.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at place 10"
+                "model.10.conv_block.0.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 10"
             ],
         ),
         (
             {k: x for k, x in foreign(2).items() if "10.conv_block.5" not in k},
-            ["model.11.conv_block.1.weight is (16, 16, 3, 3)", "at layer 5 or 6 of the block at place 10"],
+            ["model.11.conv_block.1.weight is (16, 16, 3, 3)", "at layer 5 or 6 of the block at position 10"],
         ),
         (
             rename(foreign(2), r"model\.11\.", "model.111."),
-            ["model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at place 11"],
+            ["model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 11"],
         ),
-        (foreign(2, PYTORCH_GAN, lead=3), ["model.15.weight is (8, 16, 3, 3)", "at place 13 or 14"]),
+        (foreign(2, PYTORCH_GAN, lead=3), ["model.15.weight is (8, 16, 3, 3)", "at position 13 or 14"]),
         (foreign(2, JUNYANZ) | {"a\nb": torch.zeros(1)}, [r"a\nb, (1,), is not part of this network"]),
     ],
 )
-def test_what_is_no_generator_of_a_known_layout_is_refused_by_name(state, words):
+def test_other_networks_and_layouts_are_refused_by_name(state, words):
     refused(state, *words)
 
 
-def test_a_file_that_doubles_in_two_ways_is_refused_by_its_shapes():
-    """Convolutions have the number of outputs first, transposed ones the number of inputs."""
+def test_a_file_that_upsamples_in_two_ways_is_refused_by_its_shapes():
+    """Convolutions have the number of output channels first, transposed ones the number of input channels."""
     state = foreign(2)
     state["model.15.weight"] = state["model.15.weight"].transpose(0, 1).contiguous()
-    refused(state, "model.15.weight is (4, 8, 3, 3); expected (8, 4, 3, 3) at place 15")
+    refused(state, "model.15.weight is (4, 8, 3, 3); expected (8, 4, 3, 3) at position 15")
 
 
-def test_a_training_state_of_ours_is_refused(tmp_path):
+def test_a_training_state_is_refused(tmp_path):
     save_state(tmp_path / "latest.pt", {"stage": "train", "nets": {}})
     with pytest.raises(InputError, match=r"latest\.pt: .*--run_name and --epoch"):
         load_generator(tmp_path / "latest.pt")
@@ -655,8 +660,8 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(InputError, match="not a readable checkpoint"):
             load_generator(path)
-    place = whole.index(foreign()["model.1.bias"].numpy().tobytes())  # one bit of one weight
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    start = whole.index(foreign()["model.1.bias"].numpy().tobytes())  # one bit of one weight
+    path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
     with pytest.raises(InputError, match="damaged"):
         load_generator(path)
 
@@ -666,7 +671,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
 @pytest.mark.parametrize(("blocks", "n", "channels"), [(9, 2, 3), (6, 2, 1), (0, 0, 3), (1, 3, 3)])
-def test_ours_to_junyanz_and_back_is_exact(norm, blocks, n, channels):
+def test_writing_the_junyanz_layout_and_reading_it_is_exact(norm, blocks, n, channels):
     config = GeneratorConfig(ngf=NGF, num_residual=blocks, n_downsampling=n, channels=channels, norm=norm)
     net = build_generator(config)
     for name, x in net.state_dict().items():
@@ -683,14 +688,14 @@ def test_ours_to_junyanz_and_back_is_exact(norm, blocks, n, channels):
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance_affine"])
-def test_theirs_to_ours_and_back_is_exact(norm):
+def test_reading_the_junyanz_layout_and_writing_it_is_exact(norm):
     state = foreign(2, norm=norm)
     back = to_junyanz(load(state)[0])
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], x) for name, x in state.items())
 
 
-def test_what_is_written_computes_the_same_over_there():
+def test_the_written_weights_compute_the_same_in_the_other_project():
     net = build_generator(GeneratorConfig(ngf=NGF, num_residual=2), init="kaiming").eval()
     x = random_images()
     with torch.no_grad():
@@ -721,7 +726,7 @@ def test_what_the_junyanz_layout_cannot_hold_is_refused(change, word):
 
 
 def assert_one_line(error, name):
-    """A refusal names what it is about and fits on a line that nobody has to scroll."""
+    """An error names the file and is a line of reasonable length."""
     assert str(name) in str(error)
     assert len(one_line(error)) < 1000
 

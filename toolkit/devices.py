@@ -1,19 +1,33 @@
-"""Where and in which precision networks run, and in which threads; seeds and states of random numbers."""
+"""Device, precision, memory, seeds, and the state of random numbers."""
 
 import math
 import os
 import random
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from toolkit.distributed import world_size
-from utils import InputError
+from utils import InputError, option
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where and how precisely to compute."""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option(
+        "auto", "auto: half precision where the hardware has it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+    )
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a flag into a device that exists; auto takes a CUDA GPU, else the CPU; ranks get one each, or share them."""
+    """Return the device of a name; auto is a CUDA GPU if there is one. Each rank gets a GPU of its own, or shares one.
+
+    raises: InputError if this machine has no such device
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:
@@ -32,7 +46,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Tell whether bfloat16 is computed by the hardware: CUDA from Ampere, CPUs with avx512_bf16 or AMX."""
+    """Return whether the hardware computes bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -44,7 +58,7 @@ def has_native_bf16(device: torch.device) -> bool:
 def pick_precision(name: str, device: torch.device) -> str:
     """Resolve --precision auto for a device.
 
-    raises: InputError for fp16 where there is no loss scaling, or no gain: on anything but CUDA
+    raises: InputError for fp16 on anything but CUDA: there is no loss scaling, or no gain
     """
     best = "bf16" if has_native_bf16(device) else "fp32"
     if device.type == "cuda" and best == "fp32" and torch.cuda.get_device_capability(device) >= (7, 0):
@@ -55,13 +69,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Compute the networks in half precision where `precision` says so; weights stay in float32."""
+    """Run networks in half precision if `precision` says so; weights stay in float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def total_memory(device: torch.device) -> float:
-    """Memory of a device in bytes; infinity where the system does not tell."""
+    """Return the memory of a device in bytes; infinity where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -71,7 +85,7 @@ def total_memory(device: torch.device) -> float:
 
 
 def free_memory() -> float:
-    """Memory that programs can still take, in bytes; infinity where the system does not tell."""
+    """Return the free main memory in bytes; infinity where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -80,7 +94,7 @@ def free_memory() -> float:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python and torch; with deterministic, refuse algorithms that do not repeat."""
+    """Seed Python and torch; with deterministic, allow only algorithms that repeat bit for bit."""
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
@@ -89,13 +103,13 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def rng_state() -> dict:
-    """Collect the states of all generators of random numbers, as plain values."""
+    """Return the states of all random number generators, as plain values."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict) -> None:
-    """Put back what rng_state collected; a different number of GPUs leaves theirs as seeded."""
+    """Restore what rng_state returned; with another number of GPUs, theirs keep their seed."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
@@ -103,26 +117,16 @@ def set_rng_state(state: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Choices by rule, each in one place. For a GPU they are unmeasured defaults; benchmarks/NOTES.md names what decides.
+# Choices by rule. For a GPU they are unmeasured defaults; benchmarks/NOTES.md says what will decide
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How networks lie in memory: the usual way, which is the faster one on a CPU."""
-    return torch.contiguous_format
-
-
-def set_cudnn_benchmark(device: torch.device, deterministic: bool) -> None:
-    """Let cuDNN try its convolutions once for each shape, of which training has few; not where runs must repeat."""
+def set_backend_flags(device: torch.device, deterministic: bool) -> None:
+    """Let cuDNN try its algorithms once a shape, unless runs must repeat bit for bit; multiply float32 matrices in TF32."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
-
-
-def set_tf32(device: torch.device) -> None:
-    """Compute float32 matrix products of a GPU as torch computes its convolutions anyway: with 10 bits of mantissa."""
-    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that read images: a CPU has none to spare; 4 beside a GPU are a guess."""
+    """Return the number of data loader workers: a CPU has no cores to spare; 4 for a GPU are a guess."""
     return 0 if device.type == "cpu" else 4

@@ -1,4 +1,9 @@
-"""Processes that torchrun started."""
+"""Training in several processes, started by torchrun; a single process is the ordinary case.
+
+Each rank processes its slice of every batch. Gradients are averaged here, in one message a step, not by
+DistributedDataParallel: a rank may then process its slice in micro-batches, or again after it ran out of memory, while the
+others wait. Dead ranks are left to torchrun, the timeout of the process group, and NCCL's watchdog.
+"""
 
 import functools
 import os
@@ -15,38 +20,31 @@ from utils import InputError, RunError, say
 RANK_TIMEOUT = timedelta(minutes=30)  # the first rank may draw or evaluate for that long while the others wait
 
 
-# ---------------------------------------------------------------------------------------------
-# Ranks: the processes that torchrun started, each with its slice of every batch. A world of one is the ordinary case.
-# Gradients are averaged by hand, in one message a step, and not by DistributedDataParallel: so a rank may process its
-# slice in micro-batches, or again after it ran out of memory, while the others wait. Dead ranks are the business of
-# torchrun, of the process group's timeout and of NCCL's watchdog.
-
-
 def rank() -> int:
-    """Number of this process among those of the run; 0 writes and speaks."""
+    """Return the number of this process; rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work on the run."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def join_ranks() -> None:
-    """Meet the other processes, if torchrun started this one."""
+    """Join the process group, if torchrun started this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
-    cards = torch.cuda.device_count()
-    nccl = dist.is_nccl_available() and cards >= ranks_here
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    nccl = dist.is_nccl_available() and gpus >= local_ranks
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL refuses ranks that share a GPU
     dist.init_process_group(backend, timeout=RANK_TIMEOUT)
-    if 0 < cards < ranks_here:
-        say(f"{ranks_here} ranks share {cards} of this machine's GPUs, over gloo: slower than one rank a GPU")
+    if 0 < gpus < local_ranks:
+        say(f"{local_ranks} ranks share {gpus} of this machine's GPUs, over gloo: slower than one rank a GPU")
 
 
 def leave_ranks() -> None:
-    """Wait until all ranks are done, the first with its writing, too."""
+    """Wait until all ranks are done, then leave the process group."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
@@ -75,7 +73,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of the ranks' numbers; all ranks have to call it."""
+    """Return the largest of the ranks' numbers; all ranks have to call it."""
     largest = torch.tensor(int(number))
     if world_size() > 1:
         with collective():
@@ -89,7 +87,7 @@ def barrier() -> None:
 
 
 def gather(value: object) -> list:
-    """The values of all ranks in their order, at the first; elsewhere an empty list."""
+    """Return the values of all ranks in order on the first rank, an empty list on the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if rank() == 0 else None
@@ -99,7 +97,7 @@ def gather(value: object) -> list:
 
 
 def first_rank(function: Callable) -> Callable:
-    """Decorate what writes: only the first rank runs it, the others get None."""
+    """Decorate a function that only the first rank runs; the others get None."""
 
     @functools.wraps(function)
     def call(*args: object, **kwargs: object) -> object:
@@ -110,7 +108,7 @@ def first_rank(function: Callable) -> Callable:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Let the first rank run a block before the others, which then find its work done."""
+    """Run a block on the first rank before the others, which then find its work done."""
     if rank() > 0:
         barrier()
     yield
@@ -119,11 +117,14 @@ def first_rank_first() -> Iterator[None]:
 
 
 def rank_slice(batch_size: int) -> slice:
-    """The part of every batch that this rank processes."""
+    """Return the part of every batch that this rank processes.
+
+    raises: InputError if the ranks cannot share a batch equally
+    """
     if batch_size % world_size():
-        fitting = max(1, round(batch_size / world_size())) * world_size()
+        nearest = max(1, round(batch_size / world_size())) * world_size()
         raise InputError(
-            f"--batch_size {batch_size}: cannot be shared by {world_size()} ranks; expected such as {fitting}"
+            f"--batch_size {batch_size}: cannot be shared by {world_size()} ranks; expected such as {nearest}"
         )
     length = batch_size // world_size()
     return slice(rank() * length, (rank() + 1) * length)

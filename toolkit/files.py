@@ -1,15 +1,14 @@
-"""Files that survive: atomic writes, pages, a stranger's archive read safely, the lock of a folder.
+"""Atomic writes, pages, the lock of a folder, and the safe reading of torch files from strangers.
 
 with atomic_write(path) as temporary:
     temporary.write_bytes(data)
 value = read_archive(path)  # of a torch file; nothing in it is executed
 
-Every write goes to a temporary name, is flushed and synced, then renamed: a crash leaves the old file or the new one.
+Every file is written under a temporary name, flushed, synced, then renamed: a crash leaves the old file or the new one.
 """
 
 import errno
 import functools
-import io
 import json
 import os
 import shutil
@@ -34,9 +33,8 @@ else:
 if TYPE_CHECKING:
     import jinja2
 
-MOST_VALUES = 10**5  # in a whole-state file; the largest network has thousands
+MOST_VALUES = 10**5  # in a torch file; the largest network has thousands
 MOST_LEVELS = 100  # of values in values; a state has six
-UMASK = threading.Lock()  # to read it is to change it, for all threads
 
 
 # ---------------------------------------------------------------------------------------------
@@ -45,20 +43,20 @@ UMASK = threading.Lock()  # to read it is to change it, for all threads
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it replaces `path`, else it is removed."""
+    """Yield a temporary path beside `path`; it replaces `path` if the block succeeds, and is removed if it fails."""
     temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
-    temporary.unlink(missing_ok=True)  # of a killed process with our number it may be a second name of a good file
     try:
+        temporary.unlink(missing_ok=True)  # left by a killed process with our number; perhaps a link to a good file
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask wants it
         yield temporary
-        with UMASK:
-            os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         replace(temporary, path)
     except OSError as error:
         if error.errno:
-            error.filename = str(path)  # what the user knows, not the temporary name
+            error.filename = str(path)  # the user does not know the temporary name
             error.filename2 = None
         raise
     finally:
@@ -66,9 +64,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename, so that also after a power cut the target is the old file or the new one."""
+    """Rename such that even after a power cut the target is the old file or the new one."""
     source.replace(target)
-    if os.name == "posix":  # the new name is on the disk when its folder is
+    if os.name == "posix":  # the new name is on the disk once its folder is synced
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -77,20 +75,20 @@ def replace(source: Path, target: Path) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise InputError if there is such a file or folder."""
+    """Raise InputError if the file or folder exists."""
     if folder.exists():
         raise InputError(f"{folder}: exists already; move it away, or choose another name where there is a choice")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes `folder`, else it is removed.
+    """Yield an empty folder to fill; it becomes `folder` if the block succeeds, and is removed if it fails.
 
     raises: InputError if `folder` exists
     """
     refuse_existing(folder)
     unfinished = folder.with_name(f".{os.getpid()}.{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process with our number
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process with our number
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -101,20 +99,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @first_rank
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON; what JSON does not know becomes text (paths), or null (what is no finite number)."""
+    """Write readable JSON atomically; paths become text, numbers that are not finite become null."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
     write_text(path, json.dumps(plain, indent=1) + "\n")
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name without a second copy, where the file system can; `target` is replaced whole."""
+    """Give a file a second name, without a copy where the file system can; `target` is replaced atomically."""
     with atomic_write(target) as temporary:
+        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
@@ -122,28 +121,27 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def attempt(write: Callable, *args: object) -> str:
-    """Call what writes files and can be done later: returns "", or why it failed, which is said in one line."""
+    """Write files that can also be written later; return "", or the reason of a failure, which is also printed."""
     try:
         write(*args)
     except OSError as error:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
-        warn(f"{reason}; what was there stays, the run goes on and tries again next time")
+        warn(f"{reason}; the old file is unchanged, the run continues and tries again next time")
         return reason
     return ""
 
 
 @functools.cache
 def page_templates() -> "jinja2.Environment":
-    """The pages in templates/; whatever is put into them is escaped."""
-    import jinja2  # here: most calls of a stage end before a page is written
+    """Load the templates of the pages; values are escaped."""
+    import jinja2  # here, because most commands end before a page is written
 
-    folder = Path(__file__).parent / "templates"
-    loader = jinja2.FileSystemLoader(folder)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
-    """Fill a page of templates/ and write it, whole or not at all."""
+    """Fill a template and write the page atomically."""
     write_text(path, page_templates().get_template(template).render(**values))
 
 
@@ -153,9 +151,9 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 @contextmanager
 def sole_process(folder: Path, *others: Path) -> Iterator[None]:
-    """Lock a folder until the block or this process ends, whatever ends it; children do not inherit the lock.
+    """Lock a folder until the block or this process ends, however it ends; child processes do not inherit the lock.
 
-    What a killed process left half written there, and in `others`, is removed.
+    Temporary files that a killed process left there, and in `others`, are removed.
     raises: InputError if another process holds the lock
     """
     if rank() > 0:
@@ -167,34 +165,32 @@ def sole_process(folder: Path, *others: Path) -> Iterator[None]:
             if os.name == "nt":
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would keep a flock
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                words = "is training there; wait for its end, stop it, or choose another --run_name"
-                raise InputError(f"{folder}: {lock_owner(file)} {words}") from None
-            warn(f"{folder} cannot be locked ({error.strerror}); start no second run in it")
+                owner = "another" if os.name == "nt" else file.read(20).decode("latin-1")
+                raise InputError(
+                    f"{folder}: process {owner} is training there; wait until it ends, stop it, "
+                    "or choose another --run_name"
+                ) from None
+            warn(f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
         with suppress(OSError):
             file.truncate(0)
             file.write(str(os.getpid()).encode())
-        for place in (folder, *others):
-            for path in place.glob(".*.tmp"):
+        for locked in (folder, *others):
+            for path in locked.glob(".*.tmp"):
                 path.unlink()
         yield
 
 
-def lock_owner(file: io.FileIO) -> str:
-    """Name the process that wrote its number into a lock; Windows lets nobody else read it."""
-    return "another process" if os.name == "nt" else f"process {one_line(file.read(20).decode('latin-1'))}"
-
-
 # ---------------------------------------------------------------------------------------------
-# A stranger's archive
+# Torch files from strangers
 
 
-def count_values(value: object) -> int:
-    """Count nested plain values; a small file can hold copies of copies that no loop would come to the end of.
+def check_values(value: object) -> None:
+    """Check that nested values are no more than a checkpoint has: a small file can hold copies of copies of copies.
 
-    raises: ValueError beyond MOST_VALUES or MOST_LEVELS, and for integers that are too long to be printed
+    raises: ValueError for more than MOST_VALUES or MOST_LEVELS, and for integers too long to be printed
     """
     waiting = [(value, 0)]
     count = 0
@@ -202,30 +198,26 @@ def count_values(value: object) -> int:
         x, level = waiting.pop()
         count += 1
         if count > MOST_VALUES or level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
-            raise ValueError("more in it than a checkpoint has")
-        inside = [*x.keys(), *x.values()] if isinstance(x, dict) else x
-        if isinstance(inside, list | tuple | set):
-            waiting += [(y, level + 1) for y in inside]
-    return count
+            raise ValueError("it contains more than a checkpoint does")
+        inner = [*x.keys(), *x.values()] if isinstance(x, dict) else x
+        if isinstance(inner, list | tuple | set):
+            waiting += [(y, level + 1) for y in inner]
 
 
 def check_zip(path: Path) -> None:
-    """Check the sizes and checksums of a torch file, which torch.load does not look at.
-
-    raises: InputError if a checksum is wrong; ValueError if it is compressed, as torch never does
-    """
+    """Check what torch.load ignores in a zip file; raise ValueError for bombs and wrong checksums."""
     with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:  # torch does not compress
             raise ValueError("it would unpack to more than its own size")
         damaged = archive.testzip()
     if damaged:
-        raise InputError(f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint")
+        raise ValueError(f"damaged: checksum of {damaged} is wrong")
 
 
 def read_archive(path: Path) -> object:
     """Read any torch file as plain values and tensors; nothing in it is executed.
 
-    raises: InputError if it is missing, damaged, or holds more than plain values
+    raises: InputError if it is missing or damaged, or contains more than plain values
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -233,19 +225,17 @@ def read_archive(path: Path) -> object:
         if zipfile.is_zipfile(path):
             check_zip(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's reader, about what a hostile file claims to be
+            warnings.simplefilter("ignore")  # torch's, about the claims of a hostile file
             value = torch.load(path, map_location="cpu", weights_only=True)
-        count_values(value)
-        return value
-    except InputError:
-        raise
-    except Exception as error:
+        check_values(value)
+    except Exception as error:  # torch and zipfile raise a dozen types on hostile files
         reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error
+    return value
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether `value` maps names to ordinary tensors, none larger than what the file holds of it."""
+    """Whether a value maps names to ordinary tensors, none larger than its data in the file."""
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(x, Tensor)
@@ -257,9 +247,9 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
-    """Compare a state dict with that of a network before it is loaded, or say in one line what does not fit.
+    """Compare a state dict with the one of a network before it is loaded.
 
-    raises: InputError with the first three names that are missing, foreign, of another shape or type, or not finite
+    raises: InputError with the first three names that are missing, unknown, not finite, or of another shape or type
     """
     if not is_state_dict(tensors):
         raise InputError(f"{what}: holds no tensors by name; expected the weights of one network")
@@ -273,7 +263,7 @@ def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None
             faults.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(wanted[name].shape)}")
         elif tensors[name].is_floating_point() != wanted[name].is_floating_point():
             faults.append(f"{name} is {tensors[name].dtype}, expected {wanted[name].dtype}")
-        elif not torch.isfinite(tensors[name].float()).all():  # as the network will hold it
+        elif not torch.isfinite(tensors[name].float()).all():  # float: the network's type
             faults.append(f"{name} is not finite")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""

@@ -1,32 +1,116 @@
-"""Folders of results: small copies for a gallery, and which files a test may clear away.
+"""A folder of results: names of its folders, thumbnails, the record of what a test wrote, the grid and the page.
 
-save_thumbnail(image, output / thumbnail(Path("fake_B", "0001.png")))
-sweep(output, files, inputs, network="day2night", keep=False)
+clear(output, inputs)  # removes what the last test wrote there, and nothing else
+save_results(output, result, [image, fake])
+write_gallery(output, "horse2zebra", {"epoch": 200}, {direction: [result]}, table=[])
 """
 
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
 
-import utils
+from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, write_json, write_page
-from toolkit.images import LARGEST_CELL, UnreadableImage, read_image
-from utils import counted, say
+from toolkit.images import LARGEST_CELL, draw_file_grid, save_image
+from utils import InputError, counted, domain_names, one_line, say
 
-KINDS = ("real_A", "fake_B", "truth_B", "rec_A", "real_B", "fake_A", "truth_A", "rec_B")  # folders of results
-DOMAINS = {"AtoB": ("A", "B"), "BtoA": ("B", "A")}  # source and target domain
+LEGEND = {  # of the page
+    "real": "{} as it was given",
+    "fake": "the translation to {}",
+    "truth": "the image of the same name among those of {}",
+    "rec": "the translation, translated back to {}",
+}
+RECORD = ".written.json"  # names the files that the last test wrote
+PAGE = "index.html"
+GRID = "grid.png"
+SCORES = "metrics.json"
+THUMBNAILS = "thumbnails"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-WRITTEN = ".written.json"  # in a folder of results: the files that a test wrote there
+
+
+@dataclass
+class Result:
+    """A translated image and its files, which are relative to the folder of results."""
+
+    input: Path
+    name: Path  # of each of its files, within their folders
+    files: dict[str, Path]  # by folder: real_A, fake_B and, if there are such images, truth_B and rec_A
+    truth: Path | None = None  # what the input should become, if that is known
+
+
+def result_folders(direction: Direction) -> tuple[str, str, str, str]:
+    """Return the folders for inputs, translations, truths and round trips."""
+    source, target = direction
+    return f"real_{source}", f"fake_{target}", f"truth_{target}", f"rec_{source}"
+
+
+OWN_NAMES = (*result_folders(DIRECTIONS[0]), *result_folders(DIRECTIONS[1]), THUMBNAILS, PAGE, GRID, SCORES)
+
+
+# ---------------------------------------------------------------------------------------------
+# The record of what a test wrote
+
+
+def read_record(output: Path) -> list[str]:
+    """Return the names of the files that the last test wrote; none if their record is missing or damaged."""
+    try:
+        names = list(json.loads((output / RECORD).read_text(encoding="utf-8"))["files"])
+        return [name for name in names if Path(name).parts[0] in OWN_NAMES and ".." not in Path(name).parts]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return []
+
+
+def record(output: Path, names: Iterable[Path | str]) -> None:
+    """Add to the record those files that exist, and their thumbnails."""
+    found = set(read_record(output))
+    for name in map(Path, names):
+        found |= {path.as_posix() for path in (name, thumbnail(name)) if (output / path).is_file()}
+    if found:
+        write_json(output / RECORD, {"files": sorted(found)})
+
+
+def clear(output: Path, inputs: Iterable[Path]) -> None:
+    """Remove the files that the last test wrote; files that are not in its record are kept.
+
+    raises: InputError as refuse_inputs does; nothing is removed then
+    """
+    refuse_inputs(output, inputs)
+    found = [output / name for name in read_record(output) if (output / name).is_file()]
+    for path in found:
+        path.unlink()
+    (output / RECORD).unlink(missing_ok=True)
+    if found:
+        say(f"{output}: removed {counted(len(found), 'file')} of the last test; --output DIR would keep them")
+
+
+def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError for an input where results are removed or written."""
+    own = {(output / name).resolve() for name in OWN_NAMES}
+    for path in inputs:
+        real = path.resolve()
+        if own & {real, *real.parents}:
+            raise InputError(f"--output {output}: would remove or overwrite the input {path}; choose another folder")
+
+
+# ---------------------------------------------------------------------------------------------
+# Results and thumbnails
+
+
+def save_results(output: Path, result: Result, images: Sequence[Image.Image]) -> None:
+    """Write the images of a result in the order of its files; a file that exists therefore has its thumbnail."""
+    for file, image in zip(result.files.values(), images, strict=True):
+        save_thumbnail(image, output / thumbnail(file))
+        save_image(image, output / file)
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> None:
-    """Write a JPEG of at most LARGEST_CELL px a side; its folder is made. For a smaller image one is removed."""
-    if max(image.size) <= LARGEST_CELL:  # is shown as it is
+    """Write a JPEG of at most LARGEST_CELL px a side; remove it for an image that is no larger than that."""
+    if max(image.size) <= LARGEST_CELL:
         path.unlink(missing_ok=True)
         return
     small = image.copy() if max(image.size) < 4 * LARGEST_CELL else image.reduce(max(image.size) // (2 * LARGEST_CELL))
@@ -37,141 +121,81 @@ def save_thumbnail(image: Image.Image, path: Path) -> None:
 
 
 def thumbnail(file: Path) -> Path:
-    """Where the small copy of a result lies, beside the folders of all; there is one if the result is large."""
-    return Path("thumbnails", file).with_suffix(".jpg")
+    """Return where the thumbnail of a file is, if the file is large enough to have one."""
+    return Path(THUMBNAILS, file).with_suffix(".jpg")
 
 
-def shown_file(output: Path, file: Path) -> Path:
-    """The small copy of a result, or the result itself where that is small."""
+def small_file(output: Path, file: Path) -> Path:
+    """Return the thumbnail of a file or, if it has none, the file itself."""
     small = thumbnail(file)
     return small if (output / small).is_file() else file
 
 
-def is_whole(output: Path, file: Path) -> bool:
-    """Tell whether a result is there to its end and, without a small copy, can be read; then that copy is written."""
+def is_complete(output: Path, result: Result) -> bool:
+    """Whether all files of a result exist and are not cut off."""
+    return all(ends_as_png(output / file) for file in result.files.values())
+
+
+def ends_as_png(path: Path) -> bool:
+    """Whether a file has the last bytes of a PNG."""
     try:
-        with (output / file).open("rb") as opened:
-            opened.seek(-len(PNG_END), os.SEEK_END)
-            if opened.read() != PNG_END:
-                return False
-    except OSError:  # it is not there, or shorter than that
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # missing, or shorter than that
         return False
-    if not (output / thumbnail(file)).exists():
-        try:
-            save_thumbnail(read_image(output / file), output / thumbnail(file))
-        except UnreadableImage:
-            return False
-    return True
-
-
-def stamp(path: Path) -> list[int]:
-    """Size and time of a file, which change with it; empty if it is not there."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-
-
-def is_result(name: str) -> bool:
-    """Tell whether a name out of WRITTEN is one that a test gives to its files."""
-    parts = Path(name).parts
-    return ".." not in parts and parts[:1] in [(kind,) for kind in (*KINDS, "thumbnails")]
-
-
-def read_written(output: Path, network: str) -> dict[str, list]:
-    """The stamps of files that earlier tests of this network wrote; of what is no such list, none."""
-    try:
-        written = json.loads((output / WRITTEN).read_text(encoding="utf-8"))
-        files = written["files"] if written["network"] == network else {}
-        return {name: old for name, old in files.items() if is_result(name) and old and stamp(output / name) == old}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
-
-
-def sweep(output: Path, files: Collection[Path], inputs: Iterable[Path], network: str, keep: bool) -> None:
-    """Remove what earlier tests wrote into `output` and this one did not; say what else lies in its folders.
-
-    Only files that WRITTEN names are removed, and only those that have not changed since and are no inputs.
-    files:   what this test wrote, relative to output; with thumbnails, where there are any
-    network: the run or file that was tested; what another one gave stays
-    keep:    remove nothing
-    """
-    mine = {str(file) for file in files}
-    mine |= {str(small) for file in files if (output / (small := thumbnail(file))).is_file()}
-    left = {name: old for name, old in read_written(output, network).items() if name not in mine}
-    needed = {path.resolve() for path in inputs}
-    removed = [] if keep else [name for name in left if (output / name).resolve() not in needed]
-    for name in removed:
-        (output / name).unlink(missing_ok=True)
-        del left[name]
-    if removed:
-        (output / "metrics.json").unlink(missing_ok=True)  # the scores of what was removed
-        say(f"{output}: removed {counted(len(removed), 'file')} of an earlier test; --output DIR keeps them apart")
-    found = [path for kind in KINDS for path in sorted((output / kind).rglob("*")) if path.is_file()]
-    stay = [path for path in found if str(path.relative_to(output)) not in mine]
-    if stay:
-        say(f"{output}: files that this test did not write: {len(stay)}, such as {stay[0]}; they stay")
-    stamps = left | {name: stamp(output / name) for name in sorted(mine)}
-    write_json(output / WRITTEN, {"network": network, "files": stamps})
-
-
-def forget_scores(output: Path, what: dict) -> None:
-    """Remove the scores of images that a test has just replaced, unless those were made in the same way.
-
-    what: the entries of metrics.json that say how; a file that lacks one is not known to be ours, and stays
-    """
-    path = output / "metrics.json"
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: scores[name] for name in what}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return
-    if known != what:
-        path.unlink()
-
-
-LEGEND = {  # of the gallery
-    "real": "{} as it was given",
-    "fake": "the translation to {}",
-    "truth": "the image of the same name among those of {}",
-    "rec": "the translation, translated back to {}",
-}
 
 
 # ---------------------------------------------------------------------------------------------
-# Folders
+# The grid, the page and the scores
 
 
-@dataclass
-class Result:
-    """A translated image: its input, and the files written for it by folder (real_A, fake_B, truth_B, rec_A)."""
-
-    input: Path
-    name: Path
-    files: dict[str, Path]
-
-
-# ---------------------------------------------------------------------------------------------
-# The gallery
+def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> None:
+    """Write grid.png: up to six images of each direction, evenly spread, one column an image."""
+    columns = min(6, *(len(translated) for translated in results.values()))
+    rows = []
+    for translated in results.values():
+        chosen = translated[:: len(translated) // columns][:columns]
+        for folder in chosen[0].files:
+            if all(folder in result.files for result in chosen):
+                rows.append((folder, [output / small_file(output, result.files[folder]) for result in chosen]))
+    save_image(draw_file_grid(rows), output / GRID)
+    record(output, [GRID])
 
 
 def address(file: Path) -> str:
-    """A file below a page's folder as its links write it."""
+    """Return the address of a file relative to the page."""
     return quote(os.fsencode(file.as_posix()))
 
 
 def write_gallery(
-    output: Path, dataset_name: str, about: dict, results: dict[str, list[Result]], table: Sequence[str]
+    output: Path, dataset_name: str, about: dict, results: Mapping[Direction, Sequence[Result]], table: Sequence[str]
 ) -> None:
-    """Write index.html: input, translation and what else there is of every image, small, each leading to its file."""
-    names = dict(zip("AB", utils.domain_names(dataset_name), strict=True))
-    known = [f"{name} {value}" for name, value in about.items() if value is not None]  # epoch and step
-    title = ", ".join([utils.one_line(output.parent.name), *known])
+    """Write index.html, which shows each input beside its results; a click opens the file.
+
+    about: epoch and step of the networks, where they are known
+    table: the scores, as lines of text
+    """
+    names = dict(zip("AB", domain_names(dataset_name), strict=True))
+    known = [f"{name} {value}" for name, value in about.items() if value is not None]
+    title = ", ".join([one_line(output.parent.name), *known])
     directions = []
-    for direction, translated in results.items():
-        source, target = DOMAINS[direction]
-        kinds = dict.fromkeys(kind for result in translated for kind in result.files)
-        legend = [(kind, LEGEND[kind[:-2]].format(names[kind[-1]])) for kind in kinds]
+    for (source, target), translated in results.items():
+        folders = dict.fromkeys(folder for result in translated for folder in result.files)
+        legend = [(folder, LEGEND[folder[:-2]].format(names[folder[-1]])) for folder in folders]
         rows = []
         for result in translated:
-            figures = [(kind, address(file), address(shown_file(output, file))) for kind, file in result.files.items()]
-            rows.append((utils.one_line(result.name), figures))
-        directions.append((f"{names[source]} → {names[target]}: {utils.counted(len(rows), 'image')}", legend, rows))
-    write_page(output / "index.html", "gallery.html", title=title, table=list(table), directions=directions)
+            figures = [
+                (folder, address(file), address(small_file(output, file))) for folder, file in result.files.items()
+            ]
+            rows.append((one_line(result.name), figures))
+        heading = f"{names[source]} → {names[target]}: {counted(len(rows), 'image')}"
+        directions.append((heading, legend, rows))
+    write_page(output / PAGE, "gallery.html", title=title, table=list(table), directions=directions)
+    record(output, [PAGE])
+
+
+def write_scores(output: Path, scores: dict) -> None:
+    """Write metrics.json."""
+    write_json(output / SCORES, scores)
+    record(output, [SCORES])

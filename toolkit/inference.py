@@ -1,16 +1,18 @@
-"""Networks for use: find them, translate one image, a batch, a folder.
+"""Find networks, and translate images and folders with them.
 
 nets, metadata = load_networks(None, "horse2zebra")
-translator = Translator(nets, metadata, device="auto")
-translate_folder(translator, "AtoB", Path("photos"), list_images(Path("photos")), Path("zebras"))
+translator = Translator(nets, metadata)
+photos = Path("photos")
+translate_folder(translator, Direction.named("AtoB"), photos, list_images(photos), output=Path("zebras"))
 """
 
+import dataclasses
 import hashlib
 import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,140 +23,177 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import utils
-from models import LEGACY_DIRECTIONS, Generator, GeneratorConfig, Nets
-from toolkit import cli, devices
-from toolkit.checkpoints import RUNS, found_runs, load_checkpoint, networks_of
-from toolkit.gallery import DOMAINS, KINDS, Result, is_whole, save_thumbnail, thumbnail
-from toolkit.images import (
-    BadImages,
-    UnreadableImage,
-    image_to_tensor,
-    read_image,
-    resize_image,
-    save_image,
-    tensor_to_image,
-)
+from cyclegan import LossConfig
+from datasets import DataConfig
+from models import DIRECTIONS, Direction, Generator, GeneratorConfig, Networks
+from toolkit import devices, gallery
+from toolkit.checkpoints import RUNS, found_runs, load_checkpoint, networks_of, unusable
+from toolkit.gallery import Result
+from toolkit.images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, tensor_to_image
 from toolkit.tiles import receptive_field, translate_tiled
 from toolkit.weights import load_generator
-from utils import InputError, say, warn
+from utils import InputError, check_options, counted, say, warn
 
-NETWORKS = {direction: name for name, direction in LEGACY_DIRECTIONS.items()}  # "AtoB" → "G_AB"
-BATCH = 16  # images that pass a network together, at most
-BATCH_PIXELS = 2**20  # in them all; a larger image comes alone
-AHEAD_PIXELS = 2**23  # of images that are read, or wait to be written, while a network is busy
-THREADS = 4  # that read and write
+BATCH = 16  # images in a batch, at most
+BATCH_PIXELS = 2**20  # pixels in a batch, at most; a larger image is a batch of its own
+QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be written, at most
+THREADS = 4  # that read and write images
 
 
 # ---------------------------------------------------------------------------------------------
 # Finding networks
 
 
-def check_together(nets: Nets, what: object, size: Sequence[int] | None = None) -> None:
-    """Raise InputError if networks cannot work on each other's images: their channels differ, or one needs larger ones.
+def check_together(nets: Networks, what: object, size: Sequence[int] | None = None) -> None:
+    """Check that networks can process each other's images.
 
-    size: height and width of the images in px, where it is known
+    what:   names the networks in messages
+    size:   height and width of the training images in px, if known
+    raises: InputError if their channels differ, or if the images are too small for one of them
     """
     channels = {name: net.config.channels for name, net in nets.items()}
     if len(set(channels.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in channels.items())
         raise InputError(f"{what}: its networks differ in channels ({found}); expected networks of one run")
-    side = min(size or [2**30])
-    for name, config in ((name, net.config) for name, net in nets.items()):
-        fits = side >= config.smallest_side if isinstance(config, GeneratorConfig) else config.map_side(side) >= 1
-        if size and not fits:
+    if size is None:
+        return
+    for name, net in nets.items():
+        config = net.config
+        if isinstance(config, GeneratorConfig):
+            fits = min(size) >= config.smallest_side
+        else:
+            fits = config.map_side(min(size)) >= 1
+        if not fits:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
 
 
+def epoch_name(text: str) -> str:
+    """Accept the name of a checkpoint: latest, best, or the number of an epoch; else raise ValueError."""
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"given {text!r}, expected latest, best or the number of an epoch")
+    return str(int(text))
+
+
 def load_networks(
-    file: Path | None, run_name: str, epoch: str = "latest", direction: str | None = None, discriminators: bool = False
-) -> tuple[Nets, dict]:
-    """Find the network of a generator file or, without one, those of a run; direction: what is wanted, if that was said."""
+    file: Path | None,
+    run_name: str,
+    epoch: str = "latest",
+    direction: Direction | None = None,
+    discriminators: bool = False,
+) -> tuple[Networks, dict]:
+    """Load the generator of a file or, without one, the networks of a run.
+
+    direction: the one that was asked for; decides which one a file has that does not say
+    returns:   networks by name, and metadata as load_run does
+    raises:    InputError if the file is for the other direction, and as load_generator and load_run do
+    """
     if file is None:
         return load_run(run_name, epoch, discriminators)
     net, metadata = load_generator(file)
     found = metadata["direction"]
-    if direction and found not in (None, direction):
-        raise InputError(f"--direction {direction}: {file} translates {found}; leave the flag out")
+    if direction and found not in (None, str(direction)):
+        raise InputError(f"--direction {direction}: {file} translates {found}; leave the option out")
     if found is None and direction is None:
-        say(f"{file}: does not say its direction; taken for AtoB")
-    metadata["direction"] = found or direction or "AtoB"
-    return {NETWORKS[metadata["direction"]]: net}, metadata
+        say(f"{file}: does not say its direction; used as AtoB")
+    metadata["direction"] = found or str(direction or DIRECTIONS[0])
+    return {Direction.named(metadata["direction"]).generator: net}, metadata
 
 
-def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False) -> tuple[Nets, dict]:
-    """Find the networks of a run: those of its generator files, else, or with discriminators, of a whole-state file.
+def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False) -> tuple[Networks, dict]:
+    """Load the generators of a run from their files, or all its networks from a checkpoint.
 
-    epoch:   "latest", "best" or a number
-    returns: networks by name, and metadata with size, dataset_name, data_root, epoch, step; of a state also its flags
+    epoch:   "latest", "best" or a number; other than the latest need a checkpoint, as discriminators do
+    returns: networks by name, and metadata with size, dataset_name, data_root, epoch, step; of a checkpoint also
+             loss_config
     raises:  InputError if there is no such run or epoch, or if its networks do not fit together
     """
     folder = RUNS / run_name
     if not folder.is_dir():
-        hint = f"runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
-        raise InputError(f"{folder}: no such run; {hint}")
-    files = [path for name in LEGACY_DIRECTIONS if (path := folder / f"{name}.safetensors").is_file()]
+        raise InputError(
+            f"{folder}: no such run; runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
+        )
+    files = {direction: folder / f"{direction.generator}.safetensors" for direction in DIRECTIONS}
+    files = {direction: path for direction, path in files.items() if path.is_file()}
     if epoch != "latest" or discriminators or not files:
         return load_run_state(folder, epoch)
-    nets = {}
+    nets: Networks = {}
+    metadata = {}
     steps = set()
-    for path in files:
-        nets[path.stem], metadata = load_generator(path)
-        if metadata["direction"] != LEGACY_DIRECTIONS[path.stem]:
-            words = f"its metadata says {metadata['direction']}, its name {LEGACY_DIRECTIONS[path.stem]}"
-            raise InputError(f"{path}: {words}; put it right")
+    for direction, path in files.items():
+        nets[direction.generator], metadata = load_generator(path)
+        if metadata["direction"] != str(direction):
+            raise InputError(f"{path}: its metadata says {metadata['direction']}, its name {direction}; rename it")
         steps.add(str(metadata.get("step")))
     if len(steps) > 1 and (folder / "latest.pt").is_file():
-        say(f"{folder}: the generator files are of two saves, the second one unfinished; latest.pt is used")
+        say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
         return load_run_state(folder, "latest")
     check_together(nets, folder, metadata["size"])
     return nets, metadata
 
 
-def load_run_state(folder: Path, epoch: str) -> tuple[Nets, dict]:
-    """Build the networks of a whole-state file; returns them by name, and metadata with its flags."""
+def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
+    """Load all networks of a checkpoint, and metadata as load_run does."""
     state, path = load_checkpoint(folder, epoch, "--epoch")
-    parser = cli.Parser()
-    cli.add_data_flags(parser)
-    cli.add_loss_flags(parser)
-    saved = cli.saved_flags(parser, state.get("args"), path)  # checked as if they had been typed
-    size: list[Any] = [saved["img_height"], saved["img_width"]]
     nets = networks_of(state, path)
-    check_together(nets, path, size)
-    if not LEGACY_DIRECTIONS.keys() & nets.keys():
+    if not any(direction.generator in nets for direction in DIRECTIONS):
         raise InputError(f"{path}: holds no generator; use another checkpoint")
-    about = {"epoch": state.get("epoch"), "step": state.get("step"), "data_root": str(saved["data_root"])}
-    return nets, {"size": size, "flags": saved, "dataset_name": saved["dataset_name"], **about}
+    try:
+        metadata = state_metadata(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unusable(path, error) from error
+    check_together(nets, path, metadata["size"])
+    return nets, metadata
+
+
+def state_metadata(state: dict) -> dict:
+    """Read from a training state what it was trained on; options that are newer than it have their defaults."""
+    saved = state["args"]
+    names = [field.name for field in dataclasses.fields(LossConfig)]
+    loss_config = LossConfig(**{name: saved[name] for name in names if name in saved})
+    check_options(loss_config)
+    return {
+        "size": [int(saved["img_height"]), int(saved["img_width"])],
+        "dataset_name": saved.get("dataset_name", DataConfig.dataset_name),
+        "data_root": saved.get("data_root", str(DataConfig.data_root)),
+        "epoch": state["epoch"],
+        "step": state["step"],
+        "loss_config": loss_config,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
-# Networks in use
+# Translating images
 
 
 @dataclass
-class Source:
-    """An image that was read, as the network shall see it, too; or why it cannot be translated."""
+class LoadedImage:
+    """An image file that was read, or the reason why it cannot be translated."""
 
     path: Path
-    image: Any = None  # at its own size; None where it cannot be translated
-    seen: Any = None
-    pixels: int = 0  # of the image
-    fault: object = None
+    image: Any = None  # a PIL image, at its own size; None if it cannot be translated
+    network_input: Any = None  # the same at the size that the networks get
+    reason: object = None
+
+    @property
+    def pixels(self) -> int:
+        return self.image.width * self.image.height if self.image else 0
 
 
 class Translator:
-    """Networks in eval mode on their device, and how images pass them.
+    """Networks in eval mode on a device, and the sizes at which images pass through them.
 
-    nets, metadata: as load_networks gives them
-    scale:          "train": a network sees images at the size of training, if that is known; "native": at their own
-    tile:           larger images are translated in tiles of so many px a side; None: whole
-    output_size:    "input": results have the size of the image; "net": that which the network saw
-    raises:         InputError for a device that is not there, a precision it has not, and tiles that are too small
+    nets, metadata: as load_networks returns them
+    scale:          "train": resize images to the training size, if it is known; "native": keep their own size
+    tile:           translate larger images in overlapping tiles of so many px a side; None: whole
+    output_size:    "input": resize results to the size of their image; "net": keep the size of the networks' output
+    raises:         InputError for a device that does not exist, a precision that it lacks, and tiles that are too small
     """
 
     def __init__(
         self,
-        nets: Nets,
+        nets: Networks,
         metadata: dict,
         device: str = "auto",
         precision: str = "auto",
@@ -169,161 +208,185 @@ class Translator:
         self.scale = scale
         self.tile = tile
         self.output_size = output_size
-        self.busy = 0.0  # seconds in the networks
-        self.directions = [direction for name, direction in LEGACY_DIRECTIONS.items() if name in nets]
-        self.configs = [net.config for name, net in nets.items() if name in LEGACY_DIRECTIONS]
+        self.seconds = 0.0  # that the networks have taken so far
+        self.directions = [direction for direction in DIRECTIONS if direction.generator in nets]
+        self.configs = [nets[direction.generator].config for direction in self.directions]
         self.channels = self.configs[0].channels
-        self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators take, px
-        field = max(map(receptive_field, self.configs))
-        if tile and tile < self.smallest_side:
+        self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators accept, in px
+        if tile:
+            self._check_tile(tile)
+
+    def _check_tile(self, tile: int) -> None:
+        if tile < self.smallest_side:
             raise InputError(f"--tile {tile}: the networks need at least {self.smallest_side} px; take that or more")
-        if tile and tile < field:
+        field = max(map(receptive_field, self.configs))
+        if tile < field:
             needed = f"{field} px" if math.isfinite(field) else "the whole image"
             warn(f"--tile {tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
-    def generators(self, direction: str) -> tuple[Generator, Generator | None]:
-        """The generator of a direction, and the one that leads back, if there is one."""
+    def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
+        """Return the generator of a direction and, if there is one, that of the way back."""
         if direction not in self.directions:
-            raise InputError(f"these weights translate {', '.join(self.directions)} only; choose that direction")
-        source, target = DOMAINS[direction]
-        return self.nets[f"G_{source}{target}"], self.nets.get(f"G_{target}{source}")
+            present = ", ".join(map(str, self.directions))
+            raise InputError(f"these weights translate {present} only; choose that direction")
+        return self.nets[direction.generator], self.nets.get(direction.reverse.generator)
 
     @torch.no_grad()
     def __call__(self, net: Generator, images: Tensor) -> Tensor:
-        """Run (N, C, H, W) through a network, in tiles where they are wanted; float32 out."""
+        """Run (N, C, H, W) in [-1, 1] through a network, in tiles where needed; returns float32 of the same shape."""
         start = time.perf_counter()
 
-        def translate(x: Tensor) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             with devices.autocast(self.device, self.precision):
                 return net(x.to(self.device)).float()
 
         if self.tile and max(images.shape[-2:]) > self.tile:
-            outputs = torch.cat([translate_tiled(net, translate, image[None], self.tile) for image in images.cpu()])
+            outputs = torch.cat([translate_tiled(net, forward, image[None], self.tile) for image in images.cpu()])
         else:
-            outputs = translate(images)
+            outputs = forward(images)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.busy += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
         return outputs
 
-    def read_seen(self, path: Path) -> Source:
-        """Read an image, and resize it to what the networks shall see."""
+    def load(self, path: Path) -> LoadedImage:
+        """Read an image and resize it for the networks."""
         try:
             image = read_image(path, self.channels)
         except UnreadableImage as error:
-            return Source(path, fault=error)
+            return LoadedImage(path, reason=error)
         size = self.size if self.scale == "train" else None
-        height, width = size or image.size[::-1]
+        height, width = size or (image.height, image.width)
         if min(height, width) < self.smallest_side:
-            return Source(path, fault=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
+            reason = f"{width}x{height} px, the generator needs {self.smallest_side} px a side"
+            return LoadedImage(path, reason=reason)
         most = self.tile or math.inf
         for config in self.configs:
             if config.token_bytes(min(height, most), min(width, most), blocks=1) > devices.total_memory(self.device):
-                tokens = f"{config.tokens(height, width):,} tokens, more than {self.device} can hold"
-                return Source(path, fault=f"{width}x{height} px are {tokens}; take --scale train")
-        return Source(path, image, resize_image(image, (width, height)), pixels=image.width * image.height)
+                count = config.tokens(height, width)
+                reason = (
+                    f"{width}x{height} px are {count:,} tokens, more than {self.device} can hold; take --scale train"
+                )
+                return LoadedImage(path, reason=reason)
+        return LoadedImage(path, image, resize_image(image, (width, height)))
 
 
 def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
-    """(C, H, W) in [-1, 1] out of a network → an image of (width, height)."""
+    """Turn the output of a network, (C, H, W) in [-1, 1], into an image of (width, height)."""
     return resize_image(tensor_to_image(x), size)
 
 
-def free_name(name: Path, taken: set[str]) -> Path:
-    """Add .png to a name, which is changed if it is too long, or among those taken, to which the new one is added."""
+# ---------------------------------------------------------------------------------------------
+# Names of results
+
+
+def unique_name(name: Path, taken: set[str]) -> Path:
+    """Add .png to a name, which is changed if it is too long or taken; adds the result to `taken`.
+
+    taken: names in lower case, because some file systems do not distinguish a from A
+    """
     stem = name.name
-    while str(fitting := name.with_name(f"{shortened(stem)}.png")).lower() in taken:  # for some systems A is a
+    candidate = name.with_name(f"{shorten_name(stem)}.png")
+    while str(candidate).lower() in taken:
         stem += "_"
-    taken.add(str(fitting).lower())
-    return fitting
+        candidate = name.with_name(f"{shorten_name(stem)}.png")
+    taken.add(str(candidate).lower())
+    return candidate
 
 
-def shortened(stem: str, most: int = 251) -> str:
-    """A name of at most so many bytes (with .png 255, what file systems take): the start of a longer one, and a checksum."""
+def shorten_name(stem: str, most: int = 251) -> str:
+    """Cut a name to so many bytes (with .png 255, the limit of file systems); it then ends in a checksum."""
     if len(os.fsencode(stem)) <= most:
         return stem
-    mark = "~" + hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]
-    while len(os.fsencode(stem + mark)) > most:
+    ending = "~" + hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]
+    while len(os.fsencode(stem + ending)) > most:
         stem = stem[:-1]
-    return stem + mark
+    return stem + ending
 
 
 def plan_results(
-    direction: str, root: Path, paths: Sequence[Path], round_trip: bool, truths: Collection[Path] = ()
+    direction: Direction, root: Path, paths: Sequence[Path], round_trip: bool, truths: Mapping[Path, Path]
 ) -> dict[Path, Result]:
-    """Name what each input will get after its stem, sub-folders kept; where two share one, their suffixes stay too."""
-    source, target = DOMAINS[direction]
-    plain = [f"real_{source}", f"fake_{target}"]
-    back = [f"rec_{source}"] if round_trip else []
+    """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix."""
+    real, fake, truth, rec = gallery.result_folders(direction)
     stems = {path: path.relative_to(root).with_suffix("") for path in paths}
     count = Counter(stems.values())
-    taken = set()
+    taken: set[str] = set()
     results = {}
     for path, stem in stems.items():
-        name = free_name(stem if count[stem] == 1 else path.relative_to(root), taken)
-        truth = [f"truth_{target}"] if path in truths else []
-        results[path] = Result(path, name, {kind: Path(kind, name) for kind in (*plain, *truth, *back)})
+        name = unique_name(stem if count[stem] == 1 else path.relative_to(root), taken)
+        folders = [real, fake]
+        if path in truths:
+            folders.append(truth)
+        if round_trip:
+            folders.append(rec)
+        results[path] = Result(path, name, {folder: Path(folder, name) for folder in folders}, truths.get(path))
     return results
 
 
-def refuse_overwriting(output: Path, results: dict[Path, Result]) -> None:
-    """Raise InputError if an input lies where a file of this or the other direction would go."""
-    inputs = {path.resolve() for path in results}
-    clash = {(output / kind / result.name).resolve() for kind in KINDS for result in results.values()} & inputs
-    if clash:
-        raise InputError(f"--output {output}: would overwrite the input {min(clash)}; choose another folder")
+# ---------------------------------------------------------------------------------------------
+# Folders: threads read ahead and write behind while batches pass through the networks
 
 
-def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
-    """Group what read_seen gave into batches of equal size, in order; whatever is wrong comes alone."""
-    batch = []
-    for source in sources:
-        alike = batch and source.seen and batch[0].seen and source.seen.size == batch[0].seen.size
-        room = AHEAD_PIXELS // max(1, source.pixels)  # a photo waits at its own size for its small copy's neighbours
-        most = min(BATCH, BATCH_PIXELS // math.prod(source.seen.size), room) if alike else 0
-        if batch and len(batch) >= most:
+def in_batches(images: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
+    """Group images of equal size into batches, in order; what cannot be translated is a batch of its own."""
+    batch: list[LoadedImage] = []
+    for image in images:
+        if batch and not fits_batch(image, batch):
             yield batch
             batch = []
-        batch.append(source)
+        batch.append(image)
     if batch:
         yield batch
 
 
-def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[Source]:
-    """Yield function(item) in order, while threads work on the next ones; the larger they are, the fewer."""
-    waiting = deque()
+def fits_batch(image: LoadedImage, batch: Sequence[LoadedImage]) -> bool:
+    """Whether an image can be added to a batch."""
+    if image.reason or batch[0].reason or image.network_input.size != batch[0].network_input.size:
+        return False
+    by_pixels = BATCH_PIXELS // math.prod(image.network_input.size)
+    by_queue = QUEUE_PIXELS // max(1, image.pixels)  # a batch also keeps its images at their own size
+    return len(batch) < min(BATCH, by_pixels, by_queue)
+
+
+def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[LoadedImage]:
+    """Yield function(item) in order, while threads process the next items; the larger the images, the fewer."""
+    queue = deque()
     most = THREADS
     for item in items:
-        waiting.append(pool.submit(function, item))
-        while len(waiting) > most:
-            result = waiting.popleft().result()
-            if result.pixels:  # what cannot be read tells nothing about the next ones
-                most = min(2 * BATCH, max(1, AHEAD_PIXELS // result.pixels))
+        queue.append(pool.submit(function, item))
+        while len(queue) > most:
+            result = queue.popleft().result()
+            if result.pixels:  # an unreadable image says nothing about the next ones
+                most = min(2 * BATCH, max(1, QUEUE_PIXELS // result.pixels))
             yield result
-    while waiting:
-        yield waiting.popleft().result()
+    while queue:
+        yield queue.popleft().result()
 
 
-def translate_sources(
-    translator: Translator, nets: tuple[Generator, Generator | None], sources: Iterable[Source], bad: BadImages
-) -> Iterator[tuple[Source, list[Tensor]]]:
-    """Yield images with their translation and, where there is a way back, their round trip: (C, H, W) in [-1, 1]."""
-    net, back = nets
-    for batch in in_batches(sources):
-        if batch[0].fault:
-            bad.note(batch[0].path, batch[0].fault)
+def translate_images(
+    translator: Translator, nets: Sequence[Generator], images: Iterable[LoadedImage], bad: BadImages
+) -> Iterator[tuple[LoadedImage, list[Tensor]]]:
+    """Yield each image with the outputs of the networks, each of which gets the output of the one before.
+
+    outputs: (C, H, W) in [-1, 1]
+    """
+    for batch in in_batches(images):
+        if batch[0].reason:
+            bad.note(batch[0].path, batch[0].reason)
             continue
-        fakes = translator(net, torch.stack([image_to_tensor(source.seen) for source in batch]))
-        outputs = [fakes.cpu()]
-        if back:
-            outputs.append(translator(back, fakes).cpu())
-        for i, source in enumerate(batch):
-            yield source, [x[i] for x in outputs]
+        x = torch.stack([image_to_tensor(image.network_input) for image in batch])
+        outputs = []
+        for net in nets:
+            x = translator(net, x)
+            outputs.append(x.cpu())
+        for i, image in enumerate(batch):
+            yield image, [output[i] for output in outputs]
 
 
 def translate_folder(
     translator: Translator,
-    direction: str,
+    direction: Direction,
     root: Path,
     paths: Sequence[Path],
     output: Path,
@@ -332,49 +395,59 @@ def translate_folder(
     round_trip: bool = True,
     truths: Mapping[Path, Path] | None = None,
 ) -> list[Result]:
-    """Translate images into `output`, each under its input's name; reads and writes in threads; returns all that are there.
+    """Translate images into the folders real_A, fake_B, ... of `output`; return the results that exist then.
 
-    root:       the folder that names are relative to
-    round_trip: also translate back, where there is a network for it
-    truths:     by input, what it should become, to be shown beside it
-    raises:     InputError if an input would be overwritten, or none can be translated
+    root:       the folder that the results' names are relative to
+    on_bad:     "skip" or "stop" at an unreadable image
+    round_trip: also translate back, if there is a network for it
+    truths:     by input, the image that it should become, to be shown beside the translation
+    raises:     InputError if an input would be overwritten, or if no image can be translated
     """
-    truths = truths or {}
+    gallery.refuse_inputs(output, paths)
     net, back = translator.generators(direction)
-    back = back if round_trip else None
-    results = plan_results(direction, root, paths, back is not None, truths)
-    refuse_overwriting(output, results)
-    existing = set()
-    if skip_existing:
-        existing = {p for p, result in results.items() if all(is_whole(output, f) for f in result.files.values())}
+    nets = [net, back] if back and round_trip else [net]
+    results = plan_results(direction, root, paths, len(nets) == 2, truths or {})
+    existing = {path for path in paths if skip_existing and gallery.is_complete(output, results[path])}
     waiting = [path for path in paths if path not in existing]
     bad = BadImages(root, len(paths), on_bad)
+    written = []
 
-    def write(item: tuple[Source, list[Tensor]]) -> Source:
-        source, tensors = item
-        image = source.image if translator.output_size == "input" else source.seen
-        shown = [image, *(output_image(x, image.size) for x in tensors)]
-        files = results[source.path].files
-        if source.path in truths:
-            try:
-                shown.insert(2, read_image(truths[source.path], translator.channels))
-            except UnreadableImage:
-                files.pop(f"truth_{DOMAINS[direction][1]}")
-        for file, result in zip(files.values(), shown, strict=True):
-            save_image(result, output / file)
-            save_thumbnail(result, output / thumbnail(file))
-        return source
+    def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
+        loaded, outputs = item
+        written.append(loaded.path)
+        write_result(translator, output, results[loaded.path], loaded, outputs)
+        return loaded
 
     start = time.perf_counter()
-    busy = translator.busy
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = ahead(pool, translator.read_seen, waiting)
-        with tqdm(read, direction, len(waiting), unit="image", mininterval=0.5) as sources:
-            written = {x.path for x in ahead(pool, write, translate_sources(translator, (net, back), sources, bad))}
-    if not written | existing:
+    before = translator.seconds
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = run_ahead(pool, translator.load, waiting)
+            with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as images:
+                for _ in run_ahead(pool, write, translate_images(translator, nets, images, bad)):
+                    pass
+    finally:  # also after Ctrl-C, so that the next test removes what this one wrote
+        gallery.record(output, [file for path in written for file in results[path].files.values()])
+    if not (written or existing):
         raise InputError(f"{root}: no image could be translated (see above)")
     seconds = time.perf_counter() - start
-    speed = f"{len(written) / seconds:.1f} a second, {(translator.busy - busy) / seconds:.0%} of it in the networks"
+    speed = (
+        f"{len(written) / seconds:.1f} a second, {(translator.seconds - before) / seconds:.0%} of it in the networks"
+    )
     kept = f"; {len(existing)} existed already" if existing else ""
-    say(f"{direction}: {utils.counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
-    return [result for path, result in results.items() if path in written | existing]
+    say(f"{direction}: {counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
+    return [result for path, result in results.items() if path in existing.union(written)]
+
+
+def write_result(
+    translator: Translator, output: Path, result: Result, loaded: LoadedImage, outputs: Sequence[Tensor]
+) -> None:
+    """Write an input, its translation and what else belongs to it; a truth that cannot be read is left out."""
+    image = loaded.image if translator.output_size == "input" else loaded.network_input
+    images = [image, *(output_image(x, image.size) for x in outputs)]
+    if result.truth:
+        try:
+            images.insert(2, read_image(result.truth, translator.channels))
+        except UnreadableImage:
+            result.files = {folder: file for folder, file in result.files.items() if not folder.startswith("truth_")}
+    gallery.save_results(output, result, images)

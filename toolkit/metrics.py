@@ -28,6 +28,8 @@ from toolkit.distributed import rank
 from toolkit.images import range_to_bytes
 from utils import InputError, counted, need_package, warn
 
+MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # fast enough to be computed during training
+BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 PEAK = 255.0
 PSNR_LIMIT = 100.0  # dB; identical images would score infinity and spoil every mean
 WINDOW = 11  # px, side of SSIM's window

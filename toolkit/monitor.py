@@ -1,32 +1,29 @@
-"""What a run shows while it learns: grids, watched photos, a page; with the numbers of `logs`.
+"""Sample grids, watched photos and the live page of a training run, and its logs.
 
 monitor = Monitor(saved, images, (run_name, dataset_name), samples, photos, cyclegan_rows, loss_names(config))
 monitor.open(step=0, with_tensorboard=False)
-attempt(monitor.draw, model, epoch, step, True)
+monitor.log_losses(epoch=1, step=20, lr=2e-4, means=monitor.meter.means())
+monitor.draw(model, epoch, step, finished=True)
 """
 
-import csv
 import math
 import os
-import re
 import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cyclegan import CycleGAN, translate
 from datasets import held_out_split
-from models import Nets
-from toolkit.distributed import average, first_rank, rank
-from toolkit.files import atomic_write, attempt, write_page, write_text
+from models import DIRECTIONS, Direction, Networks
+from toolkit import files
+from toolkit.distributed import first_rank
+from toolkit.files import attempt
 from toolkit.images import (
     UnreadableImage,
     data_address,
@@ -37,249 +34,33 @@ from toolkit.images import (
     read_image,
     save_image,
 )
+from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
 from toolkit.metrics import format_table
 from utils import InputError, counted, domain_names, one_line, say, warn
-
-MOST_STEPS = 2**53  # no run has so many; a larger number is damage, and floats cannot hold it
-
-
-class Meter:
-    """Running sums of named losses; they stay on the device until somebody looks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # of each name: a resumed run may compute other losses
-        self.count = 0
-        self.recent: list[dict[str, Tensor]] = []  # what was added; not saved, since what was saved was finite
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.count += 1
-        self.recent.append({name: value.detach() for name, value in values.items()})
-        for name, value in self.recent[-1].items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def first_not_finite(self) -> tuple[list[str], int]:
-        """Name the values that were the first not to be finite, and how many additions ago."""
-        for ago, values in reversed(list(enumerate(reversed(self.recent)))):
-            names = [name for name, value in values.items() if not torch.isfinite(value)]
-            if names:
-                return names, ago
-        return [], 0
-
-    def means(self) -> dict[str, float]:
-        """Read the means, over all ranks; waits for the device."""
-        sums = {name: value.detach().clone() for name, value in self.sums.items()}
-        average(list(sums.values()))
-        return {name: value.item() / max(1, self.counts[name]) for name, value in sums.items()}
-
-    def state_dict(self) -> dict:
-        sums = {name: value.cpu() for name, value in self.sums.items()}
-        return {"sums": sums, "count": self.count, "counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Put back a state; one without "counts" is of a time when all names had the same.
-
-        raises: ValueError for counts that no meter has
-        """
-        counts = dict(state.get("counts", dict.fromkeys(state["sums"], state["count"])))
-        whole = all(type(count) is int and count >= 0 for count in (state["count"], *counts.values()))
-        if counts.keys() != state["sums"].keys() or not whole:
-            raise ValueError(f"count {state['count']}, counts {counts}: expected a whole number for each sum")
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.counts = counts
-        self.count = state["count"]
-
-
-class LossLog:
-    """A table of numbers, losses.csv or measures.csv: its rows are kept here, `save` writes the whole file.
-
-    columns:   the first ones of the file; those of old and of new rows that are not among them follow
-    last_step: rows of an existing file up to this step are kept, for a run that goes on from there; 0: a new one
-    """
-
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int):
-        self.path = path
-        self.columns = list(columns)
-        self.rows: list[dict] = []
-        if last_step and rank() == 0:
-            self._read_old(last_step)
-
-    def _read_old(self, last_step: int) -> None:
-        """Take the rows of an existing file, as far as it can be read; what is left out is said."""
-        try:
-            rows, damaged = parse_rows(self.path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            warn(f"{self.path}: cannot be read ({error.strerror or error}), so its rows are left out")
-            return
-        if damaged:
-            warn(
-                f"{self.path}: line {damaged} is damaged: kept {counted(len(rows), 'row')} before it, left out the rest"
-            )
-        for row in rows:
-            if row["step"] <= last_step:
-                self.append(row)
-
-    def append(self, row: dict) -> None:
-        """Add a row, in memory; those of its step and later ones, of a run that was cut back, make room."""
-        while self.rows and self.rows[-1]["step"] >= row["step"]:
-            self.rows.pop()
-        self.columns = list(dict.fromkeys([*self.columns, *row]))
-        row = {name: row[name] for name in self.columns if name in row}
-        self.rows.append({k: float(number(v)) if isinstance(v, float) else v for k, v in row.items()})  # as read back
-
-    def save(self) -> None:
-        """Write all rows, whole or not at all; raises OSError if that is impossible."""
-        lines = [",".join(self.columns)]
-        for row in self.rows:
-            lines.append(",".join(number(row.get(name, math.nan)) for name in self.columns))  # nan: not computed
-        write_text(self.path, "".join(f"{line}\n" for line in lines))
-
-
-def number(value: float) -> str:
-    """Write a number as it stands in a table; read and written again it stays the same."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def parse_rows(path: Path) -> tuple[list[dict], int]:
-    """Read a file of LossLog: epoch and step whole, the rest as numbers.
-
-    returns: the rows before the first line that is damaged, or torn by a crash; that line's number, or 0
-    raises:  OSError if there is no file that can be read
-    """
-    rows = []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            names = reader.fieldnames or []
-            if not {"epoch", "step"} <= set(names) or not all(re.fullmatch(r"[A-Za-z0-9_@]+", name) for name in names):
-                return [], 1  # not written by us
-            last_step = -1
-            for row in reader:
-                numbers: Any = {k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()}
-                step = numbers["step"]
-                if not (last_step < step < MOST_STEPS and 0 <= numbers["epoch"] < MOST_STEPS):
-                    raise ValueError("steps rise, and no run has so many")
-                last_step = step
-                rows.append(numbers)
-        except (csv.Error, TypeError, ValueError):
-            return rows, max(1, reader.line_num)
-    return rows, 0
-
-
-def read_losses(path: Path) -> list[dict]:
-    """Read losses.csv or measures.csv, up to a line that is damaged; raises OSError if there is no such file."""
-    return parse_rows(path)[0]
-
-
-@first_rank
-def plot_losses(rows: Sequence[dict], path: Path) -> None:
-    """Draw a panel per loss and one with all its terms over steps: raw values pale, their running mean strong."""
-    from matplotlib.figure import Figure  # takes half a second, which nobody waits for who plots nothing
-
-    if not rows:
-        return
-    columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "step", "lr"))
-    panels = [[name] for name in columns if name.startswith("loss_")]
-    panels.append([name for name in columns if not name.startswith("loss_")])
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    steps = [row["step"] for row in rows]
-    marker = "o" if len(rows) == 1 else None  # a line of one point is nothing
-    window = np.ones(max(1, len(rows) // 25))
-    for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=False):
-        for name in names:
-            values = np.array([row.get(name, math.nan) for row in rows])
-            known = np.isfinite(values)
-            if known.any():
-                sums = np.convolve(np.where(known, values, 0), window)[: len(values)]
-                counts = np.convolve(known, window)[: len(values)].clip(1)
-                (line,) = axes.plot(steps, sums / counts, label=name, linewidth=1.5, marker=marker)
-                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
-        axes.set_xlabel("step")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            # above the curves, where it hides none of them
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", frameon=False, ncols=4)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
-
-
-class Board:
-    """TensorBoard's log of a run, if there is to be one; what goes wrong is said once, for no logger ends a run."""
-
-    def __init__(self, folder: Path | None = None, step: int = 0):
-        self.writer: Any = None
-        self.warned = False
-        if folder and rank() == 0:
-            self._safely(self._open, folder, step)
-
-    def _open(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-
-    def _safely(self, write: Callable, *args: object) -> None:
-        try:
-            write(*args)
-        except Exception as error:  # noqa: BLE001 (of a disk, a broken package, a dead thread of the writer)
-            if not self.warned:
-                warn(f"TensorBoard's log has gaps ({type(error).__name__}: {error}); the run goes on")
-            self.warned = True
-
-    def add(self, step: int, values: dict[str, float], images: dict[str, Image.Image] | None = None) -> None:
-        """Log numbers (those that are finite) and images by name."""
-        if self.writer:
-            self._safely(self._write, step, values, images or {})
-
-    def _write(self, step: int, values: dict[str, float], images: dict[str, Image.Image]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(name, value, step)
-        for name, image in images.items():
-            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer:
-            self._safely(self.writer.close)
-
-
-COLUMNS = 6  # images in a sample grid
-COLLAPSED_FRACTION = 0.02  # outputs that differ less than this times the inputs do not depend on them
-MOMENTS = 8  # of a watched photo in the page, from the first epoch to the newest
-PAGE_SIDE = 900  # px; larger images are reduced in the page and open at full size
-MEASURES_SHOWN = 12  # rows of measures.csv in the page
-FIRST_GRID = 60  # s after the start
-FIRST_PACE = 30  # s of steps, after which it is said how long the run will take
-SHOW_SECONDS = 30  # at least, between two drawings of the page
-SHOW_FRACTION = 0.02  # of the time that a run may spend on them
-LONG_EPOCH = 3600  # s; on a CPU it is worth a word
-SMALLER = {"img_height": 64, "img_width": 64, "batch_size": 1}  # what a CPU trains in an evening: docs/recipes.md
-NARROWER = {"num_residual": 6, "ngf": 32, "ndf": 32, "n_layers_D": 2}  # the same, in networks that start new
 
 Rows = Sequence[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
 
 # ---------------------------------------------------------------------------------------------
-# Grids and watched photos
+# Sample grids and watched photos
+
+GRID_COLUMNS = 6
+COLLAPSED_FRACTION = 0.02  # a generator whose outputs vary less than this times its inputs ignores them
 
 
 def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
-    """Read the fixed images that every grid shows: spread over the test (else val, else train) split.
+    """Read the fixed images of all sample grids, evenly spread over the test split (else val, else train).
 
     returns: images of A and as many of B, (N, channels, *size) in [-1, 1]
     """
     split = held_out_split(dataset)
     if split == "train":
-        say(f"{dataset}: no testA and testB with images, so the grids show training images")
+        say(f"{dataset}: testA and testB have no images, so the sample grids show training images")
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
         paths = list_images(folder)
-        chosen = paths[:: max(1, len(paths) // COLUMNS)][:COLUMNS]
+        chosen = paths[:: max(1, len(paths) // GRID_COLUMNS)][:GRID_COLUMNS]
         samples.append(torch.stack([image for _, image in load_images(folder, chosen, size, channels, on_bad)]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
@@ -288,12 +69,12 @@ def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: st
 def load_watched(
     paths: Sequence[Path], size: tuple[int, int], channels: int, resumed: bool = False
 ) -> dict[str, Tensor]:
-    """Read the photos to follow, each with its own shape: its shorter side as long as that of the training images.
+    """Read the photos of --watch, each in its own aspect ratio, with the shorter side of the training images.
 
     size:    (height, width) of the training images
-    resumed: a photo that is gone or unreadable by now is left out
+    resumed: leave out photos that cannot be read, with a warning
     returns: (1, channels, H, W) in [-1, 1] by name
-    raises:  InputError for a photo that cannot be read when a run starts
+    raises:  InputError for a photo that cannot be read, unless resumed
     """
     named = {}
     for path in paths:
@@ -307,10 +88,11 @@ def load_watched(
         try:
             photo = read_image(path, channels)
         except UnreadableImage as error:
-            words = f"--watch {path}: not a readable image ({error})"
             if not resumed:
-                raise InputError(f"{words}; expected photos, such as PNG or JPEG") from None
-            warn(f"{words}; the run goes on without it")
+                raise InputError(
+                    f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
+                ) from None
+            warn(f"--watch {path}: not a readable image ({error}); the run continues without it")
             continue
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
@@ -319,80 +101,90 @@ def load_watched(
 
 
 def cyclegan_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor) -> Rows:
-    """The labelled rows of a sample grid: images, translations, round trips."""
+    """Compute the rows of a sample grid: real images, their translations, and the round trips."""
     fake_B = model.translate("G_AB", real_A)
     fake_A = model.translate("G_BA", real_B)
     rec_A = model.translate("G_BA", fake_B)
     rec_B = model.translate("G_AB", fake_A)
-    rows = {"real_A": real_A, "fake_B": fake_B, "rec_A": rec_A, "real_B": real_B, "fake_A": fake_A, "rec_B": rec_B}
-    return list(rows.items())
+    rows_A = [("real_A", real_A), ("fake_B", fake_B), ("rec_A", rec_A)]
+    rows_B = [("real_B", real_B), ("fake_A", fake_A), ("rec_B", rec_B)]
+    return rows_A + rows_B
 
 
-def distillation_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor, teachers: Nets) -> Rows:
-    """The rows of a CycleGAN grid, and under each student's images those of its teacher."""
+def distillation_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor, teachers: Networks) -> Rows:
+    """Compute the rows of `cyclegan_rows`, and below each student's translations those of its teacher."""
     reals = {"A": real_A, "B": real_B}
+    teacher_rows = {}
+    for direction in DIRECTIONS:
+        if direction.generator in teachers:
+            images = translate(teachers[direction.generator], reals[direction.source], model.precision)
+            teacher_rows[f"fake_{direction.target}"] = (f"teacher_{direction.target}", images)
     rows = []
-    for label, row in cyclegan_rows(model, real_A, real_B):
-        rows.append((label, row))
-        for name, teacher in teachers.items():
-            if label == f"fake_{name[3]}":
-                taught = translate(teacher, reals[name[2]], model.precision)
-                rows.append((f"teacher_{name[3]}", taught))
+    for label, images in cyclegan_rows(model, real_A, real_B):
+        rows.append((label, images))
+        if label in teacher_rows:
+            rows.append(teacher_rows[label])
     return rows
 
 
 def warn_if_collapsed(rows: Rows) -> None:
-    """Say so when a generator gives (nearly) the same image whatever it is shown; a single image tells nothing."""
-    spread = {label: images.float().std(0, correction=0).mean() for label, images in dict(rows).items()}
-    pairs = {"G_AB": ("real_A", "fake_B"), "G_BA": ("real_B", "fake_A")}
-    collapsed = [name for name, (real, fake) in pairs.items() if spread[fake] < COLLAPSED_FRACTION * spread[real]]
+    """Warn when a generator outputs nearly the same image for all inputs. A single sample cannot show it."""
+    spread = {label: images.float().std(0, correction=0).mean() for label, images in rows}
+    collapsed = []
+    for direction in DIRECTIONS:
+        if spread[f"fake_{direction.target}"] < COLLAPSED_FRACTION * spread[f"real_{direction.source}"]:
+            collapsed.append(direction.generator)
     if collapsed:
-        words = "draws the same image whatever it is shown"
-        remedy = "go on from an earlier epoch, with --start_from N, at a lower --lr"
-        warn(f"{', '.join(collapsed)}: {words}; {remedy}")
+        warn(
+            f"{', '.join(collapsed)}: nearly the same output for every input; "
+            "resume from an earlier epoch, with --start_from N, at a lower --lr"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
-# How long it takes, and how it goes on
+# Time
+
+FIRST_GRID = 60  # s after the start
+FIRST_PACE = 30  # s of steps, after which the pace is announced
+PAGE_SECONDS = 30  # at least, between two updates of the page
+PAGE_FRACTION = 0.02  # of the run's time that updates of the page may take
+LONG_EPOCH = 3600  # s; for longer ones on a CPU, smaller settings are suggested
 
 
 class Clock:
-    """The pace of a run, and what is due. Time is that of the wall, in s."""
+    """The pace of a run in wall time, in s, and what is due."""
 
     def __init__(self) -> None:
-        self.begun = time.monotonic()
-        self.first = math.nan  # when the first step ended, which is slower than the others
-        self.last = math.nan  # when the newest one ended
+        self.started = time.monotonic()
+        self.first_step_end = math.nan  # the first step is slower than the others
+        self.last_step_end = math.nan
         self.steps = 0
-        self.said = False
-        self.grids = 0  # drawn since
-        self.left: dict[Path, int] = {}  # those of a branch that the run leaves, with their times
+        self.grids = 0
         self.next_page = -math.inf
 
     @property
     def pace(self) -> float:
-        """Seconds a step, with all that happens between two: saving, evaluating. nan until there were two steps."""
-        return (self.last - self.first) / (self.steps - 1) if self.steps > 1 else math.nan
+        """Seconds per step, including what happens between steps (saving, evaluating); nan before the second step."""
+        return (self.last_step_end - self.first_step_end) / (self.steps - 1) if self.steps > 1 else math.nan
 
     def tick(self) -> bool:
-        """Count a step that has ended; returns True once, when the pace is known well enough to be said."""
-        self.last = time.monotonic()
+        """Count a finished step; return True once, when the pace can be announced."""
+        elapsed_before = self.last_step_end - self.first_step_end
+        self.last_step_end = time.monotonic()
         self.steps += 1
         if self.steps == 1:
-            self.first = self.last
-        due = not self.said and self.last - self.first >= FIRST_PACE
-        self.said = self.said or due
-        return due
+            self.first_step_end = self.last_step_end
+        return elapsed_before < FIRST_PACE <= self.last_step_end - self.first_step_end
 
     def first_grid_due(self) -> bool:
-        return not self.grids and time.monotonic() - self.begun >= FIRST_GRID
+        return not self.grids and time.monotonic() - self.started >= FIRST_GRID
 
     def page_due(self) -> bool:
         return time.monotonic() >= self.next_page
 
 
 def duration(seconds: float) -> str:
-    """A time to be read: 0.13 s, 206 s, 45 minutes, 69 hours, 5 days."""
+    """Format a duration for reading: 0.13 s, 206 s, 45 minutes, 69 hours, 5 days."""
     units = (("s", 1, 600), ("minutes", 60, 7200), ("hours", 3600, 4 * 86400), ("days", 86400, math.inf))
     unit, length, _ = next(unit for unit in units if seconds < unit[2])
     number = seconds / length
@@ -401,189 +193,150 @@ def duration(seconds: float) -> str:
 
 @first_rank
 def say_duration(pace: float, left: int, steps_per_epoch: int, flags: dict, device: torch.device) -> None:
-    """Say how long a run will take; on a CPU also what would be faster, if that is long.
+    """Announce how long a run will take, and suggest smaller settings where that is long on a CPU.
 
-    pace:  seconds a step
+    pace:  seconds per step
     left:  steps
-    flags: of the run, as plain values
+    flags: the options of the run, as plain values
     """
     epoch = pace * steps_per_epoch
     say(f"{duration(pace)} a step, {duration(epoch)} an epoch: this run will take about {duration(pace * left)} more")
     if device.type == "cpu" and epoch > LONG_EPOCH:
-        anew = "start again with --overwrite and" if flags.get("start_from") == "0" else "go on with"
-        words = f"an epoch takes {duration(epoch)} on this CPU; {anew} flags that fit it"
-        warn(f"{words} (docs/recipes.md): {faster_flags(pace, flags)}")
+        action = "start again with --overwrite and" if flags.get("start_from") == "0" else "resume with"
+        settings = faster_settings(pace, flags)
+        warn(f"an epoch takes {duration(epoch)} on this CPU; {action} smaller settings (docs/recipes.md): {settings}")
 
 
-def faster_flags(pace: float, flags: dict) -> str:
-    """The flags that fit a CPU, of those that a run can still get and that would make it faster."""
-    fitting = dict(SMALLER)
-    if flags.get("start_from") == "0" and not flags.get("init_from"):
-        fitting |= NARROWER
-    if flags.get("generator") == "unet_vit":
-        fitting = {name: value for name, value in fitting.items() if name not in ("num_residual", "ngf")}
-    faster = [f"--{name} {value}" for name, value in fitting.items() if flags.get(name, 0) > value]
-    faster = faster or [f"--steps_per_epoch {max(1, int(LONG_EPOCH / pace / 6))}"]  # ten minutes
+def faster_settings(pace: float, flags: dict) -> str:
+    """Choose options for a CPU, among those that this run can still change and that would make it faster."""
+    settings = {"img_height": 64, "img_width": 64, "batch_size": 1}
+    if flags.get("start_from") == "0" and not flags.get("init_from"):  # the networks are new
+        if flags.get("generator") != "unet_vit":
+            settings |= {"num_residual": 6, "ngf": 32}
+        settings |= {"ndf": 32, "n_layers_D": 2}
+    faster = [f"--{name} {value}" for name, value in settings.items() if flags.get(name, 0) > value]
+    if not faster:
+        ten_minutes = max(1, int(LONG_EPOCH / pace / 6))
+        faster = [f"--steps_per_epoch {ten_minutes}"]
     return " ".join(faster)
 
 
-def command_line(stage: str, *words: str) -> str:
-    """A command line of a stage that works in the folder where this one was typed, whatever its words hold."""
-    script = Path(__file__).resolve().parents[1] / stage
+def command_line(script: str, *arguments: str) -> str:
+    """Return a shell command that runs a script of this project from the user's current folder."""
+    path = Path(__file__).resolve().parents[1] / script
     here = Path.cwd()
-    return shlex.join(["python", str(script.relative_to(here) if script.is_relative_to(here) else script), *words])
+    return shlex.join(["python", str(path.relative_to(here) if path.is_relative_to(here) else path), *arguments])
 
 
 # ---------------------------------------------------------------------------------------------
-# The page, which opens from disk
+# The page, which works from disk, without a server
+
+WATCHED_EPOCHS = 8  # versions of a watched photo on the page, from the first epoch to the newest
+PAGE_WIDTH = 900  # px; larger images are reduced on the page and open in full size
+TABLE_ROWS = 12  # of measures.csv on the page
 
 
-def legend(domains: tuple[str, str], taught: Sequence[str]) -> list[tuple[str, str]]:
-    """What the rows of a grid are: their labels, each with its words; taught: generators that have a teacher."""
+def legend(domains: tuple[str, str], students: Collection[Direction]) -> list[tuple[str, str]]:
+    """Explain the rows of a sample grid: pairs of a label and its text; students: directions that have a teacher."""
+    names = dict(zip("AB", domains, strict=True))
     lines = []
-    for (source, target), name in zip(("AB", "BA"), domains, strict=True):
-        into = domains[1] if source == "A" else domains[0]
-        lines.append((f"real_{source}", f"{name}: images that are not learnt from, where the data set has such"))
-        lines.append((f"fake_{target}", f"{into}: what G_{source}{target} makes of real_{source}"))
-        if f"{source}{target}" in taught:
-            lines.append((f"teacher_{target}", f"{into}: what its teacher makes of real_{source}"))
-        lines.append(
-            (f"rec_{source}", f"{name}: what G_{target}{source} makes of fake_{target}; ideally real_{source} again")
-        )
+    for direction in DIRECTIONS:
+        source, target = direction
+        lines.append((f"real_{source}", f"{names[source]}: test images, or training images if there are none"))
+        lines.append((f"fake_{target}", f"{names[target]}: {direction.generator}(real_{source})"))
+        if direction in students:
+            lines.append((f"teacher_{target}", f"{names[target]}: real_{source} translated by the teacher"))
+        round_trip = f"{direction.reverse.generator}(fake_{target})"
+        lines.append((f"rec_{source}", f"{names[source]}: {round_trip}, ideally equal to real_{source}"))
     return lines
 
 
-def embedded(folder: Path, path: Path) -> tuple[str, str, str]:
-    """For the page: an image's address, its pixels (so that a notebook or a mail shows the page, too), its name."""
+def embed_image(folder: Path, path: Path) -> tuple[str, str, str]:
+    """Return an image's relative URL, its pixels as a data URL, and its name.
+
+    The pixels are embedded so that the page also shows in notebooks and mails.
+    """
     address = quote(os.fsencode(path.relative_to(folder).as_posix()))
-    return address, data_address(path, (PAGE_SIDE, 4 * PAGE_SIDE)) or address, one_line(path.stem)
+    return address, data_address(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)
 
 
-def sample_grids(folder: Path) -> list[Path]:
-    """The grids epoch_NNNN.png of a folder, oldest first."""
-    found = [path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()]
-    return sorted(found, key=epoch_of)
+def sample_grids(folder: Path) -> dict[int, Path]:
+    """Find the grids epoch_NNNN.png of a folder, by epoch, oldest first."""
+    grids = {int(path.stem[6:]): path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()}
+    return dict(sorted(grids.items()))
 
 
-def epoch_of(grid: Path) -> int:
-    """The number in the name of a grid."""
-    return int(grid.stem[6:])
-
-
-def evenly(paths: Sequence[Path], most: int) -> list[Path]:
-    """At most so many of some paths, the first and the last among them."""
+def spread_evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    """Choose at most `most` of the paths, including the first and the last."""
     count = min(most, len(paths))
     return [paths[round(k * (len(paths) - 1) / max(1, count - 1))] for k in range(count)]
 
 
-@first_rank
-def write_progress(
-    folder: Path,
-    title: str,
-    facts: str,
-    fraction: float,
-    table: Sequence[str],
-    domains: tuple[str, str] = ("A", "B"),
-    taught: Sequence[str] = (),
-    left: Collection[Path] = (),
-) -> None:
-    """Write index.html of a run: how far it is, curves, newest grids, and how the watched photos changed.
-
-    fraction: of the steps that are done, in [0, 1]; below 1 the page loads itself anew every 15 s
-    table:    lines of measures
-    domains:  the names of A and B
-    taught:   "AB", "BA": which generators are students
-    left:     grids that are not shown
-    """
-    grids = [path for path in sample_grids(folder)[::-1] if path not in left]
-    gallery = folder / "test" / "index.html"
-    tested = gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime
-    newest = [path for path in (*grids[:1], folder / "losses.png") if path.is_file()]
-    rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
-    for photo in sorted((folder / "watch").glob("*")):
-        heading = f"{one_line(photo.name)}: the photo; {domains[1]}, made of it by G_AB; {domains[0]}, by G_BA"
-        rows.append((heading, "row small", evenly([path for path in sample_grids(photo) if path not in left], MOMENTS)))
-    write_page(
-        folder / "index.html",
-        "progress.html",
-        title=one_line(title),
-        facts=one_line(facts),
-        fraction=fraction,
-        table=table,
-        domains=domains,
-        legend=legend(domains, taught),
-        tested=tested,  # and not by an earlier run of this name
-        newest=[embedded(folder, path) for path in newest],
-        rows=[(heading, kind, [embedded(folder, path) for path in paths]) for heading, kind, paths in rows],
-    )
-
-
 # ---------------------------------------------------------------------------------------------
-# All of it
+# The monitor
 
 
 @dataclass
 class Monitor:
-    """What a run shows while it learns."""
+    """Everything that a run logs and shows during training."""
 
     saved: Path  # folder of losses.csv, measures.csv and tensorboard/
     images: Path  # folder of index.html, losses.png, the grids and watch/
     names: tuple[str, str]  # of the run and of its data set
-    samples: tuple[Tensor, Tensor]  # what the grids show, of load_samples
-    photos: dict[str, Tensor]  # watched ones by name, of load_watched
-    draw_rows: Callable[[CycleGAN, Tensor, Tensor], Rows]  # of a grid, from a model and the samples
+    samples: tuple[Tensor, Tensor]  # images of the grids, from load_samples
+    photos: dict[str, Tensor]  # watched photos by name, from load_watched
+    draw_rows: Callable[[CycleGAN, Tensor, Tensor], Rows]  # computes the rows of a grid from a model and the samples
     term_names: Sequence[str]  # columns of losses.csv after epoch, step and lr
-    log: Any = None  # losses.csv; this and the next from `open` on
-    measures: Any = None  # measures.csv
     meter: Meter = field(default_factory=Meter)  # of the losses since the last row
-    board: Board = field(default_factory=Board)
-    clock: Clock = field(default_factory=Clock)  # begun anew by `open`
+    board: TensorBoardLog = field(default_factory=TensorBoardLog)
+    clock: Clock = field(default_factory=Clock)  # restarted by `open`
+    log: CsvLog = field(init=False)  # losses.csv, from `open`
+    measures: CsvLog = field(init=False)  # measures.csv, from `open`
+    outdated: dict[Path, int] = field(default_factory=dict)  # mtimes of the grids after the epoch that was resumed
 
     def open(self, step: int, with_tensorboard: bool, epochs: int = 0) -> None:
-        """Begin the logs, or go on with them after `step`; rows of later steps are cut off, later grids not shown.
+        """Start the logs, or resume them after `step`: rows of later steps are removed, later grids not shown.
 
-        epochs: begun ones
+        epochs: started ones
         """
         self.clock = Clock()
-        grids = [path for folder in (self.images, *self.images.glob("watch/*")) for path in sample_grids(folder)]
-        self.clock.left = {path: path.stat().st_mtime_ns for path in grids if epoch_of(path) > epochs}
-        self.log = LossLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
-        self.measures = LossLog(self.saved / "measures.csv", ["epoch", "step"], step)
-        self.board = Board(self.saved / "tensorboard" if with_tensorboard else None, step)
+        for folder in (self.images, *self.images.glob("watch/*")):
+            later = [path for epoch, path in sample_grids(folder).items() if epoch > epochs]
+            self.outdated |= {path: path.stat().st_mtime_ns for path in later}
+        self.log = CsvLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
+        self.measures = CsvLog(self.saved / "measures.csv", ["epoch", "step"], step)
+        self.board = TensorBoardLog(self.saved / "tensorboard" if with_tensorboard else None, step)
         attempt(self.log.save)
         if self.measures.path.exists():
             attempt(self.measures.save)
 
     def log_losses(self, epoch: int, step: int, lr: float, means: dict[str, float]) -> None:
-        """Add a row of losses and begin new means; epoch: the one that these steps belong to, from 1."""
-        self.log.append({"epoch": epoch, "step": step, "lr": lr, **means})
-        self.board.add(step, {"lr": lr, **{f"losses/{name}": value for name, value in means.items()}})
+        """Add a row to losses.csv and reset the meter; epoch: the one that these steps belong to, from 1."""
+        self.log.append({"epoch": epoch, "step": step, "lr": lr} | means)
+        self.board.add(step, {"lr": lr} | {f"losses/{name}": value for name, value in means.items()})
         self.meter = Meter()
 
     @first_rank
     def lacks_measures(self, step: int) -> bool:
-        """Whether measures.csv, as it stands before `open`, has no row of a step."""
-        try:
-            return step not in [row["step"] for row in read_losses(self.saved / "measures.csv")]
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False  # `open` says that it cannot be read
+        """Whether measures.csv, before `open`, has no row of a step."""
+        path = self.saved / "measures.csv"
+        return not path.is_file() or step not in [row["step"] for row in read_losses(path)]
 
     @first_rank
     def add_measures(self, epoch: int, step: int, row: dict[str, float]) -> None:
-        """Add a row to measures.csv and say it; epoch: finished ones."""
+        """Add a row to measures.csv and print it; epoch: finished ones."""
         self.board.add(step, {f"measures/{name}": value for name, value in row.items()})
-        self.measures.append({"epoch": epoch, "step": step, **row})
+        self.measures.append({"epoch": epoch, "step": step} | row)
         attempt(self.measures.save)
-        say("  ".join([f"epoch {epoch}:", *(f"{name} {value:.4g}" for name, value in row.items())]))
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        say(f"epoch {epoch}:  {figures}")
 
     @first_rank
     def draw(self, model: CycleGAN, epoch: int, step: int, finished: bool) -> None:
-        """Draw the samples and the watched photos; raises OSError if the disk does not take them.
+        """Draw the samples and the watched photos; raises OSError if the disk is full.
 
         epoch:    finished ones
-        finished: the last of them just now; otherwise the grid is that of the epoch under way
+        finished: the last of them has just ended; otherwise the grid belongs to the current, unfinished epoch
         """
         self.clock.grids += 1
         file = f"epoch_{epoch if finished else epoch + 1:04d}.png"
@@ -593,45 +346,83 @@ class Monitor:
         grids = {"grid": draw_grid(rows)}
         save_image(grids["grid"], self.images / file)
         for name, photo in self.photos.items():
-            outputs = [(net, model.translate(net, photo)) for net in ("G_AB", "G_BA")]
+            outputs = [(d.generator, model.translate(d.generator, photo)) for d in DIRECTIONS]
             grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
         if self.clock.grids == 1:
-            self.clock.next_page = -math.inf  # the page shows it at once
+            self.clock.next_page = -math.inf  # show the first grid at once
 
     @first_rank
-    def show(
+    def write_page(
         self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int, stopped: bool = False
     ) -> None:
-        """Write losses.csv, losses.png and the page (raises OSError if the disk is full); epoch: finished ones."""
-        begun = time.monotonic()
-        self.clock.next_page = begun + SHOW_SECONDS  # also where the disk takes no page
+        """Write losses.csv, losses.png and index.html; raises OSError if the disk is full.
+
+        epoch:   finished ones
+        stopped: by a signal; the run can be resumed
+        """
+        started = time.monotonic()
+        self.clock.next_page = started + PAGE_SECONDS  # holds also if writing fails
         attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
+        done = epoch * steps_per_epoch + step_in_epoch
+        total = num_epochs * steps_per_epoch
         facts = f"{epoch} of {counted(num_epochs, 'epoch')}"
         if step_in_epoch:
             facts += f" and {counted(step_in_epoch, 'step')} of the next"
         facts += f"; step {step:,}"
-        left = (num_epochs - epoch) * steps_per_epoch - step_in_epoch
         if stopped:
-            facts += "; stopped, goes on with --start_from latest"
-        elif left and math.isfinite(self.clock.pace):
-            facts += f"; about {duration(left * self.clock.pace)} left"
+            facts += "; stopped, resume with --start_from latest"
+        elif done != total and math.isfinite(self.clock.pace):
+            facts += f"; about {duration((total - done) * self.clock.pace)} left"
         facts += f"; written {time.strftime('%H:%M:%S')}"
-        fraction = min(1.0, epoch / num_epochs + step_in_epoch / (num_epochs * steps_per_epoch))
-        measures = {}
-        for row in self.measures.rows[-MEASURES_SHOWN:]:
-            measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
-        table = format_table(measures) if measures else []
+        self.write_index(facts, min(1.0, done / total))
+        self.clock.next_page = started + max(PAGE_SECONDS, (time.monotonic() - started) / PAGE_FRACTION)
+
+    show = write_page
+
+    def write_index(self, facts: str, fraction: float) -> None:
+        """Write index.html: newest grid, loss curves, measures, earlier grids, watched photos.
+
+        facts:    one line that says how far the run is
+        fraction: of the steps that are finished, in [0, 1]; below 1 the page reloads every 15 s
+        """
         run_name, dataset_name = self.names
-        domains = domain_names(dataset_name)
-        title = f"{run_name}: {domains[0]} ↔ {domains[1]}"
-        taught = [term.removeprefix("output_") for term in self.term_names if term.startswith("output_")]
-        left = {path for path, when in self.clock.left.items() if path.is_file() and path.stat().st_mtime_ns == when}
-        write_progress(self.images, title, facts, fraction, table, domains, taught, left)
-        self.clock.next_page = begun + max(SHOW_SECONDS, (time.monotonic() - begun) / SHOW_FRACTION)
+        domain_A, domain_B = domain_names(dataset_name)
+        grids = self._grids_shown(self.images)[::-1]
+        rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
+        for photo in sorted((self.images / "watch").glob("*")):
+            heading = f"{one_line(photo.name)}: the photo; translated to {domain_B} by G_AB; to {domain_A} by G_BA"
+            rows.append((heading, "row small", spread_evenly(self._grids_shown(photo), WATCHED_EPOCHS)))
+        plot = self.images / "losses.png"
+        gallery = self.images / "test" / "index.html"  # may be of an earlier run with this name
+        students = [d for d in DIRECTIONS if f"output_{d.source}{d.target}" in self.term_names]
+        files.write_page(
+            self.images / "index.html",
+            "progress.html",
+            title=one_line(f"{run_name}: {domain_A} ↔ {domain_B}"),
+            facts=one_line(facts),
+            fraction=fraction,
+            tested=gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime,
+            grid=embed_image(self.images, grids[0]) if grids else None,
+            legend=legend((domain_A, domain_B), students),
+            plot=embed_image(self.images, plot) if plot.is_file() else None,
+            table=self._measures_table(),
+            rows=[(heading, kind, [embed_image(self.images, path) for path in paths]) for heading, kind, paths in rows],
+        )
+
+    def _measures_table(self) -> list[str]:
+        rows = {}
+        for row in self.measures.rows[-TABLE_ROWS:]:
+            rows[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
+        return format_table(rows) if rows else []
+
+    def _grids_shown(self, folder: Path) -> list[Path]:
+        """List the grids of a folder, without those that the resumed run has not drawn again."""
+        grids = sample_grids(folder).values()
+        return [path for path in grids if self.outdated.get(path) != path.stat().st_mtime_ns]
 
     def close(self) -> None:
-        """End the log of TensorBoard."""
+        """Close the TensorBoard log."""
         self.board.close()

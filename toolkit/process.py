@@ -1,4 +1,4 @@
-"""A command as a process."""
+"""A command as a process: exit codes, one-line errors, signals."""
 
 import errno
 import functools
@@ -20,7 +20,7 @@ from utils import InputError, RunError, say
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """Turn an expected error into its exit code and one line; None: a mistake of ours, let it be seen."""
+    """Return the exit code and the one line of an expected error; None for any other, which is a bug."""
     if isinstance(error, InputError | RunError):
         return error.exit_code, str(error)
     if isinstance(error, OSError):
@@ -28,10 +28,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
         return code, f"{reason}; check the path, its rights and the space left"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return (
-            1,
-            "out of memory; training, lower --batch_size, or --img_height and --img_width; testing, take --tile 512",
-        )
+        return 1, "out of memory; lower --batch_size, or --img_height and --img_width; when testing, use --tile 512"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
@@ -42,9 +39,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit with 143 on which unfinished files are removed."""
+    """Turn SIGTERM into an exit with 143, so that unfinished files are removed."""
     if threading.current_thread() is not threading.main_thread() or "TORCHELASTIC_RUN_ID" in os.environ:
-        yield  # elsewhere Python takes no signals; and torchrun must be able to end ranks that wait for each other
+        yield  # other threads get no signals; and torchrun must be able to end ranks that wait for each other
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -54,14 +51,14 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def command(main: Callable) -> Callable:
-    """Decorate a stage's main: expected errors end in one line on stderr and their exit code."""
+    """Decorate the main function of a command: expected errors become one line on stderr and an exit code."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> object:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a console that cannot write → must not end a training
+            if isinstance(stream, io.TextIOWrapper):  # a console that cannot print → must not end a training run
                 stream.reconfigure(errors="backslashreplace")
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the stages leave it while they import
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as toolkit.startup left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with exit_on_sigterm():
@@ -73,24 +70,20 @@ def command(main: Callable) -> Callable:
             explained = explain(error)
             if explained is None:
                 raise
-        code, words = explained
-        if rank() > 0:  # what stops all ranks is said by the first; torchrun then ends the others during this wait
+        code, message = explained
+        if rank() > 0:  # the first rank reports what stops all; torchrun ends the others during this wait
             time.sleep(3)
-            words = f"rank {rank()}: {words}"
-        say(f"error: {words}", file=sys.stderr)
+            message = f"rank {rank()}: {message}"
+        say(f"error: {message}", file=sys.stderr)
         raise SystemExit(code)
 
     return run
 
 
-# ---------------------------------------------------------------------------------------------
-# Stop signals
-
-
 class StopRequest:
-    """Turn Ctrl-C, SIGTERM and a lost terminal into a request that the loop reads between two steps.
+    """Turn Ctrl-C, SIGTERM and a lost terminal into a request that the training loop reads after each step.
 
-    The first is answered at once, a second one obeyed. nohup's choice to ignore the loss of the terminal is kept.
+    The first signal is acknowledged at once; a second one ends the program. With nohup a lost terminal is ignored.
     """
 
     def __init__(self) -> None:
@@ -98,7 +91,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+        if threading.current_thread() is threading.main_thread():  # other threads get no signals
             signals = {signal.SIGINT, signal.SIGTERM}
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
             if signal.getsignal(hangup) != signal.SIG_IGN:
@@ -108,16 +101,16 @@ class StopRequest:
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and world_size() == 1:  # torchrun hands Ctrl-C on to ranks that had it already
+        if self.signum is not None and world_size() == 1:  # torchrun repeats Ctrl-C to ranks that already got it
             raise SystemExit(128 + signum)
         if self.signum is None and rank() == 0:
             again = "; once more to leave without saving" if world_size() == 1 else ""
-            with suppress(OSError):  # of a terminal that is lost; not by `say`, whose stream may be in use right now
+            with suppress(OSError):  # of a lost terminal; not `say`, whose stream may be in use at this moment
                 os.write(2, f"\nfinishing this step, then saving{again}\n".encode())
         self.signum = signum
 
     def agreed(self) -> int:
-        """The signal that this rank or another got, or 0; all ranks have to call it."""
+        """Return the signal that this or another rank got, or 0; all ranks have to call it."""
         return max_over_ranks(self.signum or 0)
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """The demo set: the same landscape by day (A) and by night (B), drawn from a seed.
 
 draw_scene(7, "night").save("night.png")
-draw_dataset(Path("datasets"))  # what the command does: python prepare.py draw day2night
+draw_dataset(Path("datasets"))  # as does: python prepare.py draw day2night
 """
 
 import math
@@ -15,14 +15,20 @@ from datasets import DEMO
 from toolkit.files import new_folder
 from utils import say
 
-SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at its top, at the horizon
-LIGHTS = {"sun": (255, 214, 60), "moon": (236, 238, 225), "star": (255, 255, 240), "lamp": (255, 224, 120)}
-THINGS = {"glass": (74, 92, 116), "roof": (128, 52, 44), "trunk": (94, 62, 40), "leaves": (34, 104, 54)}
+SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at the top, at the horizon
+SUN = (255, 214, 60)
+MOON = (236, 238, 225)
+STAR = (255, 255, 240)
+LAMP = (255, 224, 120)
+GLASS = (74, 92, 116)
+ROOF = (128, 52, 44)
+TRUNK = (94, 62, 40)
+LEAVES = (34, 104, 54)
 HAZE = (150, 160, 180)
 DARK = (16, 20, 78)
 WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
 GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
-DEMO_FOLDERS = {  # time, seed of the first scene, how many
+DEMO_FOLDERS = {  # time, seed of the first scene, number of scenes
     "trainA": ("day", 0, 400),
     "trainB": ("night", 100_000, 400),
     "testA": ("day", 200_000, 40),
@@ -35,72 +41,90 @@ def mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
     return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))
 
 
-def lit(colour: tuple, time: str) -> tuple:
-    """What a colour of the day looks like at a time."""
+def at_time(colour: tuple, time: str) -> tuple:
+    """Return the colour that a thing of this colour by day has at a time."""
     return mix(colour, DARK, 0.55) if time == "night" else colour
 
 
 def draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
-    """Draw the sky with the sun, or with the moon and stars; returns the horizon, px from the top."""
+    """Draw the sky with the sun, or with the moon and stars; return the horizon in px from the top."""
 
-    def disc(x: float, y: float, radius: float, colour: str) -> None:
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=LIGHTS[colour])
+    def draw_disc(x: float, y: float, radius: float, colour: tuple) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
 
     horizon = side * rng.uniform(0.35, 0.68)
     for y in range(side):
         draw.line([(0, y), (side, y)], fill=mix(*SKY[time], min(1, y / horizon)))
     if time == "night":
         for i in range(9):
-            disc(random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side, side / 90, "star")
-    light = "moon" if time == "night" else "sun"
-    disc(side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.28), side * rng.uniform(0.06, 0.11), light)
+            star_x = random.Random(i).random() * side
+            star_y = random.Random(1000 + i).random() * 0.3 * side
+            draw_disc(star_x, star_y, side / 90, STAR)
+    x = side * rng.uniform(0.12, 0.88)
+    y = side * rng.uniform(0.1, 0.28)
+    draw_disc(x, y, side * rng.uniform(0.06, 0.11), MOON if time == "night" else SUN)
     return horizon
 
 
-def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
-    """Draw one landscape as an RGB image of (size, size) px; time is "day" or "night".
-
-    Everything at night follows from the day: the moon stands where the sun stood, walls and hills
-    are dimmed by one rule, windows are lit, and the stars never change. So a test pair is an
-    honest truth for an unpaired model. Drawn at three times the size, then reduced.
-    """
-    rng = random.Random(seed)  # what is drawn follows from the order in which its numbers are taken
-    side = 3 * size
-    image = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(image)
-    horizon = draw_sky(draw, rng, side, time)
+def draw_hills(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str, horizon: float) -> None:
+    """Draw two ridges, the farther one in haze."""
     ground = rng.choice(GROUNDS)
-    for layer, haze in enumerate((0.45, 0.0)):  # two ridges, the farther one in haze
+    for layer, haze in enumerate((0.45, 0.0)):
         base = horizon + layer * side * 0.09
         phases = [rng.uniform(0, 6.28) for _ in range(3)]
         ridge = []
         for x in range(0, side + 3, 3):
             waves = sum(math.sin(x / side * (3 + 2 * i) + phase) for i, phase in enumerate(phases))
             ridge.append((x, base - side * 0.045 * waves))
-        draw.polygon([*ridge, (side, side), (0, side)], fill=lit(mix(ground, HAZE, haze), time))
-    for _ in range(rng.randint(1, 3)):  # houses
-        x = side * rng.uniform(0.03, 0.72)
-        y = side * rng.uniform(0.66, 0.92)
-        w = side * rng.uniform(0.17, 0.3)
-        h = w * rng.uniform(0.7, 1.2)
-        draw.rectangle([x, y - h, x + w, y], fill=lit(rng.choice(WALLS), time))
-        roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
-        draw.polygon(roof, fill=lit(THINGS["roof"], time))
-        for left in (0.16, 0.58):
-            window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
-            draw.rectangle(window, fill=LIGHTS["lamp"] if time == "night" else THINGS["glass"])
-    for _ in range(rng.randint(1, 4)):  # trees
-        x = side * rng.uniform(0, 1)
-        y = side * rng.uniform(0.72, 0.98)
-        w = side * rng.uniform(0.1, 0.2)
-        draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=lit(THINGS["trunk"], time))
-        crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
-        draw.polygon(crown, fill=lit(THINGS["leaves"], time))
+        draw.polygon([*ridge, (side, side), (0, side)], fill=at_time(mix(ground, HAZE, haze), time))
+
+
+def draw_house(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
+    """Draw a house with two windows, which are lit at night."""
+    x = side * rng.uniform(0.03, 0.72)
+    y = side * rng.uniform(0.66, 0.92)
+    w = side * rng.uniform(0.17, 0.3)
+    h = w * rng.uniform(0.7, 1.2)
+    draw.rectangle([x, y - h, x + w, y], fill=at_time(rng.choice(WALLS), time))
+    roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
+    draw.polygon(roof, fill=at_time(ROOF, time))
+    for left in (0.16, 0.58):
+        window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
+        draw.rectangle(window, fill=LAMP if time == "night" else GLASS)
+
+
+def draw_tree(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
+    """Draw a tree as a trunk and a triangle."""
+    x = side * rng.uniform(0, 1)
+    y = side * rng.uniform(0.72, 0.98)
+    w = side * rng.uniform(0.1, 0.2)
+    draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=at_time(TRUNK, time))
+    crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
+    draw.polygon(crown, fill=at_time(LEAVES, time))
+
+
+def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
+    """Draw one landscape as an RGB image of (size, size) px; time is "day" or "night".
+
+    The night follows from the day: the moon replaces the sun, walls and hills are darkened by one rule, windows are
+    lit, and the stars never change. So the two images of a test pair are each other's exact truth for a model that
+    was trained unpaired. Scenes are drawn at three times the size, then reduced.
+    """
+    rng = random.Random(seed)  # the order in which its numbers are taken decides what is drawn
+    side = 3 * size
+    image = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(image)
+    horizon = draw_sky(draw, rng, side, time)
+    draw_hills(draw, rng, side, time, horizon)
+    for _ in range(rng.randint(1, 3)):
+        draw_house(draw, rng, side, time)
+    for _ in range(rng.randint(1, 4)):
+        draw_tree(draw, rng, side, time)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def draw_dataset(data_root: Path, size: int = 64) -> Path:
-    """Draw day2night: 400 + 400 training images, 40 test pairs."""
+    """Draw day2night, 400 + 400 training images and 40 test pairs; return its folder."""
     folder = data_root / DEMO
     with new_folder(folder) as unfinished:
         for name, (time, first, count) in DEMO_FOLDERS.items():

@@ -165,7 +165,7 @@ def translate_tiled(net: Generator, translate: Callable, image: Tensor, tile: in
     if max(image.shape[-2:]) <= tile:
         return translate(image)
     norms = [module for module in net.modules() if isinstance(module, Norm)]
-    step = 2**net.config.halvings
+    step = 2**net.config.downsamplings
     piece = max(tile // PIECES, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
     batches = scattered_pieces(image, piece, (tile // piece) ** 2, step) if norms else []
     overlap = tile // OVERLAP

@@ -1,9 +1,9 @@
-"""Generator files: weights with the metadata that builds their network, and the layouts of other projects.
+"""Generator files: the weights of a generator and the metadata that builds it, in one safetensors file.
 
-save_generator(Path("G_AB.safetensors"), G_AB, {"direction": "AtoB", "size": [256, 256]})
-G_AB, metadata = load_generator(Path("G_AB.safetensors"))
-G_AB, metadata = load_generator(Path("latest_net_G_A.pth"))  # of pytorch-CycleGAN-and-pix2pix
-torch.save(to_junyanz(G_AB), "latest_net_G_A.pth")
+G_AB, metadata = load_generator("saved_models/horse2zebra/G_AB.safetensors")
+G_AB, metadata = load_generator("latest_net_G_A.pth")  # a file of pytorch-CycleGAN-and-pix2pix
+fake_B = G_AB(real_A)  # (N, C, H, W) in [-1, 1]
+save_generator("G_AB.safetensors", G_AB, {"direction": "AtoB", "size": [256, 256]})
 """
 
 import dataclasses
@@ -12,94 +12,122 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import (
-    DISCRIMINATORS,
-    GENERATORS,
-    LEGACY_DIRECTIONS,
-    LIMITS,
-    NORMS,
-    UPSAMPLES,
-    VIT_SIZES,
+    DIRECTIONS,
+    Direction,
     DiscriminatorConfig,
     Generator,
     GeneratorConfig,
-    Nets,
+    Networks,
     build_generator,
     meta_network,
 )
 from toolkit.converters import read_foreign
-from toolkit.files import atomic_write, check_tensors, is_state_dict
+from toolkit.files import atomic_write, check_tensors
 from utils import InputError, one_line, say
 
 METADATA_FORMAT = 1
-METADATA_KEY = "recipe"  # in the file, where it has been since the first of them
-WORDS = {
-    **{"generator": GENERATORS, "discriminator": DISCRIMINATORS, "upsample": UPSAMPLES, "norm": NORMS},
-    "vit_size": tuple(VIT_SIZES),
-}
-LATER = {"vit_size", "vit_blocks", "vit_heads", "skips"}  # files from before these came do not have them
+METADATA_KEY = "recipe"  # the name of the entry in the file; older files have it too
 Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
 
-def same_nets(saved: Any, nets: Nets) -> bool:
-    """Whether a file holds the very weights of some networks, by their names; nothing in it is trusted."""
-    if not isinstance(saved, dict) or not all(is_state_dict(saved.get(name)) for name in nets):
-        return False
-    for name, net in nets.items():
-        own = {key: x.cpu() for key, x in net.state_dict().items()}
-        alike = saved[name].keys() == own.keys() and all(saved[name][key].dtype == own[key].dtype for key in own)
-        if not alike or not all(torch.equal(saved[name][key], own[key]) for key in own):
-            return False
-    return True
+def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
+    """Write the weights of a generator and what is needed to build and run it.
+
+    metadata: direction ("AtoB" or "BtoA"), size ([height, width] of the training images in px), and for the record
+              stage, run_name, dataset_name, data_root, epoch, step. The network's config and value range are added
+    """
+    metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config)} | metadata
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    with atomic_write(Path(path)) as temporary:
+        # not safetensors.save_file, which hides why a disk refuses
+        temporary.write_bytes(save(tensors, {METADATA_KEY: json.dumps(metadata)}))
+
+
+def load_generator(path: str | Path) -> tuple[Generator, dict]:
+    """Load a generator file of this project or of another one.
+
+    returns: the network, on the CPU in eval mode, and its metadata. For files of this project these are as
+             save_generator wrote them; for others range, config, direction ("AtoB" or "BtoA"; None if the file name
+             does not tell) and size (None)
+    raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; expected the generator of a run, such as saved_models/NAME/G_AB.safetensors"
+        )
+    with path.open("rb") as file:
+        start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        config, tensors, metadata = read_own(path)
+    else:
+        config, tensors, metadata = read_foreign(path)
+    net = build_generator(config)
+    net.load_state_dict(tensors, strict=True)
+    return net.eval(), metadata
+
+
+def load_pair(paths: Sequence[Path]) -> Networks:
+    """Load generators to start a training from, at most one per direction, and print which starts from which file.
+
+    returns: the networks by name, G_AB and G_BA
+    raises:  InputError as load_generator does, or for a second file of one direction
+    """
+    nets: Networks = {}
+    for path in paths:
+        net, metadata = load_generator(path)
+        if metadata["direction"]:
+            name = Direction.named(metadata["direction"]).generator
+        else:
+            name = "G_BA" if "G_AB" in nets else "G_AB"
+            say(f"{path}: does not say its direction; used as {name}")
+        if name in nets:
+            raise InputError(f"{path}: a second file for {name}; expected one file for each direction")
+        nets[name] = net
+        say(f"{name} starts from {path}")
+    for direction in DIRECTIONS:
+        if nets and direction.generator not in nets:
+            say(f"{direction.generator} starts new: no file is given for it")
+    return nets
+
+
+# ---------------------------------------------------------------------------------------------
+# Validation: a file may come from a stranger
 
 
 def load_tensors(net: nn.Module, tensors: Any, what: object) -> None:
-    """Load a state dict strictly; raises InputError as check_tensors does."""
+    """Load a state dict strictly.
+
+    raises: InputError that names the first tensors that do not fit
+    """
     check_tensors(net.state_dict(), tensors, what)
     net.load_state_dict(tensors, strict=True)
 
 
-def read_config(kind: type[Config], values: object, what: object) -> Config:
-    """Turn the config of a file into a GeneratorConfig or DiscriminatorConfig, trusting nothing in it.
+def read_config(kind: type[Config], values: Any, what: object) -> Config:
+    """Build a config from the values of a file; fields that an older file lacks get their defaults.
 
-    raises: InputError with the first value that is unknown, missing or out of range
+    raises: InputError for an unknown field, or a value of the wrong type or out of range
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or not fields.keys() - LATER <= values.keys() <= fields.keys():
-        raise InputError(f"{what}: its metadata is no {kind.__name__}; expected {', '.join(fields)}")
-    for name, value in values.items():
-        good = type(value) is type(fields[name].default)
-        if name in WORDS:
-            good = good and value in WORDS[name]
-        if name in LIMITS:
-            good = good and LIMITS[name][0] <= value <= LIMITS[name][1]
-        if not good:
-            raise InputError(f"{what}: its metadata says {name} = {one_line(value)[:40]}, which no network has")
+    names = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(values, dict) or not values.keys() <= set(names):
+        raise InputError(f"{what}: its metadata is no {kind.__name__}; expected {', '.join(names)}")
     try:
         return kind(**values)
-    except ValueError as error:
-        raise InputError(f"{what}: its metadata says {error}") from error
-
-
-def save_generator(path: Path, net: Generator, metadata: dict) -> None:
-    """Write the weights of a generator and how to build and feed it.
-
-    metadata: direction ("AtoB" or "BtoA"), size (height and width of the training images in px),
-            stage, run_name, dataset_name, data_root, epoch, step; the network's config and the range are added
-    """
-    metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config), **metadata}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, {METADATA_KEY: json.dumps(metadata)}))  # save_file hides why a disk refuses
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: its metadata says {one_line(error)[:120]}") from error
 
 
 def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a safetensors file of this project: config, state dict, metadata; none of them trusted."""
+    """Read and validate a generator file of this project.
+
+    returns: config, state dict, metadata
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
@@ -108,64 +136,27 @@ def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         reason = one_line(error)[:120]
         raise InputError(f"{path}: not a readable safetensors file ({reason})") from error
     if not isinstance(metadata, dict) or metadata.get("format") != METADATA_FORMAT:
-        raise InputError(
-            f"{path}: carries no metadata of this project; expected a file that train.py or distill.py wrote"
-        )
+        raise InputError(f"{path}: has no metadata of this project; expected a file written by train.py or distill.py")
     config = read_config(GeneratorConfig, metadata.get("config"), path)
-    size = metadata.get("size")
-    whole_sides = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
-    if not (whole_sides and all(config.smallest_side <= side <= 2**16 for side in size)):
-        raise InputError(f"{path}: its metadata says size = {one_line(size)[:40]}, expected [height, width] in px")
-    if metadata.get("direction") not in ("AtoB", "BtoA"):
-        raise InputError(
-            f"{path}: its metadata says direction = {one_line(metadata.get('direction'))[:40]}, expected AtoB or BtoA"
-        )
-    check_tensors(meta_network(config).state_dict(), tensors, path)
+    check_size(path, metadata.get("size"), config)
+    if metadata.get("direction") not in map(str, DIRECTIONS):
+        direction = one_line(metadata.get("direction"))[:40]
+        raise InputError(f"{path}: its metadata says direction = {direction}, expected AtoB or BtoA")
+    check_tensors(meta_network(config).state_dict(), tensors, path)  # before memory is allocated for the network
     return config, tensors, metadata
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading
+def check_size(path: Path, size: Any, config: GeneratorConfig) -> None:
+    """Raise InputError unless `size` is a height and width in px that the network accepts."""
+    is_pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+    if not is_pair or min(size) < config.smallest_side or max(size) > 2**16:
+        raise InputError(f"{path}: its metadata says size = {one_line(size)[:40]}, expected [height, width] in px")
 
 
-def load_generator(path: Path) -> tuple[Generator, dict]:
-    """Read a generator file of this or another project: the network on the CPU in eval mode, and its metadata.
-
-    returns: of our files the metadata that save_generator wrote; of others range, config,
-             direction ("AtoB", "BtoA"; None where the file's name tells none) and size None
-    raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; expected the generator of a run, such as saved_models/NAME/G_AB.safetensors"
-        )
-    with path.open("rb") as file:
-        start = file.read(9)  # of safetensors: the header's length in 8 bytes, then JSON
-    own = path.suffix == ".safetensors" or start[8:] == b"{"
-    config, tensors, metadata = read_own(path) if own else read_foreign(path)
-    net = build_generator(config)
-    net.load_state_dict(tensors, strict=True)
-    return net.eval(), metadata
-
-
-def load_pair(paths: Sequence[Path]) -> Nets:
-    """Read generator files, one per direction, by the name of their direction; says which starts from which.
-
-    raises: InputError as load_generator does, or for a second file of one direction
-    """
-    nets: Nets = {}
-    names = {direction: name for name, direction in LEGACY_DIRECTIONS.items()}
-    for path in paths:
-        net, metadata = load_generator(path)
-        name = names.get(metadata["direction"])
-        if name is None:
-            name = "G_BA" if "G_AB" in nets else "G_AB"
-            say(f"{path}: does not say its direction; taken for {name}")
-        if name in nets:
-            raise InputError(f"{path}: a second file for {name}; expected one file for each direction")
-        nets[name] = net
-        say(f"{name} starts from {path}")
-    if nets:
-        for name in LEGACY_DIRECTIONS.keys() - nets.keys():
-            say(f"{name} starts new: no file is for it")
-    return nets
+def same_nets(saved, nets):  # TEMPORARY until checkpoints.py stops importing it
+    """Whether a state holds the very weights of some networks."""
+    return all(
+        saved[name].keys() == net.state_dict().keys()
+        and all(bool((saved[name][key] == x.cpu()).all()) for key, x in net.state_dict().items())
+        for name, net in nets.items()
+    )

@@ -1,0 +1,472 @@
+"""Generator files of other projects. Their networks are built here as these projects build them."""
+
+import re
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import GeneratorConfig, build_generator
+from toolkit.checkpoints import save_state
+from toolkit.converters import to_junyanz
+from toolkit.weights import load_generator
+from utils import InputError
+
+NGF = 4
+JUNYANZ = ("conv_block", "deconv")  # the name of a block's layers, and how the image is upsampled
+PYTORCH_GAN = ("block", "resize")
+BLOCK_DECONV = ("block", "deconv")  # mixes of the two
+CONV_BLOCK_RESIZE = ("conv_block", "resize")
+NORMS = {
+    "instance": nn.InstanceNorm2d,
+    "instance_affine": lambda width: nn.InstanceNorm2d(width, affine=True),
+    "batch": nn.BatchNorm2d,
+    "none": lambda width: nn.Identity(),
+}
+STATISTICS = ("running_mean", "running_var")  # in files of old instance norms, which do not use them
+COUNTED = (*STATISTICS, "num_batches_tracked")
+
+
+class Block(nn.Module):
+    def __init__(self, name, layers):
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Sequential(*layers))
+
+    def forward(self, x):
+        return x + getattr(self, self.name)(x)
+
+
+class ForeignGenerator(nn.Module):
+    """A ResNet generator of another project with random weights, in float64.
+
+    second: index of the second convolution in a block, 6 with dropout
+    lead:   number of layers before a convolution that follows an nn.Upsample, 2 with padding as a layer
+    """
+
+    def __init__(
+        self,
+        blocks=1,
+        project=JUNYANZ,
+        n=2,
+        channels=3,
+        norm="instance",
+        second=5,
+        lead=1,
+        biases=False,
+        pad="reflect",
+        width=NGF,
+    ):
+        super().__init__()
+        block, up = project
+        bias = biases or norm.startswith("instance")
+
+        def conv(width_in, width_out, side, **options):
+            return [nn.Conv2d(width_in, width_out, side, bias=bias, **options), NORMS[norm](width_out)]
+
+        layers = [nn.ReflectionPad2d(3), *conv(channels, width, 7), nn.ReLU()]
+        for _ in range(n):
+            layers += [*conv(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()]
+            width *= 2
+        for _ in range(blocks):
+            inner = [nn.ReflectionPad2d(1), *conv(width, width, 3), nn.ReLU()]
+            inner += [nn.Dropout()] * (second == 6)
+            layers.append(Block(block, [*inner, nn.ReflectionPad2d(1), *conv(width, width, 3)]))
+        for _ in range(n):
+            width //= 2
+            if up == "deconv":
+                convolution = nn.ConvTranspose2d(2 * width, width, 3, 2, 1, output_padding=1, bias=bias)
+                layers += [convolution, NORMS[norm](width), nn.ReLU()]
+            elif lead == 1:
+                layers += [nn.Upsample(scale_factor=2)]
+                layers += [*conv(2 * width, width, 3, padding=1, padding_mode=pad), nn.ReLU()]
+            else:
+                layers += [nn.Upsample(scale_factor=2), *[nn.Identity()] * (lead - 2), nn.ReflectionPad2d(1)]
+                layers += [*conv(2 * width, width, 3), nn.ReLU()]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+        noise = torch.Generator().manual_seed(0)
+        for name, x in self.state_dict().items():
+            if x.is_floating_point():
+                x.copy_(0.1 * torch.randn(x.shape, generator=noise))
+                if name.endswith("running_var") or (x.dim() == 1 and name.endswith("weight")):
+                    x.add_(1)
+        self.eval().requires_grad_(False)
+
+
+def foreign(*args, statistics=(), **kwargs):
+    """The state dict of a ForeignGenerator; statistics: of instance norms, as old files have them."""
+    net = ForeignGenerator(*args, **kwargs)
+    state = net.state_dict()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            state |= {f"{name}.{leaf}": torch.ones(module.num_features) for leaf in statistics}
+    return state
+
+
+def load(state, name="latest_net_G.pth", **options):
+    torch.save(state, name, **options)
+    return load_generator(name)
+
+
+def random_images(channels=3, side=32):
+    return torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def assert_same(theirs, net, metadata, tolerance=1e-9):
+    """A loaded network computes what a network of another project computes, in float64."""
+    x = random_images(net.config.channels).double()
+    expected = theirs.double()(x)
+    assert expected.std() > 0.05
+    with torch.no_grad():
+        assert torch.allclose(net.double()(x), expected, rtol=0, atol=tolerance)
+    assert not net.training
+    assert (metadata["size"], metadata["range"]) == (None, [-1, 1])
+    assert GeneratorConfig(**metadata["config"]) == net.config
+
+
+def rename(state, old, new):
+    return OrderedDict((re.sub(old, new, name), x) for name, x in state.items())
+
+
+def without(state, *endings):
+    return {name: x for name, x in state.items() if not name.endswith(endings)}
+
+
+# -- the synthetic files are like real ones -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        ({}, 48),
+        ({"statistics": STATISTICS}, 94),
+        ({"statistics": COUNTED}, 117),
+        ({"norm": "batch"}, 140),
+        ({"norm": "none"}, 25),
+        ({"norm": "batch", "biases": True}, 163),
+        ({"norm": "instance_affine"}, 94),
+        ({"project": PYTORCH_GAN}, 48),
+    ],
+)
+def test_the_synthetic_files_have_as_many_tensors_as_real_ones(variant, count):
+    assert len(foreign(9, **variant)) == count
+
+
+@pytest.mark.parametrize(
+    ("blocks", "project", "shapes"),
+    [
+        (9, JUNYANZ, {19: (16, 8, 3, 3), 22: (8, 4, 3, 3), 26: (3, 4, 7, 7)}),
+        (6, JUNYANZ, {16: (16, 8, 3, 3), 19: (8, 4, 3, 3), 23: (3, 4, 7, 7)}),
+        (9, PYTORCH_GAN, {20: (8, 16, 3, 3), 24: (4, 8, 3, 3), 28: (3, 4, 7, 7)}),
+        (6, PYTORCH_GAN, {17: (8, 16, 3, 3), 21: (4, 8, 3, 3), 25: (3, 4, 7, 7)}),
+    ],
+)
+def test_the_synthetic_files_are_numbered_like_real_ones(blocks, project, shapes):
+    state = foreign(blocks, project)
+    for index, shape in ({1: (4, 3, 7, 7), 4: (8, 4, 3, 3), 7: (16, 8, 3, 3)} | shapes).items():
+        assert state[f"model.{index}.weight"].shape == shape
+    for index in range(10, 10 + blocks):
+        assert state[f"model.{index}.{project[0]}.5.weight"].shape == (16, 16, 3, 3)
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN, BLOCK_DECONV, CONV_BLOCK_RESIZE], ids="-".join)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"blocks": 9},
+        {"blocks": 6, "second": 6},
+        {"blocks": 0},
+        {"blocks": 0, "n": 0},
+        {"blocks": 2, "n": 0},
+        {"blocks": 1, "n": 1},
+        {"blocks": 1, "n": 3},
+        {"blocks": 0, "n": 4},
+        {"blocks": 2, "channels": 1},
+        {"blocks": 9, "norm": "batch"},
+        {"blocks": 2, "norm": "batch", "second": 6},
+        {"blocks": 1, "norm": "none"},
+        {"blocks": 2, "norm": "instance_affine"},
+        {"blocks": 1, "norm": "instance_affine", "second": 6, "lead": 2},
+    ],
+    ids=str,
+)
+def test_a_foreign_generator_computes_what_it_computes_in_its_project(project, variant):
+    theirs = ForeignGenerator(project=project, **variant)
+    net, metadata = load(theirs.state_dict())
+    assert_same(theirs, net, metadata)
+    config = net.config
+    n = variant.get("n", 2)
+    assert (config.num_residual, config.n_downsampling, config.ngf) == (variant["blocks"], n, NGF)
+    assert (config.norm, config.channels) == (variant.get("norm", "instance"), variant.get("channels", 3))
+    assert config.upsample == (project[1] if n else "deconv")
+
+
+@pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN], ids="-".join)
+@pytest.mark.parametrize("statistics", [STATISTICS, COUNTED])
+@pytest.mark.parametrize("second", [5, 6])
+def test_statistics_of_instance_norms_are_ignored(project, statistics, second):
+    theirs = ForeignGenerator(2, project, second=second)
+    assert_same(theirs, *load(foreign(2, project, second=second, statistics=statistics)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(r"model\.11\.conv_block", "model.11.block"), ("conv_block", "res"), ("model", "main")]
+)
+def test_the_names_of_blocks_and_of_the_sequential_do_not_matter(old, new):
+    theirs = ForeignGenerator(2, norm="instance_affine")
+    assert_same(theirs, *load(rename(theirs.state_dict(), old, new)))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.module.", "model.module."])
+@pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict"])
+def test_prefixes_and_containers_are_removed(prefix, container):
+    theirs = ForeignGenerator(2, norm="batch")
+    state = rename(theirs.state_dict(), r"^model\." if prefix == "model.module." else "^", prefix)
+    assert_same(theirs, *load({container: state, "epoch": 3} if container else state))
+
+
+@pytest.mark.parametrize(("norm", "parameters"), [("instance", 7_707_651), ("instance_affine", 7_712_259)])
+def test_a_wide_mix_is_read_with_all_its_parameters(norm, parameters):
+    """Blocks as in PyTorch-GAN, transposed convolutions as in junyanz, twice the usual width."""
+    net, _ = load(foreign(1, BLOCK_DECONV, norm=norm, width=128))
+    assert (net.config.ngf, net.config.num_residual, net.config.upsample) == (128, 1, "deconv")
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_a_module_saved_by_the_old_writer_is_read():
+    """Files of 2018: not a zip archive, and version metadata for which running statistics are unexpected."""
+    state = OrderedDict(foreign(2, statistics=COUNTED))
+    state._metadata = OrderedDict({"": {"version": 1}, "model.2": {"version": 2}})
+    assert_same(ForeignGenerator(2), *load(state, _use_new_zipfile_serialization=False))
+
+
+def test_half_precision_and_parameters_become_float32():
+    theirs = ForeignGenerator(2).half()
+    net, metadata = load({name: nn.Parameter(x) for name, x in theirs.state_dict().items()})
+    assert net.stem[1].weight.dtype == torch.float32
+    assert_same(theirs, net, metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("latest_net_G_A.pth", "AtoB"),
+        ("200_net_G_B.pth", "BtoA"),
+        ("net_G_A.pth", "AtoB"),
+        ("G_AB_199.pth", "AtoB"),
+        ("G_BA_0.pth", "BtoA"),
+        ("net_G_BA.pth", "BtoA"),
+        ("latest_net_G.pth", None),
+        ("net_G_Apples.pth", None),
+        ("BIG_AB.pth", None),
+        ("G_AB/latest_net_G.pth", None),
+    ],
+)
+def test_the_direction_is_in_the_file_name(name, direction):
+    Path(name).parent.mkdir(exist_ok=True)
+    assert load(foreign(), name)[1]["direction"] == direction
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("net", "change", "said"),
+    [
+        ({"norm": "batch"}, dict, []),
+        ({"project": PYTORCH_GAN, "n": 0}, dict, []),
+        (
+            {},
+            lambda state: without(state, "model.1.bias", "11.conv_block.5.bias", "12.bias"),
+            ["missing model.1.bias (3 in all); filled with zeros"],
+        ),
+        (
+            {"norm": "none"},
+            dict,
+            [
+                "missing model.1.bias (9 in all); filled with zeros",
+                "no sign of a normalisation; read as a network without one",
+            ],
+        ),
+        (
+            {"norm": "batch"},
+            lambda state: without(state, "tracked"),
+            ["missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros"],
+        ),
+        ({"norm": "batch", "biases": True}, dict, ["9 biases before batch norms became part of their means"]),
+    ],
+)
+def test_what_a_file_lacks_is_filled_in_and_said(capsys, net, change, said):
+    theirs = ForeignGenerator(2, **net)
+    loaded, metadata = load(change(theirs.state_dict()))
+    assert capsys.readouterr().out.splitlines() == [f"latest_net_G.pth: {line}" for line in said]
+    assert_same(theirs, loaded, metadata, tolerance=1e-6)  # biases are folded into means in float32
+    assert loaded.config.norm == net.get("norm", "instance")
+
+
+def test_statistics_reveal_an_instance_norm_without_biases(capsys):
+    state = without(foreign(2, statistics=STATISTICS), ".bias") | {"model.19.bias": torch.zeros(3)}
+    assert load(state)[0].config.norm == "instance"
+    assert "missing model.1.bias (9 in all); filled with zeros" in capsys.readouterr().out
+
+
+def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
+    theirs = ForeignGenerator(2, PYTORCH_GAN, pad="zeros")
+    net, _ = load(theirs.state_dict(), "G_AB_9.pth")
+    assert "G_AB_9.pth: PyTorch-GAN pads with zeros after upsampling" in capsys.readouterr().out
+    x = random_images(side=64)
+    with torch.no_grad():
+        difference = (net(x) - theirs(x)).abs()
+    inner = difference[..., 8:-8, 8:-8].mean()
+    assert 0 < inner < 0.1
+    assert difference[..., :2].mean() > 3 * inner
+
+
+DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torch.zeros(4)}
+NO_TENSORS = "holds no tensors by name"
+BATCH = foreign(norm="batch")
+AFFINE = foreign(norm="instance_affine")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (foreign() | {"model.7.filt": torch.zeros(4, 1, 3, 3)}, "holds a CUT generator with antialiasing filters"),
+        ({"model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of pytorch-CycleGAN-and-pix2pix"),
+        ({"module.model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of"),
+        ({"net.modnet.weight": torch.zeros(4)}, "holds a network of UVCGAN"),
+        (DISCRIMINATOR, "holds a discriminator; expected a ResNet generator"),
+        (DISCRIMINATOR | {"model.2.filt": torch.zeros(4, 1, 3, 3)}, "holds a discriminator"),
+        ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, "holds a discriminator"),
+        ({name: torch.zeros(1) for name in "edcba"}, "holds an unknown layout (a (1,), b (1,), c (1,))"),
+        ({"model.1.weight": torch.zeros(4)}, "holds an unknown layout (model.1.weight (4,))"),
+        ({"a\nb": torch.zeros(1)}, r"(a\nb (1,))"),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7)}, "1 convolutions outside of blocks (model.1.weight (4, 3, 7, 7))"),
+        (without(foreign(), "model.4.weight", "model.4.bias"), "5 convolutions outside of blocks (model.1.weight"),
+        (foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)}, "model.9999.weight (1, 1, 1, 1)); expected a"),
+        ({"format": 1, "nets": {}}, "holds a whole training state; give --run_name and --epoch"),
+        ({}, NO_TENSORS),
+        (torch.zeros(3), NO_TENSORS),
+        ({1: torch.zeros(3)}, NO_TENSORS),
+        ({"model_state_dict": {"generator_ab": foreign()}}, NO_TENSORS),
+        ({"model.1.weight": torch.zeros(1).expand(4, 3, 7, 7)}, NO_TENSORS),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7).to_sparse()}, NO_TENSORS),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7, device="meta")}, NO_TENSORS),
+        (without(foreign(), "model.18.bias"), "model.18.bias is missing, expected (3,)"),
+        (without(foreign(), "model.4.weight"), "model.4.weight is missing"),
+        (without(BATCH, "model.5.running_var"), "model.5.running_var is missing, expected (8,)"),
+        (without(BATCH, "model.5.bias"), "model.5.bias is missing, expected (8,)"),
+        (without(BATCH, "model.2.weight"), "model.2.weight is missing"),
+        (without(AFFINE, "model.5.weight"), "model.5.weight is missing"),
+        (BATCH | {"model.1.bias": torch.zeros(5)}, "model.1.bias, (5,), is not part"),
+        (foreign() | {"model.2.weight": torch.ones(4)}, "model.2.weight, (4,), is not part of this network"),
+        (foreign() | {"model.1.running_mean": torch.ones(4)}, "model.1.running_mean, (4,), is not part"),
+        (foreign() | {"n_averaged": torch.tensor(3)}, "n_averaged, (), is not part of this network"),
+        (foreign() | {"model.13.query.weight": torch.ones(1, 8, 1, 1)}, "model.13.query.weight, (1, 8, 1, 1), is"),
+        (foreign() | {"a\nb": torch.zeros(1)}, r"a\nb, (1,), is not part of this network"),
+        (foreign() | {"model.1.bias": torch.full((4,), float("nan"))}, "model.1.bias is not finite"),
+        (foreign() | {"model.1.bias": torch.full((4,), 1e300, dtype=torch.float64)}, "model.1.bias is not finite"),
+        (foreign() | {"model.1.bias": torch.zeros(4, dtype=torch.int64)}, "model.1.bias is torch.int64"),
+        (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, "give ngf 0: expected at least 1 and at most 4096"),
+        (foreign(n=5), "give n_downsampling 5: expected at least 0 and at most 4"),
+        (
+            foreign() | {"model.4.weight": torch.zeros(8, 4, 4, 4)},
+            "model.4.weight is (8, 4, 4, 4); expected (8, 4, 3, 3) at position 4",
+        ),
+        (  # upsampling in two ways: convolutions have the number of output channels first, transposed ones that of inputs
+            foreign(2) | {"model.15.weight": torch.zeros(4, 8, 3, 3)},
+            "model.15.weight is (4, 8, 3, 3); expected (8, 4, 3, 3) at position 15",
+        ),
+        (  # blocks that pad with zeros
+            rename(foreign(2), r"conv_block\.1\.", "conv_block.0."),
+            "conv_block.0.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 10",
+        ),
+        (
+            without(foreign(2), "10.conv_block.5.weight", "10.conv_block.5.bias"),
+            "11.conv_block.1.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 5 or 6 of the block at position 10",
+        ),
+        (
+            rename(foreign(2), r"model\.11\.", "model.111."),
+            "model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 11",
+        ),
+        (
+            foreign(2, PYTORCH_GAN, lead=3),
+            "model.15.weight is (8, 16, 3, 3); expected (8, 16, 3, 3) at position 13 or 14",
+        ),
+    ],
+)
+def test_other_networks_and_layouts_are_refused_in_one_line(state, words):
+    with pytest.raises(InputError) as error:
+        load(state)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_state_is_refused(tmp_path):
+    save_state(tmp_path / "latest.pt", {"stage": "train", "nets": {}})
+    with pytest.raises(InputError, match=r"latest\.pt: .*--run_name and --epoch"):
+        load_generator(tmp_path / "latest.pt")
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["instance", "instance_affine", "batch", "none"])
+@pytest.mark.parametrize(("blocks", "n", "channels"), [(9, 2, 3), (6, 2, 1), (0, 0, 3), (1, 3, 3)])
+def test_writing_the_junyanz_layout_and_reading_it_is_exact(norm, blocks, n, channels):
+    config = GeneratorConfig(ngf=NGF, num_residual=blocks, n_downsampling=n, channels=channels, norm=norm)
+    net = build_generator(config)
+    for name, x in net.state_dict().items():
+        if x.is_floating_point() and not (norm == "none" and name.endswith(".bias") and name != "head.1.bias"):
+            x.uniform_(0.1, 1)
+    state = to_junyanz(net)
+    theirs = foreign(blocks, n=n, channels=channels, norm=norm)
+    assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in theirs.items()}
+    loaded, metadata = load(state, "latest_net_G_B.pth")
+    assert (metadata["direction"], loaded.config) == ("BtoA", config)
+    for name, x in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance_affine"])
+def test_reading_the_junyanz_layout_and_writing_it_is_exact(norm):
+    state = foreign(2, norm=norm)
+    written = to_junyanz(load(state)[0])
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], x) for name, x in state.items())
+
+
+def test_the_written_weights_compute_the_same_in_the_other_project():
+    net = build_generator(GeneratorConfig(ngf=NGF, num_residual=2), init="kaiming").eval()
+    theirs = ForeignGenerator(2)
+    theirs.load_state_dict(to_junyanz(net))
+    x = random_images()
+    with torch.no_grad():
+        assert torch.allclose(theirs(x), net(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"upsample": "resize"}, "upsample resize"),
+        ({"norm_output": True}, "norm_output"),
+        ({"skips": True}, "skips"),
+        ({"norm": "group"}, "norm group"),
+        ({"norm": "none"}, "norm none with biases"),
+        ({"generator": "unet_vit"}, "generator unet_vit"),
+    ],
+)
+def test_what_the_junyanz_layout_cannot_hold_is_refused(change, word):
+    config = GeneratorConfig(ngf=NGF, num_residual=1, **change)
+    net = build_generator(replace(config, generator="resnet"))
+    net.config = config
+    net.stem[1].bias.data.fill_(1.0)
+    with pytest.raises(InputError, match=rf"{word}.*junyanz layout cannot hold it"):
+        to_junyanz(net)

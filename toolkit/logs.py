@@ -1,0 +1,202 @@
+"""The numbers of a training run: running means of losses, CSV files, the loss plot, TensorBoard.
+
+meter.add(model.step(real_A, real_B))
+log = CsvLog(Path("losses.csv"), ["epoch", "step", "loss_G"], last_step=0)
+log.append({"epoch": 1, "step": 20} | meter.means())
+log.save()
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from toolkit.distributed import average, first_rank, rank
+from toolkit.files import atomic_write, write_text
+from utils import counted, warn
+
+
+class Meter:
+    """Running sums of named losses. They stay on the device until `means` is called."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # per name: a resumed run may compute other losses
+        self.count = 0
+        self.recent: list[dict[str, Tensor]] = []  # all values added; not saved, since only finite ones are
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.count += 1
+        self.recent.append({name: value.detach() for name, value in values.items()})
+        for name, value in self.recent[-1].items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def first_not_finite(self) -> tuple[list[str], int]:
+        """Return the names of the first values that are not finite, and how many additions ago they were added."""
+        for ago, values in reversed(list(enumerate(reversed(self.recent)))):
+            names = [name for name, value in values.items() if not torch.isfinite(value)]
+            if names:
+                return names, ago
+        return [], 0
+
+    def means(self) -> dict[str, float]:
+        """Compute the means over all ranks; waits for the device."""
+        sums = {name: value.detach().clone() for name, value in self.sums.items()}
+        average(list(sums.values()))
+        return {name: value.item() / max(1, self.counts[name]) for name, value in sums.items()}
+
+    def state_dict(self) -> dict:
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "count": self.count, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Restore a state. In old states, without "counts", every name has the same count."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state.get("counts", dict.fromkeys(state["sums"], state["count"])))
+        self.count = state["count"]
+
+
+class CsvLog:
+    """The rows of losses.csv or measures.csv. They are kept in memory; `save` writes the whole file.
+
+    columns:   the first columns; further names in old or new rows are added after them
+    last_step: resume after this step: keep the rows of an existing file up to it; 0: start a new file
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int):
+        self.path = path
+        self.columns = list(columns)
+        self.rows: list[dict] = []
+        if last_step and rank() == 0 and path.is_file():
+            for row in read_losses(path, report_damage=True):
+                if row["step"] <= last_step:
+                    self.append(row)
+
+    def append(self, row: dict) -> None:
+        """Add a row in memory, with floats as they are read back; it replaces rows of the same and of later steps."""
+        while self.rows and self.rows[-1]["step"] >= row["step"]:
+            self.rows.pop()
+        self.columns = list(dict.fromkeys([*self.columns, *row]))
+        ordered = {name: row[name] for name in self.columns if name in row}
+        self.rows.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in ordered.items()})
+
+    def save(self) -> None:
+        """Write all rows, atomically; raises OSError if that fails."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="nan", lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        write_text(self.path, text.getvalue())
+
+
+def read_losses(path: Path, report_damage: bool = False) -> list[dict]:
+    """Read the rows of losses.csv or measures.csv up to a damaged line: epoch and step as int, the rest as float.
+
+    report_damage: warn about a damaged line
+    raises:        OSError if the file cannot be read
+    """
+    rows = []
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            if not all(re.fullmatch(r"[A-Za-z0-9_@]+", name) for name in reader.fieldnames or []):
+                raise ValueError("the header is damaged")
+            for cells in reader:
+                row: dict[str, Any] = {name: float(cell) for name, cell in cells.items()}
+                rows.append(row | {"epoch": int(cells["epoch"]), "step": int(cells["step"])})
+        except (csv.Error, KeyError, TypeError, ValueError):
+            if report_damage:
+                kept = counted(len(rows), "row")
+                warn(f"{path}: line {max(1, reader.line_num)} is damaged; kept {kept} before it and left out the rest")
+    return rows
+
+
+@first_rank
+def plot_losses(rows: Sequence[dict], path: Path) -> None:
+    """Plot each loss, and all terms together, over the steps: values pale, their running mean strong."""
+    from matplotlib.figure import Figure  # here: the import takes half a second
+
+    if not rows:
+        return
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "step", "lr"))
+    panels = [[name] for name in columns if name.startswith("loss_")]
+    panels.append([name for name in columns if not name.startswith("loss_")])
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    steps = [row["step"] for row in rows]
+    marker = "o" if len(rows) == 1 else None  # a line through one point is invisible
+    for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=False):
+        for name in names:
+            values = np.array([row.get(name, math.nan) for row in rows])
+            if np.isfinite(values).any():
+                means = running_mean(values, max(1, len(rows) // 25))
+                (line,) = axes.plot(steps, means, label=name, linewidth=1.5, marker=marker)
+                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.grid(alpha=0.3)
+        if axes.lines:  # the legend is above the curves, so that it hides none of them
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", frameon=False, ncols=4)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def running_mean(values: np.ndarray, length: int) -> np.ndarray:
+    """Average the finite values among the last `length` ones, at each position."""
+    window = np.ones(length)
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0), window)[: len(values)]
+    counts = np.convolve(finite, window)[: len(values)].clip(1)
+    return sums / counts
+
+
+class TensorBoardLog:
+    """The TensorBoard log of a run; without a folder it does nothing.
+
+    Errors are reported once and never end the run: a full disk, a broken package, a dead writer thread.
+    """
+
+    def __init__(self, folder: Path | None = None, step: int = 0):
+        self.writer: Any = None
+        self.warned = False
+        if folder and rank() == 0:
+            with self._errors_reported():
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    @contextmanager
+    def _errors_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (see the class)
+            if not self.warned:
+                warn(f"the TensorBoard log has gaps ({type(error).__name__}: {error}); the run continues")
+            self.warned = True
+
+    def add(self, step: int, values: dict[str, float], images: dict[str, Image.Image] | None = None) -> None:
+        """Log the finite numbers, and images, by name."""
+        if not self.writer:
+            return
+        with self._errors_reported():
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self.writer.add_scalar(name, value, step)
+            for name, image in (images or {}).items():
+                self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer:
+            with self._errors_reported():
+                self.writer.close()
