@@ -248,6 +248,15 @@ def make_optimizers(networks: Networks, config: OptimConfig) -> dict[str, torch.
     return optimizers
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the moments of an Adam do not fit its weights: the fused kernels would read foreign memory."""
+    for weight, moments in optimizer.state.items():
+        for name, like in {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}.items():
+            if moments[name].shape != like.shape:
+                raise ValueError(f"{name} has the shape {tuple(moments[name].shape)}, expected {tuple(like.shape)}")
+            moments[name] = torch.empty_like(like, requires_grad=False).copy_(moments[name])  # with the same strides
+
+
 class CycleGAN:
     """Two generators, two discriminators, and everything about them that learns or is random.
 
@@ -330,6 +339,7 @@ class CycleGAN:
 
         self.discriminators.requires_grad_(False)
         (losses_AB, fake_B), (losses_BA, fake_A) = self.executor.run_both(backward_G, DIRECTIONS, in_order)
+        self.discriminators.requires_grad_("D" in self.optimizers)  # false where they are frozen
         losses = losses_AB | losses_BA | {"loss_G": losses_AB["loss_G"] + losses_BA["loss_G"]}
         if not self.loss_config.lambda_gan:
             return losses
@@ -340,7 +350,6 @@ class CycleGAN:
             return self.executor.backward(functools.partial(self.loss_D, domain), real[domain], fake)
 
         fakes = {"A": fake_A, "B": fake_B}
-        self.discriminators.requires_grad_("D" in self.optimizers)  # false where they are frozen
         (losses_A, _), (losses_B, _) = self.executor.run_both(backward_D, "AB", in_order)
         return losses | losses_A | losses_B
 
@@ -416,6 +425,7 @@ class CycleGAN:
         for name, optimizer in self.optimizers.items():  # learning rates and betas are the config's
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optims"][name]["state"], "param_groups": groups})
+            check_moments(optimizer)
         if state["scaler"] and self.executor.scaler.is_enabled():
             self.executor.scaler.load_state_dict(state["scaler"])
         for domain, buffer in self.buffers.items():

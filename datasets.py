@@ -504,18 +504,6 @@ class TrainingData:
         """End the workers, which Python would otherwise wait for after an error."""
         self.loader = None
 
-    @property
-    def order(self) -> EpochSampler:  # until train.py says sampler
-        return self.sampler
-
-
-Feed = TrainingData  # until train.py calls load_training_data
-
-
-def make_caches(kind, paths, size, channels, folder, num_workers):  # noqa: D103 (until train.py and benchmarks/loader.py move)
-    dataset = UnpairedDataset(paths, size, channels, load_scale=1)
-    return open_caches(kind, dataset, folder, num_workers)
-
 
 def load_training_data(config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path]) -> TrainingData:
     """Find the images of a data set, leave out those whose header is unreadable, and make their data loader.

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import hashlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ import cyclegan
 import datasets
 import models
 import train
-from cyclegan import LossConfig, OptimConfig, Translation
+from cyclegan import CycleGAN, LossConfig, OptimConfig, Translation
 from datasets import DataConfig
 from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS
+from toolkit.config import ScheduleConfig, TrainConfig
 from toolkit.images import limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import distillation_rows
@@ -87,6 +88,11 @@ class DistillationConfig:
     lambda_output: float = option(10.0, "weight of the distance between images", least=0)
     transfer: bool = option(True, "start from the teacher's first and last layers")
     report: bool = option(False, "compare an existing student with its teacher; trains nothing")
+
+    @property
+    def directions(self) -> list[Direction]:
+        """The directions whose generators get a student."""
+        return [direction for direction in DIRECTIONS if self.direction in ("both", str(direction))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,37 +206,34 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
     return teacher
 
 
-def student_directions(args: Namespace) -> list[Direction]:
-    """Return the directions whose generators get a student."""
-    return [direction for direction in DIRECTIONS if args.direction in ("both", str(direction))]
-
-
-def settle_direction(args: Namespace, teacher: Teacher) -> Namespace:
+def settle_direction(student: DistillationConfig, given: Collection[str], teacher: Teacher) -> DistillationConfig:
     """Choose the only direction that a single generator has; raises InputError if another one was asked for."""
     present = [direction for direction in DIRECTIONS if direction.generator in teacher.networks]
-    if len(present) == 1 and "direction" not in args.given:
-        return cli.changed(args, direction=str(present[0]))
-    missing = [direction for direction in student_directions(args) if direction not in present]
+    if len(present) == 1 and "direction" not in given:
+        return dataclasses.replace(student, direction=str(present[0]))
+    missing = [direction for direction in student.directions if direction not in present]
     if missing:
         raise InputError(
             f"--teacher {teacher.path}: translates {', '.join(map(str, present)) or 'nothing'} only, not {missing[0]}; "
             "give that --direction"
         )
-    return args
+    return student
 
 
-def student_config(args: Namespace, teacher: GeneratorConfig) -> GeneratorConfig:
+def student_config(student: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
     """Return the teacher's config with the blocks, width and skip connections of the student."""
     if teacher.generator == "resnet":
-        ngf = args.student_ngf or teacher.ngf
-        skips = teacher.skips if args.student_skips is None else args.student_skips
-        return dataclasses.replace(teacher, num_residual=args.student_residual, ngf=ngf, skips=skips)
-    if args.student_ngf:
-        raise InputError(f"--student_ngf {args.student_ngf}: the width of a {teacher.generator} is fixed; leave it out")
-    if args.student_skips is not None:
-        flag = "--student_skips" if args.student_skips else "--no-student_skips"
+        ngf = student.student_ngf or teacher.ngf
+        skips = teacher.skips if student.student_skips is None else student.student_skips
+        return dataclasses.replace(teacher, num_residual=student.student_residual, ngf=ngf, skips=skips)
+    if student.student_ngf:
+        raise InputError(
+            f"--student_ngf {student.student_ngf}: the width of a {teacher.generator} is fixed; leave it out"
+        )
+    if student.student_skips is not None:
+        flag = "--student_skips" if student.student_skips else "--no-student_skips"
         raise InputError(f"{flag}: the skips of a {teacher.generator} are fixed; leave it out")
-    return dataclasses.replace(teacher, vit_blocks=args.student_residual)
+    return dataclasses.replace(teacher, vit_blocks=student.student_residual)
 
 
 def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) -> Generator:
@@ -262,43 +265,44 @@ def make_adapters(teachers: Networks, students: Networks, pairs: Sequence[int]) 
     return adapters
 
 
-def make_networks(args: Namespace, teacher: Teacher) -> Networks:
+def make_networks(config: TrainConfig, student: DistillationConfig, teacher: Teacher) -> Networks:
     """Build students in place of their teachers; the other networks continue from the teacher's run, or start new."""
-    devices.seed_everything(args.seed, args.deterministic)
-    students = [direction.generator for direction in student_directions(args)]
-    config = teacher.networks[students[0]].config
-    config_D = DiscriminatorConfig(channels=config.channels)
-    deepest = config_D.largest_n_layers(min(args.img_height, args.img_width))
+    devices.seed_everything(config.run.seed, config.run.deterministic)
+    students = [direction.generator for direction in student.directions]
+    config_G = teacher.networks[students[0]].config
+    config_D = DiscriminatorConfig(channels=config_G.channels)
+    deepest = config_D.largest_n_layers(min(config.data.size))
     config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
     networks: Networks = {}
     for name in students:
         net = teacher.networks[name]
-        networks[name] = make_student(net, student_config(args, net.config), args.transfer)
+        networks[name] = make_student(net, student_config(student, net.config), student.transfer)
     for name in ("G_AB", "G_BA", "D_A", "D_B"):
         if name in networks:
             continue
         if name in teacher.networks:
             networks[name] = copy.deepcopy(teacher.networks[name])
         elif name.startswith("G"):
-            networks[name] = models.build_generator(config)
+            networks[name] = models.build_generator(config_G)
         else:
             networks[name] = models.build_discriminator(config_D)
     for net in networks.values():
         net.requires_grad_(True).train()
-    models.check_image_size(networks["G_AB"].config, networks["D_A"].config, args.img_height, args.img_width)
+    models.check_image_size(networks["G_AB"].config, networks["D_A"].config, *config.data.size)
     return {name: networks[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
 
 
-def choose_pairs(args: Namespace, teacher_blocks: int) -> list[int]:
+def choose_pairs(student: DistillationConfig, teacher_blocks: int) -> list[int]:
     """Return the teacher block that each student block imitates; raises InputError for impossible --hidden_layers."""
-    if args.hidden_layers is None:
-        return pair_blocks(teacher_blocks, args.student_residual)
-    if len(args.hidden_layers) != args.student_residual or max(args.hidden_layers, default=0) >= teacher_blocks:
+    blocks = student.hidden_layers
+    if blocks is None:
+        return pair_blocks(teacher_blocks, student.student_residual)
+    if len(blocks) != student.student_residual or max(blocks, default=0) >= teacher_blocks:
         raise InputError(
-            f"--hidden_layers {','.join(map(str, args.hidden_layers))}: expected {args.student_residual} teacher blocks, "
+            f"--hidden_layers {','.join(map(str, blocks))}: expected {student.student_residual} teacher blocks, "
             f"one for each student block, from 0 to {teacher_blocks - 1}"
         )
-    return args.hidden_layers
+    return blocks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ def add_inherited_options(parser: cli.Parser, inherited_from: str = "") -> cli.P
     cli.add_options(parser, "data", DataConfig, inherited_from)
     cli.add_options(parser, "loss", LossConfig, inherited_from)
     cli.add_options(parser, "optimiser", OptimConfig, inherited_from)
-    cli.add_options(parser, "schedule", train.ScheduleConfig, inherited_from)
+    cli.add_options(parser, "schedule", ScheduleConfig, inherited_from)
     return parser
 
 
@@ -328,15 +332,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
-    args.run_name = args.run_name or f"{teacher_name(args)}_{'student' if args.transfer else 'scratch'}"
+    args.run_name = args.run_name or f"{teacher_name(args.teacher)}_{'student' if args.transfer else 'scratch'}"
     train.refuse_contradictions(parser, args)
     return args
 
 
-def teacher_name(args: Namespace) -> str:
+def teacher_name(teacher: str) -> str:
     """Return a folder name for runs of this teacher."""
-    path = Path(args.teacher)
-    return path.stem if path.is_file() else args.teacher
+    path = Path(teacher)
+    return path.stem if path.is_file() else teacher
 
 
 def inherit(args: Namespace, teacher: Teacher) -> Namespace:
@@ -366,45 +370,49 @@ def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
     for name, action in add_inherited_options(cli.Parser()).options.items():
         if getattr(args, name) is None:
             setattr(args, name, action.default)
-    train.say_schedule_change(args, state["args"])
+    if state["args"].get("num_epochs") != args.num_epochs:
+        train.say_schedule_change(cli.config_of(ScheduleConfig, args))
     return args, state, path
 
 
-def check_same_teacher(args: Namespace, teacher: Teacher, state: dict, checkpoint: Path) -> None:
+def check_same_teacher(run_name: str, teacher: Teacher, state: dict, checkpoint: Path) -> None:
     """Raise InputError if a resumed distillation would learn from another teacher than before."""
     known = state.get("teacher")
     if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
         raise InputError(
             f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); "
-            f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {args.run_name}"
+            f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
         )
 
 
-def distil(args: Namespace, teacher: Teacher, device: torch.device, state: dict | None, path: Path | None) -> None:
-    """Build the students and train them with train.py's loop and their own objective."""
-    names = [direction.generator for direction in student_directions(args)]
-    if state is None:
-        for name in names:
-            report.refuse_large(student_config(args, teacher.networks[name].config), teacher.networks[name].config)
-    data = None if args.dry_run else train.load_data(args, device)
-    networks = make_networks(args, teacher)
-    teachers = {name: teacher.networks[name].to(device) for name in names}
-    pairs = choose_pairs(args, teachers[names[0]].config.blocks)
-    adapters = make_adapters(teachers, networks, pairs)
-    loss = DistillationLoss(teachers, adapters, pairs, args.lambda_hidden, args.lambda_output)
-    model = train.make_model(args, networks, device, adapters, loss)
-    if state is None:
-        for name, net in teachers.items():
-            costs = report.compare_costs(networks[name], net, (args.img_height, args.img_width), model.precision)
-            say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
-    if data is None:
-        train.dry_run(args, model)
-        return
+def make_run(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> train.Run:
+    """Build the students, and the run that trains them with train.py's loop and their own objective."""
+    names = [direction.generator for direction in student.directions]
+    data = train.load_data(config, device)
+    model = make_model(config, student, teacher, device)
     terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
-    draw_rows = functools.partial(distillation_rows, teachers=teachers)
-    monitor = train.make_monitor(args, [*cyclegan.loss_names(model.loss_config), *terms], draw_rows)
+    draw_rows = functools.partial(distillation_rows, teachers={name: teacher.networks[name] for name in names})
+    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *terms], draw_rows)
     origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
-    train.Run(args, model, data, monitor, "distill", teacher=origin).run(state, path)
+    return train.Run(config, model, data, monitor, "distill", teacher=origin)
+
+
+def make_model(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> CycleGAN:
+    """Build the students and what trains them; says what they cost beside their teachers."""
+    networks = make_networks(config, student, teacher)
+    teachers = {}
+    for direction in student.directions:
+        name = direction.generator
+        teachers[name] = teacher.networks[name].to(device)
+    pairs = choose_pairs(student, teachers[name].config.blocks)
+    adapters = make_adapters(teachers, networks, pairs)
+    loss = DistillationLoss(teachers, adapters, pairs, student.lambda_hidden, student.lambda_output)
+    model = train.make_model(config, networks, device, adapters, loss)
+    if config.run.start_from == "0":
+        for name, net in teachers.items():
+            costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
+            say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
+    return model
 
 
 @command
@@ -417,31 +425,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, state, checkpoint = resume(args)
     elif not (args.report or args.dry_run):
         checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_args(args))
-    teacher = load_teacher(str(args.teacher), student_directions(args))
-    args = settle_direction(args, teacher)
+    student = cli.config_of(DistillationConfig, args)
+    teacher = load_teacher(str(args.teacher), student.directions)
+    student = settle_direction(student, args.given, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
-    if state is None:
-        args = inherit(args, teacher)
-    elif checkpoint:
-        check_same_teacher(args, teacher, state, checkpoint)
+    if checkpoint and state:
+        check_same_teacher(args.run_name, teacher, state, checkpoint)
+    else:
+        args = inherit(cli.changed(args, direction=student.direction), teacher)
     train.check_args(args)
-    device = devices.pick_device(args.device)
-    if not args.report:
-        distil(args, teacher, device, state, checkpoint)
+    config = TrainConfig(**train.config_values(args))
+    device = devices.pick_device(config.device.device)
+    if student.report:
+        write_report(config, student, teacher, device)
         return
-    limit_pixels(1e6 * args.max_megapixels)
+    if state is None:
+        for direction in student.directions:
+            teacher_config = teacher.networks[direction.generator].config
+            report.refuse_large(student_config(student, teacher_config), teacher_config)
+    if config.run.dry_run:
+        train.dry_run(config, make_model(config, student, teacher, device))
+    else:
+        make_run(config, student, teacher, device).run(state, checkpoint)
+
+
+def write_report(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> None:
+    """Compare teacher, student, and the student from scratch where it exists."""
+    limit_pixels(1e6 * config.data.max_megapixels)
     report.write_report(
         teacher.networks,
         teacher.path,
-        student_directions(args),
-        args.run_name,
-        f"{teacher_name(args)}_scratch",
-        datasets.find_dataset(args.data_root, args.dataset_name),
-        args.on_bad_image,
+        student.directions,
+        config.run.run_name,
+        f"{teacher_name(str(student.teacher))}_scratch",
+        datasets.find_dataset(config.data.data_root, config.data.dataset_name),
+        config.data.on_bad_image,
         device,
-        devices.pick_precision(args.precision, device),
-        explicit="direction" in args.given,
+        devices.pick_precision(config.device.precision, device),
+        explicit="direction" in config.given,
     )
 
 

@@ -1,4 +1,4 @@
-"""Ship a generator: as ONNX, checked against PyTorch, or in the layout of pytorch-CycleGAN-and-pix2pix.
+"""Export a generator: as ONNX, checked against PyTorch, or in the layout of pytorch-CycleGAN-and-pix2pix.
 
 python export.py --run_name horse2zebra --direction AtoB
 python export.py --weights saved_models/horse2zebra_student/G_BA.safetensors --output zebra2horse.onnx
@@ -13,75 +13,108 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import utils
-from models import Generator
+from models import DIRECTIONS, Direction, Generator
 from toolkit import cli, converters, metrics, process
 from toolkit.checkpoints import RUNS
 from toolkit.files import atomic_write
-from toolkit.inference import DOMAINS, NETWORKS, load_networks
-from utils import InputError
+from toolkit.inference import load_networks
+from utils import InputError, RunError, epoch_name, folder_name, need_package, option, say
 
 OPSET = 18
-TOLERANCE = 1e-3  # between PyTorch's outputs and onnxruntime's, in the range [-1, 1]
+TOLERANCE = 1e-3  # largest difference between the outputs of PyTorch and onnxruntime, which are in [-1, 1]
 
 
-def find_generator(args: argparse.Namespace) -> tuple[Generator, dict]:
-    """Read the generator that the flags name, and its metadata: direction, size in px, dataset_name."""
-    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, args.direction)
-    direction = metadata["direction"] if args.weights else args.direction or "AtoB"
-    if NETWORKS[direction] not in nets:
-        raise InputError(f"--direction {direction}: the run {args.run_name} has no {NETWORKS[direction]}")
-    return nets[NETWORKS[direction]].eval(), {**metadata, "direction": direction}
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which generator is exported, and where to."""
+
+    run_name: str = option("horse2zebra", "run in saved_models", parse=folder_name)
+    epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
+    weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
+    direction: str | None = option(None, "which generator (default: AtoB, or the file's)", choices=("AtoB", "BtoA"))
+    to: str = option("onnx", "an ONNX model, or weights with the names of junyanz's", choices=("onnx", "junyanz"))
+    output: Path | None = option(None, "file to write (default: beside the weights)", metavar="FILE")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.Parser(prog="export.py", description=__doc__)
+    cli.add_options(parser, "export", ExportOptions)
+    args = parser.parse_args(argv)
+    cli.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"))
+    suffix = ".onnx" if args.to == "onnx" else ".pth"
+    if args.output and (args.output.suffix != suffix or args.output.is_dir()):
+        parser.error(f"--output {args.output}: expected a file that ends in {suffix}")
+    return args
+
+
+def find_generator(args: argparse.Namespace) -> tuple[Generator, Direction, dict]:
+    """Load the generator that the options name, its direction, and its metadata."""
+    asked = Direction.named(args.direction) if args.direction else None
+    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked)
+    direction = Direction.named(metadata["direction"]) if args.weights else asked or DIRECTIONS[0]
+    if direction.generator not in nets:
+        raise InputError(f"--direction {direction}: the run {args.run_name} has no {direction.generator}")
+    return nets[direction.generator].eval(), direction, metadata
+
+
+def output_path(args: argparse.Namespace, direction: Direction) -> Path:
+    """Return the file to write; raise InputError if it cannot be written, or is the file that is read."""
+    folder = args.weights.parent if args.weights else RUNS / args.run_name
+    stem = args.weights.stem if args.weights else direction.generator
+    name = f"{stem}.onnx" if args.to == "onnx" else f"latest_net_G_{direction.source}.pth"
+    output = args.output or folder / name
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: no folder {output.parent}; make it first")
+    if args.weights and output.resolve() == args.weights.resolve():
+        raise InputError(f"--output {output}: would overwrite the weights that are read; choose another file")
+    return output
 
 
 # ---------------------------------------------------------------------------------------------
 # ONNX
 
 
-def onnx_bytes(net: Generator, metadata: dict) -> bytes:
-    """Turn a generator into an ONNX model whose batch, height and width are free.
+def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
+    """Convert a generator to an ONNX model with dynamic batch size, height and width.
 
-    Input real_X and output fake_Y: (N, channels, H, W), float32 in [-1, 1]; the metadata says which domains
-    these are, and the size that the network was trained at.
+    Its input real_A (or real_B) and output fake_B (or fake_A) are float32 (N, channels, H, W) in [-1, 1].
     """
     import onnx
 
-    source, target = DOMAINS[metadata["direction"]]
-    side = 2 * net.config.smallest_side + 3  # nothing divides it: the exporter then keeps the padding at any size
+    side = 2 * net.config.smallest_side + 3  # odd, so that the exporter keeps the padding for any size
     images = torch.zeros(2, net.config.channels, side, side + 2)  # a batch of 1 would become a constant
-    free = torch.export.Dim.DYNAMIC
+    dynamic = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program: Any = torch.onnx.export(
             net,
             (images,),
             dynamo=True,
-            input_names=[f"real_{source}"],
-            output_names=[f"fake_{target}"],
-            dynamic_shapes=({0: free, 2: free, 3: free},),
+            input_names=[f"real_{direction.source}"],
+            output_names=[f"fake_{direction.target}"],
+            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
             opset_version=OPSET,
             verbose=False,
         )
     model = program.model_proto
-    facts: dict[str, Any] = {
-        "range": [-1, 1],
-        "channels": net.config.channels,
-        "smallest_side": net.config.smallest_side,
-    }
-    facts |= {name: metadata.get(name) for name in ("direction", "size", "dataset_name", "run_name", "epoch", "step")}
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    properties: dict[str, Any] = {"range": [-1, 1], "channels": net.config.channels}
+    properties |= {"smallest_side": net.config.smallest_side, "direction": str(direction)}
+    properties |= {name: metadata.get(name) for name in ("size", "dataset_name", "run_name", "epoch", "step")}
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in properties.items()})
     return model.SerializeToString()
 
 
 def open_session(model: bytes) -> Callable[[Tensor], Tensor]:
-    """Load an ONNX model into onnxruntime, on as many CPU threads as torch has."""
+    """Load an ONNX model into onnxruntime, with as many CPU threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -91,16 +124,18 @@ def open_session(model: bytes) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def check_sizes(net: Generator, metadata: dict) -> list[tuple[int, int]]:
-    """Three sizes to compare at: as trained, the smallest, and one that nothing divides."""
+def sizes_to_compare(net: Generator, metadata: dict) -> list[tuple[int, int]]:
+    """Return three (height, width): of the training, the smallest, and one that the downsampling does not divide."""
     height, width = metadata["size"] or (256, 256)
     least = net.config.smallest_side
     return [(height, width), (least, least), (max(least, height // 2 + 5), max(least, width // 2 + 3))]
 
 
 @torch.no_grad()
-def compare(net: Generator, run: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Largest difference between PyTorch's outputs and onnxruntime's, by size; in [0, 2]."""
+def largest_differences(
+    net: Generator, run: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]
+) -> dict[str, float]:
+    """Return the largest difference between the outputs of PyTorch and onnxruntime by image size, in [0, 2]."""
     noise = torch.Generator().manual_seed(0)
     differences = {}
     for height, width in sizes:
@@ -110,74 +145,45 @@ def compare(net: Generator, run: Callable[[Tensor], Tensor], sizes: Sequence[tup
 
 
 @torch.no_grad()
-def export_onnx(net: Generator, metadata: dict, output: Path) -> dict[str, float]:
-    """Write the ONNX file once its outputs equal PyTorch's at three sizes; returns the differences.
+def export_onnx(net: Generator, direction: Direction, metadata: dict, output: Path) -> None:
+    """Write an ONNX file if its outputs equal PyTorch's; print the differences, and the speed of both.
 
-    raises: InputError if a package is missing; RunError if the outputs differ, and nothing is written
+    raises: InputError if a package is missing; RunError if the outputs differ
     """
     for package in ("onnx", "onnxruntime", "onnxscript"):
-        utils.need_package(package, "--to onnx", "pip install -r requirements-export.txt")
-    model = onnx_bytes(net, metadata)
+        need_package(package, "--to onnx", "pip install -r requirements-export.txt")
+    model = onnx_bytes(net, direction, metadata)
     run = open_session(model)
-    sizes = check_sizes(net, metadata)
-    differences = compare(net, run, sizes)
+    sizes = sizes_to_compare(net, metadata)
+    differences = largest_differences(net, run, sizes)
     for line in metrics.format_table({"largest difference": differences}):
-        utils.say(line)
-    if not max(differences.values()) <= TOLERANCE:
-        words = f"onnxruntime's outputs differ from PyTorch's by more than {TOLERANCE}"
-        raise utils.RunError(f"{output}: not written; {words}")
+        say(line)
+    if not max(differences.values()) <= TOLERANCE:  # also if it is nan
+        raise RunError(f"{output}: not written; onnxruntime's outputs differ from PyTorch's by more than {TOLERANCE}")
     with atomic_write(output) as temporary:
         temporary.write_bytes(model)
-    image = torch.zeros(1, net.config.channels, *sizes[0])
-    programs = {"PyTorch, fp32": net, "onnxruntime": run}
-    latency = {name: {"ms": metrics.median_ms(functools.partial(run, image))} for name, run in programs.items()}
-    utils.say(f"one image of {sizes[0][1]}x{sizes[0][0]} px on {torch.get_num_threads()} CPU threads:")
+    height, width = sizes[0]
+    image = torch.zeros(1, net.config.channels, height, width)
+    latency = {}
+    for name, program in (("PyTorch, fp32", net), ("onnxruntime", run)):
+        latency[name] = {"ms": metrics.median_ms(functools.partial(program, image))}
+    say(f"one image of {width}x{height} px on {torch.get_num_threads()} CPU threads:")
     for line in metrics.format_table(latency):
-        utils.say(line)
-    return differences
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = cli.Parser(prog="export.py", description=__doc__)
-    add = cli.flag_group(parser, "what")
-    add("--run_name", type=cli.folder_name, default="horse2zebra", help="run in saved_models")
-    add("--epoch", type=cli.epoch_name, default="latest", help="latest, best, or the number of a checkpoint")
-    add("--weights", type=cli.path_name, default=None, metavar="FILE", help="a generator file, in place of a run")
-    add("--direction", choices=("AtoB", "BtoA"), default=None, help="which generator (default: AtoB, or the file's)")
-    add("--to", choices=("onnx", "junyanz"), default="onnx", help="an ONNX model, or weights under junyanz's names")
-    add("--output", type=cli.path_name, metavar="FILE", help="where it goes (default: beside the weights)")
-    args = parser.parse_args(argv)
-    cli.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"))
-    suffix = ".onnx" if args.to == "onnx" else ".pth"
-    if args.output and (args.output.suffix != suffix or args.output.is_dir()):
-        parser.error(f"--output {args.output}: expected a file that ends in {suffix}")
-    return args
+        say(line)
 
 
 @process.command
 def main(argv: Sequence[str] | None = None) -> Path:
     """Export one generator; returns the file."""
     args = parse_args(argv)
-    net, metadata = find_generator(args)
-    folder = args.weights.parent if args.weights else RUNS / args.run_name
-    stem = args.weights.stem if args.weights else NETWORKS[metadata["direction"]]
-    names = {"onnx": f"{stem}.onnx", "junyanz": f"latest_net_G_{metadata['direction'][0]}.pth"}
-    output = args.output or folder / names[args.to]
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: no folder {output.parent}; make it first")
-    if args.weights and output.resolve() == args.weights.resolve():
-        raise InputError(f"--output {output}: would overwrite the weights that are read; choose another file")
+    net, direction, metadata = find_generator(args)
+    output = output_path(args, direction)
     if args.to == "onnx":
-        export_onnx(net, metadata, output)
+        export_onnx(net, direction, metadata, output)
     else:
         with atomic_write(output) as temporary:
             torch.save(converters.to_junyanz(net), temporary)
-    utils.say(f"{metadata['direction']} written to {output}, {output.stat().st_size / 1e6:.1f} MB")
+    say(f"{direction} written to {output}, {output.stat().st_size / 1e6:.1f} MB")
     return output
 
 

@@ -14,7 +14,6 @@ import math
 import random
 import shutil
 import urllib.error
-import urllib.parse
 import urllib.request
 import zipfile
 from argparse import Namespace
@@ -74,7 +73,12 @@ class CheckOptions(PixelConfig):
 
 
 # ---------------------------------------------------------------------------------------------
-# Downloading
+# Drawing and downloading
+
+
+def draw_demo_set(args: Namespace) -> None:
+    """Draw day2night."""
+    draw_dataset(args.data_root, args.size)
 
 
 def archive_url(dataset_name: str, url: str | None) -> str:
@@ -82,18 +86,11 @@ def archive_url(dataset_name: str, url: str | None) -> str:
 
     raises: InputError if there is no such data set, or the address is not one
     """
+    if url and not url.startswith(("http://", "https://")):
+        raise InputError(f"--url {url}: expected an address that begins with http:// or https://")
     if not url and dataset_name not in OFFICIAL.split(", "):
         raise InputError(f"{dataset_name}: no official set; expected one of {OFFICIAL}, or a zip elsewhere: --url")
-    url = url or f"{ADDRESS}/{dataset_name}.zip"
-    try:
-        scheme = urllib.parse.urlsplit(url).scheme
-    except ValueError as error:  # brackets, as in http://[bad
-        raise InputError(
-            f"--url {url}: not an address ({error}); expected something like http://host/set.zip"
-        ) from error
-    if scheme not in ("http", "https"):
-        raise InputError(f"--url {url}: expected an address that begins with http:// or https://")
-    return url
+    return url or f"{ADDRESS}/{dataset_name}.zip"
 
 
 def fetch(url: str, part: Path) -> None:
@@ -307,7 +304,9 @@ def check_dataset(args: Namespace) -> None:
         cells[split] = {str(path.relative_to(folder / split)): fact.cell for path, fact in facts.items() if fact.cell}
     duplicates = checks.find_duplicates(digests)
     if args.sheet and any(cells.values()):
-        rows = [{f"{kind}{domain}": cells.get(f"{kind}{domain}", {}) for domain in "AB"} for kind in SHEET_IMAGES]
+        rows = []
+        for kind in SHEET_IMAGES:
+            rows.append({split: cells.get(split, {}) for split in (f"{kind}A", f"{kind}B")})
         sheet = Path("generated_images") / args.dataset_name / "check.png"
         images.save_image(checks.draw_sheet(rows), sheet)
         say(f"sheet: {sheet}")
@@ -334,22 +333,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     download.add_argument("dataset_name", type=new_name, help=OFFICIAL)
     download.add_argument("--url", help="address of a zip, in place of the authors'")
     split = commands.add_parser("split", help="make a data set from two folders of images")
-    for domain in "AB":
-        source = argument_type(existing_or_new_path)
-        split.add_argument(f"--{domain}", type=source, required=True, metavar="DIR", help=f"images of domain {domain}")
+    source = argument_type(existing_or_new_path)
+    split.add_argument("--A", type=source, required=True, metavar="DIR", help="images of domain A")
+    split.add_argument("--B", type=source, required=True, metavar="DIR", help="images of domain B")
     split.add_argument("--dataset_name", type=new_name, required=True, help="name of the new data set")
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
     check.add_argument("dataset_name", type=new_name)
-    for sub_parser, options in ((draw, DrawOptions), (split, SplitOptions), (check, CheckOptions)):
-        add_options(sub_parser, "settings", options)
-    draw.set_defaults(run=lambda args: draw_dataset(args.data_root, args.size))
-    download.set_defaults(run=download_dataset)
-    split.set_defaults(run=split_dataset)
-    check.set_defaults(run=check_dataset)
-    for sub_parser in (draw, download, split, check):
+    add_options(draw, "settings", DrawOptions)
+    add_options(split, "settings", SplitOptions)
+    add_options(check, "settings", CheckOptions)
+    runs = {draw: draw_demo_set, download: download_dataset, split: split_dataset, check: check_dataset}
+    for sub_parser, run in runs.items():
         sub_parser.add_argument(
-            "--data_root", type=Path, default="datasets", help="folder that contains the data sets (default: datasets)"
+            "--data_root", type=Path, default="datasets", help="folder of the data sets (default: datasets)"
         )
+        sub_parser.set_defaults(run=run)
     return parser.parse_args(argv)
 
 

@@ -24,10 +24,10 @@ from toolkit import cli, files, gallery, images, metrics, process
 from toolkit.checkpoints import IMAGES
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
-from toolkit.inference import Translator, epoch_name, load_networks, translate_folder
-from utils import InputError, counted, existing_or_new_path, folder_name, is_folder_name, option, say, some_of
+from toolkit.inference import Translator, load_networks, translate_folder
+from utils import InputError, counted, epoch_name, folder_name, is_folder_name, option, say, some_of
 
-METRICS = ("losses", "cycle", "identity", "paired", "spike", "fid", "kid")
+METRICS = metrics.MEASURES + ("fid", "kid")
 NETWORKS_OF_METRICS = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
 TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "losses", "fid", "kid"}}  # by split
 
@@ -36,46 +36,24 @@ TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "l
 class TestOptions:
     """Which networks translate which images, where the results go, and how they are scored."""
 
-    run_name: str | None = option(
-        None, "run in saved_models (default: --dataset_name, else horse2zebra)", parse=folder_name
-    )
+    run_name: str | None = option(None, "run in saved_models (default: --dataset_name)", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
-    weights: Path | None = option(None, "generator file, in place of a run", parse=existing_or_new_path, metavar="FILE")
-    dataset_name: str | None = option(
-        None, "data set whose test images are translated (default: the run's)", parse=folder_name
-    )
+    weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
+    dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
-    input: Path | None = option(None, "images of one domain, in place of a data set", metavar="FILE_OR_FOLDER")
+    input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
-    direction: str | None = option(
-        None,
-        "which generator to use (default: both; for --input AtoB, or what the file says)",
-        choices=("both", "AtoB", "BtoA"),
-    )
+    direction: str | None = option(None, "(default: both; with --input one)", choices=("both", "AtoB", "BtoA"))
     round_trip: bool | None = option(None, "also translate back (default: data sets yes, --input no)")
     scale: str | None = option(
-        None, "resize images to the training size (default), or keep their own", choices=("train", "native")
+        None, "resize to the training size, or not (default: train)", choices=("train", "native")
     )
-    tile: int | None = option(
-        None,
-        "native scale in tiles of so many px a side: less memory, more time (default: whole images)",
-        least=16,
-        most=2**16,
-        metavar="PIXELS",
-    )
-    output_size: str = option(
-        "input", "size of the results: that of the input, or the network's", choices=("input", "net")
-    )
-    output: Path | None = option(
-        None, "folder for the results (default: generated_images/<run or file>/test)", metavar="DIR"
-    )
-    skip_existing: bool = option(False, "leave out images whose results exist; removes nothing")
-    metrics: list[str] = option(
-        [], "scores of the test images (default: none)", parse=some_of(METRICS), metavar=",".join(METRICS)
-    )
-    inception_weights: Path | None = option(
-        None, "weights for fid and kid (default: download)", parse=existing_or_new_path, metavar="FILE"
-    )
+    tile: int | None = option(None, "native scale in tiles of N px a side (default: whole)", least=16, most=2**16)
+    output_size: str = option("input", "size of the results: the input's or the network's", choices=("input", "net"))
+    output: Path | None = option(None, "folder for the results (default: generated_images/RUN/test)", metavar="DIR")
+    skip_existing: bool = option(False, "remove nothing, and leave out images whose results exist")
+    metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
+    inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -195,61 +173,60 @@ def load_bytes(path: Path, size: tuple[int, int] | None, channels: int = 3) -> T
 
 @dataclass
 class Scorer:
-    """Scores of translated test images."""
+    """Scores of translated test images. Errors are in the units of training, [0, 2]."""
 
-    metrics: Sequence[str]
+    args: Namespace
     translator: Translator
     dataset: Path
-    output: Path  # folder of the results
-    num_test: int | None
-    on_bad: str  # "skip" or "stop" at an unreadable image
-    inception_weights: Path | None
 
-    def score(self, direction: Direction, results: Sequence[Result]) -> dict:
-        """Return the scores of one direction; errors in the units of training, [0, 2]."""
-        scores = {}
-        if {"cycle", "identity"} & set(self.metrics):
-            scores |= self.cycle_and_identity(direction)
-        if "spike" in self.metrics:
-            net, _ = self.translator.generators(direction)
-            inputs = self.lazy_images([result.input for result in results])
-            scores["spike"] = metrics.mean_spike(net, inputs, self.translator.precision)
-        if "paired" in self.metrics:
-            scores["paired"] = self.paired(direction, results)
-        if {"fid", "kid"} & set(self.metrics):
-            scores["distribution"] = self.distribution(direction, results)
+    def scores(self, results: Mapping[Direction, Sequence[Result]], loss_config: LossConfig | None) -> dict:
+        """Return the scores by direction, and the losses, which belong to both."""
+        scores = {str(direction): self.of_direction(direction, translated) for direction, translated in results.items()}
+        if "losses" in self.args.metrics:
+            reals = {domain: self.test_images(domain) for domain in "AB"}
+            networks = self.translator.networks
+            scores["losses"] = metrics.mean_losses(networks, reals, loss_config, self.translator.precision)
         return scores
 
-    def cycle_and_identity(self, direction: Direction) -> dict[str, float]:
+    def of_direction(self, direction: Direction, results: Sequence[Result]) -> dict:
+        wanted = self.args.metrics
         net, back = self.translator.generators(direction)
-        wanted = [name for name in ("cycle", "identity") if name in self.metrics]
+        there = functools.partial(self.translator, net)
+        way_back = functools.partial(self.translator, back) if back else None
         sources = self.test_images(direction.source) if "cycle" in wanted else {}
         targets = self.test_images(direction.target) if "identity" in wanted else {}
-        there = functools.partial(self.translator, net)
-        return metrics.measure_direction(
-            there, back and functools.partial(self.translator, back), sources, targets, wanted
-        )
+        errors = [name for name in ("cycle", "identity") if name in wanted]
+        scores: dict[str, Any] = metrics.measure_direction(there, way_back, sources, targets, errors)
+        if "spike" in wanted:
+            inputs = self.lazy_images([result.input for result in results])
+            scores["spike"] = metrics.mean_spike(net, inputs, self.translator.precision)
+        if "paired" in wanted:
+            scores["paired"] = self.paired(direction, results)
+        if {"fid", "kid"} & set(wanted):
+            scores["distribution"] = self.distribution(direction, results)
+        return scores
 
     def distribution(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
         """Compare all translations with the test and with the training images of the target domain."""
         load = functools.partial(load_bytes, size=self.translator.size or (299, 299))  # Inception resizes to 299
-        fakes = [self.output / result.files[f"fake_{direction.target}"] for result in results]
-        wanted = [name for name in ("fid", "kid") if name in self.metrics]
+        fakes = [self.args.output / result.files[f"fake_{direction.target}"] for result in results]
+        wanted = [name for name in ("fid", "kid") if name in self.args.metrics]
+        weights = self.args.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
             reals = self.readable(split)
-            tables[split] = metrics.fid_kid(fakes, reals, load, wanted, self.inception_weights, self.translator.device)
+            tables[split] = metrics.fid_kid(fakes, reals, load, wanted, weights, self.translator.device)
         return tables
 
     def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
-        """Compare translations with their truth, one at a time."""
+        """Compare translations with their truths, one at a time."""
         scored = [result for result in results if result.truth]
-        folder = self.dataset / f"test{direction.target}"
         if not scored:
             raise no_truth(self.dataset, direction)
+        folder = self.dataset / f"test{direction.target}"
         if len(scored) < len(results):
             say(f"{folder}: {len(scored)} of {len(results)} images have their truth there; only these are scored")
-        bad = images.BadImages(folder, len(scored), self.on_bad)
+        bad = images.BadImages(folder, len(scored), self.args.on_bad_image)
         triples = functools.partial(self.read_triples, direction, scored, bad)
         size: Any = self.translator.size or next(triples())[0].shape[-2:]
         return metrics.paired_table(triples(), self.mean_image(f"train{direction.target}", size))
@@ -260,7 +237,7 @@ class Scorer:
         """Yield translation, input and truth, all at the size of the translation."""
         channels = self.translator.channels
         for result in results:
-            fake = load_bytes(self.output / result.files[f"fake_{direction.target}"], None, channels)
+            fake = load_bytes(self.args.output / result.files[f"fake_{direction.target}"], None, channels)
             size: Any = fake.shape[-2:]
             try:
                 truth = load_bytes(result.truth, size, channels)
@@ -276,45 +253,21 @@ class Scorer:
             mean += (images.range_to_bytes(x) - mean) / count
         return mean
 
-    def losses(self, loss_config: LossConfig) -> dict[str, float]:
-        """Return the training losses on the test images."""
-        reals = {domain: self.test_images(domain) for domain in "AB"}
-        return metrics.mean_losses(self.translator.nets, reals, loss_config, self.translator.precision)
+    def test_images(self, domain: str) -> images.LazyImages:
+        return self.lazy_images(self.readable(f"test{domain}", self.args.num_test))
+
+    def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
+        return images.LazyImages(paths, self.translator.size, self.translator.channels)
+
+    def readable(self, split: str, most: int | None = None) -> list[Path]:
+        return [path for path, _ in self.load(split, None, 3, most)]
 
     def load(
         self, split: str, size: tuple[int, int] | None, channels: int, most: int | None = None
     ) -> Iterator[tuple[Path, Tensor]]:
         """Read the images of a split one by one; unreadable ones are named and left out."""
         paths = datasets.split_images(self.dataset, split, most)
-        return images.load_images(self.dataset / split, paths, size, channels, self.on_bad)
-
-    def readable(self, split: str, most: int | None = None) -> list[Path]:
-        return [path for path, _ in self.load(split, None, 3, most)]
-
-    def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
-        return images.LazyImages(paths, self.translator.size, self.translator.channels)
-
-    def test_images(self, domain: str) -> images.LazyImages:
-        return self.lazy_images(self.readable(f"test{domain}", self.num_test))
-
-
-def score(
-    args: Namespace,
-    translator: Translator,
-    dataset: Path,
-    results: Mapping[Direction, Sequence[Result]],
-    loss_config: LossConfig,
-) -> dict:
-    """Compute and print the scores, by direction; the losses are those of both."""
-    scorer = Scorer(
-        args.metrics, translator, dataset, args.output, args.num_test, args.on_bad_image, args.inception_weights
-    )
-    scores = {str(direction): scorer.score(direction, translated) for direction, translated in results.items()}
-    if "losses" in args.metrics:
-        scores["losses"] = scorer.losses(loss_config)
-    for line in score_lines(scores):
-        say(line)
-    return scores
+        return images.load_images(self.dataset / split, paths, size, channels, self.args.on_bad_image)
 
 
 def score_lines(scores: dict) -> list[str]:
@@ -345,14 +298,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         files.read_archive(args.inception_weights)  # torch-fidelity would execute code in a hostile file
 
     asked = Direction.named(args.direction) if args.direction in ("AtoB", "BtoA") else None
-    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, "losses" in args.metrics)
-    translator = Translator(nets, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
+    networks, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, "losses" in args.metrics)
+    translator = Translator(networks, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
 
     dataset_name, dataset = choose_dataset(args, metadata)
     directions = choose_directions(args.direction, args.input, translator)
     inputs = {direction: find_inputs(args, dataset, direction) for direction in directions}
     truths = {direction: find_truths(dataset, direction, paths) for direction, (_, paths) in inputs.items()}
-    check_metrics(args.metrics, nets, dataset, truths)
+    check_metrics(args.metrics, networks, dataset, truths)
 
     if not args.skip_existing:
         gallery.clear(args.output, [path for _, paths in inputs.values() for path in paths])
@@ -371,15 +324,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
 
     about = {name: metadata.get(name) for name in ("epoch", "step")}
-    gallery.write_gallery(args.output, dataset_name, about, results, table=[])  # now, since scores may fail
+    gallery.write_gallery(args.output, dataset_name, about, results, [])  # now, since scores may fail
     gallery.write_grid(args.output, results)
     scores = {}
     if args.metrics:
-        scores = score(args, translator, dataset, results, metadata.get("loss_config"))
+        scores = Scorer(args, translator, dataset).scores(results, metadata.get("loss_config"))
         facts = {"network": str(args.weights or args.run_name), "dataset_name": dataset_name} | about
         facts |= {"scale": args.scale, "output_size": args.output_size}
         facts["images"] = {str(direction): len(translated) for direction, translated in results.items()}
-        gallery.write_gallery(args.output, dataset_name, about, results, table=score_lines(scores))
+        table = score_lines(scores)
+        for line in table:
+            say(line)
+        gallery.write_gallery(args.output, dataset_name, about, results, table)
         gallery.write_scores(args.output, facts | scores)
     count = sum(len(translated) for translated in results.values())
     say(f"{counted(count, 'image')} translated; open {args.output / gallery.PAGE}")

@@ -12,7 +12,6 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,16 @@ from datasets import DataConfig, TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, CheckpointSaver
+from toolkit.config import InitConfig, RunConfig, ScheduleConfig, TrainConfig
 from toolkit.devices import DeviceConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank, world_size
 from toolkit.executor import ExecutorConfig
 from toolkit.images import limit_pixels
-from toolkit.metrics import BEST_BY, MEASURES
+from toolkit.metrics import BEST_BY
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, duration, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.weights import load_pair
-from utils import InputError, RunError, counted, epoch_name, folder_name, need_package, option, say, some_of, warn
+from utils import InputError, RunError, counted, need_package, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
@@ -43,70 +43,9 @@ VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
 
 
-# ---------------------------------------------------------------------------------------------
-# Options
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """How long to train."""
-
-    num_epochs: int = option(200, "epochs in total", least=1)
-    decay_epoch: int | None = option(
-        None, "from this epoch on the learning rate falls to 0 (default: half of --num_epochs)", least=0
-    )
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """What the networks start from."""
-
-    init: str = option("normal", "initialisation of the weights", choices=models.INITS)
-    init_from: list[Path] = option([], "generators to start from, one for each direction", nargs="+", metavar="FILE")
-    freeze: list[str] = option(
-        [],
-        "parts that do not learn: parts of the generators, or D (default: none)",
-        parse=some_of((*models.GENERATOR_PARTS, "D")),
-        metavar=",".join((*models.GENERATOR_PARTS, "D")),
-    )
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Name, intervals and seed of a training run."""
-
-    start_from: str = option(
-        "0", "0: a new run; N: resume from epoch_N.pt; latest: resume from latest.pt", parse=epoch_name
-    )
-    run_name: str | None = option(
-        None, "folder in saved_models and generated_images (default: --dataset_name)", parse=folder_name
-    )
-    overwrite: bool = option(False, "delete an earlier run of this name")
-    dry_run: bool = option(False, "print the configuration, parameters, images and minutes, and start nothing")
-    sample_interval: int = option(200, "steps between sample grids; also after a minute and each epoch", least=1)
-    checkpoint_interval: int = option(10, "epochs between checkpoints that are kept", least=1)
-    keep_checkpoints: int = option(0, "keep only the newest N epoch_NNNN.pt; 0: all", least=0)
-    eval_interval: int = option(0, "epochs between evaluations on the val, else test images; 0: none", least=0)
-    eval_metrics: list[str] = option(
-        ["cycle", "identity"],
-        "measures of an evaluation, written to measures.csv (default: cycle,identity)",
-        parse=some_of(MEASURES),
-        metavar=",".join(MEASURES),
-    )
-    best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
-    save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)
-    watch: list[Path] = option([], "photos to translate after each epoch", nargs="*", metavar="PHOTO")
-    log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
-    seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
-    deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
-
-
-NETWORK_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
-FIXED_OPTIONS = (  # a resumed run cannot change them
-    *NETWORK_OPTIONS,
-    *("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"),
-    *("channels", "init", "freeze"),
-)
+GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
+DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
+FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
 
 
 # ---------------------------------------------------------------------------------------------
@@ -121,23 +60,22 @@ class Run:
     """
 
     def __init__(
-        self, args: Namespace, model: CycleGAN, data: TrainingData, monitor: Monitor, command: str, **facts: object
+        self, config: TrainConfig, model: CycleGAN, data: TrainingData, monitor: Monitor, command: str, **facts: object
     ):
-        self.args = args
+        self.config = config
         self.model = model
         self.data = data
         self.monitor = monitor
         self.command = command
-        self.plain_args = cli.plain_args(args)
-        schedules = {"num_epochs": args.num_epochs, "decay_epoch": decay_epoch(args)}
-        self.facts = {"stage": command, "args": self.plain_args, "schedules": schedules, **facts}
-        names = {name: str(getattr(args, name)) for name in ("run_name", "dataset_name", "data_root")}
+        schedules = {"num_epochs": config.schedule.num_epochs, "decay_epoch": config.schedule.first_decay_epoch}
+        self.facts = {"stage": command, "args": config.flags, "schedules": schedules, **facts}
+        names = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         self.saver = CheckpointSaver(
-            RUNS / args.run_name,
-            {"stage": command, **names, "size": [args.img_height, args.img_width]},
-            args.checkpoint_interval,
-            args.keep_checkpoints,
-            args.save_minutes,
+            RUNS / config.run.run_name,
+            {"stage": command, **names, "size": [config.data.img_height, config.data.img_width]},
+            config.run.checkpoint_interval,
+            config.run.keep_checkpoints,
+            config.run.save_minutes,
         )
         self.epoch = 0  # finished epochs
         self.step = 0
@@ -146,15 +84,15 @@ class Run:
 
     def train(self) -> int:
         """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
-        args = self.args
+        config = self.config
         steps = self.data.steps_per_epoch
-        total = args.num_epochs * steps
+        total = config.schedule.num_epochs * steps
         bar = tqdm(total=total, initial=self.steps_done(), unit="step", mininterval=0.5, disable=rank() > 0)
         signum = 0
         with StopRequest() as stop, bar:
-            while self.epoch < args.num_epochs and not signum:
+            while self.epoch < config.schedule.num_epochs and not signum:
                 self.model.set_learning_rate(self.learning_rate_factor())
-                bar.set_description(f"epoch {self.epoch + 1}/{args.num_epochs}", refresh=False)
+                bar.set_description(f"epoch {self.epoch + 1}/{config.schedule.num_epochs}", refresh=False)
                 for real_A, real_B in self.data.batches(self.epoch, self.step_in_epoch, self.model.device):
                     self.monitor.meter.add(self.model.step(real_A, real_B, self.step))
                     self.step += 1
@@ -165,7 +103,7 @@ class Run:
                             self.monitor.clock.pace,
                             total - self.steps_done(),
                             steps,
-                            self.plain_args,
+                            self.config.flags,
                             self.model.device,
                         )
                     complete = self.step_in_epoch == steps
@@ -174,7 +112,7 @@ class Run:
                     signum = stop.agreed()
                     if signum or complete:
                         break
-                    if self.step % args.sample_interval == 0 or self.monitor.clock.first_grid_due():
+                    if self.step % config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
                         self.draw()
                     self.update_page()
                     if max_over_ranks(self.saver.due()):
@@ -186,23 +124,23 @@ class Run:
                     self.update_page()
                 self.save()
                 self.evaluate()
-                if self.epoch < args.num_epochs:  # otherwise nothing is left that could be stopped
+                if self.epoch < config.schedule.num_epochs:  # otherwise nothing is left that could be stopped
                     signum = signum or stop.agreed()
                 stopped = signum > 0
-                self.update_page(at_once=stopped or self.epoch == args.num_epochs, stopped=stopped)
+                self.update_page(at_once=stopped or self.epoch == config.schedule.num_epochs, stopped=stopped)
         return signum
 
     def steps_done(self) -> int:
         return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
 
     def learning_rate_factor(self) -> float:
-        return linear_decay(self.epoch, self.args.num_epochs, decay_epoch(self.args))
+        return linear_decay(self.epoch, self.config.schedule.num_epochs, self.config.schedule.first_decay_epoch)
 
     def log_losses(self) -> dict[str, str]:
         """Add the mean losses since the last row to losses.csv; returns the main ones for the progress bar."""
         means = self.monitor.meter.means()  # waits for the device
         self.stop_if_not_finite(means)
-        self.monitor.log_losses(self.epoch + 1, self.step, self.args.lr * self.learning_rate_factor(), means)
+        self.monitor.log_losses(self.epoch + 1, self.step, self.config.optim.lr * self.learning_rate_factor(), means)
         return {name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}
 
     def draw(self, epoch_complete: bool = False) -> None:
@@ -212,7 +150,13 @@ class Run:
     def update_page(self, at_once: bool = False, stopped: bool = False) -> None:
         """Write losses.csv, its plot and the page; not too often, unless at_once."""
         if at_once or self.monitor.clock.page_due():
-            counts = (self.epoch, self.step, self.step_in_epoch, self.args.num_epochs, self.data.steps_per_epoch)
+            counts = (
+                self.epoch,
+                self.step,
+                self.step_in_epoch,
+                self.config.schedule.num_epochs,
+                self.data.steps_per_epoch,
+            )
             files.attempt(self.monitor.write_page, *counts, stopped)
 
     def stop_if_not_finite(self, means: dict[str, float]) -> None:
@@ -272,7 +216,7 @@ class Run:
             self.best = state.get("best")
         except Exception as error:  # of a file that was edited, there is no end of kinds
             raise checkpoints.unusable(path, error) from error
-        shape = (self.args.channels, self.args.img_height, self.args.img_width)
+        shape = (self.config.data.channels, self.config.data.img_height, self.config.data.img_width)
         for domain, buffer in self.model.buffers.items():
             if any(image.shape != shape for image in buffer.images):
                 buffer.images = []
@@ -285,7 +229,7 @@ class Run:
     # -- evaluation, always after saving: a failure in it loses nothing --
 
     def evaluation_due(self) -> bool:
-        is_epoch_end = self.step_in_epoch == 0 and self.epoch % max(1, self.args.eval_interval) == 0
+        is_epoch_end = self.step_in_epoch == 0 and self.epoch % max(1, self.config.run.eval_interval) == 0
         return bool(self.data.held_out) and is_epoch_end
 
     def evaluate(self) -> None:
@@ -293,7 +237,7 @@ class Run:
         if not self.evaluation_due():
             return
         row = self.measure()
-        best_by = self.args.best_by
+        best_by = self.config.run.best_by
         score = metrics.score_by(best_by, row) if row else None
         before = self.best
         better = score is not None and (before is None or metrics.is_better(best_by, score, before["score"]))
@@ -308,13 +252,15 @@ class Run:
     @first_rank
     def measure(self) -> dict | None:
         """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
-        args = self.args
+        config = self.config
         model = self.model
         try:
-            size = (args.img_height, args.img_width)
-            images = datasets.paired_images(self.data.held_out, size, args.channels, args.on_bad_image, EVAL_IMAGES)
+            size = (config.data.img_height, config.data.img_width)
+            images = datasets.paired_images(
+                self.data.held_out, size, config.data.channels, config.data.on_bad_image, EVAL_IMAGES
+            )
             return metrics.measure_nets(
-                model.ema_networks, images, args.eval_metrics, model.loss_config, model.precision
+                model.ema_networks, images, config.run.eval_metrics, model.loss_config, model.precision
             )
         except (InputError, OSError) as error:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
@@ -322,7 +268,10 @@ class Run:
 
     def lacks_evaluation(self, state: dict) -> bool:
         """Return whether the run ended between a save and the evaluation that should have followed."""
-        unchanged = self.args.start_from == "latest" and state["args"].get("eval_interval") == self.args.eval_interval
+        unchanged = (
+            self.config.run.start_from == "latest"
+            and state["args"].get("eval_interval") == self.config.run.eval_interval
+        )
         wanted = unchanged and self.evaluation_due()
         return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.step))))
 
@@ -330,21 +279,23 @@ class Run:
 
     def run(self, state: dict | None, checkpoint: Path | None) -> None:
         """Start, or resume from a state, and train to the end; after a signal exit with 128 + its number."""
-        args = self.args
+        config = self.config
         evaluation_missing = False
         if state and checkpoint:
             self.resume(state, checkpoint)
             evaluation_missing = self.lacks_evaluation(state)
-            if self.epoch >= args.num_epochs and not evaluation_missing:
-                say(f"nothing left to do: {self.epoch} of {args.num_epochs} epochs are finished; raise --num_epochs")
+            if self.epoch >= config.schedule.num_epochs and not evaluation_missing:
+                say(
+                    f"nothing left to do: {self.epoch} of {config.schedule.num_epochs} epochs are finished; raise --num_epochs"
+                )
                 return
         for folder in (self.saver.folder, self.monitor.images):
             folder.mkdir(parents=True, exist_ok=True)
         with files.sole_process(self.saver.folder, self.monitor.images):
-            self.saver.take_folder(args.overwrite, self.plain_args, checkpoint)
-            self.monitor.open(self.step, args.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
-            if state and args.best_by:
-                self.best = checkpoints.best_score(self.saver.folder, self.best, args.best_by)
+            self.saver.take_folder(config.run.overwrite, self.config.flags, checkpoint)
+            self.monitor.open(self.step, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
+            if state and config.run.best_by:
+                self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
             self.describe()
             if evaluation_missing:
                 self.evaluate()
@@ -360,7 +311,7 @@ class Run:
         """Write run.json, and print the number of parameters and where to look."""
         parameters = count_parameters(self.model.networks)
         description = checkpoints.run_description(
-            self.plain_args, self.data.counts, parameters, str(self.model.device), self.model.precision
+            self.config.flags, self.data.counts, parameters, str(self.model.device), self.model.precision
         )
         files.write_json(self.saver.folder / "run.json", description)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
@@ -372,7 +323,7 @@ class Run:
 
         raises: RunError if the last save failed; SystemExit after a signal
         """
-        run_name = self.args.run_name
+        run_name = self.config.run.run_name
         if max_over_ranks(bool(self.saver.save_error)):
             raise RunError(
                 f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; "
@@ -394,41 +345,26 @@ class Run:
 # Building a run
 
 
-def decay_epoch(args: Namespace) -> int:
-    """Return the epoch after which the learning rate falls."""
-    return args.num_epochs // 2 if args.decay_epoch is None else args.decay_epoch
-
-
-def load_data(args: Namespace, device: torch.device) -> TrainingData:
+def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     """Load the data set that the options name; the demo set is drawn if it does not exist."""
-    limit_pixels(1e6 * args.max_megapixels)
+    limit_pixels(1e6 * config.data.max_megapixels)
     with first_rank_first():
-        if args.dataset_name == datasets.DEMO and not (args.data_root / datasets.DEMO).exists():
-            synthetic.draw_dataset(args.data_root)
-    folder = datasets.find_dataset(args.data_root, args.dataset_name)
-    held_out = datasets.held_out_folders(folder, "paired" in args.eval_metrics) if args.eval_interval else {}
-    return datasets.load_training_data(cli.config_of(DataConfig, args), args.seed, device, held_out)
+        if config.data.dataset_name == datasets.DEMO and not (config.data.data_root / datasets.DEMO).exists():
+            synthetic.draw_dataset(config.data.data_root)
+    folder = datasets.find_dataset(config.data.data_root, config.data.dataset_name)
+    held_out = (
+        datasets.held_out_folders(folder, "paired" in config.run.eval_metrics) if config.run.eval_interval else {}
+    )
+    return datasets.load_training_data(config.data, config.run.seed, device, held_out)
 
 
-def network_configs(args: Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    """Return the configs that the options describe, checked against the size of the images."""
-    try:
-        generator = cli.config_of(GeneratorConfig, args)
-        norm = "instance" if args.norm == "group" else args.norm  # group norm prevents blobs of generators
-        discriminator = cli.config_of(DiscriminatorConfig, cli.changed(args, norm=norm))
-        models.check_image_size(generator, discriminator, args.img_height, args.img_width)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-    return generator, discriminator
-
-
-def check_memory(args: Namespace, generator: GeneratorConfig, device: torch.device) -> None:
+def check_memory(config: TrainConfig, generator: GeneratorConfig, device: torch.device) -> None:
     """Raise InputError if the activations of a unet_vit cannot fit into the memory of the device."""
-    height = args.img_height
-    width = args.img_width
-    images = args.batch_size // world_size()
-    if args.micro_batch != "auto":
-        images = min(images, args.micro_batch)
+    height = config.data.img_height
+    width = config.data.img_width
+    images = config.data.batch_size // world_size()
+    if config.executor.micro_batch != "auto":
+        images = min(images, config.executor.micro_batch)
     elif device.type == "cuda":
         images = 1  # as small as micro-batches can become; a CPU cannot recover from running out of memory
     needed = (
@@ -444,79 +380,65 @@ def check_memory(args: Namespace, generator: GeneratorConfig, device: torch.devi
         )
 
 
-def load_pretrained(args: Namespace) -> tuple[Namespace, Networks]:
-    """Read the generators of --init_from, and take the network options that were not given from them."""
-    networks = load_pair(args.init_from)
-    known = args.given
-    for path, net in zip(args.init_from, networks.values(), strict=True):
-        config = {name: value for name, value in dataclasses.asdict(net.config).items() if name in args}
-        for name, value in config.items():
-            if name in known and getattr(args, name) != value:
-                raise InputError(
-                    f"--init_from {path}: its network has {name} {value}, not {getattr(args, name)}; leave the flag out"
-                )
-        args = cli.changed(args, **config)
-        known = known | config.keys()  # a second file has to agree with the first
-    return args, networks
-
-
-def make_networks(
-    args: Namespace, generator: GeneratorConfig, discriminator: DiscriminatorConfig, pretrained: Networks
-) -> Networks:
+def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
     """Build the four networks from the seed; pretrained generators replace new ones."""
-    devices.seed_everything(args.seed, args.deterministic)
+    devices.seed_everything(config.run.seed, config.run.deterministic)
     generators = [direction.generator for direction in DIRECTIONS]
-    networks: Networks = {name: models.build_generator(generator, args.init) for name in generators}
-    networks |= {name: models.build_discriminator(discriminator, args.init) for name in ("D_A", "D_B")}
+    networks: Networks = {name: models.build_generator(config.generator, config.init.init) for name in generators}
+    networks |= {name: models.build_discriminator(config.discriminator, config.init.init) for name in ("D_A", "D_B")}
     networks |= {name: net.train() for name, net in pretrained.items()}
-    models.freeze(networks, args.freeze)
-    if args.freeze:
+    models.freeze(networks, config.init.freeze)
+    if config.init.freeze:
         for name, net in networks.items():
             frozen = [
                 part for part, module in net.named_children() if not any(p.requires_grad for p in module.parameters())
             ]
             say(f"{name}: {', '.join(frozen) or 'nothing'} frozen")
     parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
-    absent = ", ".join(sorted(set(args.freeze) - parts))
-    if absent and args.start_from == "0":  # older runs may have been started with such a flag
-        raise InputError(f"--freeze {','.join(args.freeze)}: the generators have no {absent}; leave it out")
+    absent = ", ".join(sorted(set(config.init.freeze) - parts))
+    if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
+        raise InputError(f"--freeze {','.join(config.init.freeze)}: the generators have no {absent}; leave it out")
     if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
-        raise InputError(f"--freeze {','.join(args.freeze)}: no part of the generators is left to learn")
+        raise InputError(f"--freeze {','.join(config.init.freeze)}: no part of the generators is left to learn")
     return networks
 
 
 def make_model(
-    args: Namespace,
+    config: TrainConfig,
     networks: Networks,
     device: torch.device,
     adapters: nn.ModuleDict | None = None,
     loss: Callable = generator_loss,
 ) -> CycleGAN:
     """Put the networks on their device and build what trains them; a distillation has adapters and its own loss."""
-    check_memory(args, networks["G_AB"].config, device)
-    devices.set_backend_flags(device, args.deterministic)
+    check_memory(config, networks["G_AB"].config, device)
+    devices.set_backend_flags(device, config.run.deterministic)
     for net in (*networks.values(), *([adapters] if adapters is not None else [])):
         net.to(device)
-    torch.manual_seed(args.seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
+    torch.manual_seed(
+        config.run.seed + rank()
+    )  # the weights are equal on all ranks; from here each draws its own numbers
     return CycleGAN(
         networks,
-        cli.config_of(LossConfig, args),
-        cli.config_of(OptimConfig, args),
-        cli.config_of(ExecutorConfig, args),
-        devices.pick_precision(args.precision, device),
-        args.seed,
+        config.loss,
+        config.optim,
+        config.executor,
+        devices.pick_precision(config.device.precision, device),
+        config.run.seed,
         adapters,
         loss,
     )
 
 
-def make_monitor(args: Namespace, terms: Sequence[str], draw_rows: Callable) -> Monitor:
+def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:
     """Read the test images and the watched photos that the run shows while it trains."""
-    size = (args.img_height, args.img_width)
-    samples = load_samples(args.data_root / args.dataset_name, size, args.channels, args.on_bad_image)
-    photos = load_watched(args.watch, size, args.channels, resumed="watch" not in args.given)
-    names = (args.run_name, args.dataset_name)
-    return Monitor(RUNS / args.run_name, IMAGES / args.run_name, names, samples, photos, draw_rows, terms)
+    size = (config.data.img_height, config.data.img_width)
+    samples = load_samples(
+        config.data.data_root / config.data.dataset_name, size, config.data.channels, config.data.on_bad_image
+    )
+    photos = load_watched(config.run.watch, size, config.data.channels, resumed="watch" not in config.given)
+    names = (config.run.run_name, config.data.dataset_name)
+    return Monitor(RUNS / config.run.run_name, IMAGES / config.run.run_name, names, samples, photos, draw_rows, terms)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:
@@ -524,24 +446,36 @@ def count_parameters(networks: Networks) -> dict[str, int]:
     return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
 
 
-def dry_run(args: Namespace, model: CycleGAN) -> None:
+def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     """Print the complete configuration, and how long it would train; nothing is written."""
-    for name, value in sorted(cli.plain_args(args).items()):
+    for name, value in sorted(config.flags.items()):
         say(f"--{name} {value}")
     for name, count in count_parameters(model.networks).items():
         say(f"{name}: {count:,} parameters")
-    folder = args.data_root / args.dataset_name
-    if args.dataset_name == datasets.DEMO and not folder.exists():
+    folder = config.data.data_root / config.data.dataset_name
+    if config.data.dataset_name == datasets.DEMO and not folder.exists():
         counts = {domain: synthetic.DEMO_FOLDERS[f"train{domain}"][2] for domain in "AB"}
         say(f"{folder}: will be drawn")
     else:
-        counts = {domain: len(datasets.split_images(folder, f"train{domain}", args.max_images)) for domain in "AB"}
-    steps = args.steps_per_epoch or math.ceil(max(counts.values()) / args.batch_size)
+        counts = {
+            domain: len(datasets.split_images(folder, f"train{domain}", config.data.max_images)) for domain in "AB"
+        }
+    steps = config.data.steps_per_epoch or math.ceil(max(counts.values()) / config.data.batch_size)
     say(
-        f"{counts['A']} images in trainA, {counts['B']} in trainB; {steps} steps of {args.batch_size} an epoch, "
-        f"{args.num_epochs * steps:,} in all"
+        f"{counts['A']} images in trainA, {counts['B']} in trainB; {steps} steps of {config.data.batch_size} an epoch, "
+        f"{config.schedule.num_epochs * steps:,} in all"
     )
-    images = torch.rand(args.batch_size, args.channels, args.img_height, args.img_width, device=model.device) * 2 - 1
+    images = (
+        torch.rand(
+            config.data.batch_size,
+            config.data.channels,
+            config.data.img_height,
+            config.data.img_width,
+            device=model.device,
+        )
+        * 2
+        - 1
+    )
     for i in range(4):
         if i == 1:  # the first step is slower than the others
             start = time.perf_counter()
@@ -549,7 +483,7 @@ def dry_run(args: Namespace, model: CycleGAN) -> None:
     pace = (time.perf_counter() - start) / 3
     say(
         f"{duration(pace)} a step on {model.device} in {model.precision} (three steps on noise): "
-        f"about {pace * steps * args.num_epochs / 60:,.1f} minutes of training, not counting saving and evaluation"
+        f"about {pace * steps * config.schedule.num_epochs / 60:,.1f} minutes of training, not counting saving and evaluation"
     )
 
 
@@ -623,10 +557,85 @@ def check_args(args: Namespace) -> None:
         )
 
 
-def say_schedule_change(args: Namespace, saved: dict) -> None:
-    """Say how the learning rate falls if a resumed run has another number of epochs."""
-    if saved.get("num_epochs") != args.num_epochs:
-        say(f"the learning rate falls from epoch {decay_epoch(args)} to 0 at {args.num_epochs}")
+def config_values(args: Namespace) -> dict[str, Any]:
+    """Return the fields of a TrainConfig that the options fill, all but the networks."""
+    return {
+        "data": cli.config_of(DataConfig, args),
+        "loss": cli.config_of(LossConfig, args),
+        "optim": cli.config_of(OptimConfig, args),
+        "schedule": cli.config_of(ScheduleConfig, args),
+        "init": cli.config_of(InitConfig, args),
+        "run": cli.config_of(RunConfig, args),
+        "device": cli.config_of(DeviceConfig, args),
+        "executor": cli.config_of(ExecutorConfig, args),
+        "flags": cli.plain_args(args),
+        "given": frozenset(args.given),
+    }
+
+
+def network_configs(args: Namespace) -> dict[str, Any]:
+    """Return the configs of the networks that the options describe; raises InputError if that is impossible."""
+    args_D = cli.changed(args, norm=discriminator_norm(args.norm))
+    try:
+        return {
+            "generator": cli.config_of(GeneratorConfig, args),
+            "discriminator": cli.config_of(DiscriminatorConfig, args_D),
+        }
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def discriminator_norm(norm: str) -> str:
+    """Return the normalisation of the discriminators: group norm prevents blobs, which only generators make."""
+    return "instance" if norm == "group" else norm
+
+
+def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> TrainConfig:
+    """Return the config with other networks; raises InputError if the images are too small for them."""
+    models.check_image_size(generator, discriminator, config.data.img_height, config.data.img_width)
+    flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
+    return dataclasses.replace(
+        config,
+        generator=generator,
+        discriminator=discriminator,
+        data=dataclasses.replace(config.data, channels=generator.channels),
+        flags=config.flags | flags,
+    )
+
+
+def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
+    """Read the generators of --init_from; their shape replaces the options that were not given."""
+    networks = load_pair(config.init.init_from)
+    generator = config.generator
+    known = config.given
+    for path, net in zip(config.init.init_from, networks.values(), strict=True):
+        shape = dataclasses.asdict(net.config)
+        for name, value in shape.items():
+            if name in known and getattr(generator, name) != value:
+                raise InputError(
+                    f"--init_from {path}: its network has {name} {value}, not {getattr(generator, name)}; leave the flag out"
+                )
+        generator = net.config
+        known = known | shape.keys()  # a second file has to agree with the first
+    discriminator = dataclasses.replace(
+        config.discriminator, channels=generator.channels, norm=discriminator_norm(generator.norm)
+    )
+    return with_networks(config, generator, discriminator), networks
+
+
+def resume_networks(config: TrainConfig, state: dict, path: Path) -> TrainConfig:
+    """Return the config with the networks of a training state."""
+    try:
+        generator = GeneratorConfig(**state["config"]["G_AB"])
+        discriminator = DiscriminatorConfig(**state["config"]["D_A"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoints.unusable(path, error) from error
+    return with_networks(config, generator, discriminator)
+
+
+def say_schedule_change(schedule: ScheduleConfig) -> None:
+    """Say how the learning rate falls in a resumed run with another number of epochs."""
+    say(f"the learning rate falls from epoch {schedule.first_decay_epoch} to 0 at {schedule.num_epochs}")
 
 
 @command
@@ -636,38 +645,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     state: dict[str, Any] | None = None
     checkpoint = None
     pretrained: Networks = {}
-    if args.start_from == "0":
-        if not args.dry_run:
-            checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_args(args))
-        args, pretrained = load_pretrained(args)
-        generator, discriminator = network_configs(args)
-    else:
+    if args.start_from != "0":
         folder = RUNS / args.run_name
         state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train")
         args = cli.resume_args(make_parser(), args, state.get("args"), checkpoint, FIXED_OPTIONS)
-        say_schedule_change(args, state["args"])
-        generator, discriminator = saved_configs(args, state, checkpoint)
     check_args(args)
-    args = cli.changed(args, vit_blocks=generator.vit_blocks, vit_heads=generator.vit_heads)
-    device = devices.pick_device(args.device)
-    if args.dry_run:
-        dry_run(args, make_model(args, make_networks(args, generator, discriminator, pretrained), device))
+    config = TrainConfig(**config_values(args), **network_configs(args))
+    if state and checkpoint:
+        if state["args"].get("num_epochs") != config.schedule.num_epochs:
+            say_schedule_change(config.schedule)
+        config = resume_networks(config, state, checkpoint)
+    else:
+        checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite or config.run.dry_run, config.flags)
+        config, pretrained = load_pretrained(config)
+    device = devices.pick_device(config.device.device)
+    if config.run.dry_run:
+        dry_run(config, make_model(config, make_networks(config, pretrained), device))
         return
-    data = load_data(args, device)
-    model = make_model(args, make_networks(args, generator, discriminator, pretrained), device)
-    monitor = make_monitor(args, loss_names(model.loss_config), cyclegan_rows)
-    Run(args, model, data, monitor, "train").run(state, checkpoint)
-
-
-def saved_configs(args: Namespace, state: dict, path: Path) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    """Return the network configs of a state, checked against the size of the images."""
-    try:
-        generator = GeneratorConfig(**state["config"]["G_AB"])
-        discriminator = DiscriminatorConfig(**state["config"]["D_A"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoints.unusable(path, error) from error
-    models.check_image_size(generator, discriminator, args.img_height, args.img_width)
-    return generator, discriminator
+    data = load_data(config, device)
+    model = make_model(config, make_networks(config, pretrained), device)
+    monitor = make_monitor(config, loss_names(model.loss_config), cyclegan_rows)
+    Run(config, model, data, monitor, "train").run(state, checkpoint)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,9 @@ def check_options(config: Any) -> None:
 
 def in_range(value: Any, least: float | None = None, most: float | None = None, above: float | None = None) -> bool:
     """Whether a value is a finite number within the limits."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     if above is not None and value <= above:
         return False

@@ -23,12 +23,14 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import DAY2NIGHT, build_model, train_config
+
 import datasets
-import flags
 import test as test_command
 import train
 import utils
-from toolkit import cli, devices, images, metrics, process
+from models import DIRECTIONS
+from toolkit import cli, images, metrics, process
 from toolkit.checkpoints import IMAGES, RUNS
 from toolkit.files import atomic_write, write_json, write_text
 from toolkit.monitor import read_losses
@@ -64,7 +66,7 @@ def common_flags(args):
     """Flags that are the same for all networks."""
     metrics_of_epochs = "paired,cycle" if args.measure == "PSNR" else "cycle"
     return [
-        *flags.DAY2NIGHT.split(),
+        *DAY2NIGHT.split(),
         *("--dataset_name", args.dataset_name, "--data_root", str(args.data_root)),
         *("--img_height", str(SIDE), "--img_width", str(SIDE), "--num_epochs", str(EPOCHS)),
         *("--eval_interval", "1", "--eval_metrics", metrics_of_epochs),
@@ -74,9 +76,8 @@ def common_flags(args):
 def seconds_per_step(args):
     """Median time of a training step of each network, in turns, so that other programs slow all of them alike."""
     models = {}
-    for variant, words in VARIANTS.items():
-        parsed = cli.with_vit_defaults(train.parse_args([*common_flags(args), *words]))
-        models[variant] = train.make_model(parsed, train.make_nets(parsed, {}), devices.pick_device(parsed.device))
+    for variant, network in VARIANTS.items():
+        models[variant] = build_model(train_config([*common_flags(args), *network]))
     times = {variant: [] for variant in models}
     for turn in range(TIMED_STEPS + 2):
         for variant, model in models.items():
@@ -127,10 +128,11 @@ def score(args, run):
     row = {"budget": run.budget, "variant": run.variant, "seed": run.seed}
     row |= {"parameters": sum(p.numel() for p in net.parameters()), "MMACs": metrics.count_macs(net, SIDE, SIDE) / 1e6}
     row |= {"s/step": run.pace, "steps": run.steps, "minutes": run.steps * run.pace / 60}
-    for source, target in ("AB", "BA"):
-        found = scores[f"{source}to{target}"]
-        row |= {f"{key}_{target}": value for key, value in found.get("paired", {}).get("model", {}).items()}
-        row[f"cycle_{source}"] = found["cycle"]
+    for direction in DIRECTIONS:
+        found = scores[str(direction)]
+        for key, value in found.get("paired", {}).get("model", {}).items():
+            row[f"{key}_{direction.target}"] = value
+        row[f"cycle_{direction.source}"] = found["cycle"]
     return row
 
 
@@ -197,12 +199,12 @@ def draw_rows(args, runs, path):
     """Draw the same test images as each run translates them."""
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     rows = []
-    for source, target in ("AB", "BA"):
-        found = datasets.named_images(dataset / f"test{source}", (SIDE, SIDE), 3, most=IMAGES_PER_ROW)
+    for direction in DIRECTIONS:
+        found = datasets.named_images(dataset / f"test{direction.source}", (SIDE, SIDE), 3, most=IMAGES_PER_ROW)
         real = torch.cat(list(found.values()))
-        rows.append((f"real_{source}", real))
+        rows.append((f"real_{direction.source}", real))
         for run in runs:
-            net, _ = load_generator(RUNS / run.run_name / f"G_{source}{target}.safetensors")
+            net, _ = load_generator(RUNS / run.run_name / f"{direction.generator}.safetensors")
             with torch.no_grad():
                 rows.append((run.variant, net(real)))
     images.save_image(images.draw_grid(rows), path)
@@ -214,7 +216,9 @@ def main(argv=None):
     parser.add_argument("--dataset_name", default="day2night", help="folder in --data_root")
     parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="folder that contains the data sets")
     parser.add_argument("--steps", type=int, default=2400, help=f"steps of each run, in {EPOCHS} epochs")
-    parser.add_argument("--equal_minutes", action="store_true", help="also compare at the minutes of the slowest network")
+    parser.add_argument(
+        "--equal_minutes", action="store_true", help="also compare at the minutes of the slowest network"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each network")
     parser.add_argument(
         "--measure", choices=("PSNR", "cycle"), default="PSNR", help="what the curves show; cycle without test pairs"

@@ -1,14 +1,13 @@
-"""What only a GPU can show, stage by stage: tests, step, loader, memory, ranks, inference, training.
+"""What only a GPU can show: tests, step, loader, memory, ranks, inference, training.
 
-make gpu                                      all stages, on the GPU
-make gpu DEVICE=cpu                           the same stages on tiny networks, in a few minutes
-python benchmarks/gpu.py --stages step loader
-python benchmarks/gpu.py --stages training --minutes 6 --recipes ours --data_root ../photos
+make gpu                                          all benchmarks, on the GPU
+make gpu DEVICE=cpu                               the same with tiny networks, in a few minutes
+python benchmarks/gpu.py --benchmarks step loader
+python benchmarks/gpu.py --benchmarks training --minutes 6 --recipes ours --data_root ../photos
 
-Each stage is meant to take under 8 minutes, and at its end writes its rows into gpu.json, and from all rows gpu.md, below
---output (docs/; of a CPU generated_images/gpu/). What a stage could not do stands there as an error, and the next stage
-follows. A stage that this machine has done is left out, unless --stages names it; an interrupted training goes on from its
-last save.
+Each benchmark is meant to take under 8 minutes. At its end its rows are written to gpu.json, and all rows to gpu.md, in
+--output (docs/; on a CPU generated_images/gpu/). If a benchmark fails, its error is written there, and the next one runs.
+Benchmarks that this machine has done are skipped, unless --benchmarks names them; an interrupted training run is resumed.
 """
 
 import argparse
@@ -30,38 +29,39 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import ROOT, build_model, recipe, train_config
+
 import datasets
 import models
-import train
 import utils
+from models import DIRECTIONS
 from toolkit import cli, devices, distributed, inference, process
 from toolkit.files import write_json, write_text
 from toolkit.metrics import median_ms
 from toolkit.weights import save_generator
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRATCH = Path("generated_images/gpu")  # what stages leave on the way to their rows
+SCRATCH = Path("generated_images/gpu")  # intermediate files
 TINY = "--img_height 16 --img_width 16 --num_residual 1 --ngf 4 --ndf 4 --n_layers_D 1"
-RECIPES = {  # of the stage training; the paper's is train.py's defaults in the paper's batch and precision
-    "paper": "--batch_size 1 --precision fp32",
-    "ours": "--batch_size 1 --precision bf16 --compile --skips --ema 0.999",
+RECIPES = {  # of the benchmark training: what is added to the paper's recipe
+    "paper": "--precision fp32",
+    "ours": "--precision bf16 --compile --skips --ema 0.999",
 }
 
 
-class StageError(Exception):
-    """A program that a stage started ended with an error: its name and its last line."""
+class BenchmarkError(Exception):
+    """A program that a benchmark started has failed: its name and its last line."""
 
 
 def run(*argv: object) -> str:
-    """Run a program of this project; returns what it printed."""
-    words = [sys.executable, *map(str, argv)]
-    print(f"$ {' '.join(words[1:])}", flush=True)
-    done = subprocess.run(words, capture_output=True, text=True)
+    """Run a program of this project; returns its output."""
+    command = [sys.executable, *map(str, argv)]
+    print(f"$ {' '.join(command[1:])}", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        program = next((Path(word).name for word in words[1:] if word.endswith(".py")), words[1])
-        raise StageError(f"{program} ended with {done.returncode}: {' '.join(last)}")
+        program = next((Path(word).name for word in command[1:] if word.endswith(".py")), command[1])
+        raise BenchmarkError(f"{program} ended with {done.returncode}: {' '.join(last)}")
     return done.stdout
 
 
@@ -71,18 +71,18 @@ def read_csv(path: Path) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The stages: each takes the command line and returns its rows
+# The benchmarks: each takes the command line and returns its rows
 
 
 def tests(args: argparse.Namespace) -> list[dict]:
-    """The tests that need a GPU, in several processes where pytest-xdist is there."""
+    """The tests that need a GPU, in several processes if pytest-xdist is installed."""
     parallel = ["-n", str(args.processes)] if importlib.util.find_spec("xdist") and args.device.type == "cuda" else []
     argv = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", *parallel, str(ROOT / "tests/test_gpu.py")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     print(done.stdout[-8000:], done.stderr[-2000:], flush=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
     if not counts:
-        raise StageError(f"pytest ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+        raise BenchmarkError(f"pytest ended with {done.returncode}: {done.stderr.strip()[-200:]}")
     row: dict = {"passed": 0, "failed": 0, "skipped": 0, **counts}
     if done.returncode:
         row["error"] = "failed: " + ", ".join(re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.M))
@@ -92,24 +92,25 @@ def tests(args: argparse.Namespace) -> list[dict]:
 def step(args: argparse.Namespace) -> list[dict]:
     """Our step against the plain one of the paper: precisions, memory formats, compiled."""
     output = SCRATCH / "step"
-    sizes = ["--sizes", args.size, "--rounds", 9, "--warm", 4, "--threads", 1]
+    common = ["--sizes", args.size, "--rounds", 9, "--warm", 4]
     if args.tiny:
-        sizes = ["--sizes", 16, "--ngf", 4, "--blocks", 1, "--n_layers_D", 1, "--rounds", 2, "--threads", 1]
-    compiled = ["--compile"] if args.device.type == "cuda" else []
+        common = ["--sizes", 16, "--ngf", 4, "--blocks", 1, "--n_layers_D", 1, "--rounds", 2]
+    common += ["--threads", 1, "--device", args.device, "--output", output]
+    choices = ["--precisions", "fp32", "bf16", "--choices"]
+    if args.device.type == "cuda":
+        choices.append("--compile")
     rows = []
     for batch in (2,) if args.tiny else (1, 4, 10):
-        words = [*sizes, "--batches", batch, "--device", args.device, "--output", output]
-        print(run(ROOT / "benchmarks/step.py", "--precisions", "fp32", "bf16", "--choices", *compiled, *words))
+        print(run(ROOT / "benchmarks/step.py", *choices, *common, "--batches", batch))
         rows += read_csv(output / "step.csv")
-    if args.device.type == "cuda":  # in a process of its own, since cuDNN remembers what it tried
-        words = [*sizes, "--batches", 1, 10, "--device", args.device, "--output", output]
-        print(run(ROOT / "benchmarks/step.py", "--precisions", "bf16", "--untried", *words))
+    if args.device.type == "cuda":  # in its own process, because cuDNN caches its choices
+        print(run(ROOT / "benchmarks/step.py", "--precisions", "bf16", "--untried", *common, "--batches", 1, 10))
         rows += read_csv(output / "step.csv")
     return rows
 
 
 def loader(args: argparse.Namespace) -> list[dict]:
-    """Images a second that reading processes deliver; compare with images/s of the step."""
+    """Images per second that worker processes deliver; compare with images/s of the step."""
     output = SCRATCH / "loader"
     sizes = ["--size", args.size, "--photo", 512]
     if args.tiny:
@@ -120,18 +121,18 @@ def loader(args: argparse.Namespace) -> list[dict]:
 
 
 def flags_of_size(args: argparse.Namespace) -> list[str]:
-    """Flags of train.py for a network of the size that this call measures at."""
+    """Flags of train.py for the size that this call measures."""
     return TINY.split() if args.tiny else ["--img_height", str(args.size), "--img_width", str(args.size)]
 
 
 def train_drawn(args: argparse.Namespace, run_name: str, *argv: object) -> None:
-    """Train on the drawn set, anew."""
-    words = ["--dataset_name", "day2night", *flags_of_size(args), "--device", args.device, "--run_name", run_name]
-    run(ROOT / "train.py", *words, "--overwrite", "--sample_interval", 10**6, *argv)
+    """Train a new run on the drawn data set."""
+    common = ["--dataset_name", "day2night", *flags_of_size(args), "--device", args.device, "--run_name", run_name]
+    run(ROOT / "train.py", *common, "--overwrite", "--sample_interval", 10**6, *argv)
 
 
 def flat(state: object) -> list:
-    """The values of a nested state, in the order of their names."""
+    """List the values of a nested state in the order of their names."""
     if isinstance(state, dict):
         return [x for key in sorted(state, key=str) for x in flat(state[key])]
     return [x for value in state for x in flat(value)] if isinstance(state, list | tuple) else [state]
@@ -148,7 +149,7 @@ def same_state(one: str, other: str) -> bool:
 
 
 def memory(args: argparse.Namespace) -> list[dict]:
-    """A card of which only a part may be used; and a run that is resumed, bit for bit."""
+    """A step with less memory than it needs; and a run that is resumed, bit for bit."""
     rows = []
     batch = 2 if args.tiny else 10
     peak = 0.0
@@ -156,9 +157,9 @@ def memory(args: argparse.Namespace) -> list[dict]:
         limit = ["--megabytes", fraction * peak] if peak else []
         found = pace(args, "--batch_size", batch, "--precision", "bf16", limit=limit)
         peak = peak or found["MB"]
-        rows.append({"what": f"batch {batch} in {fraction:.0%} of the memory it takes", "peak MB": found["MB"]})
-        rows[-1] |= {"micro-batch": found["micro_batch"], "ms/step": round(1000 * found["seconds"], 1)}
-        rows[-1]["first loss_G"] = round(found["loss_G"], 3)
+        row = {"what": f"batch {batch} in {fraction:.0%} of the memory it needs", "peak MB": found["MB"]}
+        row |= {"micro-batch": found["micro_batch"], "ms/step": round(1000 * found["seconds"], 1)}
+        rows.append(row | {"first loss_G": round(found["loss_G"], 3)})
     common = ["--steps_per_epoch", 4, "--num_epochs", 2, "--checkpoint_interval", 1, "--precision", "bf16"]
     common += ["--deterministic", "--batch_size", 2]
     train_drawn(args, "gpu_whole", *common)
@@ -171,26 +172,28 @@ def memory(args: argparse.Namespace) -> list[dict]:
     return [*rows, row]
 
 
-def pace(args: argparse.Namespace, *words: object, launch: tuple = (), limit: list | None = None) -> dict:
-    """What train.py's steps take with such flags, in a process of its own or in those of `launch`.
+def pace(args: argparse.Namespace, *flags: object, launch: tuple = (), limit: list | None = None) -> dict:
+    """Time the steps of train.py with these flags in a new process, or in those that `launch` starts.
 
-    returns: seconds (a step), loss_G (of the first), MB (the GPU's, at most), micro_batch
+    returns: seconds (per step), loss_G (of the first step), MB (peak memory of the GPU), micro_batch
     """
     steps = (2, 5) if args.tiny else (5, 30)
-    recipe = [*flags_of_size(args), "--device", args.device, *words]
-    return json.loads(run(*launch, __file__, *(limit or []), "--pace", *steps, *recipe).splitlines()[-1])
+    all_flags = [*flags, *flags_of_size(args), "--device", args.device]
+    return json.loads(run(*launch, __file__, *(limit or []), "--pace", *steps, *all_flags).splitlines()[-1])
 
 
-def print_pace(warm: int, timed: int, megabytes: float | None, words: list[str]) -> None:
-    """Make a model and time its steps on noise, in all processes that torchrun started."""
-    args = cli.with_vit_defaults(train.parse_args(words))
-    device = devices.pick_device(args.device)
+def print_pace(warm: int, timed: int, megabytes: float | None, flags: list[str]) -> None:
+    """Build a model and time its steps on noise, in all processes that torchrun started."""
     if megabytes:
-        torch.cuda.set_per_process_memory_fraction(1e6 * megabytes / devices.total_memory(device))
-    model = train.make_model(args, train.make_nets(args, {}), device)
+        available = devices.total_memory(torch.device("cuda"))
+        torch.cuda.set_per_process_memory_fraction(1e6 * megabytes / available)
+    config = train_config(flags)
+    data = config.data
+    model = build_model(config)
+    device = model.device
     noise = torch.Generator().manual_seed(0)
-    shape = (2, args.batch_size, args.channels, args.img_height, args.img_width)
-    reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, distributed.rank_slice(args.batch_size)].to(device)
+    shape = (2, data.batch_size, data.channels, *data.size)
+    reals = (torch.rand(shape, generator=noise) * 2 - 1)[:, distributed.rank_slice(data.batch_size)].to(device)
     first = float(model.step(*reals)["loss_G"])
     start = 0.0
     for i in range(warm + timed):
@@ -199,28 +202,27 @@ def print_pace(warm: int, timed: int, megabytes: float | None, words: list[str])
         float(model.step(*reals, i + 1)["loss_G"])  # waits for the device
     found = {"seconds": (time.perf_counter() - start) / timed, "loss_G": first}
     found["MB"] = round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else 0
-    found["micro_batch"] = model.micro_batch_size or args.batch_size
+    found["micro_batch"] = model.executor.micro_batch_size or data.batch_size
     utils.say(json.dumps(found))
 
 
 def ranks(args: argparse.Namespace) -> list[dict]:
-    """One rank (NCCL on a GPU) against no ranks, and two that share the card (gloo)."""
+    """One rank (NCCL on a GPU) against no ranks, and two that share the GPU (gloo)."""
     rows = []
     for label, count in (("one process", 0), ("one rank", 1), ("two ranks on one device", 2)):
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count) if count else ()
         found = pace(args, "--batch_size", 4, "--precision", "bf16", launch=launch)
-        rows.append({"what": f"{label}, batch 4", "ms/step": round(1000 * found["seconds"], 1)})
-        rows[-1]["loss_G of the first rank's first images"] = round(found["loss_G"], 3)
+        row = {"what": f"{label}, batch 4", "ms/step": round(1000 * found["seconds"], 1)}
+        rows.append(row | {"loss_G of the first rank's first images": round(found["loss_G"], 3)})
     return rows
 
 
 def translator(args: argparse.Namespace, net: models.Generator, precision: str, tile: int | None) -> Callable:
-    size = {"size": None, "direction": "AtoB"}
-    return inference.Translator({"G_AB": net}, size, str(args.device), precision, "native", tile)
+    return inference.Translator({"G_AB": net}, {"size": None}, str(args.device), precision, "native", tile)
 
 
 def onnx_session(net: models.Generator) -> Any:
-    """An exported generator in onnxruntime on the GPU; None where that is missing."""
+    """An exported generator in onnxruntime on the GPU; None if that is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -232,11 +234,11 @@ def onnx_session(net: models.Generator) -> Any:
     save_generator(weights, net, {"direction": "AtoB", "size": [64, 64]})
     run(ROOT / "export.py", "--weights", weights, "--output", SCRATCH / "G_AB.onnx")
     session = onnxruntime.InferenceSession(SCRATCH / "G_AB.onnx", providers=["CUDAExecutionProvider"])
-    return session if session.get_providers()[0] == "CUDAExecutionProvider" else None  # it falls back to the CPU
+    return session if session.get_providers()[0] == "CUDAExecutionProvider" else None  # it may fall back to the CPU
 
 
 def one_image(args: argparse.Namespace) -> list[dict]:
-    """Milliseconds an image, from the host's memory and back: the default teacher and a thin student, whole and in tiles."""
+    """Milliseconds per image, from the host's memory and back: a teacher and a thin student, whole and in tiles."""
     sides = (16, 32) if args.tiny else (256, 512, 1024)
     width = 4 if args.tiny else 64
     configs = {"teacher": models.GeneratorConfig(ngf=width)}
@@ -257,41 +259,43 @@ def one_image(args: argparse.Namespace) -> list[dict]:
                 row["bf16 in tiles, ms"] = round(median_ms(functools.partial(translated, call, net, photo), 3), 2)
             row["ONNX on CUDA, ms"] = ""
             if session:
-                feed = {"real_A": photo.numpy()}
-                row["ONNX on CUDA, ms"] = round(median_ms(functools.partial(session.run, None, feed)), 2)
+                inputs = {"real_A": photo.numpy()}
+                row["ONNX on CUDA, ms"] = round(median_ms(functools.partial(session.run, None, inputs)), 2)
             rows.append(row)
     return rows
 
 
 def translated(call: Callable, net: models.Generator, photo: torch.Tensor) -> torch.Tensor:
-    """A translation, back in the host's memory."""
+    """Translate, and copy the result to the host."""
     return call(net, photo).cpu()
 
 
 def training(args: argparse.Namespace) -> list[dict]:
-    """Train by the clock: as many steps as fit into --minutes, the rate falling over their second half."""
+    """Train as many steps as fit into --minutes; the learning rate falls over their second half."""
     rows = []
     for name in args.recipes:
         run_name = f"gpu_{args.dataset_name}_{args.size}px_{args.minutes:g}min_{name}"
         latest = Path(f"saved_models/{run_name}/latest.pt")
         begun = latest.exists()
         if begun:
-            words = ["--start_from", "latest"]
+            flags = ["--start_from", "latest"]
         else:
-            recipe = [word for word in RECIPES[name].split() if word != "--compile" or args.device.type == "cuda"]
-            per_epoch = max(1, round(60 * args.minutes / pace(args, *recipe)["seconds"] / args.epochs))
-            words = ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *flags_of_size(args), *recipe]
-            words += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
-            words += ["--keep_checkpoints", 1, "--overwrite"]
+            flags = [*recipe("paper_256"), *RECIPES[name].split()]
+            if args.device.type != "cuda" and "--compile" in flags:
+                flags.remove("--compile")
+            per_epoch = max(1, round(60 * args.minutes / pace(args, *flags)["seconds"] / args.epochs))
+            flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, *flags_of_size(args)]
+            flags += ["--num_epochs", args.epochs, "--steps_per_epoch", per_epoch, "--sample_interval", 10**6]
+            flags += ["--keep_checkpoints", 1, "--overwrite"]
         start = time.perf_counter()
-        run(ROOT / "train.py", "--run_name", run_name, "--device", args.device, *words)
+        run(ROOT / "train.py", "--run_name", run_name, "--device", args.device, *flags)
         minutes = (time.perf_counter() - start) / 60
         run(ROOT / "test.py", "--run_name", run_name, "--device", args.device, "--metrics", "cycle,identity")
         steps = torch.load(latest, weights_only=True)["step"]
         row = {"recipe": name, "data": args.dataset_name, "side": args.size, "steps": steps}
         row["minutes"] = "resumed" if begun else round(minutes, 1)
         scores = json.loads(Path(f"generated_images/{run_name}/test/metrics.json").read_text(encoding="utf-8"))
-        row |= flat_scores({direction: scores[direction] for direction in ("AtoB", "BtoA")})
+        row |= flat_scores({str(direction): scores[str(direction)] for direction in DIRECTIONS})
         last = sorted(Path(f"generated_images/{run_name}").glob("epoch_*.png"))[-1]
         args.output.mkdir(parents=True, exist_ok=True)
         shutil.copy(last, args.output / f"{run_name}.png")
@@ -300,7 +304,7 @@ def training(args: argparse.Namespace) -> list[dict]:
 
 
 def flat_scores(scores: dict, prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested dict, each named by the words that lead to it."""
+    """The numbers of a nested dict, each named by the keys that lead to it."""
     found: dict[str, float] = {}
     for key, value in scores.items():
         name = f"{prefix} {key}".strip()
@@ -308,14 +312,14 @@ def flat_scores(scores: dict, prefix: str = "") -> dict[str, float]:
     return found
 
 
-STAGES: dict[str, tuple[Callable, str]] = {
+BENCHMARKS: dict[str, tuple[Callable, str]] = {
     "tests": (tests, "`pytest -m gpu`"),
-    "step": (step, "Two generators, two discriminators: one step, turn by turn with the plain one of the paper"),
-    "loader": (loader, "Images a second from the disk"),
+    "step": (step, "One training step, in alternation with a plain implementation of the paper"),
+    "loader": (loader, "Images per second from disk"),
     "memory": (memory, "Less memory than a batch needs, and a resumed run"),
-    "ranks": (ranks, "Processes"),
+    "ranks": (ranks, "Ranks"),
     "inference": (one_image, "One image"),
-    "training": (training, "Training by the clock"),
+    "training": (training, "Training for a given time"),
 }
 
 
@@ -324,7 +328,7 @@ STAGES: dict[str, tuple[Callable, str]] = {
 
 
 def machine(device: torch.device) -> str:
-    """What the rows were measured on."""
+    """Describe the machine."""
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
     if device.type != "cuda":
         return f"{platform.machine()} CPU, {cores}, torch {torch.__version__}"
@@ -332,13 +336,13 @@ def machine(device: torch.device) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Rows of one stage as markdown, their images below."""
+    """Rows of a benchmark as a Markdown table, with their images below."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "image"]
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
     for row in rows:
         if "image" in row:
-            lines += ["", f"![the fixed test images after the last epoch: {row['recipe']}]({row['image']})"]
+            lines += ["", f"![Test images after the last epoch, recipe {row['recipe']}]({row['image']})"]
     return lines
 
 
@@ -366,34 +370,34 @@ def write(output: Path, results: dict) -> None:
         write_json(output / "gpu.json", results)
     else:
         lines += ["", "**No GPU has been measured yet.**"]
-    for name, stages in results.items():
-        lines += ["", f"## {name}"]
-        for stage, found in stages.items():
-            lines += ["", f"### {STAGES[stage][1]}", "", f"`{found['command']}`, {found['seconds']:.0f} s", ""]
+    for device, benchmarks in results.items():
+        lines += ["", f"## {device}"]
+        for name, found in benchmarks.items():
+            lines += ["", f"### {BENCHMARKS[name][1]}", "", f"`{found['command']}`, {found['seconds']:.0f} s", ""]
             lines += table(found["rows"])
     write_text(output / "gpu.md", "\n".join(lines) + "\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="gpu.py", description=__doc__)
     parser.add_argument(
-        "--stages",
+        "--benchmarks",
         nargs="*",
-        choices=STAGES,
-        help="do these, again if need be (default: those that are missing; none: write gpu.md alone)",
+        choices=BENCHMARKS,
+        help="run these, even again (default: those that are missing; without a name: only write gpu.md)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks and images: to see that all stages work")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and images, to see that everything works")
     parser.add_argument("--size", type=int, default=256, help="side of the images, px")
-    parser.add_argument("--processes", type=int, default=4, help="that run the tests (needs pytest-xdist)")
+    parser.add_argument("--processes", type=int, default=4, help="processes of the tests (needs pytest-xdist)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is trained")
-    parser.add_argument("--minutes", type=float, default=2, help="of each training")
-    parser.add_argument("--epochs", type=int, default=8, help="into which a training is divided")
-    parser.add_argument("--dataset_name", default="horse2zebra", help="what is trained on")
-    parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="where that lies")
-    parser.add_argument("--output", type=Path, help="where gpu.json and gpu.md go")
-    parser.add_argument("--megabytes", type=float, help=argparse.SUPPRESS)  # of the GPU that --pace may take
-    parser.add_argument("--pace", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # warm and timed steps, flags
+    parser.add_argument("--minutes", type=float, default=2, help="duration of each training run")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of each training run")
+    parser.add_argument("--dataset_name", default="horse2zebra", help="data set of the training runs")
+    parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="folder that contains it")
+    parser.add_argument("--output", type=Path, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--megabytes", type=float, help=argparse.SUPPRESS)  # limit of the GPU's memory for --pace
+    parser.add_argument("--pace", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # warm-up steps, timed steps, flags
     args = parser.parse_args(argv)
     args.device = devices.pick_device(args.device)
     if args.tiny:
@@ -405,19 +409,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def do_stage(args: argparse.Namespace, name: str) -> dict:
-    """The rows of a stage, its seconds, the command that makes them, and whether all of it worked."""
+def run_benchmark(args: argparse.Namespace, name: str) -> dict:
+    """Run a benchmark; returns its rows, its seconds, the command that repeats it, and whether it succeeded."""
     print(f"-- {name}", flush=True)
     start = time.perf_counter()
     try:
-        rows = STAGES[name][0](args)
-    except StageError as error:
+        rows = BENCHMARKS[name][0](args)
+    except BenchmarkError as error:
         rows = [{"error": str(error)}]
-    words = ["python benchmarks/gpu.py --stages", name, *(["--tiny"] if args.tiny else []), "--size", str(args.size)]
+    command = f"python benchmarks/gpu.py --benchmarks {name} --size {args.size}"
+    if args.tiny:
+        command += " --tiny"
     if name == "training":
-        words += ["--minutes", f"{args.minutes:g}", "--recipes", *args.recipes]
+        command += f" --minutes {args.minutes:g} --recipes {' '.join(args.recipes)}"
     seconds = time.perf_counter() - start
-    return {"command": " ".join(words), "seconds": seconds, "rows": rows, "ok": not any("error" in row for row in rows)}
+    return {"command": command, "seconds": seconds, "rows": rows, "ok": not any("error" in row for row in rows)}
 
 
 @process.command
@@ -428,21 +434,21 @@ def main(argv: list[str] | None = None) -> None:
         return
     path = args.output / "gpu.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if args.stages == []:
+    if args.benchmarks == []:
         write(args.output, results)
         return
     done = results.setdefault(machine(args.device), {})
-    missing = [name for name in STAGES if not done.get(name, {}).get("ok")]
-    names = args.stages or missing
+    missing = [name for name in BENCHMARKS if not done.get(name, {}).get("ok")]
+    names = args.benchmarks or missing
     if "training" in names and args.dataset_name != datasets.DEMO:
-        datasets.find_dataset(args.data_root, args.dataset_name)  # said now rather than after all other stages
+        datasets.find_dataset(args.data_root, args.dataset_name)  # fail now rather than after the others
     for name in names:
-        done[name] = do_stage(args, name)
+        done[name] = run_benchmark(args, name)
         write(args.output, results)
     print(f"written to {args.output}/gpu.json and gpu.md")
     failed = [name for name in names if not done[name]["ok"]]
     if failed:
-        raise utils.RunError(f"not all worked: {', '.join(failed)}; see {args.output}/gpu.md and the output above")
+        raise utils.RunError(f"failed: {', '.join(failed)}; see {args.output}/gpu.md and the output above")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import export
+from models import Direction
 from toolkit import cli, devices, process
 from toolkit.weights import load_generator
 
@@ -55,9 +56,10 @@ def main(argv=None):
     programs = {}
     for file in args.files:
         net, metadata = load_generator(file)
-        model = export.onnx_bytes(net, metadata | {"direction": metadata["direction"] or "AtoB"})
+        model = export.onnx_bytes(net, Direction.named(metadata["direction"] or "AtoB"), metadata)
         runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": export.open_session(model)}
-        difference = max(export.compare(net, runs["onnxruntime"], export.check_sizes(net, metadata)).values())
+        sizes = export.sizes_to_compare(net, metadata)
+        difference = max(export.largest_differences(net, runs["onnxruntime"], sizes).values())
         parameters = sum(p.numel() for p in net.parameters())
         rows[file] = [str(file), f"{parameters:,}", f"{len(model) / 1e6:.1f}", f"{difference:.1e}"]
         for side in args.sides:

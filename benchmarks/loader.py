@@ -33,13 +33,12 @@ def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
 def images_per_second(args, paths: dict, folder: Path, kind: str, workers: int) -> dict:
     """A row of the table: the first epoch, and the best of the others."""
     images = datasets.UnpairedDataset(paths, (args.size, args.size))
-    if kind != "none":
-        images.caches = datasets.make_caches(kind, paths, images.load_size, 3, folder / f"{kind}{workers}", workers)
-    order = datasets.EpochSampler((args.count, args.count), args.batch)
-    loader = datasets.make_loader(images, order, workers, pin_memory=torch.cuda.is_available())
+    images.caches = datasets.open_caches(kind, images, folder / f"{kind}{workers}", workers)
+    sampler = datasets.EpochSampler((args.count, args.count), args.batch)
+    loader = datasets.make_loader(images, sampler, workers, pin_memory=torch.cuda.is_available())
     rates = []
     for epoch in range(args.epochs):
-        order.epoch = epoch
+        sampler.epoch = epoch
         start = time.perf_counter()
         read = sum(2 * len(batch["A"]) for batch in loader)
         rates.append(read / (time.perf_counter() - start))

@@ -1,13 +1,15 @@
-"""The images and figures of docs/questions.md, from two short runs on the demo set that differ in --norm_output alone.
+"""The images and figures of docs/questions.md: two short runs on the demo set, one with a normalised output layer.
 
 python benchmarks/questions.py
 
-Trains the runs norm_default and norm_output (goes on with what is there), scores every epoch, and writes
-docs/norm_output.png, docs/wrap.png and docs/healthy_losses.png.
+Trains (or resumes) the runs norm_default and norm_output, scores every epoch, and writes docs/norm_output.png,
+docs/wrap.png and docs/healthy_losses.png.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,28 +17,38 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import DAY2NIGHT
+
 import datasets
-import test as test_stage
+import test as test_command
 import train
 import utils
+from models import DIRECTIONS
 from toolkit import cli, images, process
 from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
 from toolkit.files import atomic_write
 from toolkit.monitor import read_losses
 from toolkit.weights import load_generator
 
-RECIPE = ["--dataset_name", "day2night", "--img_height", "64", "--img_width", "64", "--num_residual", "3"]
-RECIPE += ["--ngf", "32", "--ndf", "32", "--n_layers_D", "2", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
-RECIPE += ["--num_epochs", "6", "--checkpoint_interval", "1"]
-VARIANTS = {"norm_default": [], "norm_output": ["--norm_output"]}
+FLAGS = f"{DAY2NIGHT} --num_residual 3 --ngf 32 --num_epochs 6 --checkpoint_interval 1"
+RUN_NAMES = ("norm_default", "norm_output")
 DOCS = Path(__file__).parents[1] / "docs"
 WINDOW = 5  # rows of losses.csv in a running mean
 
 
-def train_or_resume(name, words):
-    """Train one run, or what is left of it."""
-    done = (RUNS / name / "latest.pt").is_file()
-    train.main(["--run_name", name, "--start_from", "latest"] if done else [*RECIPE, *words, "--run_name", name])
+def train_or_resume(name):
+    """Train a run, or what is left of it. There is no flag for a normalised output layer, so the config is replaced."""
+    network_configs = train.network_configs
+
+    def with_norm(args):
+        generator, discriminator = network_configs(args)
+        return dataclasses.replace(generator, norm_output=name == "norm_output"), discriminator
+
+    argv = [*FLAGS.split(), "--run_name", name]
+    if (RUNS / name / "latest.pt").is_file():
+        argv = ["--run_name", name, "--start_from", "latest"]
+    with mock.patch.object(train, "network_configs", with_norm):
+        train.main(argv)
 
 
 def psnr_by_epoch(name):
@@ -45,8 +57,8 @@ def psnr_by_epoch(name):
     for epoch in numbered_checkpoints(RUNS / name):
         output = IMAGES / name / f"test_{epoch}"
         argv = ["--run_name", name, "--epoch", str(epoch), "--metrics", "paired", "--output", str(output)]
-        scores = test_stage.main(argv)
-        rows.append([scores[direction]["paired"]["model"]["PSNR"] for direction in ("AtoB", "BtoA")])
+        scores = test_command.main(argv)
+        rows.append([scores[str(direction)]["paired"]["model"]["PSNR"] for direction in DIRECTIONS])
     return rows
 
 
@@ -57,13 +69,13 @@ def first_images(domain, count=4):
 
 
 @torch.no_grad()
-def translated(name, net, reals):
-    """What a run's generator makes of images: (N, 3, 64, 64) in [-1, 1]."""
-    return load_generator(RUNS / name / f"{net}.safetensors")[0](reals)
+def translated(run_name, direction, reals):
+    """Translations of a run's generator: (N, 3, 64, 64) in [-1, 1]."""
+    return load_generator(RUNS / run_name / f"{direction.generator}.safetensors")[0](reals)
 
 
 def wrapped(x):
-    """What an image writer does to raw tanh output: times 255, and the fraction and all but the lowest 8 bits dropped."""
+    """What an image writer makes of raw tanh output: it multiplies by 255 and keeps the lowest 8 bits."""
     byte = (x * 255).to(torch.int16) % 256
     return images.bytes_to_range(byte)
 
@@ -73,29 +85,29 @@ def running_mean(values):
 
 
 def draw_norms():
-    """Rows of both runs: what they translate after the same steps."""
+    """Rows of translations of both runs after the same number of steps."""
     rows = []
-    for source, target in ("AB", "BA"):
-        reals = first_images(source)
-        rows.append((f"real_{source}", reals))
-        rows += [(name, translated(name, f"G_{source}{target}", reals)) for name in VARIANTS]
+    for direction in DIRECTIONS:
+        reals = first_images(direction.source)
+        rows.append((f"real_{direction.source}", reals))
+        rows += [(name, translated(name, direction, reals)) for name in RUN_NAMES]
     images.save_image(images.draw_grid(rows), DOCS / "norm_output.png")
 
 
 def draw_wrap():
-    """Rows of one run: its images, and the same numbers without the way back to [0, 255]."""
+    """Rows of one run: its translations, and the same numbers written without rescaling to [0, 255]."""
     reals = first_images("B")
-    fakes = translated("norm_default", "G_BA", reals)
+    fakes = translated("norm_default", DIRECTIONS[1], reals)
     rows = [("real_B", reals), ("fake_A", fakes), ("unscaled", wrapped(fakes)), ("and real_B", wrapped(reals))]
     images.save_image(images.draw_grid(rows), DOCS / "wrap.png")
 
 
 def draw_losses():
-    """Loss of the discriminators, adversarial and cycle terms of both runs over steps."""
+    """Discriminator losses, adversarial and cycle terms of both runs over the steps."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     panels = {"loss_D": ("loss_D_A", "loss_D_B"), "gan": ("gan_AB", "gan_BA"), "cycle": ("cycle_A", "cycle_B")}
     for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name in VARIANTS:
+        for name in RUN_NAMES:
             rows = read_losses(RUNS / name / "losses.csv")
             values = running_mean([sum(row[column] for column in columns) / 2 for row in rows])
             axes.plot([row["step"] for row in rows][WINDOW - 1 :], values, label=name)
@@ -113,11 +125,11 @@ def draw_losses():
 @process.command
 def main(argv=None):
     cli.Parser(prog="questions.py", description=__doc__).parse_args(argv)
-    for name, words in VARIANTS.items():
-        train_or_resume(name, words)
-    scores = {name: psnr_by_epoch(name) for name in VARIANTS}
-    utils.say("epoch  " + "  ".join(f"{name}: fake_B fake_A" for name in VARIANTS))
-    for epoch, pairs in enumerate(zip(*scores.values(), strict=True), 1):
+    for name in RUN_NAMES:
+        train_or_resume(name)
+    scores = [psnr_by_epoch(name) for name in RUN_NAMES]
+    utils.say("epoch  " + "  ".join(f"{name}: fake_B fake_A" for name in RUN_NAMES))
+    for epoch, pairs in enumerate(zip(*scores, strict=True), 1):
         utils.say(f"{epoch:5}  " + "  ".join(f"{b:18.2f} {a:6.2f}" for b, a in pairs))
     draw_norms()
     draw_wrap()

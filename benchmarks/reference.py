@@ -1,15 +1,15 @@
-"""PSNR over minutes: our training against the plain one of the paper, on the same machine, from the same images.
+"""PSNR over minutes: our training against a plain implementation of the paper, on the same machine and images.
 
 python benchmarks/reference.py
 python benchmarks/reference.py --seeds 0 1 2 --minutes 10 --threads 2
 python benchmarks/reference.py --ours "--img_height 64 --img_width 64 --num_residual 3 --ngf 32 --skips --num_epochs 6"
 
-The reference is the one of step.py (float32, no averaging), with what a user of the classic code gets who types only the
-size: batch 1, rate 2e-4 (still constant, it would fall from epoch 100 on), weights from N(0, 0.02), images enlarged,
-cropped and flipped. Ours trains by the flags of --ours, the rate falling over its own epochs, and ends with them if they
-end before --minutes. The clock runs while a batch is read and a step is made, and stands still while the test pairs are
-scored (the averaged weights, where there are any). A run whose scores are in reference.csv is not made again; writes it,
-and reference.png, into --output.
+The reference is that of step.py (float32, no EMA weights), with the settings of the classic code at another size: batch 1,
+learning rate 2e-4 (constant, because it would fall from epoch 100 on), weights from N(0, 0.02), images enlarged, cropped
+and flipped. Ours is trained with the flags of --ours, by default the demo's recipe. Its learning rate falls over its own
+epochs, and it ends with them if they end before --minutes. The clock runs while batches are read and steps are taken, and
+stops while the test pairs are scored (with the EMA weights, if there are any). Runs whose scores are in reference.csv are
+not repeated. Writes reference.csv and reference.png to --output.
 """
 
 import argparse
@@ -26,73 +26,78 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import step as plain
+from common import build_model, recipe, train_config
 
 import cyclegan
 import datasets
 import train
 import utils
+from models import DIRECTIONS
 from toolkit import cli, devices, metrics, process
+from toolkit.config import TrainConfig
 from toolkit.files import atomic_write
 from toolkit.images import range_to_bytes
 
 CLASSIC = "--batch_size 1 --lr 2e-4 --load_scale 1.12 --flip"
-DEMO = "--img_height 64 --img_width 64 --num_residual 3 --ngf 16 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1"
-DEMO += " --no-flip --skips --lr 4e-4 --ema 0.999 --num_epochs 8"
-COLUMNS = ("which", "recipe", "threads", "limit", "seed", "minutes", "step", "PSNR_B", "PSNR_A")
-TOGETHER = 8  # images that are translated at once to be scored
-KEYS = COLUMNS[:5]  # what names a run; limit: --minutes
+KEYS = ("which", "recipe", "threads", "limit", "seed")  # what identifies a run; limit: --minutes
+CSV_COLUMNS = (*KEYS, "minutes", "step", "PSNR_B", "PSNR_A")
+BATCH = 8  # images that are translated at once for a score
 TITLES = {"PSNR_B": "A → B", "PSNR_A": "B → A"}
 
 
 class Reference:
-    """The plain step, from the paper's initial weights."""
+    """The plain step, with the paper's initial weights."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, config: argparse.Namespace):
-        devices.seed_everything(args.seed)
-        self.plain = plain.Reference(config, device)
-        for net in self.plain.nets.values():
+    def __init__(self, args: argparse.Namespace, device: torch.device, seed: int):
+        devices.seed_everything(seed)
+        self.plain = plain.Reference(args, device)
+        for net in self.plain.networks.values():
             for name, parameter in net.named_parameters():
                 torch.nn.init.normal_(parameter, 0, 0.02) if name.endswith("weight") else parameter.data.zero_()
         self.precision = "fp32"
-        self.nets = self.plain.nets
+        self.networks = self.plain.networks
         self.device = device
 
     def start_epoch(self, epoch: int) -> bool:
-        return True  # at a constant rate
+        return True  # at a constant learning rate
 
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
         self.plain.step(real_A, real_B)
 
 
 class Ours:
-    """train.py's model, its rate as its flags say."""
+    """The model of train.py with its learning rate."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args = args
-        self.model = train.make_model(args, train.make_nets(args, {}), device)
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.schedule = config.schedule
+        self.model = build_model(config, device)
         self.precision = self.model.precision
-        self.nets = self.model.averaged_nets
+        self.networks = self.model.ema_networks
         self.device = device
 
     def start_epoch(self, epoch: int) -> bool:
-        """Set the rate of an epoch; False if there is none left."""
-        if epoch < self.args.num_epochs:
-            self.model.set_learning_rate(cyclegan.linear_decay(epoch, self.args.num_epochs, cli.decay_epoch(self.args)))
-        return epoch < self.args.num_epochs
+        """Set the learning rate of an epoch; False if none is left."""
+        num_epochs = self.schedule.num_epochs
+        if epoch < num_epochs:
+            factor = cyclegan.linear_decay(epoch, num_epochs, self.schedule.first_decay_epoch)
+            self.model.set_learning_rate(factor)
+        return epoch < num_epochs
 
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
         self.model.step(real_A, real_B, finished_steps)
 
 
-def learn(learner: Reference | Ours, feed: datasets.Feed, reals: dict, limit: float, every: float) -> list[dict]:
-    """Train until `limit` seconds of training are over, or the recipe is; returns a score for about each `every` seconds."""
+def train_and_score(
+    learner: Reference | Ours, data: datasets.TrainingData, reals: dict, limit: float, every: float
+) -> list[dict]:
+    """Train for `limit` seconds or until the last epoch; returns a row of scores for about every `every` seconds."""
     trained = 0.0
     steps = 0
     epoch = 0
     rows = [scores(learner, reals, trained, steps)]
     while trained < limit and learner.start_epoch(epoch):
         start = time.perf_counter()
-        for real_A, real_B in feed.batches(epoch, 0, learner.device):
+        for real_A, real_B in data.batches(epoch, 0, learner.device):
             learner.step(real_A, real_B, steps)
             steps += 1
             if learner.device.type == "cuda":
@@ -110,60 +115,63 @@ def learn(learner: Reference | Ours, feed: datasets.Feed, reals: dict, limit: fl
 
 
 def scores(learner: Reference | Ours, reals: dict, trained: float, steps: int) -> dict:
-    """The mean PSNR of both directions on the test pairs, after so many seconds and steps of training."""
+    """Mean PSNR of both directions on the test pairs, after so many seconds and steps of training."""
     row = {"minutes": trained / 60, "step": steps}
-    for source, target in ("AB", "BA"):
+    for direction in DIRECTIONS:
+        source, target = direction
         fakes = []
-        for batch in reals[source].split(TOGETHER):
-            fakes += cyclegan.translate(learner.nets[f"G_{source}{target}"], batch, learner.precision).cpu()
+        for batch in reals[source].split(BATCH):
+            fakes += cyclegan.translate(learner.networks[direction.generator], batch, learner.precision).cpu()
         pairs = zip(fakes, reals[target], strict=True)
         row[f"PSNR_{target}"] = metrics.mean([metrics.psnr(range_to_bytes(x), range_to_bytes(y)) for x, y in pairs])
     utils.say(f"{row['minutes']:6.2f} minutes, step {steps:,}: {row['PSNR_B']:.2f} / {row['PSNR_A']:.2f} dB")
     return row
 
 
-def make_run(config: argparse.Namespace, key: dict) -> list[dict]:
-    """Train one side from one seed; returns its rows of reference.csv."""
-    recipe = config.ours
+def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
+    """Train one side with one seed; returns its rows of reference.csv."""
+    flags = shlex.split(args.ours)
     if key["which"] == "reference":
-        recipe = f"{CLASSIC} --img_height {config.size} --img_width {config.size}"
-    words = ["--dataset_name", config.dataset_name, "--data_root", str(config.data_root), "--seed", key["seed"]]
-    args = train.parse_args([*shlex.split(recipe), *words])
-    cli.check_run_flags(args)
-    device = devices.pick_device(args.device)
-    dataset, feed = train.make_feed(args, device)
-    size = (args.img_height, args.img_width)
-    found = {domain: datasets.named_images(dataset / f"test{domain}", size, args.channels) for domain in "AB"}
+        flags = [*CLASSIC.split(), "--img_height", args.size, "--img_width", args.size]
+    flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, "--seed", key["seed"]]
+    config = train_config(flags)
+    device = devices.pick_device(config.device.device)
+    data = train.load_data(config, device)
+    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
+    found = {}
+    for domain in "AB":
+        found[domain] = datasets.named_images(dataset / f"test{domain}", config.data.size, config.data.channels)
     names = sorted(found["A"].keys() & found["B"].keys())
     if not names:
         raise utils.InputError(f"{dataset}: no image in testA has the name of one in testB; take a set with test pairs")
     reals = {domain: torch.cat([own[name] for name in names]) for domain, own in found.items()}  # (pairs, C, H, W) each
-    learner = Reference(args, device, config) if key["which"] == "reference" else Ours(args, device)
+    is_reference = key["which"] == "reference"
+    learner = Reference(args, device, config.run.seed) if is_reference else Ours(config, device)
     utils.say(f"{key['which']}, seed {key['seed']}, {device}, {learner.precision}")
-    return [{**key, **row} for row in learn(learner, feed, reals, 60 * config.minutes, config.every)]
+    return [key | row for row in train_and_score(learner, data, reals, 60 * args.minutes, args.every)]
 
 
 def read_rows(path: Path) -> list[dict]:
-    """What earlier calls wrote, its numbers as numbers."""
+    """Read the rows of earlier calls."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        row |= {name: float(row[name]) for name in COLUMNS if name not in KEYS}
+        row |= {name: float(row[name]) for name in CSV_COLUMNS if name not in KEYS}
     return rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write reference.csv, whole or not at all."""
+    """Write reference.csv."""
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
 
 
 def curves_of(rows: list[dict], which: str, measure: str, grid: np.ndarray) -> np.ndarray:
-    """The measure of each seed at the minutes of a grid: (seeds, minutes), nan after the end of a run."""
+    """The measure of each seed at given minutes: (seeds, minutes), nan after the end of a run."""
     curves = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
         own = [row for row in rows if (row["which"], row["seed"]) == (which, seed)]
@@ -173,13 +181,13 @@ def curves_of(rows: list[dict], which: str, measure: str, grid: np.ndarray) -> n
 
 
 def minutes_to(level: float, grid: np.ndarray, curve: np.ndarray) -> str:
-    """The first minute of the grid at which a curve has a level, in words."""
+    """The first minute at which a curve has reached a level, for a message."""
     reached = grid[curve >= level]
     return f"{reached[0]:.1f}" if len(reached) else f"more than {grid[np.isfinite(curve)][-1]:.1f}"
 
 
-def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[str]:
-    """Draw both directions, a thin line for each seed and a thick one for their mean; returns what is to be said."""
+def draw_curves(rows: list[dict], minutes: float, every: float, path: Path) -> list[str]:
+    """Draw both directions, a thin line for each seed and a thick one for their mean; returns a line of text for each."""
     grid = np.linspace(0, minutes, 1 + max(1, round(60 * minutes / every)))
     figure = Figure(figsize=(10, 4), layout="constrained")
     lines = []
@@ -192,8 +200,10 @@ def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[
         level = curves["reference"].mean(0)[-1]
         taken = minutes_to(level, grid, curves["ours"].mean(0))
         each = ", ".join(minutes_to(level, grid, curve) for curve in curves["ours"])
-        words = f"{title}: the reference has {level:.2f} dB after {minutes:g} minutes, ours after {taken}"
-        lines.append(f"{words} (its seeds after {each})")
+        lines.append(
+            f"{title}: the reference has {level:.2f} dB after {minutes:g} minutes, ours after {taken} "
+            f"(its seeds after {each})"
+        )
         axes.axhline(level, color="C0", linestyle=":", linewidth=1)
         axes.set_title(f"{title}: ours needs {taken} minutes for the reference's {minutes:g}", fontsize=10)
         axes.set_xlabel("minutes of training")
@@ -208,41 +218,44 @@ def compare(rows: list[dict], minutes: float, every: float, path: Path) -> list[
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog="reference.py", description=__doc__)
-    add = cli.flag_group(parser, "what")
-    add("--ours", default=DEMO, help="flags of train.py (default: those of make demo)")
-    add("--ngf", type=cli.int_between(1), default=64, help="width of the reference's networks")
-    add("--blocks", type=cli.int_between(0), default=9, help="residual blocks of the reference")
-    add("--n_layers_D", type=cli.int_between(1), default=3, help="strided layers of the reference's discriminators")
-    add("--size", type=cli.int_between(4), default=64, help="side of the reference's images, px")
-    add("--dataset_name", type=cli.folder_name, default="day2night", help="folder in --data_root, with test pairs")
-    add("--data_root", type=Path, default=Path("datasets"), help="folder that holds the data sets")
-    add("--minutes", type=cli.float_between(0, above=True), default=10.0, help="minutes of training of each run")
-    add("--every", type=cli.float_between(0, above=True), default=20.0, help="seconds of training between two scores")
-    add("--seeds", type=cli.int_between(0, 2**32 - 1), nargs="+", default=[0], help="seeds of each side")
-    add("--threads", type=cli.int_between(1), default=2, help="CPU threads")
-    add("--output", type=Path, default=Path("generated_images/benchmarks"), help="where results go")
+    parser.add_argument(
+        "--ours", default=shlex.join(recipe("day2night")), help="flags of train.py (default: the demo's)"
+    )
+    parser.add_argument("--ngf", type=int, default=64, help="width of the reference's networks")
+    parser.add_argument("--blocks", type=int, default=9, help="residual blocks of the reference")
+    parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the reference's discriminators")
+    parser.add_argument("--size", type=int, default=64, help="side of the reference's images, px")
+    parser.add_argument("--dataset_name", default="day2night", help="folder in --data_root, with test pairs")
+    parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="folder that contains the data sets")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of training of each run")
+    parser.add_argument("--every", type=float, default=20.0, help="seconds of training between two scores")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--output", type=Path, default=Path("generated_images/benchmarks"), help="folder of the results"
+    )
     return parser.parse_args(argv)
 
 
 @process.command
 def main(argv: list[str] | None = None) -> None:
-    config = parse_args(argv)
-    torch.set_num_threads(config.threads)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / "reference.csv"
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "reference.csv"
     rows = read_rows(path)
-    classic = f"ngf {config.ngf}, {config.blocks} blocks, n_layers_D {config.n_layers_D}, {config.size} px"
+    classic = f"ngf {args.ngf}, {args.blocks} blocks, n_layers_D {args.n_layers_D}, {args.size} px"
     wanted = []
-    for seed in config.seeds:
-        for which, recipe in (("reference", classic), ("ours", config.ours)):
-            values = (which, f"{config.dataset_name}: {recipe}", config.threads, config.minutes, seed)
+    for seed in args.seeds:
+        for which, settings in (("reference", classic), ("ours", args.ours)):
+            values = (which, f"{args.dataset_name}: {settings}", args.threads, args.minutes, seed)
             key = dict(zip(KEYS, map(str, values), strict=True))
             wanted.append(key)
             if not [row for row in rows if key.items() <= row.items()]:
-                rows += make_run(config, key)
+                rows += make_run(args, key)
                 write_rows(path, rows)
     chosen = [row for row in rows if any(key.items() <= row.items() for key in wanted)]
-    for line in compare(chosen, config.minutes, config.every, config.output / "reference.png"):
+    for line in draw_curves(chosen, args.minutes, args.every, args.output / "reference.png"):
         utils.say(line)
     utils.say(f"written to {path} and reference.png")
 

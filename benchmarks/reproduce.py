@@ -4,12 +4,13 @@ python benchmarks/reproduce.py day2night
 python benchmarks/reproduce.py mnist2usps daisy2sunflower --data_root DATA
 python benchmarks/reproduce.py --list
 
-A task's runs are trained one after the other (a run that was stopped goes on where it was), scored on the test split
-and written into docs/results.json, from which the task's table on its page of docs/experiments is made; its image goes to
-docs/results_TASK.png, or .jpg. The demo set is drawn; the others must lie in --data_root.
+The runs of a task are trained one after the other (or resumed), scored on the test split, and written to docs/results.json
+and to a table on the task's page of docs/experiments. Its image is docs/results_TASK.png, or .jpg. The demo set is drawn;
+the others must be in --data_root.
 """
 
 import io
+import itertools
 import json
 import math
 import platform
@@ -32,11 +33,13 @@ sys.path.append(str(Path(__file__).parent))
 import digit_score
 import domain_score
 import label_score
+from common import DAY2NIGHT, ROOT, expand
 
 import distill
-import test as test_stage
+import test as test_command
 import train
 import utils
+from models import DIRECTIONS, Direction
 from toolkit import cli, devices, images, metrics, process
 from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
 from toolkit.files import atomic_write, write_json, write_text
@@ -44,199 +47,195 @@ from toolkit.inference import load_run
 from toolkit.monitor import read_losses
 from toolkit.weights import load_generator
 
-ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results.json"
 PAGES = ROOT / "docs" / "experiments"
-SHOWN = {  # words in docs/results.json -> words on the page
-    "picture": "image",
-    "taken for the target": "predicted as the target",
-    "in grey": "in greyscale",
-    "read as their label": "predicted as their label",
-}
-FILMED = 8  # epochs in the film of a run
-PHOTO = 128  # px, of translated photos
-LEGACY_DIRECTIONS = ("AtoB", "BtoA")
+FILM_ROWS = 8
+PHOTO = 128  # px, side of translated photos
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: every flag that is not a default, in one place; after "then" what changes once all epochs are done
+# Flags; after "then", what changes once all epochs are done
 
-DEMO = "--dataset_name day2night --img_height 64 --img_width 64 --ndf 32 --n_layers_D 2 --batch_size 1 --load_scale 1 --no-flip"
-SMALL = f"{DEMO} --num_residual 3 --ngf 32 --num_epochs 4"
+SMALL = f"{DAY2NIGHT} --num_residual 3 --ngf 32 --num_epochs 4"
 STUDENT = "--teacher teacher_0 --direction both --num_epochs 6 --eval_interval 1 --eval_metrics paired"
-TUNED = f"{DEMO} --num_residual 6 --ngf 32 --num_epochs 2"
-OF_FLOWERS = "--init_from saved_models/flowers/G_AB.safetensors saved_models/flowers/G_BA.safetensors"
-STUDY = f"{DEMO} --ngf 32 --num_epochs 4"
+TUNED = f"{DAY2NIGHT} --num_residual 6 --ngf 32 --num_epochs 2"
+FROM_FLOWERS = "--init_from saved_models/flowers/G_AB.safetensors saved_models/flowers/G_BA.safetensors"
+STUDY = f"{DAY2NIGHT} --ngf 32 --num_epochs 4"
 TEACHER = (
-    f"{DEMO} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 --eval_interval 1 --eval_metrics paired"
+    f"{DAY2NIGHT} --num_residual 9 --ngf 32 --lr 4e-4 --num_epochs 12 --ema 0.999 "
+    "--eval_interval 1 --eval_metrics paired"
 )
-SKIPS = f"{DEMO} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 18 --eval_interval 6 --eval_metrics paired,spike"
-SKIPS_STUDENT = "--teacher skips_teacher --direction both --student_residual 4 --student_ngf 12 --num_epochs 24 --eval_interval 6 --eval_metrics paired"
-DIGITS = (
-    "--dataset_name mnist2usps --img_height 32 --img_width 32 --channels 1 --no-flip --num_residual 3 --ngf 16 --ndf 32"
+SKIPS = (
+    f"{DAY2NIGHT} --num_residual 6 --ngf 32 --skips --lr 4e-4 --ema 0.999 --num_epochs 18 "
+    "--eval_interval 6 --eval_metrics paired,spike"
 )
-DIGITS += " --n_layers_D 2 --batch_size 4 --lr 4e-4 --lambda_cycle 4 --lambda_identity 0 --ema 0.999 --num_epochs 60"
-FLOWERS = (
-    "--dataset_name daisy2sunflower --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
+SKIPS_STUDENT = "@recipes/student.txt --teacher skips_teacher --eval_interval 6 --eval_metrics paired"
+FLOWERS = "@recipes/photos_64.txt --dataset_name daisy2sunflower"
+FACADES = "@recipes/photos_64.txt --dataset_name facades --lr 4e-4 --ema 0.999 --num_epochs 10"
+MAPS = "@recipes/photos_64.txt --dataset_name maps"
+PHOTOS_128 = (
+    "--img_height 128 --img_width 128 --num_residual 6 --ngf 24 --ndf 32 --n_layers_D 3 --batch_size 1 "
+    "--lr 4e-4 --ema 0.999 --lambda_identity 0"
 )
-FLOWERS += " --batch_size 1 --num_epochs 3"
-FACADES = "--dataset_name facades --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"
-FACADES += " --batch_size 1 --lr 4e-4 --ema 0.999 --num_epochs 10"
-OF_128 = "--img_height 128 --img_width 128 --num_residual 6 --ngf 24 --ndf 32 --n_layers_D 3 --batch_size 1"
-OF_128 += " --lr 4e-4 --ema 0.999 --lambda_identity 0"
-FACADES_128 = f"--dataset_name facades {OF_128} --num_epochs 10"
-MAPS_128 = f"--dataset_name maps {OF_128} --num_epochs 3"
-HORSES = "--dataset_name horse2zebra --img_height 96 --img_width 96 --load_scale 1.25 --num_residual 6 --ngf 24"
-HORSES += " --max_mult_D 4 --batch_size 1 --norm group --upsample resize --lr 4e-4 --lr_D 1e-4 --ema 0.999"
-HORSES += " --lambda_cycle 5 --lambda_identity 0 --steps_per_epoch 500 --num_epochs 104 --decay_epoch 84"
-HORSES += " --checkpoint_interval 4 then --lambda_cycle 2 --num_epochs 116 --decay_epoch 104"
-HORSES_STUDENT = "--teacher horses --direction both --student_residual 3 --student_ngf 16 --student_skips"
-HORSES_STUDENT += " --img_height 128 --img_width 128 --load_scale 1 --lambda_cycle 0 --lambda_output 5 --num_epochs 20"
-HORSES_STUDENT += " then --lambda_output 1 --num_epochs 28 --decay_epoch 20"
+FACADES_128 = f"--dataset_name facades {PHOTOS_128} --num_epochs 10"
+MAPS_128 = f"--dataset_name maps {PHOTOS_128} --num_epochs 3"
+HORSES = "@recipes/horse2zebra_cpu.txt then --lambda_cycle 2 --num_epochs 116 --decay_epoch 104"
+HORSES_STUDENT = (
+    "--teacher horses --direction both --student_residual 3 --student_ngf 16 --student_skips --img_height 128 "
+    "--img_width 128 --load_scale 1 --lambda_cycle 0 --lambda_output 5 --num_epochs 20 "
+    "then --lambda_output 1 --num_epochs 28 --decay_epoch 20"
+)
 PIXELS = "--dataset_name day2night --batch_size 1 --num_residual 6 --steps_per_epoch 200 --num_epochs 1"
-MAPS = "--dataset_name maps --img_height 64 --img_width 64 --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2 --batch_size 1"
 
 
 @dataclass
 class Task:
-    """A table of docs/experiments: runs, how they are scored, what is drawn."""
+    """A table of docs/experiments: its runs, how they are scored, and what is drawn."""
 
     title: str
-    runs: dict[str, str]  # name → stage and flags
+    runs: dict[str, str]  # name → command and flags
     score: Callable  # (run, dataset) → cells by column
-    before: Callable  # (dataset, run) → rows that need no training
+    baselines: Callable  # (dataset, run) → rows that need no training
     page: str = ""  # of docs/experiments (default: named like the task)
     drawn: tuple[str, ...] | None = ()  # runs in the task's image; () for all, None for no image
-    curve: bool = False  # it shows PSNR over minutes, not translations
-    side: int = 64  # px of an image that is drawn
-    columns: int = 6  # images in a row: the first, and as many further ones, evenly spread
+    curve: bool = False  # the image shows PSNR over minutes instead of translations
+    side: int = 64  # px, side of the translations in the image
+    columns: int = 6  # images in a row, evenly spread over the test images
     zoom: int = 1  # whole factor by which translations are enlarged
-    filmed: str = ""  # the run whose kept epochs are shown one below the other, A → B
+    filmed: str = ""  # a run: a second image has a row for each of its kept epochs, A → B
 
-    def file(self, name: str, what: str = "") -> str:
-        """Name of an image of this task in docs: photos are smaller as JPEG, what is drawn stays exact."""
-        return f"results_{name}{what}.{'jpg' if self.side == PHOTO else 'png'}"
+    def file(self, name: str, suffix: str = "") -> str:
+        """Name of an image of this task in docs: JPEG for photos, otherwise PNG."""
+        return f"results_{name}{suffix}.{'jpg' if self.side == PHOTO else 'png'}"
 
 
 # ---------------------------------------------------------------------------------------------
-# Scores: cells by column. Columns and rows are named as they stand in docs/results.json
+# Scores: cells by column
 
 
-def translate(run: str, dataset: Path, *more: str) -> dict:
+def run_test(run: str, dataset: Path, *flags: str) -> dict:
     """Run test.py on a data set; returns its scores."""
-    return test_stage.main(
-        ["--run_name", run, "--data_root", str(dataset.parent), "--dataset_name", dataset.name, *more]
-    )
+    argv = ["--run_name", run, "--data_root", str(dataset.parent), "--dataset_name", dataset.name, *flags]
+    return test_command.main(argv)
 
 
 def both(values: Iterable[float], digits: int) -> str:
-    """A cell with the figures of both directions, or domains."""
+    """A cell with the values of both directions, or domains."""
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
 def paired_cells(run: str, dataset: Path) -> dict[str, str]:
     """PSNR, SSIM and match@1 of both directions on the test pairs."""
-    scores = translate(run, dataset, "--metrics", "paired,cycle")
-    rows = [scores[direction]["paired"]["model"] for direction in LEGACY_DIRECTIONS]
+    scores = run_test(run, dataset, "--metrics", "paired,cycle")
+    rows = [scores[str(direction)]["paired"]["model"] for direction in DIRECTIONS]
     digits = {"PSNR": 2, "SSIM": 3, "match@1": 2}
     cells = {f"{key} A→B / B→A": both([row[key] for row in rows], count) for key, count in digits.items()}
-    return cells | {"cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)}
+    return cells | cycle_cell(scores)
+
+
+def cycle_cell(scores: dict) -> dict[str, str]:
+    """Cycle errors of both domains."""
+    return {"cycle A / B": both([scores[str(direction)]["cycle"] for direction in DIRECTIONS], 3)}
 
 
 def maps_cells(run: str, dataset: Path) -> dict[str, str]:
     """Root mean square error and fraction of pixels within 5 and 10 levels, aerial photo → map."""
-    row = translate(run, dataset, "--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]["model"]
+    row = run_test(run, dataset, "--metrics", "paired", "--direction", "AtoB")["AtoB"]["paired"]["model"]
     return {key: f"{value:.3f}" for key, value in row.items() if key != "match@1"}
 
 
 def paired_baselines(dataset: Path, run: str) -> dict[str, dict[str, str]]:
-    """What needs no network: the input itself, and the mean image of the domain."""
+    """Rows that need no network: the input itself, and the mean image of the domain."""
     scores = json.loads((IMAGES / run / "test" / "metrics.json").read_text())
-    tables = [scores[direction]["paired"] for direction in LEGACY_DIRECTIONS if direction in scores]
+    tables = [scores[str(direction)]["paired"] for direction in DIRECTIONS if str(direction) in scores]
     column = "PSNR A→B / B→A" if len(tables) == 2 else "PSNR"
     return {name: {column: both([table[name]["PSNR"] for table in tables], 2)} for name in tables[0] if name != "model"}
 
 
 def digit_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Fraction of translated test digits that a classifier, trained on real digits of that domain, reads as their label."""
+    """Fraction of translated test digits whose label a classifier predicts that was trained on real digits of the target."""
     output = IMAGES / run / "digits"
     cells = {}
-    for source, target in ("AB", "BA"):
-        inputs = str(dataset / f"test{source}")
-        argv = ["--run_name", run, "--input", inputs, "--direction", f"{source}to{target}", "--output_size", "net"]
-        test_stage.main([*argv, "--output", str(output)])
-        reader = digit_score.classifier(*digit_score.read_folder(dataset / f"train{target}"))
-        found = digit_score.accuracy(reader, *digit_score.read_folder(output / f"fake_{target}"))
-        cells[f"read as their label {source}→{target}"] = f"{found:.3f}"
+    for direction in DIRECTIONS:
+        inputs = str(dataset / f"test{direction.source}")
+        argv = ["--run_name", run, "--input", inputs, "--direction", str(direction), "--output_size", "net"]
+        test_command.main([*argv, "--output", str(output)])
+        cells |= label_cell(dataset, direction, output / f"fake_{direction.target}")
     return cells
+
+
+def label_cell(dataset: Path, direction: Direction, folder: Path) -> dict[str, str]:
+    """Fraction of the digits in a folder whose label the classifier of the target predicts."""
+    net = digit_score.classifier(*digit_score.read_folder(dataset / f"train{direction.target}"))
+    found = digit_score.accuracy(net, *digit_score.read_folder(folder))
+    return {f"predicted as their label {direction.source}→{direction.target}": f"{found:.3f}"}
 
 
 def digit_baselines(dataset: Path, _: str) -> dict[str, dict[str, str]]:
     """The same for untranslated digits, and for real ones of the target domain: the ceiling."""
     rows = {"untranslated": {}, "real digits of the target": {}}
-    for source, target in ("AB", "BA"):
-        reader = digit_score.classifier(*digit_score.read_folder(dataset / f"train{target}"))
-        for name, domain in zip(rows, (source, target), strict=True):
-            found = digit_score.accuracy(reader, *digit_score.read_folder(dataset / f"test{domain}"))
-            rows[name][f"read as their label {source}→{target}"] = f"{found:.3f}"
+    for direction in DIRECTIONS:
+        for row, domain in zip(rows.values(), direction, strict=True):
+            row |= label_cell(dataset, direction, dataset / f"test{domain}")
     return rows
 
 
-def domain_cells(dataset: Path, folders: dict[str, Path], looks: Iterable[str]) -> dict[str, str]:
-    """Fractions of the images in the folders of "B" and of "A" that a classifier takes for just that domain.
+def domain_cells(dataset: Path, folders: dict[str, Path], views: Iterable[str]) -> dict[str, str]:
+    """Fractions of the images in the folders of "B" and of "A" of which a classifier predicts that domain.
 
-    looks: names of domain_score.LOOKS
+    views: names of domain_score.VIEWS
     """
     cells = {}
-    for look in looks:
-        found = [domain_score.folder_score(dataset, folders[x], x, domain_score.LOOKS[look]) for x in "BA"]
-        cells[f"taken for the target{look} A→B / B→A"] = both(found, 2)
+    for view in views:
+        channels = domain_score.VIEWS[view]
+        found = [domain_score.folder_score(dataset, folders[domain], domain, channels) for domain in "BA"]
+        cells[f"predicted as the target{view} A→B / B→A"] = both(found, 2)
     return cells
 
 
-def taken_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Cycle error, and the fraction of translations that a classifier takes for the target domain."""
-    scores = translate(run, dataset, "--metrics", "cycle")
-    cells = {"cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)}
-    return cells | domain_cells(dataset, {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}, [""])
+def fakes_of(run: str) -> dict[str, Path]:
+    """Folders of a run's translations by domain."""
+    return {domain: IMAGES / run / "test" / f"fake_{domain}" for domain in "AB"}
 
 
-def taken_baselines(dataset: Path, _: str, looks: Iterable[str] = ("",)) -> dict[str, dict[str, str]]:
-    """The same fraction for images before translation, and for real ones of the target: how right the classifier is."""
-    before = {"A": dataset / "testB", "B": dataset / "testA"}
-    real = {x: dataset / f"test{x}" for x in "AB"}
-    rows = {"untranslated": before, "real pictures of the target": real}
-    return {name: domain_cells(dataset, folders, looks) for name, folders in rows.items()}
+def classified_cells(run: str, dataset: Path) -> dict[str, str]:
+    """Cycle error, and the fraction of translations of which a classifier predicts the target domain."""
+    return cycle_cell(run_test(run, dataset, "--metrics", "cycle")) | domain_cells(dataset, fakes_of(run), [""])
+
+
+def classified_baselines(dataset: Path, _: str, views: Iterable[str] = ("",)) -> dict[str, dict[str, str]]:
+    """The same fraction of untranslated images, and of real ones of the target: how reliable the classifier is."""
+    untranslated = {"A": dataset / "testB", "B": dataset / "testA"}
+    real = {domain: dataset / f"test{domain}" for domain in "AB"}
+    rows = {"untranslated": untranslated, "real images of the target": real}
+    return {name: domain_cells(dataset, folders, views) for name, folders in rows.items()}
 
 
 def photo_cells(run: str, dataset: Path) -> dict[str, str]:
-    """Size, cycle error, and what classifiers of colours and of greys take translations for, all at 128 px.
+    """Size, cycle error, and predictions of classifiers with and without colour, all at 128 px.
 
-    Crops teach, whole photos are translated: a copy of the test images at that size is shown at its own.
+    The networks were trained on crops but translate whole photos: the test images are reduced to that size first.
     """
     small = Path("datasets") / f"{dataset.name}_{PHOTO}"
-    for path in [path for x in "AB" for path in images.list_images(dataset / f"test{x}")]:
+    for path in [*images.list_images(dataset / "testA"), *images.list_images(dataset / "testB")]:
         copy = small / path.parent.name / f"{path.stem}.png"
         copy.parent.mkdir(parents=True, exist_ok=True)
         images.save_image(images.tensor_to_image(images.load_image(path, (PHOTO, PHOTO))), copy)
-    scores = translate(run, small, "--metrics", "cycle", "--scale", "native")
-    cells = size_cells(run, PHOTO) | {
-        "cycle A / B": both([scores[direction]["cycle"] for direction in LEGACY_DIRECTIONS], 3)
-    }
-    folders = {x: IMAGES / run / "test" / f"fake_{x}" for x in "AB"}
-    return cells | domain_cells(dataset, folders, domain_score.LOOKS)
+    scores = run_test(run, small, "--metrics", "cycle", "--scale", "native")
+    cells = size_cells(run, PHOTO) | cycle_cell(scores)
+    return cells | domain_cells(dataset, fakes_of(run), domain_score.VIEWS)
 
 
 def label_cells(run: str, dataset: Path) -> dict[str, str]:
-    """How right the label maps of facades are, photo → labels, at the network's size."""
+    """Scores of the label maps of facades, photo → labels, at the network's size."""
     output = IMAGES / run / "test"
     argv = ["--run_name", run, "--input", str(dataset / "testA"), "--direction", "AtoB", "--output_size", "net"]
-    test_stage.main([*argv, "--output", str(output)])
+    test_command.main([*argv, "--output", str(output)])
     scores = label_score.folder_scores(output / "fake_B", dataset / "testB")
     return {name: f"{value:.3f}" for name, value in scores.items()}
 
 
 def label_baselines(dataset: Path, _: str, side: int = 64) -> dict[str, dict[str, str]]:
-    """The same for the photos themselves, and for the label maps at side x side px: what that size can reach."""
+    """The same for the photos themselves, and for the true label maps at side x side px, which is the ceiling."""
     small = [images.load_image(path, (side, side), 3) for path in images.list_images(dataset / "testB")]
     truths = [label_score.read(path) for path in images.list_images(dataset / "testB")]
     reached = label_score.label_scores(zip(map(images.range_to_bytes, small), truths, strict=True))
@@ -246,7 +245,7 @@ def label_baselines(dataset: Path, _: str, side: int = 64) -> dict[str, dict[str
 
 
 def nyquist(folder: Path) -> float:
-    """Fraction of the energy (without the mean) at the highest row and column frequency, a checkerboard of 2 px; mean of images."""
+    """Fraction of the energy (without the mean) at the highest row and column frequency: checkerboards of 2 px."""
     fractions = []
     for image in domain_score.read_folder(folder):
         energy = torch.fft.fft2(image.double()).abs().square()
@@ -257,16 +256,16 @@ def nyquist(folder: Path) -> float:
 
 
 def checkerboard_cells(run: str, dataset: Path) -> dict[str, str]:
-    """The paired scores, and Nyquist energy of the translations against that of real images of their domain."""
+    """The paired scores, and the Nyquist energy of translations relative to that of real images."""
     cells = paired_cells(run, dataset)
     ratios = []
     for target in "BA":
         ratios.append(nyquist(IMAGES / run / "test" / f"fake_{target}") / nyquist(dataset / f"test{target}"))
-    return cells | {"Nyquist energy, times that of real pictures A→B / B→A": both(ratios, 1)}
+    return cells | {"Nyquist energy, times that of real images A→B / B→A": both(ratios, 1)}
 
 
 def pace(run: str, _: Path) -> dict[str, str]:
-    """Seconds a step, loading and a grid at the end included."""
+    """Seconds per step, including data loading and a sample grid at the end."""
     _, metadata = load_generator(RUNS / run / "G_AB.safetensors")
     return {"s/step": f"{60 * json.loads((RUNS / run / 'minutes.json').read_text()) / metadata['step']:.3f}"}
 
@@ -288,20 +287,20 @@ def size_and_scores(run: str, dataset: Path) -> dict[str, str]:
 
 
 def chosen(paths: list[Path], count: int) -> list[Path]:
-    """Every k-th image, so many of them: a rule, so that nobody picks."""
+    """Every k-th image, so that nobody picks."""
     return paths[:: max(1, len(paths) // count)][:count]
 
 
 def translations(task: Task, dataset: Path) -> Image.Image:
-    """The same test images, as each of a task's runs translates them."""
+    """Rows of the same test images, translated by each of a task's runs."""
     digits = dataset.name == "mnist2usps"
     rows = []
-    for source, target in ("AB", "BA"):
+    for source, target in DIRECTIONS:
         folders = {f"real_{source}": dataset / f"test{source}"}
         for run in task.drawn or task.runs:
             folders[run] = IMAGES / run / ("digits" if digits else "test") / f"fake_{target}"
         if not all(folder.is_dir() for folder in folders.values()):
-            continue  # maps: scored in one direction
+            continue  # maps are scored in one direction
         for name, folder in folders.items():
             paths = images.list_images(folder)
             some = chosen(paths, task.columns)
@@ -311,13 +310,13 @@ def translations(task: Task, dataset: Path) -> Image.Image:
 
 
 def film(task: Task, dataset: Path) -> Image.Image:
-    """The same photos of testA as the epochs that a run has kept translate them."""
+    """Rows of the same photos of testA, translated by the epochs that a run has kept."""
     paths = images.list_images(dataset / "testA")
     side = (task.side, task.side)
     photos = torch.stack([images.load_image(path, side) for path in chosen(paths, task.columns)])
     rows = [("photo", photos)]
     kept = sorted(numbered_checkpoints(RUNS / task.filmed), reverse=True)
-    for epoch in reversed(kept[:: math.ceil(len(kept) / FILMED) or 1]):  # the last one is among them
+    for epoch in reversed(kept[:: math.ceil(len(kept) / FILM_ROWS) or 1]):  # always with the last one
         nets, metadata = load_run(task.filmed, str(epoch))
         with torch.inference_mode():
             rows.append((f"{metadata['step']:,} steps", torch.cat([nets["G_AB"].eval()(x[None]) for x in photos])))
@@ -325,12 +324,12 @@ def film(task: Task, dataset: Path) -> Image.Image:
 
 
 def curves(task: Task, rows: dict) -> Image.Image:
-    """Mean PSNR of both directions over the minutes that each run has learnt."""
+    """Mean PSNR of both directions over the minutes of training of each run."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in task.drawn or task.runs:
         measured = read_losses(RUNS / name / "measures.csv")
-        minutes = rows[name]["minutes"] / measured[-1]["step"]  # of a step
+        minutes = rows[name]["minutes"] / measured[-1]["step"]  # per step
         values = [statistics.fmean(v for k, v in row.items() if k.startswith("PSNR")) for row in measured]
         axes.plot([row["step"] * minutes for row in measured], values, marker="o", label=name)
     axes.set_xlabel("minutes of training")
@@ -352,7 +351,7 @@ TASKS = {
             **{f"teacher_{seed}": f"train {TEACHER} --seed {seed}" for seed in range(3)},
             "student": f"distill {STUDENT}",
             "thin": f"distill {STUDENT} --student_ngf 16",
-            "unet_vit": f"train {DEMO} --generator unet_vit --ema 0.999 --num_epochs 4",
+            "unet_vit": f"train {DAY2NIGHT} --generator unet_vit --ema 0.999 --num_epochs 4",
         },
         size_and_scores,
         paired_baselines,
@@ -363,8 +362,8 @@ TASKS = {
         {
             "skips_teacher": f"train {SKIPS}",
             **{f"skips_teacher_{seed}": f"train {SKIPS} --seed {seed}" for seed in (1, 2)},
-            "skips_student": f"distill {SKIPS_STUDENT} --lambda_output 40",
-            "skips_student_10": f"distill {SKIPS_STUDENT}",
+            "skips_student": f"distill {SKIPS_STUDENT}",
+            "skips_student_10": f"distill {SKIPS_STUDENT} --lambda_output 10",
         },
         size_and_scores,
         paired_baselines,
@@ -373,7 +372,7 @@ TASKS = {
     ),
     "mnist2usps": Task(
         "MNIST and USPS: test digits and their translations",
-        {f"digits_{seed}": f"train {DIGITS} --seed {seed}" for seed in range(3)},
+        {f"digits_{seed}": f"train @recipes/digits.txt --seed {seed}" for seed in range(3)},
         digit_cells,
         digit_baselines,
         page="digits",
@@ -388,8 +387,8 @@ TASKS = {
             "flowers_no_flip_no_crop": f"train {FLOWERS} --ema 0.999 --no-flip --load_scale 1",
             "flowers_identity_0": f"train {FLOWERS} --ema 0.999 --lambda_identity 0",
         },
-        taken_cells,
-        taken_baselines,
+        classified_cells,
+        classified_baselines,
     ),
     "checkerboards": Task(
         "Checkerboards: transposed convolution or resize and convolution",
@@ -418,7 +417,7 @@ TASKS = {
             "bce": f"train {SMALL} --gan_loss bce",
             "slow_D": f"train {SMALL} --lr_D 1e-4",
             "one_downsampling": f"train {SMALL} --n_downsampling 1",
-            # the 64 px study, at half its width: its reference and what it tried
+            # a published study at 64 px, with half its width
             "study_reference": f"train {STUDY} --num_residual 9 --n_layers_D 3",
             "study_a": f"train {STUDY} --num_residual 6 --n_layers_D 2",
             "study_b": f"train {STUDY} --num_residual 6 --n_downsampling 1 --ngf 16 --ndf 16 --n_layers_D 3",
@@ -431,8 +430,8 @@ TASKS = {
         "Fine-tuning on day2night",
         {
             "new": f"train {TUNED}",
-            "tuned": f"train {TUNED} {OF_FLOWERS}",
-            "tuned_last": f"train {TUNED} {OF_FLOWERS} --freeze stem,down,blocks,up",
+            "tuned": f"train {TUNED} {FROM_FLOWERS}",
+            "tuned_last": f"train {TUNED} {FROM_FLOWERS} --freeze stem,down,blocks,up",
         },
         paired_cells,
         paired_baselines,
@@ -447,7 +446,7 @@ TASKS = {
     ),
     "maps": Task(
         "Aerial photos and maps, 64 px: with and without skips",
-        {"maps_64": f"train {MAPS} --num_epochs 3", "maps_64_skips": f"train {MAPS} --num_epochs 3 --skips"},
+        {"maps_64": f"train {MAPS}", "maps_64_skips": f"train {MAPS} --skips"},
         maps_cells,
         paired_baselines,
     ),
@@ -455,7 +454,7 @@ TASKS = {
         "Horses and zebras, photos of 128 px",
         {"horses": f"train {HORSES}", "horses_student": f"distill {HORSES_STUDENT}"},
         photo_cells,
-        partial(taken_baselines, looks=domain_score.LOOKS),
+        partial(classified_baselines, views=domain_score.VIEWS),
         side=PHOTO,
         columns=8,
         filmed="horses",
@@ -486,15 +485,15 @@ TASKS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# Running and writing down
+# Training, scoring and writing
 
 
 def commit() -> str:
     """The commit of the code that ran, with + where Python files differ from it."""
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         except OSError:
             return ""
 
@@ -503,7 +502,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """What the figures were taken on."""
+    """Describe the machine."""
     names = [line.split(":")[1] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     device = devices.pick_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else (names or [platform.processor()])[0].strip()
@@ -513,23 +512,24 @@ def processor() -> str:
 
 
 def read_lines(path: str) -> list[str]:
-    """Lines of a file, none where there is no such file."""
+    """Lines of a file; none if it does not exist."""
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
-def learn(name: str, recipe: str, data_root: Path) -> float:
-    """Train a run or what is left of it; returns the minutes that it took in all."""
+def train_run(name: str, recipe: str, data_root: Path) -> float:
+    """Train a run, or what is left of it; returns the minutes that it took in all."""
     first, *later = recipe.split(" then ")
-    stage, *words = first.split()
-    main = {"train": train.main, "distill": distill.main}[stage]
+    command, *words = first.split()
+    flags = expand(words)
+    main = {"train": train.main, "distill": distill.main}[command]
     clock = RUNS / name / "minutes.json"
     before = json.loads(clock.read_text()) if clock.is_file() else 0.0
     again = ["--run_name", name, "--start_from", "latest"]
-    if stage == "distill":
-        again += words[words.index("--teacher") :][:2]
-    new = [*words, "--run_name", name]
-    if stage == "train":
-        new += ["--data_root", "datasets" if "day2night" in recipe else str(data_root)]
+    if command == "distill":
+        again += ["--teacher", flag_value(flags, "--teacher")]
+    new = [*flags, "--run_name", name]
+    if command == "train":
+        new += ["--data_root", "datasets" if "day2night" in flags else str(data_root)]
     begun = (RUNS / name / "latest.pt").is_file()
     start = time.monotonic()
     try:
@@ -544,37 +544,35 @@ def learn(name: str, recipe: str, data_root: Path) -> float:
 
 
 def dataset_of(task: Task, data_root: Path) -> Path:
-    """The data set that a task is about."""
-    words = next(recipe.split() for recipe in task.runs.values() if "--dataset_name" in recipe)
-    name = words[words.index("--dataset_name") + 1]
+    """The folder of a task's data set."""
+    flags = expand(next(recipe.split() for recipe in task.runs.values() if recipe.startswith("train")))
+    name = flag_value(flags, "--dataset_name")
     return (Path("datasets") if name == "day2night" else data_root) / name
 
 
-def display_name(name: str) -> str:
-    """Return the name of a row or column as the page shows it; docs/results.json keeps its first names."""
-    for stored, shown in SHOWN.items():
-        name = name.replace(stored, shown)
-    return name
+def flag_value(flags: list[str], flag: str) -> str:
+    """The value of a flag; of several, the last one counts."""
+    return dict(itertools.pairwise(flags))[flag]
 
 
-def lay_out(name: str, stored: dict) -> str:
-    """A task's block on its page: machine, table, image, commands. The page has its own headings."""
+def layout_block(name: str, stored: dict) -> str:
+    """A task's block on its page: machine, table, image and commands."""
     rows = stored["rows"]
     task = TASKS[name]
     columns = list(dict.fromkeys(key for row in rows.values() for key in row["cells"]))
-    heads = ["", *map(display_name, columns), "minutes", "commit"]
+    heads = ["", *columns, "minutes", "commit"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for run, row in rows.items():
         cells = [row["cells"].get(column, "") for column in columns]
         cells += [str(row.get(key, "")) for key in ("minutes", "commit")]
-        lines.append(f"| {' | '.join([display_name(run), *cells])} |")
+        lines.append(f"| {' | '.join([run, *cells])} |")
     commands = []
     for run, recipe in task.runs.items():
-        stage, flags_of_run = recipe.split(" ", 1)
-        first, *later = flags_of_run.split(" then ")
+        command, flags = recipe.split(" ", 1)
+        first, *later = flags.split(" then ")
         if run in rows:
-            commands.append(f"python {stage}.py {first} --run_name {run}")
-            commands += [f"python {stage}.py --run_name {run} --start_from latest {changes}" for changes in later]
+            commands.append(f"python {command}.py {first} --run_name {run}")
+            commands += [f"python {command}.py --run_name {run} --start_from latest {changes}" for changes in later]
     image = [f"![{task.title}](../{task.file(name)})", ""] if task.drawn is not None else []
     if task.filmed:
         image += [f"![Translations of {task.filmed} in the course of training](../{task.file(name, '_film')})", ""]
@@ -583,19 +581,21 @@ def lay_out(name: str, stored: dict) -> str:
 
 
 def read_store() -> dict:
-    """All tasks' rows so far."""
+    """The rows of all tasks."""
     return json.loads(STORE.read_text()) if STORE.is_file() else {}
 
 
 def save_page_image(image: Image.Image, name: str) -> None:
-    """Write an image into docs; its suffix says in which format."""
+    """Write an image to docs, in the format of its suffix."""
     with atomic_write(STORE.parent / name) as temporary:
-        how = {"quality": 88, "subsampling": 0} if name.endswith(".jpg") else {}
-        image.save(temporary, format="JPEG" if how else "PNG", **how)
+        if name.endswith(".jpg"):
+            image.save(temporary, format="JPEG", quality=88, subsampling=0)
+        else:
+            image.save(temporary, format="PNG")
 
 
-def write_down(name: str, stored: dict) -> None:
-    """Put a task's rows into docs/results.json and its block into its page, between its two marks."""
+def write_results(name: str, stored: dict) -> None:
+    """Write a task's rows to docs/results.json, and its block to its page, between its two marks."""
     begin = f"<!-- {name} -->"
     end = f"<!-- end of {name} -->"
     page = PAGES / f"{TASKS[name].page or name}.md"
@@ -604,24 +604,24 @@ def write_down(name: str, stored: dict) -> None:
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
     head = text.split(begin)[0]
     tail = text.split(end)[1]
-    write_text(page, f"{head}{begin}\n{lay_out(name, stored)}\n{end}{tail}")
+    write_text(page, f"{head}{begin}\n{layout_block(name, stored)}\n{end}{tail}")
     write_json(STORE, read_store() | {name: stored})
 
 
 def reproduce(name: str, data_root: Path, only: list[str]) -> None:
-    """Carry out one task; each row is written as soon as it is known."""
+    """Train and score the runs of a task; each row is written as soon as it is known."""
     task = TASKS[name]
     dataset = dataset_of(task, data_root)
     rows = read_store().get(name, {}).get("rows", {})
     for run, recipe in task.runs.items():
         if only and run not in only:
             continue
-        minutes = learn(run, recipe, data_root)
-        rows = read_store().get(name, {}).get("rows", {})  # another process may have come to one, too
+        minutes = train_run(run, recipe, data_root)
+        rows = read_store().get(name, {}).get("rows", {})  # another process may have added one meanwhile
         rows[run] = {"cells": task.score(run, dataset), "minutes": round(minutes, 1), "commit": commit()}
-        rows |= {label: {"cells": cells} for label, cells in task.before(dataset, run).items()}
+        rows |= {label: {"cells": cells} for label, cells in task.baselines(dataset, run).items()}
         rows = {label: rows[label] for label in [*task.runs, *sorted(rows.keys() - task.runs.keys())] if label in rows}
-        write_down(name, {"machine": processor(), "rows": rows})
+        write_results(name, {"machine": processor(), "rows": rows})
     if task.drawn is not None and all(run in rows and (IMAGES / run).is_dir() for run in task.drawn or task.runs):
         image = curves(task, rows) if task.curve else translations(task, dataset)
         save_page_image(image, task.file(name))
@@ -633,15 +633,14 @@ def reproduce(name: str, data_root: Path, only: list[str]) -> None:
 def main(argv=None):
     parser = cli.Parser(prog="reproduce.py", description=__doc__)
     parser.add_argument("task", nargs="*", choices=[*TASKS, []], help="what to reproduce")
-    add = cli.flag_group(parser, "how")
-    add(
+    parser.add_argument(
         "--data_root",
         type=Path,
         default=Path("datasets"),
         help="folder with mnist2usps, daisy2sunflower, maps, facades and horse2zebra",
     )
-    add("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of the tasks (default: all)")
-    add("--list", action="store_true", help="show the runs of every task")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of the tasks")
+    parser.add_argument("--list", action="store_true", help="list the runs of every task")
     args = parser.parse_args(argv)
     if args.list:
         for name, task in TASKS.items():

@@ -1,13 +1,13 @@
-"""Our training step against the plain one of the paper, in one process, turn by turn.
+"""Time our training step against a plain implementation of the paper's, in one process, in alternation.
 
 python benchmarks/step.py --sizes 64 --batches 4 --threads 2
 python benchmarks/step.py --sizes 256 --batches 1 10 --device cuda --compile
 python benchmarks/step.py --check
 
-The reference is written here from Zhu et al. 2017 and shares no code with the product: float32, eager, six separate
-calls of the generators, an optimiser for each discriminator, framework defaults. As in PyTorch-GAN, the generators'
-loss also computes (and throws away) gradients of the discriminators' weights. Prints medians over the rounds; writes
-step.csv and step.png into --output. --check compares the losses of 20 steps in float64.
+The reference is written here from Zhu et al. 2017 and shares no code with train.py: float32, eager, six separate calls of
+the generators, an optimiser for each discriminator, framework defaults. As in PyTorch-GAN, the generators' loss also
+computes (and discards) gradients of the discriminators' weights. Prints medians over the rounds, and writes step.csv and
+step.png to --output. --check compares the losses of 20 steps in float64.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import build_model, train_config
+
 import cyclegan
-import train
-from toolkit import cli, devices
+from toolkit import cli, devices, process
 
 BUFFER_SIZE = 50
 
@@ -75,7 +76,7 @@ def plain_discriminator(ndf: int, n_layers: int) -> nn.Module:
 
 
 class PlainPool:
-    """Keeps 50 translated images; a new one is, half of the time, exchanged for an old one."""
+    """Keeps 50 translated images; with probability 1/2 a new one is exchanged for an old one."""
 
     def __init__(self) -> None:
         self.kept = []
@@ -93,25 +94,26 @@ class PlainPool:
 
 
 class Reference:
-    """The step of the paper, said as plainly as it can be."""
+    """The step of the paper, as plain as possible."""
 
     def __init__(self, config: argparse.Namespace, device: torch.device):
-        self.nets = {name: plain_generator(config.ngf, config.blocks) for name in ("G_AB", "G_BA")}
-        self.nets |= {name: plain_discriminator(config.ngf, config.n_layers_D) for name in ("D_A", "D_B")}
-        for net in self.nets.values():
+        self.networks = {name: plain_generator(config.ngf, config.blocks) for name in ("G_AB", "G_BA")}
+        self.networks |= {name: plain_discriminator(config.ngf, config.n_layers_D) for name in ("D_A", "D_B")}
+        for net in self.networks.values():
             net.to(device)
         self.pools = {"A": PlainPool(), "B": PlainPool()}
-        self.make_optims()
+        self.make_optimizers()
 
-    def make_optims(self) -> None:
-        generators = [*self.nets["G_AB"].parameters(), *self.nets["G_BA"].parameters()]
-        self.optim_G = torch.optim.Adam(generators, 2e-4, (0.5, 0.999))
-        self.optims_D = {
-            domain: torch.optim.Adam(self.nets[f"D_{domain}"].parameters(), 2e-4, (0.5, 0.999)) for domain in "AB"
-        }
+    def make_optimizers(self) -> None:
+        generators = [*self.networks["G_AB"].parameters(), *self.networks["G_BA"].parameters()]
+        self.optimizer_G = torch.optim.Adam(generators, 2e-4, (0.5, 0.999))
+        self.optimizers_D = {}
+        for domain in "AB":
+            weights = self.networks[f"D_{domain}"].parameters()
+            self.optimizers_D[domain] = torch.optim.Adam(weights, 2e-4, (0.5, 0.999))
 
     def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
-        G_AB, G_BA, D_A, D_B = self.nets.values()
+        G_AB, G_BA, D_A, D_B = self.networks.values()
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         rec_A, rec_B = G_BA(fake_B), G_AB(fake_A)
         idt_A, idt_B = G_BA(real_A), G_AB(real_B)
@@ -119,17 +121,17 @@ class Reference:
         loss_G = F.mse_loss(on_A, torch.ones_like(on_A)) + F.mse_loss(on_B, torch.ones_like(on_B))
         loss_G = loss_G + 10 * (F.l1_loss(rec_A, real_A) + F.l1_loss(rec_B, real_B))
         loss_G = loss_G + 5 * (F.l1_loss(idt_A, real_A) + F.l1_loss(idt_B, real_B))
-        self.optim_G.zero_grad()
+        self.optimizer_G.zero_grad()
         loss_G.backward()
-        self.optim_G.step()
+        self.optimizer_G.step()
         losses = {"loss_G": loss_G.detach()}
         for domain, D, real, fake in (("A", D_A, real_A, fake_A), ("B", D_B, real_B, fake_B)):
-            self.optims_D[domain].zero_grad()
+            self.optimizers_D[domain].zero_grad()
             on_real, on_fake = D(real), D(self.pools[domain].query(fake.detach()))
             loss = F.mse_loss(on_real, torch.ones_like(on_real)) + F.mse_loss(on_fake, torch.zeros_like(on_fake))
             loss = loss / 2
             loss.backward()
-            self.optims_D[domain].step()
+            self.optimizers_D[domain].step()
             losses[f"loss_D_{domain}"] = loss.detach()
         return losses
 
@@ -140,15 +142,12 @@ class Reference:
 
 class Ours:
     def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool):
-        words = {"img_height": config.size, "img_width": config.size, "batch_size": config.batch}
-        words |= {"ngf": config.ngf, "ndf": config.ngf, "num_residual": config.blocks, "n_layers_D": config.n_layers_D}
-        words |= {"precision": precision}
-        argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+        argv = ["--img_height", config.size, "--img_width", config.size, "--batch_size", config.batch]
+        argv += ["--ngf", config.ngf, "--num_residual", config.blocks]
+        argv += ["--ndf", config.ngf, "--n_layers_D", config.n_layers_D, "--precision", precision]
         if compiled:
             argv.append("--compile")
-        args = train.parse_args(argv)
-        cli.check_run_flags(args)
-        self.model = train.make_model(args, train.make_nets(args, {}), device)
+        self.model = build_model(train_config(argv), device)
         self.finished_steps = 0
 
     def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
@@ -158,15 +157,15 @@ class Ours:
 
 
 def channels_last(config: argparse.Namespace, device: torch.device, precision: str) -> Ours:
-    """Our step with networks that lie in memory pixel by pixel, all channels of each side by side."""
+    """Our step with networks in the channels_last memory format."""
     variant = Ours(config, device, precision, False)
-    for net in variant.model.nets.values():
+    for net in variant.model.networks.values():
         net.to(memory_format=torch.channels_last)
     return variant
 
 
 def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
-    """What is compared, by name; each is a function that builds it."""
+    """Functions that build what is compared, by name."""
     variants = {"reference": lambda: Reference(config, device)}
     for precision in config.precisions:
         variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
@@ -199,14 +198,14 @@ def seconds(function: Callable, device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations a second (a multiply-add is two) of a large convolution, forward: 256 → 256 channels, 3x3, 8x64x64.
+    """Operations per second (a multiply-add is two) of a large convolution, forward: 256 → 256 channels, 3x3, 8x64x64.
 
-    Of a GPU in "fp32" this is TF32, which torch takes for convolutions.
+    On a GPU, "fp32" is TF32, which torch uses for convolutions.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     conv = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
     x = torch.randn(8, 256, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    calls = 20 if device.type == "cuda" else 1  # so that launching them is hidden
+    calls = 20 if device.type == "cuda" else 1  # so that the launches are hidden
 
     def convolve() -> None:
         for _ in range(calls):
@@ -218,7 +217,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def two_steps(config: argparse.Namespace, device: torch.device, name: str) -> None:
-    """Build a variant and let it make two steps, whose memory somebody else looks at."""
+    """Build a variant and take two steps."""
     variant = make_variants(config, device)[name]()
     real_A, real_B = make_batch(config, device)
     for _ in range(2):
@@ -226,7 +225,7 @@ def two_steps(config: argparse.Namespace, device: torch.device, name: str) -> No
 
 
 def peak_memory(config: argparse.Namespace, name: str) -> float:
-    """MB that two steps on a CPU need at most: those of a fresh process, with all of torch."""
+    """Peak memory in MB of two steps on a CPU in a fresh process, torch included."""
     argv = [sys.executable, __file__, "--sizes", config.size, "--batches", config.batch, "--ngf", config.ngf]
     argv += ["--blocks", config.blocks, "--n_layers_D", config.n_layers_D, "--threads", config.threads]
     argv += ["--precisions", *config.precisions, "--device", "cpu", "--memory_of", name]
@@ -246,9 +245,9 @@ def print_own_memory(config: argparse.Namespace, device: torch.device, name: str
 def built_and_warm(
     config: argparse.Namespace, device: torch.device, name: str, real_A: Tensor, real_B: Tensor
 ) -> tuple[Any, float]:
-    """A variant after its first steps, which pay for set-up and compilation; and the MB of a GPU that they took.
+    """A variant after its first steps, which include set-up and compilation, and the MB of a GPU that they took.
 
-    Whether cuDNN tries its convolutions is settled for the whole process, since it remembers what it took for a shape.
+    Whether cuDNN benchmarks convolutions is the same for the whole process, because it caches its choices.
     """
     before = 0
     if device.type == "cuda":
@@ -265,7 +264,7 @@ def built_and_warm(
 
 
 def kernel_seconds(step: Callable, device: torch.device) -> float:
-    """Seconds that the kernels of a step take on a GPU, one after the other; a CPU has none."""
+    """Total seconds of a step's kernels on a GPU; nan on a CPU."""
     if device.type != "cuda":
         return math.nan
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -276,12 +275,12 @@ def kernel_seconds(step: Callable, device: torch.device) -> float:
 
 
 def micro_batch_of(variant: Any) -> int | str:
-    """Size of the micro-batches that ours was driven to; empty if it took the batch as a whole."""
-    return (variant.model.micro_batch_size or "") if isinstance(variant, Ours) else ""
+    """Size of the micro-batches that our step had to use; empty if the whole batch fitted."""
+    return (variant.model.executor.micro_batch_size or "") if isinstance(variant, Ours) else ""
 
 
-def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, float]) -> list[dict]:
-    """Time all variants at one size and batch, turn by turn; returns a row of figures for each that fits."""
+def time_variants(config: argparse.Namespace, device: torch.device, peaks: dict[str, float]) -> list[dict]:
+    """Time all variants at one size and batch in alternation; returns a row of figures for each that fits."""
     real_A, real_B = make_batch(config, device)
     variants = {}
     memory = {}
@@ -295,25 +294,29 @@ def measure(config: argparse.Namespace, device: torch.device, peaks: dict[str, f
         for name, variant in variants.items():
             times[name].append(seconds(lambda variant=variant: variant.step(real_A, real_B), device))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    work = math.nan  # of the step as we compute it: nothing in it is thrown away
+    work = math.nan  # operations of our step, which discards nothing
     if config.precisions[0] in variants:
         with FlopCounterMode(display=False) as counter:
             variants[config.precisions[0]].step(real_A, real_B)
         work = counter.get_total_flops()
     rows = []
     for name, median in medians.items():
-        word = precision_of(name, device)
+        precision = precision_of(name, device)
         kernels = kernel_seconds(lambda name=name: variants[name].step(real_A, real_B), device)  # after all timing
         if config.memory and device.type == "cpu":
             memory[name] = peak_memory(config, name)
         label = f"{name} untried" if config.untried else name
         rows.append(
             {
-                **{"size": config.size, "batch": config.batch, "variant": label, "precision": word},
-                **{"s/step": round(median, 4), "steps/s": round(1 / median, 3)},
+                "size": config.size,
+                "batch": config.batch,
+                "variant": label,
+                "precision": precision,
+                "s/step": round(median, 4),
+                "steps/s": round(1 / median, 3),
                 "images/s": round(2 * config.batch / median, 2),
                 "ratio": rounded(medians.get("reference", math.nan) / median, 2),
-                "fraction of peak": rounded(work / median / peaks[word], 3),
+                "fraction of peak": rounded(work / median / peaks[precision], 3),
                 "in kernels": rounded(kernels / median, 2),
                 "peak MB": rounded(memory[name], 0),
                 "micro-batch": micro_batch_of(variants[name]),
@@ -329,7 +332,7 @@ def rounded(value: float, digits: int) -> float | str:
 
 
 def precision_of(name: str, device: torch.device) -> str:
-    """What a variant computes in."""
+    """The precision of a variant."""
     return "fp32" if name == "reference" else devices.pick_precision(name.split()[0], device)
 
 
@@ -339,13 +342,13 @@ def check(config: argparse.Namespace) -> float:
     ours = Ours(config, device, "fp32", False)
     plain = Reference(config, device)
     model = ours.model
-    for name, net in model.nets.items():
+    for name, net in model.networks.items():
         net.double()
-        plain.nets[name].double()
-        for target, source in zip(plain.nets[name].parameters(), net.parameters(), strict=True):
+        plain.networks[name].double()
+        for target, source in zip(plain.networks[name].parameters(), net.parameters(), strict=True):
             target.data.copy_(source.data)
-    model.optims = cyclegan.make_optims(model.nets, model.optim_config)
-    plain.make_optims()
+    model.optimizers = cyclegan.make_optimizers(model.networks, model.optim_config)
+    plain.make_optimizers()
     worst = 0.0
     for step in range(20):
         torch.manual_seed(step)
@@ -365,7 +368,7 @@ def write_csv(rows: list[dict], output: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Bars: the ratio to the reference, by size and batch."""
+    """Draw the ratio to the reference as bars, by size and batch."""
     groups = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
     names = list(dict.fromkeys(row["variant"] for row in rows))
     axes = Figure(figsize=(1.5 + 2.2 * len(groups), 4), layout="constrained").subplots()
@@ -381,20 +384,18 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="step.py", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="side of the images, px")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images of each domain in a step")
     parser.add_argument("--ngf", type=int, default=64, help="width of all networks")
     parser.add_argument("--blocks", type=int, default=9, help="residual blocks")
     parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="what --precision is given")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="values of --precision")
     parser.add_argument("--compile", action="store_true", help="also measure with --compile")
-    parser.add_argument(
-        "--choices", action="store_true", help="also measure what the rules of devices.py decide between"
-    )
-    parser.add_argument("--untried", action="store_true", help="let cuDNN take a convolution without trying all it has")
+    parser.add_argument("--choices", action="store_true", help="also measure channels_last")
+    parser.add_argument("--untried", action="store_true", help="switch off the benchmark mode of cuDNN")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
-    parser.add_argument("--warm", type=int, default=2, help="steps of each variant before those")
+    parser.add_argument("--warm", type=int, default=2, help="steps of each variant before the timed ones")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--memory", action="store_true", help="also measure each variant's peak memory on a CPU")
@@ -404,12 +405,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@process.command
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    config = argparse.Namespace(**vars(args), size=args.sizes[0], batch=args.batches[0])
+    config = cli.changed(args, size=args.sizes[0], batch=args.batches[0])
     if args.check:
-        config = argparse.Namespace(**{**vars(config), "size": 16, "batch": 2, "ngf": 4, "blocks": 1, "n_layers_D": 1})
+        config = cli.changed(config, size=16, batch=2, ngf=4, blocks=1, n_layers_D=1)
         print(f"largest difference of a loss over 20 steps in float64: {check(config):.1e}")
         return
     device = devices.pick_device(args.device)
@@ -419,15 +421,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not args.untried
     used = {precision_of(name, device) for name in make_variants(config, device)}
     peaks = {name: peak_flops(device, name) for name in sorted(used, reverse=True)}
+    measured = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.items())
     print(
-        f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution:", end=" "
+        f"{device}, {args.threads} threads, torch {torch.__version__}; measured peak of a large convolution: {measured}"
     )
-    print(", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.items()))
     rows = []
     for size in args.sizes:
         for batch in args.batches:
-            config = argparse.Namespace(**{**vars(config), "size": size, "batch": batch})
-            rows += measure(config, device, peaks)
+            rows += time_variants(cli.changed(config, size=size, batch=batch), device, peaks)
             write_csv(rows, args.output)
     draw(rows, args.output / "step.png")
     print(f"written to {args.output}/step.csv and step.png")

@@ -31,7 +31,7 @@ def translate_independent_tiles(net, translate, image, tile):
     """Translate in the same tiles, each normalised by its own statistics."""
     overlap = tile // tiles.OVERLAP
     return tiles.blend_tiles(
-        translate, image, tiles.tiles_of(image, tile, overlap, 2**net.config.downsamplings), overlap
+        translate, image, tiles.find_tiles(image, tile, overlap, 2**net.config.downsamplings), overlap
     )
 
 

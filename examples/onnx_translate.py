@@ -1,4 +1,4 @@
-"""Translate an image with an exported generator; needs onnxruntime, numpy and pillow, no torch.
+"""Translate an image with an exported generator. Needs onnxruntime, numpy and pillow, but not torch.
 
 python export.py --run_name day2night --direction AtoB
 python examples/onnx_translate.py saved_models/day2night/G_AB.onnx photo.jpg night.png
@@ -15,43 +15,44 @@ from PIL import Image, ImageOps
 
 
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
-    """Open a network of export.py with what its metadata says: channels; size, (height, width) in px or None.
+    """Open a network that export.py wrote.
 
-    raises: ValueError for any other file
+    returns: the session, and from its metadata "channels" and "size", (height, width) in px or None
+    raises:  ValueError for any other file
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; expected a network written by: python export.py")
     try:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised, and said once
+        options.log_severity_level = 4  # errors are raised, so they need not be logged too
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
         if facts["size"] is not None:
             height, width = facts["size"]
             facts["size"] = (int(height), int(width))
         return session, {"channels": facts["channels"], "size": facts["size"]}
-    except Exception as error:  # onnxruntime raises a dozen kinds; others' networks have other metadata, or none
-        raise ValueError(f"{path}: no network written by export.py; make one with: python export.py") from error
+    except Exception as error:  # onnxruntime has a dozen kinds of errors; other networks have other metadata
+        raise ValueError(f"{path}: not a network written by export.py; make one with: python export.py") from error
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """Read an image as RGB or grey, turned as its camera was held.
+    """Read an image as RGB or greyscale, rotated as its EXIF orientation says.
 
-    raises: ValueError if there is none
+    raises: ValueError if it cannot be read
     """
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; expected an image") from error
-    except Exception as error:  # Pillow's plug-ins raise a dozen kinds on damaged files
-        raise ValueError(f"{path}: no image that can be read ({error}); expected such as PNG or JPEG") from error
+    except Exception as error:  # Pillow has a dozen kinds of errors for damaged files
+        raise ValueError(f"{path}: cannot be read ({error}); expected an image such as PNG or JPEG") from error
 
 
 def translate(model: str, source: str, target: str) -> None:
-    """Read an image, run it through the network at the size it was trained at, and write the output at the image's size.
+    """Translate an image file at the size that the network was trained at, and write the result at the image's size.
 
-    raises: ValueError if the model or the image is none, or the result cannot be written
+    raises: ValueError if the model or the image cannot be read, or the result cannot be written
     """
     session, facts = open_model(model)
     image = open_image(source, facts["channels"])
@@ -60,9 +61,9 @@ def translate(model: str, source: str, target: str) -> None:
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]
     try:
         (output,) = session.run(None, {session.get_inputs()[0].name: pixels})
-    except Exception as error:  # onnxruntime raises a dozen kinds, such as where an image is smaller than the padding
+    except Exception as error:  # such as an image that is smaller than the padding
         raise ValueError(
-            f"{source}: {width}x{height} px do not go through {model} ({error}); take another image"
+            f"{source}: {model} cannot translate {width}x{height} px ({error}); use another image"
         ) from error
     output = np.rint((output[0].clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0).squeeze()
     try:

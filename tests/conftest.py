@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from cyclegan import CycleGAN, LossConfig, OptimConfig
-from models import LEGACY_DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
+from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
 from toolkit.devices import seed_everything
+from toolkit.executor import ExecutorConfig
 
-TINY = [
-    *("--img_height", "16", "--img_width", "16", "--num_residual", "1", "--ngf", "4", "--ndf", "4"),
-    *("--n_layers_D", "1", "--batch_size", "2", "--precision", "fp32", "--device", "cpu"),
-]
+TINY = (
+    "--img_height 16 --img_width 16 --num_residual 1 --ngf 4 --ndf 4 --n_layers_D 1 --batch_size 2 "
+    "--precision fp32 --device cpu"
+).split()
 
 
 def noise_image(seed, size=(20, 18), mode="RGB"):
@@ -38,25 +39,27 @@ def tiny_networks(**changes):
     init = changes.get("init", "normal")
     generator = config_of(GeneratorConfig, {"ngf": 4, "num_residual": 1, **changes})
     discriminator = config_of(DiscriminatorConfig, {"ndf": 4, "n_layers": 1, **changes})
-    nets = {name: build_generator(generator, init) for name in LEGACY_DIRECTIONS}
-    return nets | {name: build_discriminator(discriminator, init) for name in ("D_A", "D_B")}
+    networks = {direction.generator: build_generator(generator, init) for direction in DIRECTIONS}
+    return networks | {name: build_discriminator(discriminator, init) for name in ("D_A", "D_B")}
 
 
 def tiny_model(**changes):
     """A CycleGAN of tiny networks in float32 on the CPU, its next random number the same whatever was built.
 
-    changes: fields of the networks' configs, of LossConfig and of OptimConfig, and arguments of CycleGAN, by name;
-             dtype (float64 where equality is looked at); nets, to be used in place of fresh ones
+    changes: fields of the configs, and arguments of CycleGAN, by name;
+             dtype (float64 where equality is tested); networks, in place of new ones
     """
-    known = {"init", "dtype", "nets"}
-    for kind in (GeneratorConfig, DiscriminatorConfig, LossConfig, OptimConfig):
+    known = {"init", "dtype", "networks"}
+    for kind in (GeneratorConfig, DiscriminatorConfig, LossConfig, OptimConfig, ExecutorConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
-    nets = changes.get("nets") or tiny_networks(**changes)
-    for net in nets.values():
+    networks = changes.get("networks") or tiny_networks(**changes)
+    for net in networks.values():
         net.to(changes.get("dtype", torch.float32))
     seed_everything(changes.get("seed", 0))
     arguments = {name: value for name, value in changes.items() if name not in known}
-    return CycleGAN(nets, config_of(LossConfig, changes), config_of(OptimConfig, changes), **arguments)
+    loss_config = config_of(LossConfig, changes)
+    optim_config = config_of(OptimConfig, changes)
+    return CycleGAN(networks, loss_config, optim_config, config_of(ExecutorConfig, changes), **arguments)
 
 
 def config_of(kind, values):

@@ -1,8 +1,9 @@
-"""Benchmarks that train: tiny runs of compare_generators.py and reference.py, and what they make of their figures."""
+"""The benchmarks: tiny runs of those that train, and the scores of the others."""
 
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from conftest import make_dataset
 from PIL import Image
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # behind the root, whose tiles.py is another one
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import common
 import compare_generators
 import discriminators
 import domain_score
@@ -48,8 +50,8 @@ def test_generators_are_compared_at_equal_steps_and_at_equal_minutes(monkeypatch
     monkeypatch.setattr(compare_generators, "SIDE", 16)
     monkeypatch.setattr(compare_generators, "VARIANTS", {"resnet": thin, "resnet_skips": [*thin, "--skips"]})
     monkeypatch.setattr(compare_generators, "seconds_per_step", lambda args: {"resnet": 0.5, "resnet_skips": 0.75})
-    words = ["--dataset_name", "tiny", "--steps", "9", "--seeds", "0", "1", "--equal_minutes"]
-    compare_generators.main(words)
+    argv = ["--dataset_name", "tiny", "--steps", "9", "--seeds", "0", "1", "--equal_minutes"]
+    compare_generators.main(argv)
     folder = Path("generated_images/compare_tiny")
     rows = rows_of(folder / "runs.csv")
     assert [(row["budget"], row["variant"], row["seed"], row["steps"]) for row in rows] == [
@@ -58,7 +60,7 @@ def test_generators_are_compared_at_equal_steps_and_at_equal_minutes(monkeypatch
         for budget in ("8 steps", "0.1 minutes")
         for variant in ("resnet", "resnet_skips")
     ]
-    assert len(list(Path("saved_models").iterdir())) == 2 * 3, "the slowest has one run for both"
+    assert len(list(Path("saved_models").iterdir())) == 2 * 3, "the slowest network has one run for both"
     lines = (folder / "compare.md").read_text().splitlines()
     assert len(lines) == 2 + 4
     assert lines[4].startswith("| 0.1 minutes | resnet | 2 |")
@@ -67,19 +69,18 @@ def test_generators_are_compared_at_equal_steps_and_at_equal_minutes(monkeypatch
     for name in ("compare.png", "rows.png"):
         assert min(read_image(folder / name).size) > 50
     capsys.readouterr()
-    compare_generators.main(words)
+    compare_generators.main(argv)
     assert capsys.readouterr().out.count("nothing left to do") == len(rows)
     assert rows_of(folder / "runs.csv") == rows
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pairs")
-def test_both_sides_of_the_comparison_with_the_reference_learn_and_are_kept(monkeypatch, capsys):
-    ours = "--img_height 16 --img_width 16 --num_residual 1 --ngf 4 --ndf 4 --n_layers_D 1 --batch_size 1 --lr 1e-3"
-    ours += " --num_epochs 40 --ema 0.9"
-    words = ["--ours", ours, "--size", "16", "--ngf", "4", "--blocks", "1", "--n_layers_D", "1"]
-    words += ["--dataset_name", "tiny", "--minutes", "0.03", "--every", "0.5", "--threads", "1", "--output", "out"]
-    reference.main([*words, "--seeds", "0"])
+def test_both_sides_of_the_comparison_with_the_reference_learn_and_are_not_repeated(monkeypatch, capsys):
+    ours = f"{gpu.TINY} --batch_size 1 --lr 1e-3 --num_epochs 40 --ema 0.9"
+    argv = ["--ours", ours, "--size", "16", "--ngf", "4", "--blocks", "1", "--n_layers_D", "1"]
+    argv += ["--dataset_name", "tiny", "--minutes", "0.03", "--every", "0.5", "--threads", "1", "--output", "out"]
+    reference.main(argv)
     rows = rows_of(Path("out/reference.csv"))
     for which in ("reference", "ours"):
         own = [row for row in rows if row["which"] == which]
@@ -89,12 +90,12 @@ def test_both_sides_of_the_comparison_with_the_reference_learn_and_are_kept(monk
         assert float(own[-1]["minutes"]) >= 0.03 or own[-1]["step"] == str(40 * 3)
     assert "A → B: the reference has" in capsys.readouterr().out
     assert min(read_image(Path("out/reference.png")).size) > 50
-    monkeypatch.setattr(reference, "make_run", lambda config, key: pytest.fail(f"{key} is made again"))
-    reference.main([*words, "--seeds", "0"])
+    monkeypatch.setattr(reference, "make_run", lambda config, key: pytest.fail(f"{key} is repeated"))
+    reference.main(argv)
     assert rows_of(Path("out/reference.csv")) == rows
 
 
-def test_ours_is_timed_against_the_level_at_the_end_of_the_reference(tmp_path):
+def test_our_time_to_reach_the_reference_is_reported(tmp_path):
     rows = []
     for seed, late in (("0", 0), ("1", 2)):
         for minute in range(11):
@@ -103,7 +104,7 @@ def test_ours_is_timed_against_the_level_at_the_end_of_the_reference(tmp_path):
             if minute <= 6:
                 level = {"PSNR_B": 14.0 + 2 * (minute - late), "PSNR_A": 20.0}
                 rows.append({"which": "ours", "seed": seed, "minutes": minute, **level})
-    lines = reference.compare(rows, 10, 60, tmp_path / "plot.png")
+    lines = reference.draw_curves(rows, 10, 60, tmp_path / "plot.png")
     assert lines[0] == "A → B: the reference has 20.00 dB after 10 minutes, ours after 4.0 (its seeds after 3.0, 5.0)"
     assert "ours after more than 6.0 (its seeds after more than 6.0, more than 6.0)" in lines[1]
 
@@ -115,41 +116,42 @@ def test_a_curve_ends_where_its_run_ends():
     assert np.isnan(curve[2])
 
 
-def test_ours_is_by_default_what_make_demo_trains():
-    makefile = (gpu.ROOT / "Makefile").read_text()
-    demo = re.search(r"^DEMO := --dataset_name day2night (.*)$", makefile, re.MULTILINE)[1]
-    assert demo == reference.DEMO
-    assert f"python train.py --dataset_name day2night {demo}\n" in (gpu.ROOT / "README.md").read_text()
+def test_the_demo_has_one_recipe():
+    ours = shlex.split(reference.parse_args([]).ours)
+    assert ours == common.recipe("day2night") == common.expand(["@recipes/day2night.txt"])
+    assert "\nDEMO := @recipes/day2night.txt\n" in (common.ROOT / "Makefile").read_text()
+    assert "python train.py @recipes/day2night.txt" in (common.ROOT / "README.md").read_text()
 
 
-# -- what a GPU has to show --------------------------------------------------------------------
+# -- benchmarks of a GPU -----------------------------------------------------------------------
+
+REPORT = ["--device", "cpu", "--tiny", "--output", "report"]
 
 
 @pytest.mark.slow
-def test_all_stages_that_need_a_gpu_run_on_a_cpu_with_tiny_networks_and_write_their_report(monkeypatch):
-    words = ["--device", "cpu", "--tiny", "--output", "report"]
-    gpu.main(words)
-    done = json.loads(Path("report/gpu.json").read_text())
-    [stages] = done.values()
-    assert stages.keys() == gpu.STAGES.keys()
+def test_all_gpu_benchmarks_run_on_a_cpu_with_tiny_networks_and_write_their_report(monkeypatch):
+    gpu.main(REPORT)
+    results = json.loads(Path("report/gpu.json").read_text())
+    [done] = results.values()
+    assert done.keys() == gpu.BENCHMARKS.keys()
     text = Path("report/gpu.md").read_text()
-    for name, stage in stages.items():
-        assert stage["ok"], name
-        assert gpu.STAGES[name][1] in text
-    assert stages["tests"]["rows"][0]["skipped" if not torch.cuda.is_available() else "passed"] > 30
-    assert any("equal, bit for bit" in row["what"] for row in stages["memory"]["rows"])
-    losses = [row["loss_G of the first rank's first images"] for row in stages["ranks"]["rows"]]
+    for name, benchmark in done.items():
+        assert benchmark["ok"], name
+        assert gpu.BENCHMARKS[name][1] in text
+    assert done["tests"]["rows"][0]["skipped" if not torch.cuda.is_available() else "passed"] > 30
+    assert any("equal, bit for bit" in row["what"] for row in done["memory"]["rows"])
+    losses = [row["loss_G of the first rank's first images"] for row in done["ranks"]["rows"]]
     assert losses[0] == losses[1] > 0
-    assert {row["recipe"] for row in stages["training"]["rows"]} == {"paper", "ours"}
-    for row in stages["training"]["rows"]:
+    assert {row["recipe"] for row in done["training"]["rows"]} == {"paper", "ours"}
+    for row in done["training"]["rows"]:
         assert Path("report", row["image"]).is_file()
         assert f"({row['image']})" in text
-    monkeypatch.setattr(gpu, "STAGES", {name: (None, title) for name, (_, title) in gpu.STAGES.items()})
-    gpu.main(words)  # all is done already
-    assert json.loads(Path("report/gpu.json").read_text()) == done
+    monkeypatch.setattr(gpu, "BENCHMARKS", {name: (None, title) for name, (_, title) in gpu.BENCHMARKS.items()})
+    gpu.main(REPORT)  # nothing is left to do
+    assert json.loads(Path("report/gpu.json").read_text()) == results
 
 
-def test_a_stage_that_fails_is_reported_and_done_again_and_does_not_keep_the_next_from_its_turn(monkeypatch, refused):
+def test_a_gpu_benchmark_that_fails_is_reported_and_repeated_and_the_next_one_runs(monkeypatch, refused):
     calls = []
 
     def failing(args):
@@ -160,16 +162,15 @@ def test_a_stage_that_fails_is_reported_and_done_again_and_does_not_keep_the_nex
         calls.append("working")
         return [{"ms": 1}]
 
-    monkeypatch.setattr(gpu, "STAGES", {"step": (failing, "A step"), "loader": (working, "A loader")})
-    words = ["--device", "cpu", "--tiny", "--output", "report"]
-    assert "not all worked: step; see report/gpu.md" in refused(gpu.main, *words, code=1)
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"step": (failing, "A step"), "loader": (working, "A loader")})
+    assert "failed: step; see report/gpu.md" in refused(gpu.main, *REPORT, code=1)
     assert "no card" in Path("report/gpu.md").read_text()
-    refused(gpu.main, *words, code=1)
+    refused(gpu.main, *REPORT, code=1)
     assert calls == ["failing", "working", "failing"]
 
 
-def test_a_missing_data_set_and_a_missing_card_are_said_before_any_stage(monkeypatch, refused):
-    monkeypatch.setattr(gpu, "STAGES", {"training": (None, "Training by the clock")})
+def test_a_missing_data_set_or_gpu_is_reported_before_any_benchmark(monkeypatch, refused):
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"training": (None, "Training")})
     assert "horse2zebra" in refused(gpu.main, "--device", "cpu", "--output", "report")
     assert "--device cuda:77: not on this machine" in refused(gpu.main, "--device", "cuda:77")
 
@@ -177,47 +178,47 @@ def test_a_missing_data_set_and_a_missing_card_are_said_before_any_stage(monkeyp
 def test_two_runs_that_differ_in_one_weight_are_not_the_same(tmp_path):
     for name, value in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
         Path("saved_models", name).mkdir(parents=True)
-        state = {
-            "nets": {"G": {"w": torch.tensor([value, 0.0])}},
-            "optims": {"G": [1]},
-            "buffers": {},
-            "rng": (1, None),
-        }
+        nets = {"G": {"w": torch.tensor([value, 0.0])}}
+        state = {"nets": nets, "optims": {"G": [1]}, "buffers": {}, "rng": (1, None)}
         torch.save(state, f"saved_models/{name}/latest.pt")
     assert gpu.same_state("one", "same")
     assert not gpu.same_state("one", "other")
 
 
-def test_the_report_is_written_from_the_figures_and_says_so_where_there_are_none():
-    figures = gpu.ROOT / "docs/gpu.json"
+def test_the_gpu_page_is_written_from_the_stored_figures():
+    figures = common.ROOT / "docs/gpu.json"
     gpu.write(Path("report"), json.loads(figures.read_text()) if figures.exists() else {})
     text = Path("report/gpu.md").read_text()
     assert ("No GPU has been measured yet" in text) != figures.exists()
-    assert text == (gpu.ROOT / "docs/gpu.md").read_text()
+    assert text == (common.ROOT / "docs/gpu.md").read_text()
 
 
-def test_what_a_card_decides_between_is_measured():
+def test_the_notes_name_every_variant_of_a_step():
     config = step.parse_args(["--precisions", "bf16", "--choices", "--compile"])
     names = step.make_variants(config, torch.device("cuda"))
     assert list(names) == ["reference", "bf16", "bf16 compiled", "bf16 channels_last"]
-    notes = (gpu.ROOT / "benchmarks/NOTES.md").read_text()
+    notes = (common.ROOT / "benchmarks/NOTES.md").read_text()
     for name in (*names, "bf16 untried"):
         assert name == "reference" or f"`{name}`" in notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
-def test_each_benchmark_starts_as_a_script_and_says_what_it_does(script, tmp_path):
-    """As a user types it: its own folder is the first where Python looks for modules."""
-    words = [sys.executable, str(script), "--help"]
-    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    "script", [path for path in sorted(BENCHMARKS.glob("*.py")) if path.stem != "common"], ids=lambda path: path.stem
+)
+def test_each_benchmark_starts_as_a_script_and_has_a_help_text(script, tmp_path):
+    argv = [sys.executable, str(script), "--help"]
+    found = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (found.returncode, found.stderr) == (0, "")
     assert "usage:" in found.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_label_maps_are_scored_pixel_by_pixel_and_class_by_class():
-    """Class 0 fills three quarters and is right in two thirds of it; class 9 is all right; the palette is only near."""
+# -- scores ------------------------------------------------------------------------------------
+
+
+def test_label_maps_are_scored_by_pixel_and_by_class():
+    """Class 0 fills three quarters and is right in two thirds of it; class 9 is right; colours are only near the palette."""
     truth = torch.zeros(3, 4, 4, dtype=torch.uint8)
     truth[:] = label_score.PALETTE[0].view(3, 1, 1)
     truth[:, :, 3] = label_score.PALETTE[9].view(3, 1)
@@ -227,7 +228,7 @@ def test_label_maps_are_scored_pixel_by_pixel_and_class_by_class():
     scores = label_score.label_scores([(near, truth)])
     assert scores == pytest.approx({"pixel accuracy": 0.75, "mean accuracy": (2 / 3 + 1) / 2, "mean IoU": 7 / 12})
     large = truth.repeat_interleave(3, 1).repeat_interleave(3, 2)
-    assert label_score.label_scores([(near, large)]) == pytest.approx(scores)  # labels are enlarged, not blurred
+    assert label_score.label_scores([(near, large)]) == pytest.approx(scores)  # enlarged without blurring
 
 
 def test_label_maps_are_paired_by_name_whatever_their_format(tmp_path, refused):
@@ -250,7 +251,8 @@ def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, 
             for i in range(count):
                 Image.new("RGB", (40, 32), (level + i, level, level)).save(tmp_path / f"{split}{domain}/{i}.png")
     argv = ["--dataset", tmp_path, "--size", 32, "--ndf", 4, "--n_layers_D", 2, "--lr", 0.01]
-    discriminators.main([str(word) for word in [*argv, "--steps", 60, "--every", 60, "--norms", "none", "spectral"]])
+    argv += ["--steps", 60, "--every", 60, "--norms", "none", "spectral"]
+    discriminators.main([str(word) for word in argv])
     none, spectral = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"none: step 60, loss \d\.\d{3}, ranked 1\.000", none)
     assert re.fullmatch(r"spectral: step 60, loss \d\.\d{3}, ranked 1\.000", spectral)
@@ -259,7 +261,7 @@ def test_a_discriminator_that_learns_ranks_one_domain_above_the_other(tmp_path, 
     assert "--n_layers_D 3: expected at most 2 for --size 16" in error
 
 
-def test_a_score_by_domain_is_the_mean_of_several_classifiers(tmp_path, monkeypatch):
+def test_a_domain_score_is_the_mean_of_several_classifiers(tmp_path, monkeypatch):
     for i in range(4):
         Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
     brighter_than = [lambda x, level=level: x.mean((1, 2, 3))[:, None] - level for level in (-0.9, -0.2, 0.3)]
@@ -268,10 +270,8 @@ def test_a_score_by_domain_is_the_mean_of_several_classifiers(tmp_path, monkeypa
     assert domain_score.folder_score(tmp_path, tmp_path, "A", 1) == pytest.approx((1 + 2 + 3) / 3 / 4)
 
 
-def test_translations_are_taken_for_a_domain_by_their_colours_and_by_their_greys(
-    tmp_path, capsys, refused, monkeypatch
-):
-    """Red against blue of the same grey: colours tell all, greys nothing, so that each classifier has one answer."""
+def test_domains_are_predicted_from_colours_and_from_greyscale(tmp_path, capsys, refused, monkeypatch):
+    """Red against blue of the same luminance: without colour, a classifier predicts one domain for all images."""
     monkeypatch.setattr(domain_score, "CLASSIFIERS", 1)
     for split, count in (("train", 24), ("test", 3)):
         for domain, colour in (("A", (162, 40, 40)), ("B", (60, 60, 200))):
@@ -290,7 +290,7 @@ def test_translations_are_taken_for_a_domain_by_their_colours_and_by_their_greys
     assert found["A", "A", 1] + found["B", "B", 1] == pytest.approx(1)
     domain_score.main(["--dataset", str(tmp_path), "--fake_B", str(tmp_path / "testB")])
     colour, grey = capsys.readouterr().out.splitlines()
-    assert colour == "fake_B: 1.000 taken for B (untranslated A images 0.000, real B images 1.000)"
-    assert grey.startswith("fake_B in grey: ")
+    assert colour == "fake_B: 1.000 predicted as B (untranslated A images 0.000, real B images 1.000)"
+    assert grey.startswith("fake_B in greyscale: ")
     assert "nothing to score" in refused(domain_score.main, "--dataset", tmp_path)
     assert "nowhere" in refused(domain_score.main, "--dataset", tmp_path, "--fake_A", tmp_path / "nowhere")

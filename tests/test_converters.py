@@ -41,27 +41,18 @@ class Block(nn.Module):
 
 
 class ForeignGenerator(nn.Module):
-    """A ResNet generator of another project with random weights, in float64.
+    """A ResNet generator of another project with random weights.
 
     second: index of the second convolution in a block, 6 with dropout
-    lead:   number of layers before a convolution that follows an nn.Upsample, 2 with padding as a layer
+    lead:   number of layers before a convolution of "resize": an nn.Upsample, maybe padding as a layer of its own
     """
 
     def __init__(
-        self,
-        blocks=1,
-        project=JUNYANZ,
-        n=2,
-        channels=3,
-        norm="instance",
-        second=5,
-        lead=1,
-        biases=False,
-        pad="reflect",
-        width=NGF,
+        self, blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=5, lead=1, biases=False, pad="reflect"
     ):
         super().__init__()
         block, up = project
+        width = NGF
         bias = biases or norm.startswith("instance")
 
         def conv(width_in, width_out, side, **options):
@@ -73,19 +64,17 @@ class ForeignGenerator(nn.Module):
             width *= 2
         for _ in range(blocks):
             inner = [nn.ReflectionPad2d(1), *conv(width, width, 3), nn.ReLU()]
-            inner += [nn.Dropout()] * (second == 6)
+            if second == 6:
+                inner.append(nn.Dropout())
             layers.append(Block(block, [*inner, nn.ReflectionPad2d(1), *conv(width, width, 3)]))
         for _ in range(n):
             width //= 2
             if up == "deconv":
                 convolution = nn.ConvTranspose2d(2 * width, width, 3, 2, 1, output_padding=1, bias=bias)
                 layers += [convolution, NORMS[norm](width), nn.ReLU()]
-            elif lead == 1:
-                layers += [nn.Upsample(scale_factor=2)]
-                layers += [*conv(2 * width, width, 3, padding=1, padding_mode=pad), nn.ReLU()]
             else:
-                layers += [nn.Upsample(scale_factor=2), *[nn.Identity()] * (lead - 2), nn.ReflectionPad2d(1)]
-                layers += [*conv(2 * width, width, 3), nn.ReLU()]
+                layers += [nn.Upsample(scale_factor=2), nn.Identity(), nn.Identity()][:lead]
+                layers += [*conv(2 * width, width, 3, padding=1, padding_mode=pad), nn.ReLU()]
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         noise = torch.Generator().manual_seed(0)
@@ -95,6 +84,9 @@ class ForeignGenerator(nn.Module):
                 if name.endswith("running_var") or (x.dim() == 1 and name.endswith("weight")):
                     x.add_(1)
         self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        return self.model(x)
 
 
 def foreign(*args, statistics=(), **kwargs):
@@ -230,14 +222,6 @@ def test_prefixes_and_containers_are_removed(prefix, container):
     theirs = ForeignGenerator(2, norm="batch")
     state = rename(theirs.state_dict(), r"^model\." if prefix == "model.module." else "^", prefix)
     assert_same(theirs, *load({container: state, "epoch": 3} if container else state))
-
-
-@pytest.mark.parametrize(("norm", "parameters"), [("instance", 7_707_651), ("instance_affine", 7_712_259)])
-def test_a_wide_mix_is_read_with_all_its_parameters(norm, parameters):
-    """Blocks as in PyTorch-GAN, transposed convolutions as in junyanz, twice the usual width."""
-    net, _ = load(foreign(1, BLOCK_DECONV, norm=norm, width=128))
-    assert (net.config.ngf, net.config.num_residual, net.config.upsample) == (128, 1, "deconv")
-    assert sum(p.numel() for p in net.parameters()) == parameters
 
 
 def test_a_module_saved_by_the_old_writer_is_read():
@@ -433,23 +417,6 @@ def test_writing_the_junyanz_layout_and_reading_it_is_exact(norm, blocks, n, cha
     assert (metadata["direction"], loaded.config) == ("BtoA", config)
     for name, x in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], x)
-
-
-@pytest.mark.parametrize("norm", ["batch", "instance_affine"])
-def test_reading_the_junyanz_layout_and_writing_it_is_exact(norm):
-    state = foreign(2, norm=norm)
-    written = to_junyanz(load(state)[0])
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[name], x) for name, x in state.items())
-
-
-def test_the_written_weights_compute_the_same_in_the_other_project():
-    net = build_generator(GeneratorConfig(ngf=NGF, num_residual=2), init="kaiming").eval()
-    theirs = ForeignGenerator(2)
-    theirs.load_state_dict(to_junyanz(net))
-    x = random_images()
-    with torch.no_grad():
-        assert torch.allclose(theirs(x), net(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 import hashlib
-import os
 import signal
-import sys
 import types
 from pathlib import Path
 
@@ -12,26 +10,27 @@ from PIL import Image
 
 import datasets
 from datasets import (
+    DataConfig,
     EpochSampler,
-    Feed,
     UnpairedDataset,
     find_dataset,
     held_out_folders,
     held_out_split,
-    make_caches,
+    load_training_data,
     make_loader,
     named_images,
+    open_caches,
     paired_images,
     split_images,
 )
 from toolkit import images
-from toolkit.images import BadImages, list_images, load_image
+from toolkit.images import list_images, load_image
 from utils import InputError
 
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    """What a stage sets for its process ends with the test."""
+    """What a command sets for its process ends with the test."""
     monkeypatch.setattr(images, "max_pixels", images.max_pixels)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
@@ -39,7 +38,7 @@ def limits(monkeypatch):
 # -- folders ---------------------------------------------------------------------------------
 
 
-def test_a_data_set_is_found_or_the_nearest_one_named(tiny):
+def test_a_data_set_is_found_or_the_most_similar_one_named(tiny):
     root = tiny.parent
     assert find_dataset(root, "tiny") == tiny
     with pytest.raises(InputError, match=r"tinny.* tiny; .*prepare\.py split.* --dataset_name tinny"):
@@ -48,7 +47,7 @@ def test_a_data_set_is_found_or_the_nearest_one_named(tiny):
         find_dataset(root / "none", "x")
 
 
-def test_the_images_of_a_part_are_listed_and_missing_or_empty_ones_named(tiny):
+def test_the_images_of_a_split_are_listed_and_missing_or_empty_splits_named(tiny):
     assert [path.name for path in split_images(tiny, "trainA")] == [f"{i}.png" for i in range(5)]
     assert [path.name for path in split_images(tiny, "trainA", 2)] == ["0.png", "1.png"]
     with pytest.raises(InputError, match=r"tiny: no valA/ .*testA, testB, trainA, trainB.*prepare\.py split"):
@@ -67,7 +66,7 @@ def test_held_out_split_prefers_test_then_val_then_train(tmp_path):
     assert held_out_split(root) == "val"
 
 
-def test_evaluation_looks_at_val_else_at_test_and_refuses_pairs_that_are_none(tiny):
+def test_evaluation_uses_val_else_test_and_refuses_unpaired_images_as_pairs(tiny):
     assert held_out_folders(tiny, paired=True) == {"A": tiny / "testA", "B": tiny / "testB"}
     for path in list_images(tiny / "testB"):
         path.rename(path.with_stem(f"b{path.stem}"))
@@ -107,7 +106,7 @@ def names_of(loaded):
     return {domain: [str(name) for name in by_name] for domain, by_name in loaded.items()}
 
 
-def test_pairs_are_thinned_together_and_stay_pairs(tmp_path):
+def test_a_limit_keeps_pairs_together(tmp_path):
     pairs = [f"p{i}" for i in range(6)]
     folders = {
         "A": save_named(tmp_path / "testA", [f"a{i}.png" for i in range(6)] + [f"{name}.jpg" for name in pairs]),
@@ -130,7 +129,7 @@ def test_pairs_are_thinned_together_and_stay_pairs(tmp_path):
 
 @pytest.mark.parametrize("most", [None, 2, 3, 5, 7])
 @pytest.mark.parametrize("prefix", ["", "b"])
-def test_sets_of_pairs_and_sets_without_any_are_read_like_single_folders(tmp_path, prefix, most):
+def test_data_sets_with_pairs_only_or_none_are_read_like_single_folders(tmp_path, prefix, most):
     folders = {
         "A": save_named(tmp_path / "testA", [f"{i}.png" for i in range(7)]),
         "B": save_named(tmp_path / "testB", [f"{prefix}{i}.png" for i in range(7)]),
@@ -150,30 +149,42 @@ def dataset_of(root, **kwargs):
     return UnpairedDataset(paths, kwargs.pop("size", (16, 14)), **kwargs)
 
 
-def all_batches(root, num_workers, epochs=2, first_step=0, seed=0):
-    dataset = dataset_of(root, seed=seed)
-    order = EpochSampler((5, 4), 2, seed=seed)
-    order.first_step = first_step
-    loader = make_loader(dataset, order, num_workers, pin_memory=False)
-    batches = []
+CPU = torch.device("cpu")
+
+
+def config_of(root, **changes):
+    settings = {"img_height": 16, "img_width": 14, "batch_size": 2, "num_workers": 0, **changes}
+    return DataConfig(dataset_name=root.name, data_root=root.parent, **settings)
+
+
+def data_of(root, seed=0, **changes):
+    return load_training_data(config_of(root, **changes), seed, CPU, {})
+
+
+def epochs_of(data, epochs=2, first_step=0):
+    """Batches as (2 * N, C, H, W), by epoch."""
+    found = []
     for epoch in range(epochs):
-        order.epoch = epoch
-        batches.append([torch.cat([batch["A"], batch["B"]]) for batch in loader])
-    return batches
+        found.append([torch.cat(pair) for pair in data.batches(epoch, first_step, CPU)])
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_batches_do_not_depend_on_the_number_of_workers(tiny):
-    alone = all_batches(tiny, 0)
-    helped = all_batches(tiny, 2)
+    data = data_of(tiny, num_workers=2)
+    assert data.steps_per_epoch == 3
+    assert data.counts == {"A": 5, "B": 4}
+    helped = epochs_of(data)
+    data.close()
+    alone = epochs_of(data_of(tiny))
     assert [len(epoch) for epoch in alone] == [3, 3]
     for one, two in zip(alone, helped, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not torch.equal(alone[0][0], alone[1][0])  # persistent workers do not freeze the epoch
-    assert not torch.equal(alone[0][0], all_batches(tiny, 0, seed=1)[0][0])
+    assert not torch.equal(alone[0][0], alone[1][0])  # persistent workers follow the epoch
+    assert not torch.equal(alone[0][0], epochs_of(data_of(tiny, seed=1))[0][0])
 
 
-def test_orders_crops_and_flips_are_those_of_earlier_versions(tiny):
+def test_order_crops_and_flips_are_those_of_earlier_versions(tiny):
     order = EpochSampler((7, 3), 2, seed=3)
     order.epoch = 2
     keys = [key for batch in order for key in batch]
@@ -183,19 +194,16 @@ def test_orders_crops_and_flips_are_those_of_earlier_versions(tiny):
 
 
 def test_an_epoch_can_be_entered_at_any_step(tiny):
-    whole = all_batches(tiny, 0, 1)[0]
-    rest = all_batches(tiny, 0, 1, first_step=1)[0]
+    data = data_of(tiny)
+    before = torch.get_rng_state()
+    (whole,) = epochs_of(data, 1)
+    (rest,) = epochs_of(data, 1, first_step=1)
     assert len(rest) == 2
     assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)  # a resumed run draws the same numbers
 
 
-def test_a_loader_takes_no_number_from_the_global_generator(tiny):
-    before = torch.get_rng_state()
-    all_batches(tiny, 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_an_epoch_shows_the_larger_domain_whole_and_the_domains_are_drawn_apart():
+def test_an_epoch_is_a_pass_over_the_larger_domain_and_the_domains_are_drawn_independently():
     order = EpochSampler((7, 3), 2, seed=3)
     keys = [key for batch in order for key in batch]
     assert len(order) == 4
@@ -206,13 +214,13 @@ def test_an_epoch_shows_the_larger_domain_whole_and_the_domains_are_drawn_apart(
     assert len(EpochSampler((7, 3), 2, steps=9)) == 9
 
 
-def test_a_set_smaller_than_the_batch_is_drawn_with_repetition():
+def test_images_are_repeated_if_a_data_set_is_smaller_than_a_batch():
     (batch,) = list(EpochSampler((2, 1), 4))
     assert len(batch) == 4
     assert {key[3] for key in batch} == {0}
 
 
-def test_the_slices_of_the_ranks_make_up_each_batch():
+def test_the_slices_of_the_ranks_add_up_to_each_batch():
     whole = list(EpochSampler((7, 5), 4, None, 3))
     parts = [list(EpochSampler((7, 5), 4, None, 3, rank_slice=slice(2 * r, 2 * r + 2))) for r in range(2)]
     assert [one + other for one, other in zip(*parts, strict=True)] == whole
@@ -243,60 +251,54 @@ def test_an_unreadable_image_is_replaced_and_reported(tiny):
     assert torch.equal(item["A"], dataset_of(tiny)[0, 0, 3, 0]["A"])
 
 
-def feed_of(root, workers=0, **kwargs):
-    dataset = dataset_of(root)
-    counts = {domain: len(paths) for domain, paths in dataset.paths.items()}
-    bad = {domain: BadImages(root / f"train{domain}", count) for domain, count in counts.items()}
-    order = EpochSampler(tuple(counts.values()), 2, **kwargs)
-    return Feed(make_loader(dataset, order, workers, pin_memory=False), order, bad, counts)
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_domain_that_became_unreadable_is_reported_through_the_workers(tiny, workers):
-    feed = feed_of(tiny, workers)
+def test_a_domain_that_became_unreadable_ends_the_run(tiny, workers):
+    data = data_of(tiny, num_workers=workers)
     for path in list_images(tiny / "trainA"):
         path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"tiny/trainA: . or more of 5"):
-        list(feed.batches(0, 0, torch.device("cpu")))
-    assert not feed.bad["B"].found
+        list(data.batches(0, 0, CPU))
+    assert not data.bad_images["B"].found
+    data.close()
 
 
-def test_a_feed_enters_any_epoch_at_any_step_and_names_bad_files_once(tiny, capsys):
+def test_unreadable_files_are_named_once_and_those_with_a_bad_header_left_out(tiny, capsys):
     (tiny / "trainB" / "1.png").write_bytes(b"torn")
-    feed = feed_of(tiny)
-    cpu = torch.device("cpu")
-    whole = list(feed.batches(3, 0, cpu))
-    rest = list(feed.batches(3, 1, cpu))
-    assert len(whole) == 3
-    assert all(real_A.shape == real_B.shape == (2, 3, 16, 14) for real_A, real_B in whole)
-    assert [list(map(torch.equal, *pair)) for pair in zip(whole[1:], rest, strict=True)] == [[True, True]] * 2
-    assert not torch.equal(whole[0][0], next(feed.batches(4, 0, cpu))[0])
-    assert capsys.readouterr().err.count("skipped, unreadable") == 1
+    data = data_of(tiny)
+    (tiny / "trainA" / "1.png").write_bytes((tiny / "trainA" / "1.png").read_bytes()[:300])
+    assert data.counts == {"A": 5, "B": 3}
+    for _ in range(2):
+        assert all(x.shape == (4, 3, 16, 14) for epoch in epochs_of(data) for x in epoch)
+    err = capsys.readouterr().err
+    assert err.count("skipped, unreadable (1 of 4)") == err.count("skipped, unreadable (1 of 5)") == 1
+    assert err.count("skipped") == 2
 
 
-def test_the_files_of_a_step_are_those_that_this_rank_reads(tiny):
+def test_the_files_of_a_step_are_those_that_this_rank_reads(tiny, monkeypatch):
     for i in range(5):
         Image.new("RGB", (20, 18), (10 * i, 0, 0)).save(tiny / "trainA" / f"{i}.png")
-    feed = feed_of(tiny, rank_slice=slice(1, 2))
-    for step, (real_A, _) in enumerate(list(feed.batches(2, 0, torch.device("cpu")))):
-        names = feed.paths_of_step(step)
+    monkeypatch.setattr(datasets, "rank_slice", lambda batch_size: slice(1, batch_size))
+    data = data_of(tiny)
+    for step, (real_A, _) in enumerate(list(data.batches(2, 0, CPU))):
+        names = data.paths_of_step(step)
         assert [Path(name).parent for name in names] == [tiny / "trainA", tiny / "trainB"]
         red = images.range_to_bytes(real_A)[:, 0].float().mean()
         assert names[0] == str(tiny / "trainA" / f"{round(red.item() / 10)}.png")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_have_the_same_limit_of_pixels(tiny):
-    images.limit_pixels(300)
-    loader = make_loader(dataset_of(tiny), EpochSampler((5, 4), 2), 1, pin_memory=False)
-    assert "20x18 px" in next(iter(loader))["bad"][0][2]
+def test_the_options_choose_images_size_and_steps(tiny):
+    data = data_of(tiny, max_images=2, steps_per_epoch=7, channels=1, batch_size=3, img_height=8, cache="ram")
+    assert (data.counts, data.steps_per_epoch) == ({"A": 2, "B": 2}, 7)
+    real_A, real_B = next(data.batches(0, 0, CPU))
+    assert real_A.shape == real_B.shape == (3, 1, 8, 14)
+    assert data.loader.dataset.caches.keys() == {"A", "B"}
 
 
 def test_workers_leave_signals_to_the_main_process_and_take_its_limit():
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    datasets.start_worker(0, pixels=300)
+    datasets.start_worker(0, max_pixels=300)
     assert all(signal.getsignal(getattr(signal, name)) == signal.SIG_IGN for name in names)
     assert images.max_pixels == 300
     for name, handler in before.items():
@@ -307,14 +309,15 @@ def test_workers_leave_signals_to_the_main_process_and_take_its_limit():
 
 
 def cached(dataset, root, kind, workers=0):
-    dataset.caches = make_caches(kind, dataset.paths, dataset.load_size, dataset.channels, root, workers)
+    dataset.caches = open_caches(kind, dataset, root, workers)
     return dataset
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "workers", "channels"), [("ram", 0, 1), ("ram", 2, 3), ("disk", 0, 3), ("disk", 2, 1), ("none", 0, 3)]
+)
+def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers, channels, monkeypatch):
     def passes(dataset):
         order = EpochSampler((5, 4), 2)
         found = []
@@ -324,18 +327,17 @@ def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers,
             found += [batch[domain].clone() for batch in loader for domain in "AB"]
         return found
 
-    plain = passes(dataset_of(tiny))
-    dataset = cached(dataset_of(tiny), tiny, kind, workers)
+    plain = passes(dataset_of(tiny, channels=channels))
+    dataset = cached(dataset_of(tiny, channels=channels), tiny, kind, workers)
     assert all(map(torch.equal, plain, passes(dataset)))
-    monkeypatch.setattr(images, "read_image", None)  # whoever reads now, fails
+    assert (tiny / ".cache").exists() == (kind == "disk")
+    if kind == "none":
+        return
+    monkeypatch.setattr(images, "read_image", None)  # reading now fails
     assert all(map(torch.equal, plain, passes(dataset)))
     if kind == "disk":
-        assert all(map(torch.equal, plain, passes(cached(dataset_of(tiny), tiny, kind, workers))))
-
-
-def test_without_a_cache_nothing_is_kept(tiny):
-    assert cached(dataset_of(tiny), tiny, "none").caches == {}
-    assert not (tiny / ".cache").exists()
+        again = cached(dataset_of(tiny, channels=channels), tiny, kind, workers)
+        assert all(map(torch.equal, plain, passes(again)))
 
 
 def test_a_damaged_cache_is_read_anew_and_a_changed_image_gets_a_new_one(tiny):
@@ -360,41 +362,27 @@ def test_an_unreadable_image_is_never_kept(tiny):
         assert [path.name for _, path, _ in dataset[0, 0, 1, 0]["bad"]] == ["1.png"]
 
 
-def test_grey_images_are_cached_too(tiny):
-    dataset = cached(dataset_of(tiny, channels=1), tiny, "ram")
-    first = dataset[0, 0, 1, 1]["A"]
-    assert first.shape == (1, 16, 14)
-    assert torch.equal(dataset[0, 0, 1, 1]["A"], first)
+def large_dataset(folder, count):
+    return UnpairedDataset({"A": [folder] * count, "B": [folder]}, (256, 256), load_scale=1)
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny, monkeypatch):
     monkeypatch.setattr(datasets, "free_memory", lambda: 2**20)
-    paths = {"A": [tiny] * 1000, "B": [tiny]}
     with pytest.raises(InputError, match=r"--cache ram: .*0\.18 GiB.* 0\.00 .*--cache disk"):
-        make_caches("ram", paths, (256, 256), 3, tiny, 0)
+        open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
     monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     with pytest.raises(InputError, match="--cache disk: needs"):
-        make_caches("disk", {"A": [tiny] * 9, "B": [tiny]}, (256, 256), 3, tiny, 0)
+        open_caches("disk", large_dataset(tiny, 9), tiny, 0)
 
 
 def test_the_ranks_of_a_machine_share_its_memory(tiny, monkeypatch):
-    paths = {"A": [tiny] * 1000, "B": [tiny]}
     monkeypatch.setattr(datasets, "free_memory", lambda: 2**28)  # enough for one, not for two
     monkeypatch.setattr(datasets, "ImageCache", lambda *_: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    make_caches("ram", paths, (256, 256), 3, tiny, 0)
-    monkeypatch.setattr(datasets, "world", lambda: 2)
+    open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
+    monkeypatch.setattr(datasets, "world_size", lambda: 2)
     with pytest.raises(InputError, match=r"--cache ram: .*0\.37 GiB"):
-        make_caches("ram", paths, (256, 256), 3, tiny, 0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a file system that takes any bytes as a name")
-def test_a_folder_whose_name_is_no_text_cannot_hold_a_cache(tmp_path):
-    root = make_dataset(tmp_path / os.fsdecode(b"r\xff") / "tiny")
-    with pytest.raises(InputError, match=r"--cache disk: .*tiny/\.cache/.*--data_root"):
-        cached(dataset_of(root), root, "disk")
-    assert not (root / ".cache").exists()
-    assert cached(dataset_of(root), root, "ram")[0, 0, 0, 0]["A"].shape == (3, 16, 14)
+        open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
 
 
 def test_a_file_that_cannot_be_mapped_is_refused_in_one_line(tiny, monkeypatch):

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import pickle
 import signal
@@ -7,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,16 +40,17 @@ posix = pytest.mark.skipif(os.name == "nt", reason="locks, modes and links of PO
 # -- atomic writes ---------------------------------------------------------------------------
 
 
-def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path):
+@pytest.mark.parametrize("error", [OSError, ZeroDivisionError, KeyboardInterrupt, SystemExit, Dead])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
     path = tmp_path / "x.txt"
     path.write_text("old")
 
     def fail():
         with atomic_write(path) as temporary:
             temporary.write_text("half")
-            raise OSError("disk full")
+            raise error
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(error):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -58,19 +59,7 @@ def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, Dead])
-def test_whatever_ends_a_write_nothing_half_is_left(tmp_path, error):
-    def write():
-        with atomic_write(tmp_path / "x.txt") as temporary:
-            temporary.write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_old_file_stands_until_the_new_one_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+def test_the_old_file_is_kept_until_the_new_one_is_complete_and_on_the_disk(tmp_path, monkeypatch):
     path = tmp_path / "x.txt"
     path.write_text("old")
     synced = []
@@ -84,13 +73,13 @@ def test_the_old_file_stands_until_the_new_one_is_whole_and_on_the_disk(tmp_path
         assert path.read_text() == "old"
     assert synced[0][0].st_size == len("the new one")
     assert synced[0][1] == "old"
-    if os.name == "posix":  # then the folder, where the new name stands
+    if os.name == "posix":  # then the folder, which has the new name
         assert stat.S_ISDIR(synced[1][0].st_mode)
         assert synced[1][1] == "the new one"
 
 
 def test_a_leftover_with_our_number_is_never_written_into(tmp_path):
-    """It may be a second name of a good file, left by a killed process that had our number."""
+    """It may be a link to a good file, left by a killed process that had our number."""
     good = tmp_path / "latest.pt"
     good.write_text("good")
     with atomic_write(tmp_path / "x.txt") as temporary:
@@ -106,9 +95,8 @@ def test_others_may_read_what_is_written_as_far_as_the_user_allows(tmp_path):
     before = os.umask(0o027)
     try:
         with atomic_write(tmp_path / "x") as temporary:
-            temporary.touch(mode=0o600)
+            temporary.chmod(0o600)
         assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
-        assert os.umask(0o027) == 0o027  # to ask for it changes nothing
     finally:
         os.umask(before)
 
@@ -129,16 +117,11 @@ def test_threads_write_beside_each_other(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_longest_name_can_be_written(tmp_path):
-    path = tmp_path / ("n" * 250 + ".txt")
-    write_text(path, "x")
-    assert path.read_text() == "x"
-
-
 def test_text_is_utf8_with_plain_line_ends_and_json_knows_paths(tmp_path):
-    write_text(tmp_path / "x.txt", "é 猫\nb\n")
-    assert (tmp_path / "x.txt").read_bytes() == "é 猫\nb\n".encode()
-    write_json(tmp_path / "x.json", {"folder": Path("a/b"), "sizes": [1, None]})
+    path = tmp_path / ("n" * 250 + ".txt")  # the longest name
+    write_text(path, "é 猫\nb\n")
+    assert path.read_bytes() == "é 猫\nb\n".encode()
+    write_json(tmp_path / "x.json", {"folder": Path("a/b"), "sizes": [1, math.inf]})
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == {"folder": "a/b", "sizes": [1, None]}
     assert text.count("\n") > 3  # for people to read
@@ -146,9 +129,11 @@ def test_text_is_utf8_with_plain_line_ends_and_json_knows_paths(tmp_path):
 
 def test_only_the_first_rank_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(files, "rank", lambda: 1)
     write_text(tmp_path / "x.txt", "hello")
     write_json(tmp_path / "x.json", {})
-    assert list(tmp_path.iterdir()) == []
+    with sole_process(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_linked_file_keeps_its_content_when_the_source_is_replaced(tmp_path, monkeypatch):
@@ -184,7 +169,7 @@ def test_every_writer_names_the_file_that_the_user_knows(tmp_path, kind):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_can_be_written_later_is_said_and_tried_again(tmp_path, capsys):
+def test_a_failed_write_that_can_be_repeated_is_reported(tmp_path, capsys):
     path = tmp_path / "file.txt"
     with full_disk():
         reason = attempt(write_text, path, "text")
@@ -195,10 +180,13 @@ def test_what_can_be_written_later_is_said_and_tried_again(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_failed_writes_that_are_bugs_are_not_taken_for_a_full_disk():
-    for error in (ZeroDivisionError, RunError, KeyboardInterrupt):
-        with pytest.raises(error):
-            attempt(lambda error=error: (_ for _ in ()).throw(error("x")).__next__())
+@pytest.mark.parametrize("error", [ZeroDivisionError, RunError, KeyboardInterrupt])
+def test_failed_writes_that_are_bugs_are_not_treated_as_a_full_disk(error):
+    def fail():
+        raise error
+
+    with pytest.raises(error):
+        attempt(fail)
 
 
 # -- the lock of a folder --------------------------------------------------------------------
@@ -216,7 +204,7 @@ sys.stdin.read()
 
 
 def locks(folder):
-    """The words of a program that locks a folder until its stdin ends, as sole_process does."""
+    """The command line of a program that locks a folder until its stdin ends, as sole_process does."""
     return [sys.executable, "-c", HOLDER, str(folder / ".lock")]
 
 
@@ -236,8 +224,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     with other_process(tmp_path) as process:
         (tmp_path / ".half.tmp").touch()
         for _ in range(2):
-            words = f"{tmp_path}: process {process.pid} is training there; wait for its end, stop it, or choose another"
-            with pytest.raises(InputError, match=words):
+            with pytest.raises(InputError, match=f"{tmp_path}: process {process.pid} is training there"):
                 sole_process(tmp_path).__enter__()
         assert (tmp_path / ".half.tmp").exists()  # it is the other's
         process.send_signal(signal.SIGKILL)
@@ -249,7 +236,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
 
 @posix
 def test_the_lock_holds_against_other_processes_and_ends_with_the_block(tmp_path):
-    """It is of the kind (lockf, not flock) that a worker who outlives its killed parent does not go on holding."""
+    """It is a lockf lock, which a worker that outlives its killed parent does not keep (with flock it would)."""
     with sole_process(tmp_path):
         second = subprocess.run(locks(tmp_path), input=b"", capture_output=True, check=False)
     assert second.returncode == 1
@@ -257,7 +244,7 @@ def test_the_lock_holds_against_other_processes_and_ends_with_the_block(tmp_path
     assert subprocess.run(locks(tmp_path), input=b"", capture_output=True, check=False).returncode == 0
 
 
-def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     saved = tmp_path / "saved"
     drawn = tmp_path / "drawn"
     for folder in (saved, drawn):
@@ -271,7 +258,7 @@ def test_what_killed_processes_left_half_written_is_removed(tmp_path):
 
 
 @posix
-def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
     fcntl = pytest.importorskip("fcntl")
 
     def no_locks(*_):
@@ -279,25 +266,10 @@ def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with sole_process(tmp_path):
-        assert capsys.readouterr().err == (
-            f"warning: {tmp_path} cannot be locked (No locks available); start no second run in it\n"
-        )
+        assert f"warning: {tmp_path} cannot be locked (No locks available)" in capsys.readouterr().err
 
 
-def test_ranks_beside_the_first_take_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "rank", lambda: 1)
-    with sole_process(tmp_path):
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_the_owner_of_a_lock_is_shown_safely(tmp_path):
-    (tmp_path / ".lock").write_bytes(b"\x1b[31m" + b"9" * 100)
-    with (tmp_path / ".lock").open("rb", buffering=0) as file:
-        owner = files.lock_owner(file)
-    assert owner == ("another process" if os.name == "nt" else "process \\x1b[31m" + "9" * 15)
-
-
-# -- a stranger's archive --------------------------------------------------------------------
+# -- torch files from strangers --------------------------------------------------------------------
 
 
 VALUE = {"nets": {"G": {"w": torch.arange(1000.0)}}, "words": ["a", 1, 2.5, None, True], "pair": (1, 2)}
@@ -340,7 +312,7 @@ def test_damage_is_found_by_the_checksums(tmp_path):
     data = bytearray(path.read_bytes())
     data[info.header_offset + 2000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"s\.pt: damaged \(checksum of {info.filename} is wrong\)"):
+    with pytest.raises(InputError, match=rf"s\.pt: .*damaged: checksum of {info.filename} is wrong"):
         read_archive(path)
     path.write_bytes(data[:1500])
     with pytest.raises(InputError, match="not a readable checkpoint"):
@@ -348,7 +320,7 @@ def test_damage_is_found_by_the_checksums(tmp_path):
 
 
 def zip_bomb(path):
-    """A small archive whose one member unpacks to a thousand times its size."""
+    """A small archive whose only member unpacks to a thousand times its size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data.pkl", "w") as file:
         file.write(bytes(2**24))
 
@@ -372,6 +344,13 @@ def many_values(path):
     torch.save({"args": list(range(files.MOST_VALUES))}, path)
 
 
+def deep_values(path):
+    value = []
+    for _ in range(files.MOST_LEVELS + 1):
+        value = [value]
+    torch.save({"args": value}, path)
+
+
 def empty(path):
     path.write_bytes(b"")
 
@@ -381,54 +360,47 @@ def text(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "reason"),
     [
         (zip_bomb, "it would unpack to more than its own size"),
-        (copies_of_copies, "more in it than a checkpoint has"),
-        (long_number, "more in it than a checkpoint has"),
+        (copies_of_copies, "it contains more than a checkpoint does"),
+        (deep_values, "it contains more than a checkpoint does"),
+        (long_number, "it contains more than a checkpoint does"),
         (longer_number, ""),
-        (many_values, "more in it than a checkpoint has"),
+        (many_values, "it contains more than a checkpoint does"),
         (empty, ""),
         (text, ""),
     ],
 )
-def test_archives_that_would_fill_memory_or_time_are_refused_at_once(tmp_path, make, words):
+def test_archives_that_would_fill_memory_or_time_are_rejected(tmp_path, make, reason):
     make(tmp_path / "x.pt")
-    start = time.monotonic()
-    with pytest.raises(InputError, match=rf"x\.pt: not a readable checkpoint .*\({words}") as error:
+    with pytest.raises(InputError, match=rf"x\.pt: not a readable checkpoint .*\({reason}") as error:
         read_archive(tmp_path / "x.pt")
-    assert time.monotonic() - start < 5
     assert len(one_line(error.value)) < 300
 
 
-def test_values_are_counted_however_they_are_nested():
-    assert files.count_values([1, (2, {"a": {3, 4}}), None]) == 10
-    assert files.count_values(2**128 - 1) == 1
-    with pytest.raises(ValueError, match="more in it"):
-        files.count_values({2**128: 0})
+def test_ordinary_values_pass_and_values_that_contain_themselves_do_not():
+    files.check_values([1, (2, {"a": {3, 4}}), None, 2**128 - 1])
     itself = []
     itself.append(itself)
-    with pytest.raises(ValueError, match="more in it"):
-        files.count_values(itself)
+    for value in (itself, {2**128: 0}):
+        with pytest.raises(ValueError, match="more than a checkpoint"):
+            files.check_values(value)
 
 
 @FUZZ
 @given(edits=EDITS, in_zip=st.booleans())
-def test_damaged_archives_are_read_or_refused_in_one_line(tmp_path, edits, in_zip):
+def test_damaged_archives_are_read_or_rejected_in_one_line(tmp_path, edits, in_zip):
     path = tmp_path / "x.pt"
     torch.save(VALUE, path, _use_new_zipfile_serialization=in_zip)
     path.write_bytes(edited(path.read_bytes(), edits))
+    message = f"{path}: "
     try:
         read_archive(path)
     except InputError as error:
-        line = one_line(error)
-        assert_names(line, path)
-
-
-def assert_names(line, path):
-    """A refusal names the file and fits on a line that nobody has to scroll."""
-    assert line.startswith(f"{path}: ")
-    assert len(line) < 1000
+        message = one_line(error)
+    assert message.startswith(f"{path}: ")
+    assert len(message) < 1000
 
 
 # -- pages -----------------------------------------------------------------------------------
@@ -443,51 +415,21 @@ def templates(monkeypatch):
     return pages
 
 
-def test_what_is_put_into_a_page_is_escaped(tmp_path, templates):
+def test_values_are_escaped_in_every_page(tmp_path, templates):
     """File names are a stranger's input."""
-    templates["page.html"] = '<h1>{{ title }}</h1><a href="{{ address }}">{% for x in names %}{{ x }}{% endfor %}</a>'
-    hostile = "<script>alert('1')</script>\"&.png"
-    write_page(tmp_path / "x.html", "page.html", title=hostile, address=hostile, names=[hostile])
+    templates["base.html"] = "<h1>{{ title }}</h1>{% block body %}{% endblock %}"
+    templates["page.txt"] = (
+        """{% extends "base.html" %}{% block body %}<a href="{{ title }}">{{ title }}</a>{% endblock %}"""
+    )
+    write_page(tmp_path / "x.html", "page.txt", title="<script>alert('1')</script>\"&.png")
     page = (tmp_path / "x.html").read_text()
     assert "<script>" not in page
     assert page.count("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&#34;&amp;.png") == 3
 
 
-def test_a_page_that_extends_another_and_one_of_another_suffix_are_escaped_too(tmp_path, templates):
-    templates["base.html"] = "<title>{{ title }}</title>{% block body %}{% endblock %}"
-    templates["page.txt"] = '{% extends "base.html" %}{% block body %}{{ words }}{% endblock %}'
-    write_page(tmp_path / "x.html", "page.txt", title="<a>", words="<b>")
-    assert (tmp_path / "x.html").read_text() == "<title>&lt;a&gt;</title>&lt;b&gt;"
-
-
-def test_a_value_that_a_page_lacks_is_a_mistake_and_writes_nothing(tmp_path, templates):
+def test_a_missing_value_is_an_error_and_writes_nothing(tmp_path, templates):
     templates["page.html"] = "{{ title }}{{ sub_title }}"
     (tmp_path / "x.html").write_text("old")
     with pytest.raises(jinja2.UndefinedError, match="sub_title"):
         write_page(tmp_path / "x.html", "page.html", title="a")
     assert (tmp_path / "x.html").read_text() == "old"
-
-
-def test_pages_are_written_whole_and_by_the_first_rank(tmp_path, templates, monkeypatch):
-    templates["page.html"] = "{{ title }}"
-    with full_disk(), pytest.raises(OSError, match=r"x\.html"):
-        write_page(tmp_path / "x.html", "page.html", title="a")
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    write_page(tmp_path / "x.html", "page.html", title="a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_templates_are_looked_for_beside_the_code_wherever_it_runs(tmp_path):
-    folders = files.page_templates().loader.searchpath
-    assert [Path(folder) for folder in folders] == [Path(files.__file__).parent / "templates"]
-    assert files.page_templates() is files.page_templates()  # read once
-
-
-def test_values_nested_too_deep_to_be_printed_are_refused(tmp_path):
-    deep = []
-    for _ in range(20_000):
-        deep = [deep]
-    with pytest.raises(ValueError, match="more in it than a checkpoint has"):
-        files.count_values({"args": {"lr": deep}})
-    assert files.count_values([[1, (2, {3: [4]})]]) == 9

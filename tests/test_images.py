@@ -2,7 +2,6 @@ import io
 import math
 import os
 import re
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from toolkit import gallery, images
+from toolkit import images
 from toolkit.images import (
     BadImages,
     UnreadableImage,
@@ -34,7 +33,7 @@ from utils import InputError
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    """What a stage sets for its process ends with the test."""
+    """What a command sets for its process ends with the test."""
     monkeypatch.setattr(images, "max_pixels", images.max_pixels)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
@@ -57,7 +56,7 @@ def test_values_out_of_range_are_clamped_and_never_wrap():
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_an_image_survives_the_way_into_a_tensor_and_back(mode):
-    image = Image.frombytes(mode, (5, 4), np.random.default_rng(0).bytes(20 * len(mode)))
+    image = noise_image(0, (5, 4), mode)
     x = image_to_tensor(image)
     assert x.shape == (len(mode), 4, 5)
     assert tensor_to_image(x).mode == mode
@@ -68,11 +67,8 @@ def test_an_image_survives_the_way_into_a_tensor_and_back(mode):
 
 
 def test_a_grid_shows_each_image_in_its_row_and_column():
-    rows = [
-        ("dark", torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, -0.5)])),
-        ("light", torch.ones(2, 3, 64, 64)),
-    ]
-    grid = np.asarray(draw_grid(rows)).astype(int)
+    dark = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, -0.5)])
+    grid = np.asarray(draw_grid([("dark", dark), ("light", torch.ones(2, 3, 64, 64))])).astype(int)
     assert grid.shape[0] == 2 * 130 + 2  # 64 px images are enlarged to 128
     left = grid.shape[1] - (2 * 130 + 2)
     assert (grid[65, left + 65] == 0).all()
@@ -81,14 +77,18 @@ def test_a_grid_shows_each_image_in_its_row_and_column():
     assert grid[:, :left].min() < 100  # the labels are written
 
 
-def test_large_cells_keep_their_size_and_grey_ones_become_grey():
+def test_cells_of_up_to_256_px_keep_their_size_and_larger_ones_are_reduced():
     grid = np.asarray(draw_grid([("x", torch.full((2, 1, 200, 150), 0.0))])).astype(int)
     assert grid.shape[0] == 200 + 4
-    assert (grid[100, -80] == 128).all()
+    assert (grid[100, -80] == 128).all()  # grey
     assert (grid[100, -1] == 255).all()  # the border
+    large = draw_grid([("x", torch.zeros(2, 3, 1200, 700)), ("y", torch.zeros(2, 3, 1200, 700))])
+    assert large.width < 2 * 160 + 60
+    assert 2 * 256 <= large.height < 2 * 260 + 10
+    assert images.reduce_to_cell(torch.zeros(1, 3, 9000, 1)).shape == (1, 3, 256, 1)
 
 
-def test_a_saved_image_is_a_whole_png_in_a_folder_that_is_made(tmp_path):
+def test_a_saved_image_is_a_complete_png_and_its_folder_is_created(tmp_path):
     image = noise_image(0)
     path = tmp_path / "new" / "folder" / "x.jpg"  # the name does not choose the format
     save_image(image, path)
@@ -97,41 +97,11 @@ def test_a_saved_image_is_a_whole_png_in_a_folder_that_is_made(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_no_cell_of_a_grid_is_larger_than_256_px():
-    grid = draw_grid([("x", torch.zeros(2, 3, 1200, 700)), ("y", torch.zeros(2, 3, 1200, 700))])
-    assert grid.width < 2 * 160 + 60
-    assert 2 * 256 <= grid.height < 2 * 260 + 10
-    assert images.reduced(torch.zeros(1, 3, 200, 256)).shape == (1, 3, 200, 256)
-    assert images.reduced(torch.zeros(1, 3, 9000, 1)).shape == (1, 3, 256, 1)
-
-
-def test_a_thumbnail_is_small_and_gone_when_its_image_is(tmp_path):
-    path = tmp_path / "new" / "x.jpg"
-    for size, expected in (
-        ((300, 200), (256, 171)),
-        ((4000, 100), (256, 7)),
-        ((256, 1), None),
-        ((257, 257), (256, 256)),
-    ):
-        gallery.save_thumbnail(Image.new("L", size, 200), path)
-        if expected is None:
-            assert not path.exists()
-        else:
-            with Image.open(path) as small:
-                assert small.size == expected
-                assert abs(small.getpixel((0, 0)) - 200) < 3
-
-
 # -- reading ---------------------------------------------------------------------------------
 
 
-def ramp(size=(16, 12)):
-    """A grey ramp from left to right as floats in [0, 1], (height, width)."""
-    return np.tile(np.linspace(0, 1, size[0]), (size[1], 1))
-
-
-def test_grey_and_deep_images_come_out_with_the_same_greys(tmp_path):
-    grey = ramp()
+def test_grey_and_deep_images_have_the_same_greys(tmp_path):
+    grey = np.tile(np.linspace(0, 1, 16), (12, 1))  # a ramp from left to right
     expected = (grey * 255).round().astype(int)
     Image.fromarray((grey * 255).round().astype(np.uint8)).save(tmp_path / "L.png")
     Image.fromarray((grey * 65535).round().astype(np.uint16)).save(tmp_path / "16.png")
@@ -148,41 +118,49 @@ def test_grey_and_deep_images_come_out_with_the_same_greys(tmp_path):
             assert np.abs(values - expected[..., None]).max() <= 1, path.name
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
-def test_every_format_reads_as_the_colour_it_was_saved_as(tmp_path, suffix):
-    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / f"x.{suffix}")
-    pixels = np.asarray(read_image(tmp_path / f"x.{suffix}")).astype(int)
-    assert np.abs(pixels - (200, 30, 90)).max() <= 6
-    assert list_images(tmp_path) == [tmp_path / f"x.{suffix}"]
+HAS_AVIF = "avif" in features.modules and features.check("avif")
 
 
-def test_palette_cmyk_and_one_bit_images_read_as_rgb(tmp_path):
-    red = Image.new("RGB", (8, 8), (255, 0, 0))
-    red.convert("P").save(tmp_path / "palette.png")
-    red.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
-    assert np.abs(np.asarray(read_image(tmp_path / "palette.png")).astype(int) - (255, 0, 0)).max() <= 5
-    assert np.abs(np.asarray(read_image(tmp_path / "cmyk.jpg")).astype(int) - (255, 0, 0)).max() <= 12
-    assert read_image(tmp_path / "bit.png").getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.parametrize(
+    ("mode", "suffix", "error"),
+    [
+        ("RGB", "jpg", 6),
+        ("RGB", "png", 0),
+        ("RGB", "webp", 6),
+        ("RGB", "bmp", 0),
+        ("RGB", "tiff", 0),
+        ("P", "png", 0),
+        ("CMYK", "jpg", 12),
+        pytest.param("RGB", "avif", 6, marks=pytest.mark.skipif(not HAS_AVIF, reason="needs a Pillow with AVIF")),
+    ],
+)
+def test_every_format_and_mode_reads_as_the_colour_it_was_saved_as(tmp_path, mode, suffix, error):
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (16, 16), (204, 51, 102)).convert(mode).save(path)
+    assert np.abs(np.asarray(read_image(path)).astype(int) - (204, 51, 102)).max() <= error
+    assert list_images(tmp_path) == [path]
 
 
-def test_transparency_is_laid_over_white(tmp_path):
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "half.png")
-    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "grey.png")
-    palette = Image.new("P", (8, 8), 0)
-    palette.save(tmp_path / "index.png", transparency=0)
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert read_image(tmp_path / "half.png").getpixel((0, 0)) == (255, 127, 127)
-    assert read_image(tmp_path / "grey.png").getpixel((0, 0)) == (255, 255, 255)
-    assert read_image(tmp_path / "index.png").getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.parametrize(
+    ("mode", "colour", "options", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), {}, (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 128), {}, (255, 127, 127)),
+        ("LA", (0, 0), {}, (255, 255, 255)),
+        ("P", 0, {"transparency": 0}, (255, 255, 255)),
+        ("1", 1, {}, (255, 255, 255)),
+    ],
+)
+def test_transparency_is_laid_over_white(tmp_path, mode, colour, options, expected):
+    Image.new(mode, (8, 8), colour).save(tmp_path / "x.png", **options)
+    assert read_image(tmp_path / "x.png").getpixel((0, 0)) == expected
 
 
-def test_a_turned_camera_is_turned_back(tmp_path):
+def test_the_orientation_of_the_camera_is_applied(tmp_path):
     upright = Image.new("RGB", (20, 10), "white")
     upright.paste("black", (0, 0, 5, 10))  # the left edge is black
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees against the clock
+    exif[0x0112] = 6  # stored turned by 90 degrees counter-clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
     image = read_image(tmp_path / "x.png")
     assert image.size == (20, 10)
@@ -198,17 +176,11 @@ def test_images_are_found_in_nested_folders_in_natural_order(tmp_path):
     assert list_images(tmp_path / "none") == []
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="pipes and links of POSIX")
+def test_pipes_and_folders_are_not_listed_and_broken_links_are_listed_as_unreadable(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
-    noise_image(0).save(tmp_path / "real.png")
-    assert list_images(tmp_path) == [tmp_path / "real.png"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links")
-def test_links_that_lead_nowhere_or_in_a_circle_are_listed_and_unreadable(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
@@ -237,14 +209,11 @@ def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path,
         list_images(tmp_path / "closed")
 
 
-def test_load_image_resizes_to_height_and_width(tmp_path):
-    noise_image(0, (20, 18)).save(tmp_path / "x.png")
-    assert load_image(tmp_path / "x.png", (8, 12)).shape == (3, 8, 12)
-    assert load_image(tmp_path / "x.png", None, 1).shape == (1, 18, 20)
-
-
-def test_an_image_of_the_right_size_is_not_touched():
+def test_images_are_resized_to_height_and_width_unless_they_have_that_size(tmp_path):
     image = noise_image(0, (20, 18))
+    image.save(tmp_path / "x.png")
+    assert load_image(tmp_path / "x.png", (8, 12)).shape == (3, 8, 12)
+    assert load_image(str(tmp_path / "x.png"), None, 1).shape == (1, 18, 20)
     assert resize_image(image, (20, 18)) is image
     assert resize_image(image, (9, 20)).size == (9, 20)
 
@@ -254,12 +223,12 @@ def test_an_image_of_the_right_size_is_not_touched():
 
 @pytest.fixture
 def without_readers(monkeypatch):
-    """As where neither pillow-heif nor a Pillow that knows AVIF is installed."""
+    """As if neither pillow-heif nor a Pillow that reads AVIF were installed."""
     monkeypatch.setattr(images, "formats", lambda: images.FORMATS)
-    images.warn_of_skipped.cache_clear()
+    images.warn_once.cache_clear()
 
 
-def test_photos_that_nothing_reads_are_counted_and_named_once(tmp_path, capsys, without_readers):
+def test_photos_that_need_a_missing_package_are_counted_and_named_once(tmp_path, capsys, without_readers):
     for name in ("1.heic", "2.HEIC", "3.avif", ".hidden.heic"):
         (tmp_path / name).write_bytes(b"photo")
     noise_image(0).save(tmp_path / "4.png")
@@ -269,62 +238,60 @@ def test_photos_that_nothing_reads_are_counted_and_named_once(tmp_path, capsys, 
         f"warning: {tmp_path}: 1 file skipped (.avif): pip install --upgrade pillow",
         f"warning: {tmp_path}: 2 files skipped (.heic): pip install pillow-heif",
     ]
-
-
-def test_one_photo_that_nothing_reads_says_what_would(tmp_path, without_readers):
-    (tmp_path / "1.heic").write_bytes(b"photo")
     with pytest.raises(UnreadableImage, match="pip install pillow-heif"):
         read_image(tmp_path / "1.heic")
 
 
-def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+def test_heic_is_read_if_pillow_heif_is_installed(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.register_heif_opener()
-    image = Image.new("RGB", (64, 32), (200, 30, 90))
+    image = Image.new("RGB", (64, 32), (204, 51, 102))
     image.save(tmp_path / "1.heic")
     image.save(tmp_path / "mislabelled.jpg", format="HEIF")
     assert list_images(tmp_path) == [tmp_path / "1.heic", tmp_path / "mislabelled.jpg"]
-    for name in ("1.heic", "mislabelled.jpg"):
-        found = read_image(tmp_path / name)
+    for path in list_images(tmp_path):
+        found = read_image(path)
         assert found.size == (64, 32)
-        assert np.abs(np.asarray(found).astype(int) - (200, 30, 90)).max() <= 8
+        assert np.abs(np.asarray(found).astype(int) - (204, 51, 102)).max() <= 8
     (tmp_path / "1.heic").write_bytes((tmp_path / "1.heic").read_bytes()[:100])
     with pytest.raises(UnreadableImage):
         read_image(tmp_path / "1.heic")
 
 
-@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="needs a Pillow with AVIF")
-def test_avif_is_read_where_pillow_can(tmp_path):
-    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "x.avif")
-    assert list_images(tmp_path) == [tmp_path / "x.avif"]
-    assert np.abs(np.asarray(read_image(tmp_path / "x.avif")).astype(int) - (200, 30, 90)).max() <= 6
-
-
 # -- bad files -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "half", "header"])
-def test_a_damaged_image_raises_one_kind_of_error(tmp_path, damage):
-    noise_image(0, (64, 64)).save(tmp_path / "x.png")
-    whole = (tmp_path / "x.png").read_bytes()
-    broken = {
-        "empty": b"",
-        "text": b"no image",
-        "half": whole[: len(whole) // 2],
-        "header": b"\x89PNG\r\n\x1a\n" + b"\xff" * 99,
-    }
-    (tmp_path / "x.png").write_bytes(broken[damage])
+def encoded(kind, mode, size=(24, 24)):
+    buffer = io.BytesIO()
+    noise_image(1, size).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"no image", id="text"),
+        pytest.param(encoded("PNG", "RGB", (64, 64))[:6000], id="half"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + b"\xff" * 99, id="header"),
+        pytest.param(POSTSCRIPT, id="PostScript, which no interpreter may get"),
+    ],
+)
+def test_a_damaged_image_raises_one_type_of_error(tmp_path, data):
+    (tmp_path / "x.png").write_bytes(data)
     with pytest.raises(UnreadableImage):
         read_image(tmp_path / "x.png")
 
 
-def test_a_small_file_that_claims_a_huge_image_is_refused_at_once(tmp_path):
+def test_a_small_file_that_claims_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
-    start = time.monotonic()
+    monkeypatch.setattr(Image.Image, "load", None)  # whoever decodes, fails otherwise
     images.limit_pixels(178e6)
     with pytest.raises(UnreadableImage, match=r"20000x10000 px.*--max_megapixels"):
         read_image(tmp_path / "bomb.png")
-    assert time.monotonic() - start < 1
 
 
 def test_the_limit_of_pixels_can_be_lowered_and_raised(tmp_path):
@@ -337,14 +304,6 @@ def test_the_limit_of_pixels_can_be_lowered_and_raised(tmp_path):
     assert Image.MAX_IMAGE_PIXELS is None
 
 
-def test_postscript_named_as_an_image_reaches_no_interpreter(tmp_path):
-    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    with pytest.raises(UnreadableImage, match="cannot identify"):
-        read_image(tmp_path / "x.jpg")
-    noise_image(0).save(tmp_path / "gif.png", "GIF")  # mislabelled, but an image
-    assert read_image(tmp_path / "gif.png").size == (20, 18)
-
-
 def test_bad_images_are_named_once_and_stop_above_five_percent(tmp_path, capsys):
     bad = BadImages(tmp_path / "trainA", 60)
     for i in (0, 0, 1, 2):
@@ -354,19 +313,15 @@ def test_bad_images_are_named_once_and_stop_above_five_percent(tmp_path, capsys)
     assert [line.count(f"{i}\\n.png (torn)") for i, line in enumerate(lines)] == [1, 1, 1]
     with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}/trainA: 4 .* 60 .* 5%"):
         bad.note(tmp_path / "3.png", "torn")
-    lenient = BadImages(tmp_path, 3)
-    lenient.note(tmp_path / "one.png", "a single one never stops")
+    small = BadImages(tmp_path, 3)
+    small.note(tmp_path / "one.png", "a single one never stops")
     with pytest.raises(InputError):
-        lenient.note(tmp_path / "two.png", "torn")
-
-
-def test_the_first_bad_image_stops_where_that_was_wanted(tmp_path, capsys):
+        small.note(tmp_path / "two.png", "torn")
     with pytest.raises(InputError, match=r"x\.png.*--on_bad_image"):
         BadImages(tmp_path, 100, "stop").note(tmp_path / "x.png", "torn")
-    assert capsys.readouterr().err == ""
 
 
-def test_headers_are_read_and_at_least_one_has_to_be_whole(tmp_path, capsys):
+def test_paths_with_a_readable_header_are_kept_and_at_least_one_is_needed(tmp_path, capsys):
     for i in range(3):
         noise_image(i).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"torn")
@@ -377,10 +332,10 @@ def test_headers_are_read_and_at_least_one_has_to_be_whole(tmp_path, capsys):
         BadImages(tmp_path, 1).readable([tmp_path / "1.png"])
 
 
-def test_images_are_loaded_one_by_one_and_bad_ones_left_out(tmp_path, capsys):
+def test_images_are_loaded_one_by_one_and_bad_ones_skipped(tmp_path, capsys):
     for i in range(3):
         noise_image(i).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])  # the header is whole, the pixels are not
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])  # a good header, but half of the pixels
     paths = list_images(tmp_path)
     loaded = dict(load_images(tmp_path, paths, (8, 6), 1, "skip"))
     assert list(loaded) == [paths[0], paths[2]]
@@ -390,12 +345,6 @@ def test_images_are_loaded_one_by_one_and_bad_ones_left_out(tmp_path, capsys):
         list(load_images(tmp_path, paths, None, 3, "stop"))
     with pytest.raises(InputError, match=re.escape(str(tmp_path))):
         list(load_images(tmp_path, [paths[1]], None, 3, "skip"))
-
-
-def encoded(kind, mode, size=(24, 24)):
-    buffer = io.BytesIO()
-    noise_image(1, size).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
 
 
 KINDS = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")]
@@ -416,10 +365,3 @@ def test_edited_images_are_read_or_called_unreadable(tmp_path, edits, kind):
     assert x.min() >= -1
     assert x.max() <= 1
     assert all(map(math.isfinite, x.flatten().tolist()))
-
-
-@pytest.mark.parametrize(("count", "channels", "columns"), [(6, 3, 3), (2, 3, 1), (4, 3, 4)])
-def test_cells_are_tiled_as_torchvision_does(count, channels, columns):
-    make_grid = pytest.importorskip("torchvision.utils").make_grid
-    cells = torch.randint(0, 256, (count, channels, 7, 5), dtype=torch.uint8)
-    assert torch.equal(images.tile_cells(cells, columns), make_grid(cells, nrow=columns, padding=2, pad_value=255))

@@ -37,7 +37,7 @@ from toolkit.metrics import (
     paired_table,
     psnr,
     score_by,
-    spikes_of,
+    record_spikes,
     ssim,
 )
 
@@ -157,10 +157,10 @@ def test_table_puts_the_baselines_beside_the_model():
     targets = [image(0), image(1)]
     inputs = [image(2), image(3)]
     table = paired_table(zip(targets, inputs, targets, strict=True), torch.stack(targets).double().mean(0))
-    assert list(table) == ["model", "copy", "mean picture"]
+    assert list(table) == ["model", "copy", "mean image"]
     assert table["model"]["PSNR"] == 100
     assert table["copy"]["PSNR"] == pytest.approx(paired_scores(inputs, targets)["PSNR"])
-    assert table["mean picture"]["PSNR"] > table["copy"]["PSNR"]
+    assert table["mean image"]["PSNR"] > table["copy"]["PSNR"]
     assert [line.split()[0] for line in format_table(table)] == ["L1", "model", "copy", "mean"]
 
 
@@ -170,7 +170,7 @@ def test_a_model_that_scores_below_the_mean_image_is_told_so():
     assert below_mean_image(table) == []
     assert below_mean_image({}) == []
     table["model"]["PSNR"] = 9.87654
-    table["mean picture"]["PSNR"] = 17.0
+    table["mean image"]["PSNR"] = 17.0
     assert below_mean_image(table) == [
         "PSNR 9.88 dB is below 17 dB, that of the mean image: it has not learnt this yet"
     ]
@@ -315,7 +315,7 @@ def test_a_loop_that_takes_long_shows_a_bar_that_goes_again(monkeypatch, capsys)
     x = held_out(0, "abc")
     measure_direction(torch.neg, torch.neg, x, x, ("cycle", "identity"))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(metrics, "PATIENCE", 0)
+    monkeypatch.setattr(metrics, "BAR_DELAY", 0)
     measure_direction(torch.neg, torch.neg, x, x, ("cycle", "identity"))
     shown = capsys.readouterr().err
     assert "translating" in shown
@@ -414,9 +414,6 @@ def call_of(name, nets):
         "generator_scores": lambda: metrics.generator_scores(
             nets["G_AB"], nets["G_BA"], reals["A"], reals["B"], ("cycle", "identity", "paired"), "fp32"
         ),
-        "describe_generator": lambda: metrics.describe_generator(
-            nets["G_AB"], nets["G_BA"], reals["A"], reals["B"], "fp32"
-        ),
         "count_macs": lambda: [count_macs(net, 16, 16) for net in nets.values()],
     }
     return calls[name]
@@ -426,7 +423,7 @@ def call_of(name, nets):
     "name",
     [
         *("all_losses", "mean_losses", "measure_nets", "measure_nets_bf16"),
-        *("generator_scores", "describe_generator", "count_macs"),
+        *("generator_scores", "count_macs"),
     ],
 )
 def test_a_measure_changes_nothing_about_the_networks(name):
@@ -493,7 +490,7 @@ def test_a_spike_is_how_much_of_a_map_its_farthest_pixel_is():
     stripes[..., :2] = -1  # 10 of 25 pixels
     farthest = 1.2 / (0.96**0.5 * 24**0.5)  # mean 0.2, variance 1 - 0.04
     net = Copies()
-    with spikes_of(net) as spikes:
+    with record_spikes(net) as spikes:
         net(torch.cat([one, stripes]))
         net(torch.zeros(1, 1, 5, 5))
         assert not net.head[0]._forward_hooks  # an image may have one bright pixel
@@ -504,7 +501,7 @@ def test_a_spike_is_how_much_of_a_map_its_farthest_pixel_is():
 
 
 @pytest.mark.parametrize("changes", [{"skips": True}, {"generator": "unet_vit"}, {"norm": "none"}])
-def test_spikes_of_both_generators_are_measured_on_held_out_images(changes, tiny_vits):
+def test_record_spikes_both_generators_are_measured_on_held_out_images(changes, tiny_vits):
     nets = tiny_networks(**changes)
     reals = {domain: {Path(domain): torch.rand(1, 3, 16, 16) * 2 - 1} for domain in "AB"}
     row = measure_nets(nets, reals, ("spike",), LossConfig(), "fp32")

@@ -1,4 +1,4 @@
-"""The notebook: plain to read off its file, and, slowly, run from top to bottom in a copy of the repository."""
+"""The notebook: rules that can be read off its file and, slowly, a run from top to bottom in a copy of the repository."""
 
 import ast
 import json
@@ -14,11 +14,11 @@ from PIL import Image
 
 import distill
 import prepare
-import test as test_stage
+import test as test_command
 import train
 
 ROOT = Path(train.__file__).parent
-STAGES = {"prepare": prepare, "train": train, "distill": distill, "test_stage": test_stage}
+COMMANDS = {"prepare": prepare, "train": train, "distill": distill, "test_command": test_command}
 nbformat = pytest.importorskip("nbformat", reason="nbformat is missing: pip install -r requirements-dev.txt")
 
 
@@ -28,47 +28,45 @@ def notebook():
 
 
 @pytest.fixture
-def trees(notebook):
-    """The code cells, parsed: they hold no magic commands, so that they are plain Python."""
-    return [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+def code(notebook):
+    """The sources of the code cells: plain Python without magic commands."""
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_the_notebook_is_valid_and_its_outputs_are_stripped(notebook):
+def test_the_notebook_is_valid_and_has_no_outputs(notebook):
     nbformat.validate(notebook)
     for cell in notebook.cells:
         left = cell.get("outputs") or cell.get("execution_count")
-        assert not left, "clear all outputs before the notebook is committed"
+        assert not left, "clear all outputs before you commit"
+    assert "https://colab.research.google.com/github" in notebook.cells[0].source
 
 
-def test_its_cells_are_short_and_define_no_logic(notebook, trees):
-    logic = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-    assert not [node for tree in trees for node in ast.walk(tree) if isinstance(node, logic)]
-    assert len(trees) <= 25
-    assert max(len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code") <= 15
+def test_its_cells_are_short_and_define_no_functions(code):
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    assert not [node for source in code for node in ast.walk(ast.parse(source)) if isinstance(node, definitions)]
+    assert len(code) <= 25
+    assert max(len(source.splitlines()) for source in code) <= 15
 
 
-def test_every_stage_is_called_with_flags_that_it_knows(trees):
-    names = {}
+def test_every_command_is_called_with_flags_that_it_knows(code, monkeypatch):
+    monkeypatch.chdir(ROOT)  # for @recipes/...
+    constants = {}
     called = set()
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in (node for source in code for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper():
-            names[node.targets[0].id] = evaluate(node.value, names)
+            constants[node.targets[0].id] = evaluate(node.value, constants)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "main":
-            STAGES[node.func.value.id].parse_args(evaluate(node.args[0], names))
+            COMMANDS[node.func.value.id].parse_args(evaluate(node.args[0], constants))
             called.add(node.func.value.id)
-    assert called == STAGES.keys()
+    assert called == COMMANDS.keys()
 
 
-def evaluate(expression, names):
-    """The value of a notebook's string or list; capital names stand for the strings assigned to them above."""
-    return eval(compile(ast.Expression(expression), "playground.ipynb", "eval"), {"__builtins__": {}}, names)
+def evaluate(expression, constants):
+    """The value of a string or list in which names stand for strings that were assigned before."""
+    return eval(compile(ast.Expression(expression), "playground.ipynb", "eval"), {"__builtins__": {}}, constants)
 
 
-def first_cell(notebook):
-    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-
-
-def test_the_first_cell_clones_and_installs_on_colab_only(notebook, tmp_path, monkeypatch):
+def test_the_first_cell_clones_and_installs_on_colab_only(code, tmp_path, monkeypatch):
     commands = []
 
     def pretend(words, check):
@@ -78,14 +76,13 @@ def test_the_first_cell_clones_and_installs_on_colab_only(notebook, tmp_path, mo
 
     monkeypatch.setattr(subprocess, "run", pretend)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    exec(first_cell(notebook), {})
+    exec(code[0], {})
     assert (commands, sys.path[0]) == ([], str(tmp_path))
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    with pytest.raises(SystemExit, match="REPOSITORY is empty: put the address"):
-        exec(first_cell(notebook), {})
+    with pytest.raises(SystemExit, match="REPOSITORY is empty: enter the address"):
+        exec(code[0], {})
     assert commands == []
-    edited = first_cell(notebook).replace('REPOSITORY = ""', 'REPOSITORY = "https://github.com/somebody/something"')
-    exec(edited, {})
+    exec(code[0].replace('REPOSITORY = ""', 'REPOSITORY = "https://github.com/somebody/something"'), {})
     assert [words[:2] for words in commands] == [["git", "clone"], [sys.executable, "-m"]]
     assert "https://github.com/somebody/something" in commands[0]
     assert sys.path[0] == str(Path.cwd()) == str(tmp_path / "cyclegan")
@@ -100,7 +97,7 @@ def test_the_linter_reads_the_notebook():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default:::jupyter_client", "default:::zmq", "default:::nbclient")
-def test_the_notebook_runs_from_a_fresh_clone_and_shows_what_it_promises(notebook, trees, tmp_path, monkeypatch):
+def test_the_notebook_runs_from_a_fresh_clone_and_its_networks_learn(notebook, code, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is missing: pip install -r requirements-dev.txt")
     pytest.importorskip("ipykernel", reason="ipykernel is missing: pip install -r requirements-dev.txt")
     copy = tmp_path / "copy"
@@ -109,12 +106,11 @@ def test_the_notebook_runs_from_a_fresh_clone_and_shows_what_it_promises(noteboo
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy / name)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    place = {"metadata": {"path": str(copy)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=place, coalesce_streams=True).execute()
-    texts = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    promised = [text for text in texts if isinstance(text, str) and re.fullmatch(r"generated_images/.+\.png", text)]
-    assert len(promised) > 10
-    for path in promised:
+    resources = {"metadata": {"path": str(copy)}}
+    nbclient.NotebookClient(notebook, timeout=3600, resources=resources, coalesce_streams=True).execute()
+    shown = {path for source in code for path in re.findall(r'"(generated_images/[^"]+\.png)"', source)}
+    assert len(shown) > 10
+    for path in shown:
         with Image.open(copy / path) as image:
             assert len(image.convert("RGB").getcolors(2**24)) > 50
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -122,7 +118,7 @@ def test_the_notebook_runs_from_a_fresh_clone_and_shows_what_it_promises(noteboo
     assert max(output.get("text", "").count("\n") for output in outputs) < 30  # progress bars overwrite themselves
     assert not [output for output in outputs if output.output_type == "error"]
     scores = json.loads((copy / "generated_images/playground/test/metrics.json").read_text())
-    for direction in ("AtoB", "BtoA"):  # better than the mean image, and each image its own
+    for direction in ("AtoB", "BtoA"):
         table = scores[direction]["paired"]
-        assert table["model"]["PSNR"] > table["mean picture"]["PSNR"] + 1
+        assert table["model"]["PSNR"] > table["mean image"]["PSNR"] + 1
         assert table["model"]["match@1"] > 0.8

@@ -44,11 +44,11 @@ def load_state(path: Path, command: str | None = None) -> dict:
     state = read_archive(path)
     if not isinstance(state, dict) or "format" not in state or "nets" not in state:
         raise InputError(f"{path}: holds no training state; expected a file that train.py or distill.py wrote")
-    if state["format"] != STATE_FORMAT:
+    if one_line(state["format"]) != str(STATE_FORMAT):
         raise InputError(
             f"{path}: format {one_line(state['format'])[:40]}, expected {STATE_FORMAT}; written by another version"
         )
-    if command and state.get("stage") != command:
+    if command and one_line(state.get("stage")) != command:
         raise InputError(f"{path}: a state of {one_line(state.get('stage'))[:40]}.py, expected one of {command}.py")
     return state
 

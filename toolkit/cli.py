@@ -41,19 +41,31 @@ class Parser(argparse.ArgumentParser):
         self.options: dict[str, argparse.Action] = {}  # those of add_options, by name
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            words = shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"argument file, {arg_line.strip()}: {error}")
+        self.refuse_removed(words)
+        return words
+
+    def refuse_removed(self, words: Sequence[str]) -> None:
+        """Refuse options of older versions, and say what replaces them."""
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag in REMOVED:
+                self.error(f"{flag} is no longer an option; use {REMOVED[flag]}")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # ty: ignore
         """Read the command line; args.given names the options that were given."""
-        for word in sys.argv[1:] if argv is None else argv:
-            flag = word.partition("=")[0]
-            if flag in REMOVED:
-                self.error(f"{flag} is no longer an option; use {REMOVED[flag]}")
+        self.refuse_removed(sys.argv[1:] if argv is None else argv)
         unset = object()
-        args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+        try:
+            args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+        except UnicodeDecodeError as error:
+            self.error(f"an argument file is not text ({error})")
         args.given = {name for name in self.options if getattr(args, name) is not unset}
         for name in self.options.keys() - args.given:
             setattr(args, name, copy.copy(self.options[name].default))
@@ -128,7 +140,7 @@ def number_type(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
         except ValueError:
             value = None
         if not in_range(value, **limits):
-            raise ValueError(f"given {text!r}, expected {noun} {range_in_words(**limits)}".rstrip())
+            raise ValueError(f"given {text!r}, expected {noun}, {range_in_words(**limits)}".rstrip(", "))
         return value
 
     return argument_type(parse)
@@ -174,6 +186,8 @@ def saved_args(
     """
     values = {}
     try:
+        if not isinstance(saved, dict):
+            raise TypeError("no names and values")
         for name, action in parser.options.items():
             if name not in skip:
                 values[name] = as_typed(action, saved[name]) if name in saved else copy.copy(action.default)
@@ -182,18 +196,30 @@ def saved_args(
         if num_epochs is not None and values.get("decay_epoch") == num_epochs // 2:
             values["decay_epoch"] = None  # the default: it changes with --num_epochs
     except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its flags cannot be read ({error}); use another checkpoint") from error
+        raise InputError(f"{path}: its flags cannot be read ({str(error)[:160]}); use another checkpoint") from error
     if newer and not quiet:
         say(f"{path}: older than {', '.join(newer)}; these have their defaults")
     return values
 
 
 def as_typed(action: argparse.Action, value: Any) -> Any:
-    """Return a saved value as the command line would give it: text becomes a path again."""
-    convert = action.type
-    if action.nargs in ("*", "+"):
+    """Return a saved value as the command line would give it: text becomes a path again.
+
+    raises: TypeError, ValueError or ArgumentTypeError for a value that it could not give
+    """
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"given {value!r}, expected true or false")
+        return value
+    convert = action.type if callable(action.type) else str
+    if action.nargs:
         return [convert(text) for text in value]
-    return convert(value) if isinstance(value, str) and callable(convert) else value
+    value = convert(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    if action.choices and value not in action.choices:
+        raise ValueError(f"given {value!r}, expected one of {', '.join(map(str, action.choices))}")
+    return value
 
 
 def resume_args(

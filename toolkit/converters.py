@@ -97,7 +97,7 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
         raise InputError(
             f"{found}: the junyanz layout cannot hold it; expected a resnet with deconv, no norm_output, skips or group norm"
         )
-    names = tensor_names(tensors.keys() - omitted, junyanz_convs(net))
+    names = tensor_names([name for name in tensors if name not in omitted], junyanz_convs(net))
     return {theirs: tensors[ours].detach().cpu().contiguous() for theirs, ours in names.items()}
 
 

@@ -197,7 +197,7 @@ def check_values(value: object) -> None:
     while waiting:
         x, level = waiting.pop()
         count += 1
-        if count > MOST_VALUES or level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
+        if level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
             raise ValueError("it contains more than a checkpoint does")
         inner = [*x.keys(), *x.values()] if isinstance(x, dict) else x
         if isinstance(inner, list | tuple | set):

@@ -318,9 +318,6 @@ def data_url(path: Path, most: tuple[int, int]) -> str:
         return ""
 
 
-data_address = data_url  # until toolkit/monitor.py says data_url
-
-
 def reduce_to_cell(x: Tensor) -> Tensor:
     """Resize (N, C, H, W) to at most LARGEST_CELL px a side."""
     factor = LARGEST_CELL / max(x.shape[-2:])

@@ -1,15 +1,13 @@
 """Find networks, and translate images and folders with them.
 
-nets, metadata = load_networks(None, "horse2zebra")
-translator = Translator(nets, metadata)
+networks, metadata = load_networks(None, "horse2zebra")
+translator = Translator(networks, metadata)
 photos = Path("photos")
 translate_folder(translator, Direction.named("AtoB"), photos, list_images(photos), output=Path("zebras"))
 """
 
 import dataclasses
-import hashlib
 import math
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,20 +42,20 @@ THREADS = 4  # that read and write images
 # Finding networks
 
 
-def check_together(nets: Networks, what: object, size: Sequence[int] | None = None) -> None:
+def check_together(networks: Networks, what: object, size: Sequence[int] | None = None) -> None:
     """Check that networks can process each other's images.
 
     what:   names the networks in messages
     size:   height and width of the training images in px, if known
     raises: InputError if their channels differ, or if the images are too small for one of them
     """
-    channels = {name: net.config.channels for name, net in nets.items()}
+    channels = {name: net.config.channels for name, net in networks.items()}
     if len(set(channels.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in channels.items())
         raise InputError(f"{what}: its networks differ in channels ({found}); expected networks of one run")
     if size is None:
         return
-    for name, net in nets.items():
+    for name, net in networks.items():
         config = net.config
         if isinstance(config, GeneratorConfig):
             fits = min(size) >= config.smallest_side
@@ -65,15 +63,6 @@ def check_together(nets: Networks, what: object, size: Sequence[int] | None = No
             fits = config.map_side(min(size)) >= 1
         if not fits:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
-
-
-def epoch_name(text: str) -> str:
-    """Accept the name of a checkpoint: latest, best, or the number of an epoch; else raise ValueError."""
-    if text in ("latest", "best"):
-        return text
-    if not text.isdecimal():
-        raise ValueError(f"given {text!r}, expected latest, best or the number of an epoch")
-    return str(int(text))
 
 
 def load_networks(
@@ -118,33 +107,33 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     files = {direction: path for direction, path in files.items() if path.is_file()}
     if epoch != "latest" or discriminators or not files:
         return load_run_state(folder, epoch)
-    nets: Networks = {}
+    networks: Networks = {}
     metadata = {}
     steps = set()
     for direction, path in files.items():
-        nets[direction.generator], metadata = load_generator(path)
+        networks[direction.generator], metadata = load_generator(path)
         if metadata["direction"] != str(direction):
             raise InputError(f"{path}: its metadata says {metadata['direction']}, its name {direction}; rename it")
         steps.add(str(metadata.get("step")))
     if len(steps) > 1 and (folder / "latest.pt").is_file():
         say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
         return load_run_state(folder, "latest")
-    check_together(nets, folder, metadata["size"])
-    return nets, metadata
+    check_together(networks, folder, metadata["size"])
+    return networks, metadata
 
 
 def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
     """Load all networks of a checkpoint, and metadata as load_run does."""
     state, path = load_checkpoint(folder, epoch, "--epoch")
-    nets = networks_of(state, path)
-    if not any(direction.generator in nets for direction in DIRECTIONS):
+    networks = networks_of(state, path)
+    if not any(direction.generator in networks for direction in DIRECTIONS):
         raise InputError(f"{path}: holds no generator; use another checkpoint")
     try:
         metadata = state_metadata(state)
     except (KeyError, TypeError, ValueError) as error:
         raise unusable(path, error) from error
-    check_together(nets, path, metadata["size"])
-    return nets, metadata
+    check_together(networks, path, metadata["size"])
+    return networks, metadata
 
 
 def state_metadata(state: dict) -> dict:
@@ -184,7 +173,7 @@ class LoadedImage:
 class Translator:
     """Networks in eval mode on a device, and the sizes at which images pass through them.
 
-    nets, metadata: as load_networks returns them
+    networks, metadata: as load_networks returns them
     scale:          "train": resize images to the training size, if it is known; "native": keep their own size
     tile:           translate larger images in overlapping tiles of so many px a side; None: whole
     output_size:    "input": resize results to the size of their image; "net": keep the size of the networks' output
@@ -193,7 +182,7 @@ class Translator:
 
     def __init__(
         self,
-        nets: Networks,
+        networks: Networks,
         metadata: dict,
         device: str = "auto",
         precision: str = "auto",
@@ -203,14 +192,14 @@ class Translator:
     ):
         self.device = devices.pick_device(device)
         self.precision = devices.pick_precision(precision, self.device)
-        self.nets = {name: net.eval().to(self.device) for name, net in nets.items()}
+        self.networks = {name: net.eval().to(self.device) for name, net in networks.items()}
         self.size = tuple(metadata["size"]) if metadata["size"] else None  # height and width of the training images
         self.scale = scale
         self.tile = tile
         self.output_size = output_size
         self.seconds = 0.0  # that the networks have taken so far
-        self.directions = [direction for direction in DIRECTIONS if direction.generator in nets]
-        self.configs = [nets[direction.generator].config for direction in self.directions]
+        self.directions = [direction for direction in DIRECTIONS if direction.generator in networks]
+        self.configs = [networks[direction.generator].config for direction in self.directions]
         self.channels = self.configs[0].channels
         self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators accept, in px
         if tile:
@@ -228,8 +217,8 @@ class Translator:
         """Return the generator of a direction and, if there is one, that of the way back."""
         if direction not in self.directions:
             present = ", ".join(map(str, self.directions))
-            raise InputError(f"these weights translate {present} only; choose that direction")
-        return self.nets[direction.generator], self.nets.get(direction.reverse.generator)
+            raise InputError(f"direction {direction}: these weights translate {present} only; choose that")
+        return self.networks[direction.generator], self.networks.get(direction.reverse.generator)
 
     @torch.no_grad()
     def __call__(self, net: Generator, images: Tensor) -> Tensor:
@@ -281,27 +270,15 @@ def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def unique_name(name: Path, taken: set[str]) -> Path:
-    """Add .png to a name, which is changed if it is too long or taken; adds the result to `taken`.
+    """Add .png to a name, and underscores while it is taken; adds the result to `taken`.
 
     taken: names in lower case, because some file systems do not distinguish a from A
     """
-    stem = name.name
-    candidate = name.with_name(f"{shorten_name(stem)}.png")
-    while str(candidate).lower() in taken:
-        stem += "_"
-        candidate = name.with_name(f"{shorten_name(stem)}.png")
-    taken.add(str(candidate).lower())
-    return candidate
-
-
-def shorten_name(stem: str, most: int = 251) -> str:
-    """Cut a name to so many bytes (with .png 255, the limit of file systems); it then ends in a checksum."""
-    if len(os.fsencode(stem)) <= most:
-        return stem
-    ending = "~" + hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]
-    while len(os.fsencode(stem + ending)) > most:
-        stem = stem[:-1]
-    return stem + ending
+    result = name.with_name(f"{name.name}.png")
+    while str(result).lower() in taken:
+        result = result.with_stem(f"{result.stem}_")
+    taken.add(str(result).lower())
+    return result
 
 
 def plan_results(
@@ -365,7 +342,7 @@ def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[L
 
 
 def translate_images(
-    translator: Translator, nets: Sequence[Generator], images: Iterable[LoadedImage], bad: BadImages
+    translator: Translator, generators: Sequence[Generator], images: Iterable[LoadedImage], bad: BadImages
 ) -> Iterator[tuple[LoadedImage, list[Tensor]]]:
     """Yield each image with the outputs of the networks, each of which gets the output of the one before.
 
@@ -377,7 +354,7 @@ def translate_images(
             continue
         x = torch.stack([image_to_tensor(image.network_input) for image in batch])
         outputs = []
-        for net in nets:
+        for net in generators:
             x = translator(net, x)
             outputs.append(x.cpu())
         for i, image in enumerate(batch):
@@ -405,8 +382,8 @@ def translate_folder(
     """
     gallery.refuse_inputs(output, paths)
     net, back = translator.generators(direction)
-    nets = [net, back] if back and round_trip else [net]
-    results = plan_results(direction, root, paths, len(nets) == 2, truths or {})
+    generators = [net, back] if back and round_trip else [net]
+    results = plan_results(direction, root, paths, len(generators) == 2, truths or {})
     existing = {path for path in paths if skip_existing and gallery.is_complete(output, results[path])}
     waiting = [path for path in paths if path not in existing]
     bad = BadImages(root, len(paths), on_bad)
@@ -424,7 +401,7 @@ def translate_folder(
         with ThreadPoolExecutor(THREADS) as pool:
             read = run_ahead(pool, translator.load, waiting)
             with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as images:
-                for _ in run_ahead(pool, write, translate_images(translator, nets, images, bad)):
+                for _ in run_ahead(pool, write, translate_images(translator, generators, images, bad)):
                     pass
     finally:  # also after Ctrl-C, so that the next test removes what this one wrote
         gallery.record(output, [file for path in written for file in results[path].files.values()])

@@ -61,9 +61,10 @@ class Meter:
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Restore a state. In old states, without "counts", every name has the same count."""
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.counts = dict(state.get("counts", dict.fromkeys(state["sums"], state["count"])))
-        self.count = state["count"]
+        counts = state.get("counts", dict.fromkeys(state["sums"], state["count"]))
+        self.sums = {name: value.to(device).reshape(()) for name, value in state["sums"].items()}
+        self.counts = {name: int(counts[name]) for name in self.sums}
+        self.count = int(state["count"])
 
 
 class CsvLog:

@@ -26,7 +26,7 @@ from toolkit.distributed import first_rank
 from toolkit.files import attempt
 from toolkit.images import (
     UnreadableImage,
-    data_address,
+    data_url,
     draw_grid,
     image_to_tensor,
     list_images,
@@ -257,7 +257,7 @@ def embed_image(folder: Path, path: Path) -> tuple[str, str, str]:
     The pixels are embedded so that the page also shows in notebooks and mails.
     """
     address = quote(os.fsencode(path.relative_to(folder).as_posix()))
-    return address, data_address(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)
+    return address, data_url(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)
 
 
 def sample_grids(folder: Path) -> dict[int, Path]:
@@ -379,8 +379,6 @@ class Monitor:
         facts += f"; written {time.strftime('%H:%M:%S')}"
         self.write_index(facts, min(1.0, done / total))
         self.clock.next_page = started + max(PAGE_SECONDS, (time.monotonic() - started) / PAGE_FRACTION)
-
-    show = write_page
 
     def write_index(self, facts: str, fraction: float) -> None:
         """Write index.html: newest grid, loss curves, measures, earlier grids, watched photos.

@@ -1,9 +1,9 @@
-"""A large image in tiles: where they lie, how they blend, and how they share the statistics of their normalisations.
+"""Translate a large image in overlapping tiles that share the statistics of their normalisation layers.
 
-fake = translate_tiled(net, net, images, 512)  # (N, C, H, W) → the same shape
+fake = translate_tiled(net, net, image, tile=512)  # (1, C, H, W) → the same shape
 
-Tiles save memory, not time: an instance or group norm looks at the whole image, of which a part therefore passes the network
-before any tile is translated.
+Tiles save memory, not time. An instance or group norm computes its statistics over the whole image, so these are
+estimated first, on patches from all over the image.
 """
 
 import math
@@ -18,162 +18,37 @@ from tqdm import tqdm
 
 from models import Generator, GeneratorConfig
 
-OVERLAP = 8  # tiles overlap by this part of their side
-PIECES = 4  # pieces along the side of a tile, at most, in the batches that statistics are taken from
-PATIENCE = 3.0  # seconds before a progress bar appears
-Norm = nn.InstanceNorm2d | nn.GroupNorm  # whose statistics are those of an image
+OVERLAP = 8  # tiles overlap by this fraction of their side
+PATCHES = 4  # patches along the side of a tile, at most
+BAR_DELAY = 3.0  # seconds before a progress bar appears
+Norm = nn.InstanceNorm2d | nn.GroupNorm  # layers with statistics of one image
+
+Tile = tuple[slice, slice]  # rows and columns
 
 
-# ---------------------------------------------------------------------------------------------
-# Where tiles lie, and how they blend
+def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
+    """Translate an image (1, C, H, W) in tiles of `tile` px a side, normalised by shared statistics.
 
+    translate: runs `net` on a batch
 
-def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
-    """Where tiles lie along a side: evenly, no longer than need be, so that they overlap by at least so many px.
-
-    step: their starts are multiples of it, so that the halvings of a tile fall where those of the whole image do;
-          the last one can be longer than `tile` by less than a step
-    """
-    if length <= tile:
-        return [slice(0, length)]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    least = max(4, 2 * step)  # that a generator takes
-    side = min(tile, max(least, math.ceil((length + (count - 1) * (overlap + step)) / count)))
-    starts = [i * (length - side) // (count - 1) // step * step for i in range(count)]
-    return [*(slice(start, start + side) for start in starts[:-1]), slice(starts[-1], length)]
-
-
-def tiles_of(images: Tensor, tile: int, overlap: int, step: int = 1) -> list[tuple[slice, slice]]:
-    """Rows and columns of the tiles that cover (N, C, H, W)."""
-    rows = tile_spans(images.shape[2], tile, overlap, step)
-    columns = tile_spans(images.shape[3], tile, overlap, step)
-    return [(across, down) for across in rows for down in columns]
-
-
-def fade(length: int, overlap: int) -> Tensor:
-    """Weight of a tile along one of its sides: a line from 0 to 1 over the middle half of where tiles overlap."""
-    edge = torch.arange(length) + 0.5  # the outermost pixels saw padding: they count where no other does
-    return (torch.minimum(edge, edge.flip(0)) - overlap / 4).div(max(1, overlap / 2)).clamp(1e-3, 1)
-
-
-def blend_tiles(translate: Callable, images: Tensor, spans: Sequence[tuple[slice, slice]], overlap: int) -> Tensor:
-    """Translate (N, C, H, W) tile by tile, which overlap by so many px, and let each fade out towards its edges."""
-    blended = torch.zeros_like(images)
-    total = torch.zeros(images.shape[-2:])
-    for rows, columns in spans:
-        part = images[..., rows, columns]
-        window = torch.outer(fade(part.shape[2], overlap), fade(part.shape[3], overlap))
-        blended[..., rows, columns] += window * translate(part).cpu()
-        total[rows, columns] += window
-    return blended.div_(total)
-
-
-def scattered_pieces(image: Tensor, piece: int, most: int, step: int) -> list[Tensor]:
-    """Cut every second piece out of (1, C, H, W), as on a chess board, in batches of at most `most` from all over it.
-
-    returns: (N, C, height, width) each, of equal height and width, about `piece` px
-    """
-    rows = tile_spans(image.shape[2], piece, 0, step)
-    columns = tile_spans(image.shape[3], piece, 0, step)
-    height = min(span.stop - span.start for span in rows)
-    width = min(span.stop - span.start for span in columns)
-    corners = [(row.start, column.start) for row in rows for column in columns]
-    fields = [(i + j) % 2 for i in range(len(rows)) for j in range(len(columns))]
-    chosen = [corner for corner, field in zip(corners, fields, strict=True) if field == 0]
-    random.Random(0).shuffle(chosen)  # in order, every n-th could come from one column
-    batches = []
-    for i in range(math.ceil(len(chosen) / most)):
-        some = chosen[i :: math.ceil(len(chosen) / most)]
-        batches.append(torch.cat([image[..., y : y + height, x : x + width] for y, x in some]))
-    return batches
-
-
-# ---------------------------------------------------------------------------------------------
-# Statistics that all tiles share
-
-
-class AllSeen(Exception):
-    """Raised when each normalisation has seen a batch; what the network would still compute tells nothing new."""
-
-
-class Statistics:
-    """Mean and mean square in front of each norm of a network, of each channel or group, over all pieces of one image."""
-
-    def __init__(self, norms: Sequence[Norm]):
-        self.norms = norms
-        self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), weighted by the number of pieces
-        self.pieces = 0
-        self.waiting: set[nn.Module] = set()  # norms that this batch has not reached
-
-    def take(self, translate: Callable, batch: Tensor) -> None:
-        """Add the statistics of a batch of pieces (N, C, H, W), which are normalised together."""
-        self.waiting = set(self.norms)
-        self.pieces += len(batch)
-        with replaced_forward(self.norms, self._collect), suppress(AllSeen):
-            translate(batch)
-
-    def _collect(self, module: Norm, x: Tensor) -> Tensor:
-        one = torch.ones(x.shape[1], device=x.device)  # in float32, so that the statistics are, too
-        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], groups_of(module))
-        maps = x.contiguous() if x.is_cpu else x.contiguous().float()  # only a CPU takes weights of another precision
-        # of what torch has for this the fastest on a CPU, by factors of 2 to 7; (N, groups) each
-        _, mean, rstd = torch.native_group_norm(maps, one, torch.zeros_like(one), *shape, module.eps)
-        squares = rstd.float().view(len(x), -1).pow(-2) - module.eps + mean.float().view(len(x), -1).square()
-        moments = torch.stack([mean.float().view(len(x), -1).sum(0), squares.sum(0)])
-        self.sums[module] = self.sums[module].add_(moments) if module in self.sums else moments
-        self.waiting.discard(module)
-        if not self.waiting:
-            raise AllSeen
-        return normalised(module, x, moments / len(x))
-
-    def normalise(self, module: Norm, x: Tensor) -> Tensor:
-        """In place of a norm's own forward: use the statistics of all pieces."""
-        return normalised(module, x, self.sums[module] / self.pieces)
-
-
-def groups_of(module: Norm) -> int:
-    """How many groups of channels a norm has; each channel is one for an instance norm."""
-    return module.num_groups if isinstance(module, nn.GroupNorm) else module.num_features
-
-
-def normalised(module: Norm, x: Tensor, moments: Tensor) -> Tensor:
-    """Normalise (N, C, H, W) by the mean and mean square of each channel or group, (2, C or groups)."""
-    mean, square = moments.repeat_interleave(x.shape[1] // groups_of(module), dim=1)
-    var = (square - mean.square()).clamp(min=0)
-    return F.batch_norm(x, mean, var, module.weight, module.bias, eps=module.eps)
-
-
-@contextmanager
-def replaced_forward(modules: Sequence[nn.Module], forward: Callable) -> Iterator[None]:
-    """Let forward(module, x) stand in for the modules' own forward, while the block lasts."""
-    for module in modules:
-        module.forward = lambda x, module=module: forward(module, x)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def translate_tiled(net: Generator, translate: Callable, image: Tensor, tile: int) -> Tensor:
-    """Translate (1, C, H, W) in tiles that all share the statistics of their norms, so that none stands out.
-
-    A first pass takes mean and variance, from small pieces: a batch of them has the pixels of one tile, but comes from
-    all over the image, and is normalised as one. So each layer sees nearly what it would see of the whole image,
-    where a tile of sky alone would be normalised as if all were sky. The second pass translates.
+    If each tile had its own statistics, one that shows only sky would be normalised as if everything were sky. A first
+    pass therefore estimates them from patches. A batch of patches has as many pixels as one tile, but comes from all
+    over the image and is normalised as one, so each layer sees nearly what it would see of the whole image.
     """
     if max(image.shape[-2:]) <= tile:
         return translate(image)
     norms = [module for module in net.modules() if isinstance(module, Norm)]
     step = 2**net.config.downsamplings
-    piece = max(tile // PIECES, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
-    batches = scattered_pieces(image, piece, (tile // piece) ** 2, step) if norms else []
     overlap = tile // OVERLAP
-    spans = tiles_of(image, tile, overlap, step)
-    statistics = Statistics(norms)
-    with tqdm(desc="tiles", total=len(batches) + len(spans), unit="tile", leave=False, delay=PATIENCE) as bar:
+    tiles = find_tiles(image, tile, overlap, step)
+    batches = []
+    if norms:
+        side = max(tile // PATCHES, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
+        batches = sample_patches(image, side, (tile // side) ** 2, step)
+    statistics = SharedStatistics(norms)
+    with tqdm(desc="tiles", total=len(batches) + len(tiles), unit="tile", leave=False, delay=BAR_DELAY) as bar:
         for batch in batches:
-            statistics.take(translate, batch)
+            statistics.add(translate, batch)
             bar.update()
 
         def translate_and_count(part: Tensor) -> Tensor:
@@ -182,24 +57,158 @@ def translate_tiled(net: Generator, translate: Callable, image: Tensor, tile: in
             return output
 
         with replaced_forward(norms, statistics.normalise):
-            return blend_tiles(translate_and_count, image, spans, overlap)
+            return blend_tiles(translate_and_count, image, tiles, overlap)
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions of tiles, and blending
+
+
+def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
+    """Divide a side into evenly spaced tiles, no longer than needed, that overlap by at least `overlap` px.
+
+    step: tiles start at multiples of it, so that downsampling samples the same pixels as in the whole image; the last
+          tile can be longer than `tile` by less than a step
+    """
+    if length <= tile:
+        return [slice(0, length)]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    shortest = max(4, 2 * step)  # that a generator accepts
+    side = min(tile, max(shortest, math.ceil((length + (count - 1) * (overlap + step)) / count)))
+    starts = [i * (length - side) // (count - 1) // step * step for i in range(count)]
+    return [*(slice(start, start + side) for start in starts[:-1]), slice(starts[-1], length)]
+
+
+def find_tiles(images: Tensor, tile: int, overlap: int, step: int = 1) -> list[Tile]:
+    """Divide images (N, C, H, W) into tiles, as tile_spans does for each side."""
+    rows = tile_spans(images.shape[2], tile, overlap, step)
+    columns = tile_spans(images.shape[3], tile, overlap, step)
+    return [(row, column) for row in rows for column in columns]
+
+
+def fade(length: int, overlap: int) -> Tensor:
+    """Return the weights along the side of a tile: from 0 to 1 over the middle half of the overlap."""
+    edge = torch.arange(length) + 0.5
+    # never 0: the outermost pixels saw padding, and only count where there is no other tile
+    return (torch.minimum(edge, edge.flip(0)) - overlap / 4).div(max(1, overlap / 2)).clamp(1e-3, 1)
+
+
+def blend_tiles(translate: Callable, images: Tensor, tiles: Sequence[Tile], overlap: int) -> Tensor:
+    """Translate images (N, C, H, W) tile by tile, and blend the tiles where they overlap."""
+    blended = torch.zeros_like(images)
+    total = torch.zeros(images.shape[-2:])
+    for rows, columns in tiles:
+        part = images[..., rows, columns]
+        weights = torch.outer(fade(part.shape[2], overlap), fade(part.shape[3], overlap))
+        blended[..., rows, columns] += weights * translate(part).cpu()
+        total[rows, columns] += weights
+    return blended.div_(total)
+
+
+def sample_patches(image: Tensor, side: int, batch_size: int, step: int) -> list[Tensor]:
+    """Cut every second patch out of an image (1, C, H, W), like the black squares of a chessboard.
+
+    returns: batches of at most `batch_size` patches from all over the image, (N, C, height, width), all of one size of
+             about `side` px
+    """
+    rows = tile_spans(image.shape[2], side, 0, step)
+    columns = tile_spans(image.shape[3], side, 0, step)
+    height = min(span.stop - span.start for span in rows)
+    width = min(span.stop - span.start for span in columns)
+    corners = []
+    for i, row in enumerate(rows):
+        corners += [(row.start, column.start) for j, column in enumerate(columns) if (i + j) % 2 == 0]
+    random.Random(0).shuffle(corners)  # in order, every n-th patch could be from the same column
+    count = math.ceil(len(corners) / batch_size)
+    batches = []
+    for i in range(count):
+        batches.append(torch.cat([image[..., y : y + height, x : x + width] for y, x in corners[i::count]]))
+    return batches
 
 
 def receptive_field(config: GeneratorConfig) -> float:
-    """Side of the square of input px on which an output pixel depends, at most, but for the normalisation layers."""
+    """Return the side in px of the square of the input that one output pixel depends on, without normalisation layers."""
     if config.generator == "unet_vit":
-        return math.inf  # attention looks everywhere
+        return math.inf  # attention sees everything
     sides = []
-    for pixel in range(2**config.n_downsampling):  # the side varies with the pixel's place on the grid of the halvings
+    for pixel in range(2**config.n_downsampling):  # depends on the position relative to the downsampling
         first = pixel - 3  # the head's 7x7 convolution
         last = pixel + 3
-        for _ in range(config.n_downsampling):  # upwards: which pixels of the smaller map these depend on
+        for _ in range(config.n_downsampling):  # upsampling layers, backwards
             first = (first if config.upsample == "deconv" else first - 1) // 2
             last = (last + 1) // 2
-        first -= 2 * config.num_residual  # two 3x3 convolutions each
+        first -= 2 * config.num_residual  # two 3x3 convolutions per block
         last += 2 * config.num_residual
         for _ in range(config.n_downsampling):
             first = 2 * first - 1
             last = 2 * last + 1
         sides.append(last - first + 7)  # the stem's 7x7 convolution
     return max(sides)
+
+
+# ---------------------------------------------------------------------------------------------
+# Shared statistics
+
+
+class AllNormsReached(Exception):
+    """Raised when a batch has passed the last norm: what the network would still compute is not needed."""
+
+
+class SharedStatistics:
+    """Mean and mean square of the inputs of each norm, per channel or group, over all patches of an image."""
+
+    def __init__(self, norms: Sequence[Norm]):
+        self.norms = norms
+        self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), over the patches
+        self.patches = 0
+        self.waiting: set[nn.Module] = set()  # norms that the present batch has not reached
+
+    def add(self, translate: Callable, batch: Tensor) -> None:
+        """Add the statistics of a batch of patches (N, C, H, W), which are normalised as one image."""
+        self.waiting = set(self.norms)
+        self.patches += len(batch)
+        with replaced_forward(self.norms, self._collect), suppress(AllNormsReached):
+            translate(batch)
+
+    def _collect(self, norm: Norm, x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[1], device=x.device)  # float32, so that the statistics are float32 too
+        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], group_count(norm))
+        maps = x.contiguous() if x.is_cpu else x.contiguous().float()  # only a CPU accepts weights of another precision
+        # 2 to 7 times as fast as other ways on a CPU; mean and rstd are (N, groups)
+        _, mean, rstd = torch.native_group_norm(maps, ones, torch.zeros_like(ones), *shape, norm.eps)
+        mean = mean.float().view(len(x), -1)
+        squares = rstd.float().view(len(x), -1).pow(-2) - norm.eps + mean.square()
+        moments = torch.stack([mean.sum(0), squares.sum(0)])
+        self.sums[norm] = self.sums[norm].add_(moments) if norm in self.sums else moments
+        self.waiting.discard(norm)
+        if not self.waiting:
+            raise AllNormsReached
+        return normalise_by(norm, x, moments / len(x))
+
+    def normalise(self, norm: Norm, x: Tensor) -> Tensor:
+        """Replace a norm's forward: normalise by the statistics of all patches."""
+        return normalise_by(norm, x, self.sums[norm] / self.patches)
+
+
+def group_count(norm: Norm) -> int:
+    """Return the number of groups of channels; each channel of an instance norm is one."""
+    return norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+
+
+def normalise_by(norm: Norm, x: Tensor, moments: Tensor) -> Tensor:
+    """Normalise (N, C, H, W) by the mean and mean square of each channel or group, (2, C or groups)."""
+    mean, square = moments.repeat_interleave(x.shape[1] // group_count(norm), dim=1)
+    var = (square - mean.square()).clamp(min=0)
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+
+
+@contextmanager
+def replaced_forward(modules: Sequence[nn.Module], forward: Callable) -> Iterator[None]:
+    """Call forward(module, x) in place of the forward methods of modules within the block."""
+    for module in modules:
+        module.forward = lambda x, module=module: forward(module, x)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,23 +1,23 @@
-// The camera: its frames, mirrored, through the network one at a time, and the last two seconds of both.
+// The camera: mirrors its frames, translates them one at a time, and keeps the last two seconds of both.
 
 import { draw } from "./images.js";
 
 const KEPT = 2000; // ms of frames that can be saved
-const FILM_HEIGHT = 256; // px, about: players show smaller films as stamps
-const LAST = 100; // ms for which a film shows its last frame
-const FORMATS = ["video/webm;codecs=vp8", "video/webm", "video/mp4"]; // the lightest first; the last for Safari
+const FILM_HEIGHT = 256; // px, approximately; smaller films are tiny in players
+const LAST = 100; // ms that a film shows its last frame
+const FORMATS = ["video/webm;codecs=vp8", "video/webm", "video/mp4"]; // the fastest first; the last for Safari
 const REASONS = {
-  NotAllowedError: "the camera was refused; allow it beside the address of this page, and start it again",
-  NotFoundError: "no camera was found; connect one, and start it again",
-  NotReadableError: "the camera does not answer; close what else uses it, and start it again",
+  NotAllowedError: "the camera was refused; allow it in the address bar and start it again",
+  NotFoundError: "no camera was found; connect one and start it again",
+  NotReadableError: "the camera does not respond; close what else uses it and start it again",
 };
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, Math.max(0, ms)));
 
-/** Open the camera into a video element; throws a sentence for the visitor. */
+/** Show the camera in a video element; throws an error with a message for the visitor. */
 async function openCamera(video) {
   if (!navigator.mediaDevices) {
-    throw new Error("a browser shows its camera only to pages of this machine (127.0.0.1) and of https; open the page there");
+    throw new Error("browsers allow the camera only on https pages and on 127.0.0.1; open this page there");
   }
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { width: 640, facingMode: "user" }, audio: false });
@@ -30,19 +30,19 @@ async function openCamera(video) {
 export class Camera {
   /**
    * before, after: canvases for a frame and its translation
-   * translate:     async (ImageData, that may be overwritten) → {data, width, height, ...}
-   * size:          () → {width, height} in px at which the network sees the next frame
-   * onFrame:       called after each, with what translate gave and with frames per second
-   * onEnd:         called with an error where the camera or the network stops by itself
+   * translate:     async (ImageData, which may be overwritten) → {data, width, height, ...}
+   * size:          () → {width, height} in px: the network's input size for the next frame
+   * onFrame:       called after each frame with the result of translate and the frames per second
+   * onEnd:         called with an error when the camera or the network fails
    */
   constructor({ before, after, translate, size, onFrame, onEnd }) {
     Object.assign(this, { before, after, translate, size, onFrame, onEnd });
     this.small = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-    this.frames = []; // {time, seen, made}: of the last two seconds
+    this.frames = []; // {time, seen, made} of the last two seconds: each frame and its translation
     this.on = false;
-    this.busy = false; // with the one frame in flight
-    this.filming = false; // no new frame is translated meanwhile
-    this.fresh = false; // has the camera a frame that was not translated yet?
+    this.busy = false; // a frame is being translated
+    this.filming = false; // a film is being made; no new frames are translated
+    this.fresh = false; // the camera has a frame that was not translated yet
   }
 
   async start() {
@@ -57,7 +57,7 @@ export class Camera {
       this.next();
       wait();
     };
-    const wait = () => video.requestVideoFrameCallback?.(tick) ?? requestAnimationFrame(tick); // older Firefox has not the first
+    const wait = () => video.requestVideoFrameCallback?.(tick) ?? requestAnimationFrame(tick); // the fallback is for older Firefox
     wait();
   }
 
@@ -72,7 +72,7 @@ export class Camera {
     this.onEnd(error);
   }
 
-  /** The middle of the camera's image, mirrored, at the size of the network. */
+  /** Return the centre of the camera's image, mirrored, at the network's input size. */
   grab() {
     const { width, height } = this.size(), { videoWidth, videoHeight } = this.video, { canvas } = this.small;
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
@@ -83,7 +83,7 @@ export class Camera {
     return this.small.getImageData(0, 0, width, height);
   }
 
-  /** Translate the newest frame, unless one is under way or a film is made; then the next. */
+  /** Translate the newest frame, then the next, unless one is in progress or a film is being made. */
   async next() {
     if (this.busy || this.filming || !this.fresh || !this.on) return;
     this.busy = true;
@@ -110,13 +110,13 @@ export class Camera {
     while (time - this.frames[0].time > KEPT) this.frames.shift();
   }
 
-  /** Frames per second, over the last two. */
+  /** Return the frames per second over the last two seconds. */
   rate() {
     const first = this.frames[0].time, last = this.frames.at(-1).time;
     return last > first ? (1000 * (this.frames.length - 1)) / (last - first) : 0;
   }
 
-  /** Draw a frame and its translation beside each other. */
+  /** Draw a frame and its translation side by side. */
   static compose(context, { seen, made }, scale = 1) {
     const { width, height } = seen, canvas = context.canvas, one = new OffscreenCanvas(width, height);
     if (canvas.width !== 2 * width * scale) Object.assign(canvas, { width: 2 * width * scale, height: height * scale });
@@ -126,14 +126,14 @@ export class Camera {
     });
   }
 
-  /** The newest frame and its translation, beside each other, as a canvas. */
+  /** Return the newest frame and its translation side by side, as a canvas. */
   still() {
     const context = document.createElement("canvas").getContext("2d");
     Camera.compose(context, this.frames.at(-1));
     return context.canvas;
   }
 
-  /** The last two seconds as a film; it takes as long to make, and no new frame is translated meanwhile. */
+  /** Record the last two seconds as a film; takes two seconds, in which no new frames are translated. */
   async film() {
     const mimeType = FORMATS.find((format) => globalThis.MediaRecorder?.isTypeSupported(format));
     if (!mimeType) throw new Error("this browser cannot write films");
@@ -150,14 +150,14 @@ export class Camera {
       const [started, stopped] = ["start", "stop"].map((name) => new Promise((then) => recorder.addEventListener(name, then)));
       recorder.start();
       track.requestFrame();
-      await started; // what is drawn before is lost
+      await started; // frames drawn earlier are lost
       const start = performance.now();
       for (const frame of frames) {
         await sleep(frame.time - frames[0].time - (performance.now() - start));
         Camera.compose(context, frame, scale);
         track.requestFrame();
       }
-      await sleep(LAST); // else the last frame is lost
+      await sleep(LAST); // otherwise the last frame is lost
       recorder.stop();
       await stopped;
       return new Blob(parts, { type: mimeType.split(";")[0] });

@@ -1,18 +1,18 @@
-// Images: {data: bytes R G B A, width, height}. Resized as pillow does, whatever the browser.
+// Images are {data: RGBA bytes, width, height}. They are resized as Pillow does, in every browser.
 
-const MOST_PIXELS = 32e6; // of an image
+const MOST_PIXELS = 32e6; // per image
 
-/** Decode a file into a canvas, as the network will see it: over white, and grey for one channel. */
+/** Decode a file into a canvas as the network's input: transparency over white, grey for one channel. */
 export async function readImage(file, channels, canvas) {
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }); // as pillow: no colour profile applied
+    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }); // as Pillow: ignore colour profiles
   } catch {
     throw new Error(`${file.name}: no image that this browser can read; choose a PNG, JPEG or WebP file`);
   }
   const { width, height } = bitmap;
   if (width * height > MOST_PIXELS) {
-    throw new Error(`${file.name}: ${width}×${height} px are too large; choose one of ${MOST_PIXELS / 1e6} megapixels at most`);
+    throw new Error(`${file.name}: ${width}×${height} px are too large; choose one of at most ${MOST_PIXELS / 1e6} megapixels`);
   }
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -22,7 +22,7 @@ export async function readImage(file, channels, canvas) {
   bitmap.close();
   const image = context.getImageData(0, 0, width, height), { data } = image;
   for (let i = 0; channels === 1 && i < data.length; i += 4) {
-    data.fill((19595 * data[i] + 38470 * data[i + 1] + 7471 * data[i + 2] + 32768) >> 16, i, i + 3); // pillow's "L"
+    data.fill((19595 * data[i] + 38470 * data[i + 1] + 7471 * data[i + 2] + 32768) >> 16, i, i + 3); // Pillow's "L"
   }
   context.putImageData(image, 0, 0);
   return image;
@@ -36,7 +36,7 @@ function bicubic(x) {
 
 /** Resize the rows of an image to `length` px and swap its axes: (width, height) → (height, length). */
 function resizeRows({ data, width, height }, length) {
-  const scale = width / length, stretch = Math.max(scale, 1); // shrinking averages over all pixels, as pillow does
+  const scale = width / length, stretch = Math.max(scale, 1); // when shrinking, average over all pixels, as Pillow does
   const out = new Uint8ClampedArray(4 * height * length); // rounds and clamps
   for (let i = 0; i < length; i++) {
     const centre = (i + 0.5) * scale;
@@ -55,7 +55,7 @@ function resizeRows({ data, width, height }, length) {
   return { data: out, width: height, height: length };
 }
 
-/** Resize an image as pillow does, which made the images of the training; what browsers do differs among them. */
+/** Resize an image as Pillow does in training; the browsers' own resizing differs between them. */
 export function resize(image, width, height) {
   return resizeRows(resizeRows(image, width), height);
 }
@@ -66,7 +66,7 @@ export function draw(canvas, { data, width, height }) {
   canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
 }
 
-/** A canvas → a PNG. */
+/** Convert a canvas to a PNG. */
 export function toPng(canvas) {
   return new Promise((resolve) => canvas.toBlob(resolve));
 }

@@ -1,10 +1,10 @@
-// What export.py noted in a model file; onnxruntime-web does not show it.
+// Read the metadata that export.py writes into an ONNX file; onnxruntime-web does not expose it.
 
-/** Yield [number, bytes] of each field of a protobuf message that has a length; throws where the bytes are no message. */
+/** Yield [number, bytes] of each length-delimited field of a protobuf message; throws if the bytes are not one. */
 function* fields(bytes) {
   let at = 0;
   function number() {
-    for (let value = 0, scale = 1; at < bytes.length; scale *= 128) { // no shifts: a length may pass 2**31
+    for (let value = 0, scale = 1; at < bytes.length; scale *= 128) { // not with shifts: a length may exceed 2**31
       value += (bytes[at] & 127) * scale;
       if (bytes[at++] < 128) return value;
     }
@@ -20,24 +20,24 @@ function* fields(bytes) {
   }
 }
 
-/** Is it a height and a width, or null, as where the weights came from another project? */
+/** Whether `size` is [height, width], or null, as for weights of other projects. */
 function isSize(size) {
   return size === null || (size.length === 2 && size.every((side) => Number.isInteger(side) && side > 0 && side <= 4096));
 }
 
 /**
- * The metadata of a model that this page can use: field 14 of its message holds keys and values.
+ * Read and check the metadata of a model: field 14 of the ONNX message holds keys and values.
  *
  * model:   the bytes of an .onnx file
  * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), direction and run_name
- * throws:  what is wrong with the file
+ * throws:  an error that says what is wrong with the file
  */
 export function readFacts(model) {
   const facts = { channels: null, smallest_side: 64, size: null, direction: null, run_name: null };
   const text = (bytes) => new TextDecoder().decode(bytes);
   for (const [number, entry] of fields(model)) {
     const { 1: key, 2: value } = number === 14 ? Object.fromEntries(fields(entry)) : {};
-    if (text(key) in facts) facts[text(key)] = JSON.parse(text(value)); // what other tools note is left alone
+    if (text(key) in facts) facts[text(key)] = JSON.parse(text(value)); // keys of other tools are ignored
   }
   const { channels, size, smallest_side } = facts;
   if (channels === null) throw new Error("does not say its channels");

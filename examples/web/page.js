@@ -1,27 +1,27 @@
-// Translate the visitor's image, or camera, with a generator that export.py wrote; README.md says how to serve this page.
+// Translate the visitor's image or camera with a generator exported by export.py. README.md: how to serve this page.
 //
-// An image goes the way on which test.py sends it: turned as the camera was held, laid over white, resized to the size
-// that the network was trained at, to [-1, 1], through the network, back to bytes, to its own size.
+// Images are processed as in test.py: rotated by their EXIF orientation, transparency over white, resized to the
+// training size, scaled to [-1, 1], translated, converted back to bytes, and resized to their own size.
 
 import { Camera } from "./camera.js";
 import { draw, readImage, resize, toPng } from "./images.js";
 
-const MOST_PIXELS_WHOLE = 2 ** 18; // of an image that the network sees whole, since the file records no size
-const SIDES = [128, 192, 256]; // of camera frames, px, beside the size of the training
-const SAYS_EVERY = 500; // ms between two updates of the frames per second
+const MOST_PIXELS_WHOLE = 2 ** 18; // per image, if the model file records no training size
+const SIDES = [128, 192, 256]; // px, sizes of camera frames besides the training size
+const UPDATE_INTERVAL = 500; // ms between two updates of the frames per second
 
 const element = (id) => document.getElementById(id);
-const device = new URLSearchParams(location.search).get("device"); // "wasm" or "webgpu", even in software; else by itself
+const device = new URLSearchParams(location.search).get("device"); // "wasm", or "webgpu" even in software; null: chosen automatically
 let generator = null; // {name, facts}
-let spoken = 0; // when the frames per second were last shown
+let updated = 0; // when the frames per second were last shown
 
 // ---------------------------------------------------------------------------------------------
 // The worker that runs the network
 
 const worker = new Worker("worker.js", { type: "module" });
-const waiting = new Map(); // what becomes of an answer, by the id of its question
+const waiting = new Map(); // resolve and reject of each request, by id
 let asked = 0;
-let workerError = null; // why the worker does not run; it then answers nothing any more
+let workerError = null; // why the worker does not run; it then answers no requests
 
 worker.onmessage = ({ data: { id, error, ...result } }) => {
   const { resolve, reject } = waiting.get(id);
@@ -31,11 +31,11 @@ worker.onmessage = ({ data: { id, error, ...result } }) => {
 };
 
 worker.onerror = () => {
-  workerError = new Error("onnxruntime-web could not be loaded: run npm ci, and serve this folder, as README.md says");
+  workerError = new Error("onnxruntime-web could not be loaded: run npm ci and serve this folder as described in README.md");
   for (const { reject } of waiting.values()) reject(workerError);
 };
 
-/** Let the worker do something; transfer: buffers that go to it uncopied. */
+/** Send a request to the worker; transfer: buffers that are moved, not copied. */
 async function ask(task, what, transfer = []) {
   if (workerError) throw workerError;
   const id = asked++;
@@ -45,7 +45,7 @@ async function ask(task, what, transfer = []) {
   });
 }
 
-/** Translate an image at its size; its data are gone afterwards. Returns one, with device, threads and milliseconds. */
+/** Translate an image at its size, consuming its data. Returns an image with device, threads and milliseconds. */
 async function translate({ data, width, height }) {
   const { pixels, ...facts } = await ask("translate", { pixels: data, width, height }, [data.buffer]);
   return { data: pixels, width, height, ...facts };
@@ -54,16 +54,16 @@ async function translate({ data, width, height }) {
 // ---------------------------------------------------------------------------------------------
 // One image
 
-/** Translate the chosen image; returns what to tell the visitor. */
+/** Translate the chosen image; returns a message for the visitor. */
 async function translateImage() {
-  if (!generator) throw new Error("no generator yet: choose one that export.py wrote");
+  if (!generator) throw new Error("no generator yet: choose one exported with export.py");
   const { facts, name } = generator, [file] = element("image").files;
   if (!file) return "choose an image, or start the camera";
-  element("images").hidden = true; // lest an older answer passes for this one
+  element("images").hidden = true; // so that an older result is not mistaken for this one
   const image = await readImage(file, facts.channels, element("before"));
   const [height, width] = facts.size ?? [image.height, image.width];
   if (!facts.size && width * height > MOST_PIXELS_WHOLE) {
-    throw new Error(`${file.name}: too large for ${name}, which records no size; choose one of ${MOST_PIXELS_WHOLE} px at most`);
+    throw new Error(`${file.name}: too large for ${name}, which records no training size; choose one of at most ${MOST_PIXELS_WHOLE} px`);
   }
   let answer;
   try {
@@ -95,13 +95,13 @@ const camera = new Camera({
   },
 });
 
-/** Show what runs: frames per second, and where they are made. */
+/** Show the frames per second and the device. */
 function showLive({ device: where, threads, width, height }, rate) {
   element("images").hidden = false;
   element("one").hidden = true;
   element("live").hidden = false;
-  if (performance.now() - spoken < SAYS_EVERY) return;
-  spoken = performance.now();
+  if (performance.now() - updated < UPDATE_INTERVAL) return;
+  updated = performance.now();
   const words = [`${rate.toFixed(1)} frames a second`, `${width}×${height} px`, where];
   if (threads > 1) words.push(`${threads} threads`);
   if (threads === 1) words.push("one thread");
@@ -109,7 +109,7 @@ function showLive({ device: where, threads, width, height }, rate) {
   element("speed").textContent = words.join(", ");
 }
 
-/** Let button and images say whether the camera is on. */
+/** Update the button and the images when the camera is switched on or off. */
 function showCamera() {
   element("camera").textContent = camera.on ? "Stop the camera" : "Start the camera";
   element("live").hidden = true;
@@ -122,13 +122,13 @@ async function switchCamera() {
     showCamera();
     return "the camera is off";
   }
-  if (!generator) throw new Error("no generator yet: choose one that export.py wrote");
+  if (!generator) throw new Error("no generator yet: choose one exported with export.py");
   await camera.start();
   showCamera();
   return "the camera is on";
 }
 
-/** Offer the sizes of camera frames: that of the training, and others of its shape. */
+/** Offer sizes for camera frames: the training size, and others with the same aspect ratio. */
 function offerSides({ size, smallest_side: least }) {
   const [height, width] = size ?? [1, 1];
   const options = size ? [new Option(`${width}×${height} px, as trained`, JSON.stringify({ width, height }))] : [];
@@ -170,7 +170,7 @@ function say(words, isError = false) {
   element("message").textContent = words;
 }
 
-/** Carry out one thing at a time; its last words, or why it failed, go to the visitor. */
+/** Run one action at a time and show its message, or its error, to the visitor. */
 async function act(work) {
   for (const id of ["inputs", "still", "film"]) element(id).disabled = true;
   say("working …");
@@ -182,7 +182,7 @@ async function act(work) {
   for (const id of ["inputs", "still", "film"]) element(id).disabled = false;
 }
 
-/** Put a generator in the place of the one before, which stays if this is none, and say what it is. */
+/** Load a generator and describe it; if that fails, the one in use is kept. */
 async function load(name, buffer) {
   const { facts } = await ask("load", { name, buffer, device }, [buffer]);
   generator = { name, facts };
@@ -192,8 +192,8 @@ async function load(name, buffer) {
   offerSides(facts);
 }
 
-/** What is to be seen once there is a new generator. */
-function goOn() {
+/** Translate the chosen image with a new generator, unless the camera is on. */
+function refresh() {
   return camera.on ? "the camera is on" : translateImage();
 }
 
@@ -201,9 +201,9 @@ async function openModel(file) {
   try {
     await load(file.name, await file.arrayBuffer());
   } finally {
-    element("model").value = ""; // what is in use stands below; the same file may be chosen again
+    element("model").value = ""; // so that the same file can be chosen again; the one in use is shown below
   }
-  return goOn();
+  return refresh();
 }
 
 function openImage() {
@@ -212,11 +212,11 @@ function openImage() {
   return translateImage();
 }
 
-/** A file that was dropped is a model or an image, as its name says. */
+/** Open a dropped file: a model if it is named .onnx, otherwise an image. */
 function openDropped(file) {
   if (/\.onnx$/i.test(file.name)) return openModel(file);
   if (!file.type.startsWith("image/")) {
-    throw new Error(`${file.name}: neither an image nor a generator; drop an image, or an .onnx file that export.py wrote`);
+    throw new Error(`${file.name}: neither an image nor a generator; drop an image, or an .onnx file exported with export.py`);
   }
   const files = new DataTransfer();
   files.items.add(file);
@@ -239,7 +239,7 @@ for (const event of ["dragover", "dragleave", "drop"]) {
 }
 act(async () => {
   const response = await fetch("model.onnx");
-  if (!response.ok) throw new Error("there is no model.onnx beside this page: choose a generator that export.py wrote");
+  if (!response.ok) throw new Error("there is no model.onnx beside this page: choose a generator exported with export.py");
   await load("model.onnx", await response.arrayBuffer());
-  return goOn();
+  return refresh();
 });

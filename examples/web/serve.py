@@ -1,4 +1,4 @@
-"""Serve this folder to the browser of this machine, with the headers that let WebAssembly use threads.
+"""Serve this folder to browsers on this machine, with the headers that allow WebAssembly threads.
 
 python examples/web/serve.py
 python examples/web/serve.py 8080
@@ -11,15 +11,15 @@ from pathlib import Path
 
 PORT = 8000
 HEADERS = {
-    "Cross-Origin-Opener-Policy": "same-origin",  # these two isolate the page: else no shared memory, and so no threads
+    "Cross-Origin-Opener-Policy": "same-origin",  # these two isolate the page, which shared memory and so threads need
     "Cross-Origin-Embedder-Policy": "require-corp",
-    "Content-Security-Policy": "connect-src 'self'",  # of the worker too, which the page's own policy does not reach
-    "Cache-Control": "no-cache",  # a newly exported model.onnx counts at once
+    "Content-Security-Policy": "connect-src 'self'",  # also for the worker, to which the policy in the page does not apply
+    "Cache-Control": "no-cache",  # a newly exported model.onnx is used at once
 }
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files with the headers; their types do not depend on what this machine calls them."""
+    """Serves files with the headers above and fixed MIME types, independent of the machine's registry."""
 
     extensions_map = {  # noqa: RUF012  # as the class it extends declares it
         **http.server.SimpleHTTPRequestHandler.extensions_map,
@@ -34,11 +34,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_request(self, *words: object) -> None:
-        """Say nothing of what went well."""
+        """Do not log successful requests."""
 
 
 def make_server(port: int, folder: Path = Path(__file__).parent) -> http.server.ThreadingHTTPServer:
-    """Listen on this machine only; port 0: any free one."""
+    """Create a server that listens on this machine only; port 0: any free port."""
     handler = functools.partial(Handler, directory=str(folder))
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
 

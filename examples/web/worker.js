@@ -1,19 +1,19 @@
-// Run a generator beside the page, which so never freezes: on WebGPU where that gives what WebAssembly gives.
+// Run a generator in a worker, so that the page never freezes: on WebGPU if its outputs equal those of WebAssembly.
 //
 // The page sends {task: "load", name, buffer, device} or {task: "translate", pixels, width, height}, each with an id,
-// and gets {id, ...} back, or {id, error}. Pixels are bytes R G B A; their buffer travels to here and back, uncopied.
+// and gets {id, ...} back, or {id, error}. Pixels are RGBA bytes; their buffer is moved to here and back, not copied.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 import { readFacts } from "./model.js";
 
 const MOST_THREADS = 4;
-const TOLERANCE = 2 / 127.5; // between the answers of WebGPU and WebAssembly in [-1, 1]: two levels of 255
+const TOLERANCE = 2 / 127.5; // between the outputs of WebGPU and WebAssembly in [-1, 1]: two levels of 255
 ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
 
-let generator = null; // {facts, wasm: a session, gpu: a session or null, checked: sizes at which the two agreed}
-let values = new Float32Array(0); // the input of the network, used again from frame to frame
+let generator = null; // {facts, wasm: a session, gpu: a session or null, checked: sizes at which both agree}
+let values = new Float32Array(0); // the input of the network, reused for all frames
 
-/** WebGPU's own build of the runtime; null where there is no graphics card for it: in software it is slower than WebAssembly. */
+/** Load the WebGPU build of the runtime; null without a graphics card, since in software WebAssembly is faster. */
 async function loadGpuRuntime(device) {
   const adapter = device === "wasm" ? null : await navigator.gpu?.requestAdapter().catch(() => null);
   if (!adapter || (adapter.info?.isFallbackAdapter && device !== "webgpu")) return null;
@@ -22,11 +22,11 @@ async function loadGpuRuntime(device) {
   return runtime;
 }
 
-/** A session on WebGPU, or null where there is none or it refuses the model. */
+/** Open a session on WebGPU; null if there is no WebGPU or it rejects the model. */
 async function openOnGpu(buffer, device) {
   try {
     const runtime = await loadGpuRuntime(device);
-    const options = { executionProviders: ["webgpu"], logSeverityLevel: 3 }; // no warning that shapes stay on the CPU
+    const options = { executionProviders: ["webgpu"], logSeverityLevel: 3 }; // no warnings about shapes that are computed on the CPU
     return await runtime?.InferenceSession.create(buffer, options) ?? null;
   } catch (error) {
     console.warn(`WebGPU is not used: ${error.message}`);
@@ -34,7 +34,7 @@ async function openOnGpu(buffer, device) {
   }
 }
 
-/** Put a model in the place of the one before, which stays where the new one is none for this page. */
+/** Load a model and check that it runs; if that fails, the one in use is kept. */
 async function load({ name, buffer, device }) {
   let wasm = null;
   try {
@@ -50,21 +50,21 @@ async function load({ name, buffer, device }) {
     return { facts };
   } catch (error) {
     if (wasm && wasm !== generator?.wasm) await wasm.release();
-    throw new Error(`${name}: not a model for this page: ${error.message.split("\n")[0]}; choose a file that export.py wrote`);
+    throw new Error(`${name}: not a model for this page: ${error.message.split("\n")[0]}; choose a file exported with export.py`);
   }
 }
 
-/** (1, C, H, W) in [-1, 1] through a session → values of the same shape. */
+/** Run a session on values (1, C, H, W) in [-1, 1]; returns values of the same shape. */
 async function run(session, input, dims) {
   const tensor = new ort.Tensor("float32", input, dims);
   const output = (await session.run({ [session.inputNames[0]]: tensor }))[session.outputNames[0]];
   if (output.type !== "float32" || output.dims.join() !== dims.join()) {
-    throw new Error(`gives ${output.type} ${output.dims.join("×")} for float32 ${dims.join("×")}`);
+    throw new Error(`outputs ${output.type} ${output.dims.join("×")} for float32 ${dims.join("×")}`);
   }
   return output.data;
 }
 
-/** Run on WebGPU, or where it fails, or at a new size gives other answers, on WebAssembly, and then for good. */
+/** Run on WebGPU; if that fails, or its output differs at a new size, use WebAssembly from then on. */
 async function runWhereItWorks(input, dims) {
   const { gpu, wasm, checked } = generator;
   if (!gpu) return run(wasm, input, dims);
@@ -73,7 +73,7 @@ async function runWhereItWorks(input, dims) {
     if (checked.has(dims.join())) return output;
     const expected = await run(wasm, input, dims);
     if (!output.every((value, i) => Math.abs(value - expected[i]) <= TOLERANCE)) {
-      throw new Error("its answers differ from those of WebAssembly");
+      throw new Error("its outputs differ from those of WebAssembly");
     }
     checked.add(dims.join());
     return output;
@@ -84,7 +84,7 @@ async function runWhereItWorks(input, dims) {
   }
 }
 
-/** Bytes R G B A → planes in [-1, 1], into `values`; one channel: pillow's "L". */
+/** Write RGBA bytes into `values`, as planes in [-1, 1]; one channel: Pillow's "L". */
 function fillValues(pixels, channels) {
   const area = pixels.length / 4;
   if (values.length !== channels * area) values = new Float32Array(channels * area);
@@ -97,7 +97,7 @@ function fillValues(pixels, channels) {
   }
 }
 
-/** Planes in [-1, 1] → bytes R G B A, into `pixels`, which rounds and clamps. */
+/** Write planes in [-1, 1] into `pixels`, as RGBA bytes; the array rounds and clamps. */
 function fillPixels(pixels, output, channels) {
   const area = pixels.length / 4;
   for (let i = 0, at = 0; i < area; i++, at += 4) {
@@ -106,7 +106,7 @@ function fillPixels(pixels, output, channels) {
   }
 }
 
-/** Translate an image in its place; says also where that was done, and in how many milliseconds. */
+/** Translate an image in place; returns also the device, the threads and the milliseconds. */
 async function translate({ pixels, width, height }) {
   const { channels } = generator.facts, start = performance.now();
   fillValues(pixels, channels);
@@ -117,7 +117,7 @@ async function translate({ pixels, width, height }) {
 }
 
 const tasks = { load, translate };
-let queue = Promise.resolve(); // a session does one thing at a time
+let queue = Promise.resolve(); // a session runs one task at a time
 
 self.onmessage = ({ data: { id, task, ...what } }) => {
   queue = queue.then(async () => {

@@ -1,4 +1,4 @@
-"""scenes.py: the demo set stays as it is, so that figures compare."""
+"""The demo set never changes, so that figures compare."""
 
 import hashlib
 

@@ -1,0 +1,89 @@
+"""The options of a training run, as dataclasses from which the command line is generated."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cyclegan import LossConfig, OptimConfig
+from datasets import DataConfig
+from models import GENERATOR_PARTS, INITS, DiscriminatorConfig, GeneratorConfig
+from toolkit.devices import DeviceConfig
+from toolkit.executor import ExecutorConfig
+from toolkit.metrics import BEST_BY, MEASURES
+from utils import epoch_name, folder_name, option, some_of
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train."""
+
+    num_epochs: int = option(200, "epochs in total", least=1)
+    decay_epoch: int | None = option(
+        None, "from this epoch on the learning rate falls to 0 (default: half of --num_epochs)", least=0
+    )
+
+    @property
+    def first_decay_epoch(self) -> int:
+        """The epoch after which the learning rate falls."""
+        return self.num_epochs // 2 if self.decay_epoch is None else self.decay_epoch
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What the networks start from."""
+
+    init: str = option("normal", "initialisation of the weights", choices=INITS)
+    init_from: list[Path] = option([], "generators to start from, one for each direction", nargs="+", metavar="FILE")
+    freeze: list[str] = option(
+        [],
+        "parts that do not learn: parts of the generators, or D (default: none)",
+        parse=some_of((*GENERATOR_PARTS, "D")),
+        metavar=",".join((*GENERATOR_PARTS, "D")),
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, intervals and seed of a training run."""
+
+    start_from: str = option(
+        "0", "0: a new run; N: resume from epoch_N.pt; latest: resume from latest.pt", parse=epoch_name
+    )
+    run_name: str | None = option(
+        None, "folder in saved_models and generated_images (default: --dataset_name)", parse=folder_name
+    )
+    overwrite: bool = option(False, "delete an earlier run of this name")
+    dry_run: bool = option(False, "print the configuration, parameters, images and minutes, and start nothing")
+    sample_interval: int = option(200, "steps between sample grids; also after a minute and each epoch", least=1)
+    checkpoint_interval: int = option(10, "epochs between checkpoints that are kept", least=1)
+    keep_checkpoints: int = option(0, "keep only the newest N epoch_NNNN.pt; 0: all", least=0)
+    eval_interval: int = option(0, "epochs between evaluations on the val, else test images; 0: none", least=0)
+    eval_metrics: list[str] = option(
+        ["cycle", "identity"],
+        "measures of an evaluation, written to measures.csv (default: cycle,identity)",
+        parse=some_of(MEASURES),
+        metavar=",".join(MEASURES),
+    )
+    best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
+    save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)
+    watch: list[Path] = option([], "photos to translate after each epoch", nargs="*", metavar="PHOTO")
+    log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
+    seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
+    deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that the command line says about a training run."""
+
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    init: InitConfig
+    run: RunConfig
+    device: DeviceConfig
+    executor: ExecutorConfig
+    flags: dict  # all options as plain values, as they are saved
+    given: frozenset[str]  # names of the options on the command line
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)  # a distillation takes its networks from the teacher
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
