@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from datasets import PixelConfig
+from datasets import MAX_MEGAPIXELS
 from models import DIRECTIONS, Direction
 from toolkit import cli, images, metrics, process
 from toolkit.checkpoints import RUNS
@@ -61,13 +61,18 @@ class AppOptions:
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 admits the whole network")
     port: int = option(7860, "port to listen at", least=1, most=65535)
     max_mb: float = option(20.0, "largest file to upload, in MiB", above=0, most=10**4)
+    max_megapixels: float = MAX_MEGAPIXELS
+
+
+@dataclass(frozen=True)
+class AppConfig(AppOptions, DeviceConfig):
+    """All options of the app."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = cli.Parser(prog="app.py", description=__doc__)
     cli.add_options(parser, "app", AppOptions)
-    cli.add_options(parser, "image files", PixelConfig)
     cli.add_options(parser, "speed", DeviceConfig)
     return parser.parse_args(argv)
 
@@ -101,14 +106,14 @@ def load_translator(
 ) -> Translator:
     """Load networks as test.py does; `times` are those of their files, so that a run in training is loaded again."""
     networks, metadata = load_networks(weights, run_name)
-    metadata = {**metadata, "size": metadata["size"] or SIZE}
+    metadata["size"] = metadata["size"] or SIZE
     return Translator(networks, metadata, device, precision, scale, TILE if scale == "native" else None)
 
 
-def open_run(args: Namespace, run_name: str | None, scale: str = "train") -> Translator:
+def open_run(config: AppConfig, run_name: str | None, scale: str = "train") -> Translator:
     """Return the networks of --weights or of a run; scale: "train", or "native" for images at their own size."""
-    if args.weights:
-        paths = [args.weights]
+    if config.weights:
+        paths = [config.weights]
     elif run_name:
         try:
             paths = sorted((RUNS / folder_name(run_name)).glob("G_??.safetensors"))
@@ -117,7 +122,7 @@ def open_run(args: Namespace, run_name: str | None, scale: str = "train") -> Tra
     else:
         raise InputError(NO_RUN)
     times = tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
-    return load_translator(args.weights, run_name or "", args.device, args.precision, scale, times)
+    return load_translator(config.weights, run_name or "", config.device, config.precision, scale, times)
 
 
 def teacher_of(run_name: str, direction: Direction) -> str | None:
@@ -239,33 +244,33 @@ def in_page(function: Callable) -> Callable:
     return run
 
 
-def refresh(args: Namespace) -> list:
+def refresh(config: AppConfig) -> list:
     """Return the notice, which is hidden if there is a run, and the list of runs."""
     import gradio as gr
 
-    runs = [args.weights.name] if args.weights else find_runs()
+    runs = [config.weights.name] if config.weights else find_runs()
     notice = gr.Markdown(f"**{NO_RUN[0].upper()}{NO_RUN[1:]} this page.**", visible=not runs)
     return [notice, gr.Dropdown(runs, value=runs[0] if runs else None)]
 
 
-def translate_photo(args: Namespace, run_name: str | None, direction: str, scale: str, photo: str | None) -> list:
+def translate_photo(config: AppConfig, run_name: str | None, direction: str, scale: str, photo: str | None) -> list:
     """Return translation, round trip, before and after, and the translations of related runs."""
     import gradio as gr
 
-    translator = open_run(args, run_name, scale)
+    translator = open_run(config, run_name, scale)
     if not photo:
         raise InputError("no image given; drop one, or take a photo")
     chosen = Direction.named(direction)
     image, fake, rec = translate_file(translator, chosen, Path(photo))
-    names = related_runs(run_name, chosen) if run_name and not args.weights else []
-    translators = {name: open_run(args, name, scale) for name in names if len(names) > 1}
+    names = related_runs(run_name, chosen) if run_name and not config.weights else []
+    translators = {name: open_run(config, name, scale) for name in names if len(names) > 1}
     compared = compare_runs(translators, chosen, Path(photo))
     related = gr.update(value=compared, visible=bool(translators))  # a new Gallery would also write them as lossy WebP
     return [fake, rec, (image, fake), related]
 
 
 def translate_to_zip(
-    args: Namespace, folder: Path, run_name: str | None, direction: str, scale: str, paths: list[str] | None
+    config: AppConfig, folder: Path, run_name: str | None, direction: str, scale: str, paths: list[str] | None
 ) -> list:
     """Return a zip of many translations, and a list of the files that were left out.
 
@@ -276,7 +281,7 @@ def translate_to_zip(
     output = folder / secrets.token_urlsafe() / f"{direction}.zip"
     output.parent.mkdir()
     uploads = gr.Progress().tqdm([Path(path) for path in paths or []], unit="images")
-    errors = translate_batch(open_run(args, run_name, scale), Direction.named(direction), uploads, output)
+    errors = translate_batch(open_run(config, run_name, scale), Direction.named(direction), uploads, output)
     return [str(output), "\n".join(f"* left out: {one_line(error)}" for error in errors)]
 
 
@@ -284,11 +289,11 @@ def translate_to_zip(
 # The page
 
 
-def build_page(args: Namespace, folder: Path) -> Any:
+def build_page(config: AppConfig, folder: Path) -> Any:
     """Lay out the page and connect its buttons; folder: for the zips."""
     import gradio as gr
 
-    directions = open_run(args, None).directions if args.weights else DIRECTIONS
+    directions = open_run(config, None).directions if config.weights else DIRECTIONS
     choices = [(f"{direction.source} → {direction.target}", str(direction)) for direction in directions]
     scales = [("training size", "train"), ("own size", "native")]
     look: dict[str, Any] = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # PNG: lossless
@@ -303,7 +308,7 @@ def build_page(args: Namespace, folder: Path) -> Any:
             with gr.Row():
                 photo = gr.Image(height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
-                rec = gr.Image(label="round trip", interactive=False, visible=not args.weights, **look)
+                rec = gr.Image(label="round trip", interactive=False, visible=not config.weights, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
@@ -314,11 +319,11 @@ def build_page(args: Namespace, folder: Path) -> Any:
             zipped = gr.File(label="zip", interactive=False)
             errors = gr.Markdown()
         photo.preprocess = lambda upload: upload and upload.path  # ty: ignore  # gradio's own fails with a traceback
-        page.load(functools.partial(refresh, args), None, [notice, run], api_name="refresh")
+        page.load(functools.partial(refresh, config), None, [notice, run], api_name="refresh")
         alone: dict[str, Any] = {"concurrency_id": "networks", "concurrency_limit": 1}  # or times would include others
-        show = in_page(functools.partial(translate_photo, args))
+        show = in_page(functools.partial(translate_photo, config))
         button.click(show, [run, direction, scale, photo], [fake, rec, slider, related], api_name="show", **alone)
-        pack = in_page(functools.partial(translate_to_zip, args, folder))
+        pack = in_page(functools.partial(translate_to_zip, config, folder))
         zip_button.click(pack, [run, direction, scale, paths], [zipped, errors], api_name="pack", **alone)
     return page
 
@@ -359,18 +364,18 @@ def invitation(host: str, port: int) -> str:
 @process.command
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
-    args = parse_args(argv)
-    refuse_taken(args.host, args.port)
+    config = cli.config_of(AppConfig, parse_args(argv))
+    refuse_taken(config.host, config.port)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     need_package("gradio", "app.py", "pip install -r requirements-app.txt")
-    images.limit_pixels(1e6 * args.max_megapixels)
+    images.limit_pixels(1e6 * config.max_megapixels)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(args, Path(folder))
+        page = build_page(config, Path(folder))
         page.launch(
-            server_name=url_host(args.host),
-            server_port=args.port,
-            max_file_size=round(2**20 * args.max_mb),
+            server_name=url_host(config.host),
+            server_port=config.port,
+            max_file_size=round(2**20 * config.max_mb),
             share=False,
             ssr_mode=False,
             footer_links=[],
@@ -378,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
         )
-        say(invitation(args.host, args.port))
+        say(invitation(config.host, config.port))
         try:
             while True:
                 time.sleep(1)  # gradio's own wait would swallow Ctrl-C and SIGTERM

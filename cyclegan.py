@@ -41,14 +41,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam (section 4 of the paper), EMA weights, and the buffer of translated images."""
+    """Adam and its schedule (section 4 of the paper), EMA weights, and the buffer of translated images."""
 
+    num_epochs: int = option(200, "epochs in total", least=1)
+    decay_epoch: int | None = option(
+        None, "the learning rate falls to 0 from here on (default: half of --num_epochs)", least=0
+    )
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)
     beta1: float = option(0.5, "Adam's decay of the first moment", least=0, most=0.999999)
     beta2: float = option(0.999, "Adam's decay of the second moment", least=0, most=0.999999)
     ema: float = option(0.0, "decay of the generators' EMA weights, which are tested; 0: none", least=0, most=0.999999)
     buffer_size: int = option(50, "translated images kept to train each discriminator", least=0)
+
+    @property
+    def first_decay_epoch(self) -> int:
+        return self.num_epochs // 2 if self.decay_epoch is None else self.decay_epoch
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """Return the factor of the learning rates in an epoch, counted from 0."""
+        return linear_decay(epoch, self.num_epochs, self.first_decay_epoch)
 
 
 def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:

@@ -27,18 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cyclegan
-import datasets
 import models
 import train
-from cyclegan import CycleGAN, LossConfig, OptimConfig, Translation
-from datasets import DataConfig
+from cyclegan import CycleGAN, LossConfig, Translation
 from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS
-from toolkit.config import ScheduleConfig, TrainConfig
+from toolkit.config import TrainConfig
 from toolkit.images import limit_pixels
 from toolkit.inference import check_together
-from toolkit.monitor import distillation_rows
+from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
 from toolkit.weights import load_generator
 from utils import InputError, folder_name, in_range, is_folder_name, option, say
@@ -311,10 +309,8 @@ def choose_pairs(student: DistillationConfig, teacher_blocks: int) -> list[int]:
 
 def add_inherited_options(parser: cli.Parser, inherited_from: str = "") -> cli.Parser:
     """Declare the options that a distillation takes from its teacher unless they are given; returns the parser."""
-    cli.add_options(parser, "data", DataConfig, inherited_from)
-    cli.add_options(parser, "loss", LossConfig, inherited_from)
-    cli.add_options(parser, "optimiser", OptimConfig, inherited_from)
-    cli.add_options(parser, "schedule", ScheduleConfig, inherited_from)
+    for title, kind in train.SHARED_CONFIGS.items():
+        cli.add_options(parser, title, kind, inherited_from)
     return parser
 
 
@@ -323,7 +319,8 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="distill.py", description=__doc__)
     cli.add_options(parser, "distillation", DistillationConfig)
     add_inherited_options(parser, "the teacher's")
-    train.add_run_options(parser)
+    for title, kind in train.RUN_CONFIGS.items():
+        cli.add_options(parser, title, kind)
     return parser
 
 
@@ -370,8 +367,6 @@ def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
     for name, action in add_inherited_options(cli.Parser()).options.items():
         if getattr(args, name) is None:
             setattr(args, name, action.default)
-    if state["args"].get("num_epochs") != args.num_epochs:
-        train.say_schedule_change(cli.config_of(ScheduleConfig, args))
     return args, state, path
 
 
@@ -391,7 +386,7 @@ def make_run(config: TrainConfig, student: DistillationConfig, teacher: Teacher,
     data = train.load_data(config, device)
     model = make_model(config, student, teacher, device)
     terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
-    draw_rows = functools.partial(distillation_rows, teachers={name: teacher.networks[name] for name in names})
+    draw_rows = functools.partial(cyclegan_rows, teachers={name: teacher.networks[name] for name in names})
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *terms], draw_rows)
     origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
     return train.Run(config, model, data, monitor, "distill", teacher=origin)
@@ -424,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.start_from != "0":
         args, state, checkpoint = resume(args)
     elif not (args.report or args.dry_run):
-        checkpoints.refuse_second_run(args.run_name, args.overwrite, cli.plain_args(args))
+        checkpoints.refuse_second_run(args.run_name, args.overwrite)
     student = cli.config_of(DistillationConfig, args)
     teacher = load_teacher(str(args.teacher), student.directions)
     student = settle_direction(student, args.given, teacher)
@@ -453,18 +448,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_report(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> None:
     """Compare teacher, student, and the student from scratch where it exists."""
     limit_pixels(1e6 * config.data.max_megapixels)
-    report.write_report(
+    report.Report(
         teacher.networks,
         teacher.path,
-        student.directions,
         config.run.run_name,
         f"{teacher_name(str(student.teacher))}_scratch",
-        datasets.find_dataset(config.data.data_root, config.data.dataset_name),
-        config.data.on_bad_image,
+        config.data,
         device,
         devices.pick_precision(config.device.precision, device),
-        explicit="direction" in config.given,
-    )
+    ).write(student.directions, explicit="direction" in config.given)
 
 
 if __name__ == "__main__":

@@ -66,11 +66,10 @@ def find_generator(args: argparse.Namespace) -> tuple[Generator, Direction, dict
 
 
 def output_path(args: argparse.Namespace, direction: Direction) -> Path:
-    """Return the file to write; raise InputError if it cannot be written, or is the file that is read."""
-    folder = args.weights.parent if args.weights else RUNS / args.run_name
-    stem = args.weights.stem if args.weights else direction.generator
-    name = f"{stem}.onnx" if args.to == "onnx" else f"latest_net_G_{direction.source}.pth"
-    output = args.output or folder / name
+    """Return the file to write; raise InputError if its folder is missing, or if it is the file that is read."""
+    source = args.weights or RUNS / args.run_name / f"{direction.generator}.safetensors"
+    name = f"{source.stem}.onnx" if args.to == "onnx" else f"latest_net_G_{direction.source}.pth"
+    output = args.output or source.parent / name
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: no folder {output.parent}; make it first")
     if args.weights and output.resolve() == args.weights.resolve():
@@ -78,15 +77,8 @@ def output_path(args: argparse.Namespace, direction: Direction) -> Path:
     return output
 
 
-# ---------------------------------------------------------------------------------------------
-# ONNX
-
-
 def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
-    """Convert a generator to an ONNX model with dynamic batch size, height and width.
-
-    Its input real_A (or real_B) and output fake_B (or fake_A) are float32 (N, channels, H, W) in [-1, 1].
-    """
+    """Convert a generator to ONNX: real_A → fake_B (or real_B → fake_A), float32 (N, C, H, W) of any N, H, W in [-1, 1]."""
     import onnx
 
     side = 2 * net.config.smallest_side + 3  # odd, so that the exporter keeps the padding for any size
@@ -105,11 +97,11 @@ def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
             opset_version=OPSET,
             verbose=False,
         )
+    facts: dict[str, Any] = {"range": [-1, 1], "channels": net.config.channels}
+    facts |= {"smallest_side": net.config.smallest_side, "direction": str(direction)}
+    facts |= {name: metadata.get(name) for name in ("size", "dataset_name", "run_name", "epoch", "step")}
     model = program.model_proto
-    properties: dict[str, Any] = {"range": [-1, 1], "channels": net.config.channels}
-    properties |= {"smallest_side": net.config.smallest_side, "direction": str(direction)}
-    properties |= {name: metadata.get(name) for name in ("size", "dataset_name", "run_name", "epoch", "step")}
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in properties.items()})
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
     return model.SerializeToString()
 
 
@@ -124,45 +116,34 @@ def open_session(model: bytes) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def sizes_to_compare(net: Generator, metadata: dict) -> list[tuple[int, int]]:
-    """Return three (height, width): of the training, the smallest, and one that the downsampling does not divide."""
-    height, width = metadata["size"] or (256, 256)
-    least = net.config.smallest_side
-    return [(height, width), (least, least), (max(least, height // 2 + 5), max(least, width // 2 + 3))]
-
-
 @torch.no_grad()
-def largest_differences(
-    net: Generator, run: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]
-) -> dict[str, float]:
-    """Return the largest difference between the outputs of PyTorch and onnxruntime by image size, in [0, 2]."""
+def largest_differences(net: Generator, run: Callable[[Tensor], Tensor], size: tuple[int, int]) -> dict[str, float]:
+    """Return the largest differences of the outputs by image size: `size`, the smallest, and an odd one; in [0, 2]."""
+    height, width = size
+    least = net.config.smallest_side
     noise = torch.Generator().manual_seed(0)
     differences = {}
-    for height, width in sizes:
-        images = torch.rand(2, net.config.channels, height, width, generator=noise) * 2 - 1
-        differences[f"{width}x{height}"] = (net(images) - run(images)).abs().max().item()
+    for h, w in (size, (least, least), (max(least, height // 2 + 5), max(least, width // 2 + 3))):
+        images = torch.rand(2, net.config.channels, h, w, generator=noise) * 2 - 1
+        differences[f"{w}x{h}"] = (net(images) - run(images)).abs().max().item()
     return differences
 
 
 @torch.no_grad()
 def export_onnx(net: Generator, direction: Direction, metadata: dict, output: Path) -> None:
-    """Write an ONNX file if its outputs equal PyTorch's; print the differences, and the speed of both.
-
-    raises: InputError if a package is missing; RunError if the outputs differ
-    """
+    """Write an ONNX file if its outputs equal PyTorch's, else raise RunError; print the differences and both speeds."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         need_package(package, "--to onnx", "pip install -r requirements-export.txt")
     model = onnx_bytes(net, direction, metadata)
     run = open_session(model)
-    sizes = sizes_to_compare(net, metadata)
-    differences = largest_differences(net, run, sizes)
+    height, width = metadata["size"] or (256, 256)
+    differences = largest_differences(net, run, (height, width))
     for line in metrics.format_table({"largest difference": differences}):
         say(line)
     if not max(differences.values()) <= TOLERANCE:  # also if it is nan
         raise RunError(f"{output}: not written; onnxruntime's outputs differ from PyTorch's by more than {TOLERANCE}")
     with atomic_write(output) as temporary:
         temporary.write_bytes(model)
-    height, width = sizes[0]
     image = torch.zeros(1, net.config.channels, height, width)
     latency = {}
     for name, program in (("PyTorch, fp32", net), ("onnxruntime", run)):

@@ -7,7 +7,6 @@ D = build_discriminator(DiscriminatorConfig(n_layers=3))
 
 import functools
 import itertools
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -138,22 +137,6 @@ class GeneratorConfig:
         """Smallest height and width in px: reflection padding needs a map larger than its pad."""
         return max(4, 2 ** (self.downsamplings + 1))
 
-    def tokens(self, height: int, width: int) -> int:
-        """Return the number of tokens of one image of (height, width) px; 0 for a resnet."""
-        side = 2**self.downsamplings
-        return math.ceil(height / side) * math.ceil(width / side) if self.generator == "unet_vit" else 0
-
-    def token_bytes(self, height: int, width: int, blocks: int | None = None) -> int:
-        """Return the float32 bytes that the transformer's activations of one image take.
-
-        blocks: how many blocks keep their activations; default: all, as in training
-        Each block keeps eight vectors of a token's width and two of the feed-forward layer's; the attention matrix is
-        never stored (fused kernels).
-        """
-        size = VIT_SIZES[self.vit_size]
-        vectors = 8 * size.widths[-1] + 2 * size.ffn
-        return 4 * self.tokens(height, width) * vectors * (self.vit_blocks if blocks is None else blocks)
-
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -176,6 +159,8 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.norm == "group":  # prevents blobs, which only generators make
+            object.__setattr__(self, "norm", "instance")
 
     def map_side(self, side: int) -> int:
         """Return the side of the output for an image side in px; below 1 the network cannot be run."""
@@ -578,13 +563,3 @@ def meta_network(config: GeneratorConfig) -> Generator:
     kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
     with torch.device("meta"):
         return kind(config)
-
-
-# TEMPORARY, until all modules are converted
-LIMITS = {
-    **{"channels": (1, 3), "ngf": (1, 4096), "num_residual": (0, 1000), "n_downsampling": (0, 4)},
-    **{"ndf": (1, 4096), "n_layers": (1, 16), "max_mult": (1, 4096), "vit_blocks": (0, 1000), "vit_heads": (1, 4096)},
-}
-LEGACY_DIRECTIONS = {"G_AB": "AtoB", "G_BA": "BtoA"}
-GAN_LOSSES = ("lsgan", "bce", "hinge")
-PARTS = (*GENERATOR_PARTS, "D")

@@ -34,9 +34,12 @@ TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "l
 
 @dataclass(frozen=True)
 class TestOptions:
-    """Which networks translate which images, where the results go, and how they are scored."""
+    """Which networks translate which images, where the results go, and how they are scored.
 
-    run_name: str | None = option(None, "run in saved_models (default: --dataset_name)", parse=folder_name)
+    parse_args fills in run_name, scale, round_trip and output if they were not given.
+    """
+
+    run_name: str = option(None, "run in saved_models (default: --dataset_name)", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
     weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
     dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
@@ -44,16 +47,19 @@ class TestOptions:
     input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
     direction: str | None = option(None, "(default: both; with --input one)", choices=("both", "AtoB", "BtoA"))
-    round_trip: bool | None = option(None, "also translate back (default: data sets yes, --input no)")
-    scale: str | None = option(
-        None, "resize to the training size, or not (default: train)", choices=("train", "native")
-    )
+    round_trip: bool = option(None, "also translate back (default: data sets yes, --input no)")
+    scale: str = option(None, "resize to the training size, or not (default: train)", choices=("train", "native"))
     tile: int | None = option(None, "native scale in tiles of N px a side (default: whole)", least=16, most=2**16)
     output_size: str = option("input", "size of the results: the input's or the network's", choices=("input", "net"))
-    output: Path | None = option(None, "folder for the results (default: generated_images/RUN/test)", metavar="DIR")
+    output: Path = option(None, "folder for the results (default: generated_images/RUN/test)", metavar="DIR")
     skip_existing: bool = option(False, "remove nothing, and leave out images whose results exist")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class TestConfig(TestOptions, datasets.ReadingConfig, DeviceConfig):
+    """All options of a test."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -93,41 +99,39 @@ def choose_directions(direction: str | None, source: Path | None, translator: Tr
     return translator.directions
 
 
-def choose_dataset(args: Namespace, metadata: dict) -> tuple[str, Path | None]:
-    """Return the name of the data set, which is the run's if none was given, and its folder; with --input None."""
-    dataset_name = args.dataset_name or metadata.get("dataset_name")
+def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
+    """Return name and folder of the data set: as given, else those that the networks were trained on."""
+    dataset_name = config.dataset_name or str(metadata.get("dataset_name", ""))
     if not is_folder_name(dataset_name):  # metadata may come from a stranger
-        dataset_name = args.run_name
-    if args.input:
-        return dataset_name, None
-    recorded = None if args.weights else metadata.get("data_root")
-    root = args.data_root or datasets.recorded_root(recorded)
+        dataset_name = config.run_name
+    if config.input:  # no data set is read
+        return dataset_name, Path(dataset_name)
+    recorded = None if config.weights else metadata.get("data_root")
+    root = config.data_root or datasets.recorded_root(recorded)
     return dataset_name, datasets.find_dataset(root, dataset_name)
 
 
-def find_inputs(args: Namespace, dataset: Path | None, direction: Direction) -> tuple[Path, list[Path]]:
+def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> tuple[Path, list[Path]]:
     """Return the folder that names of results are relative to, and the images to translate."""
-    if dataset:
+    if config.input is None:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
-    elif args.input.is_dir():
-        root = args.input
+    elif config.input.is_dir():
+        root = config.input
         paths = images.list_images(root)
     else:
-        root = args.input.parent
-        paths = [args.input] if args.input.is_file() else []
+        root = config.input.parent
+        paths = [config.input] if config.input.is_file() else []
     if not paths:
         suffixes = " ".join(sorted(images.SUFFIXES))
         raise InputError(
-            f"--input {args.input}: no image there; expected one, or a folder of files that end in {suffixes}"
+            f"--input {config.input}: no image there; expected one, or a folder of files that end in {suffixes}"
         )
-    return root, images.BadImages(root, len(paths), args.on_bad_image).readable(paths)[: args.num_test]
+    return root, images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
 
 
-def find_truths(dataset: Path | None, direction: Direction, paths: Sequence[Path]) -> dict[Path, Path]:
+def find_truths(dataset: Path, direction: Direction, paths: Sequence[Path]) -> dict[Path, Path]:
     """Return, by input, the test image of the same name in the target domain."""
-    if dataset is None:
-        return {}
     source = dataset / f"test{direction.source}"
     target = dataset / f"test{direction.target}"
     named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
@@ -140,7 +144,7 @@ def find_truths(dataset: Path | None, direction: Direction, paths: Sequence[Path
 
 
 def check_metrics(
-    wanted: Sequence[str], networks: Networks, dataset: Path | None, truths: Mapping[Direction, Mapping]
+    wanted: Sequence[str], networks: Networks, dataset: Path, truths: Mapping[Direction, Mapping]
 ) -> None:
     """Raise InputError, before anything is translated, if a metric lacks its networks, images or package."""
     for name in NETWORKS_OF_METRICS.keys() & set(wanted):
@@ -152,13 +156,13 @@ def check_metrics(
         metrics.need_torch_fidelity(of_inception)
     for direction, found in truths.items():
         for split, names in TARGETS_OF_METRICS.items():
-            if dataset and names & set(wanted):
+            if names & set(wanted):
                 datasets.split_images(dataset, f"{split}{direction.target}")
         if "paired" in wanted and not found:
             raise no_truth(dataset, direction)
 
 
-def no_truth(dataset: Path | None, direction: Direction) -> InputError:
+def no_truth(dataset: Path, direction: Direction) -> InputError:
     """Return the error for paired scores of unpaired images."""
     return InputError(
         f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in "
@@ -175,21 +179,21 @@ def load_bytes(path: Path, size: tuple[int, int] | None, channels: int = 3) -> T
 class Scorer:
     """Scores of translated test images. Errors are in the units of training, [0, 2]."""
 
-    args: Namespace
+    config: TestConfig
     translator: Translator
     dataset: Path
 
-    def scores(self, results: Mapping[Direction, Sequence[Result]], loss_config: LossConfig | None) -> dict:
+    def scores(self, results: Mapping[Direction, Sequence[Result]], loss_config: LossConfig) -> dict:
         """Return the scores by direction, and the losses, which belong to both."""
         scores = {str(direction): self.of_direction(direction, translated) for direction, translated in results.items()}
-        if "losses" in self.args.metrics:
+        if "losses" in self.config.metrics:
             reals = {domain: self.test_images(domain) for domain in "AB"}
             networks = self.translator.networks
             scores["losses"] = metrics.mean_losses(networks, reals, loss_config, self.translator.precision)
         return scores
 
     def of_direction(self, direction: Direction, results: Sequence[Result]) -> dict:
-        wanted = self.args.metrics
+        wanted = self.config.metrics
         net, back = self.translator.generators(direction)
         there = functools.partial(self.translator, net)
         way_back = functools.partial(self.translator, back) if back else None
@@ -209,9 +213,9 @@ class Scorer:
     def distribution(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
         """Compare all translations with the test and with the training images of the target domain."""
         load = functools.partial(load_bytes, size=self.translator.size or (299, 299))  # Inception resizes to 299
-        fakes = [self.args.output / result.files[f"fake_{direction.target}"] for result in results]
-        wanted = [name for name in ("fid", "kid") if name in self.args.metrics]
-        weights = self.args.inception_weights
+        fakes = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
+        wanted = [name for name in ("fid", "kid") if name in self.config.metrics]
+        weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
             reals = self.readable(split)
@@ -220,29 +224,29 @@ class Scorer:
 
     def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
         """Compare translations with their truths, one at a time."""
-        scored = [result for result in results if result.truth]
+        scored = [(result, result.truth) for result in results if result.truth]
         if not scored:
             raise no_truth(self.dataset, direction)
         folder = self.dataset / f"test{direction.target}"
         if len(scored) < len(results):
             say(f"{folder}: {len(scored)} of {len(results)} images have their truth there; only these are scored")
-        bad = images.BadImages(folder, len(scored), self.args.on_bad_image)
+        bad = images.BadImages(folder, len(scored), self.config.on_bad_image)
         triples = functools.partial(self.read_triples, direction, scored, bad)
         size: Any = self.translator.size or next(triples())[0].shape[-2:]
         return metrics.paired_table(triples(), self.mean_image(f"train{direction.target}", size))
 
     def read_triples(
-        self, direction: Direction, results: Sequence[Result], bad: images.BadImages
+        self, direction: Direction, scored: Sequence[tuple[Result, Path]], bad: images.BadImages
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield translation, input and truth, all at the size of the translation."""
         channels = self.translator.channels
-        for result in results:
-            fake = load_bytes(self.args.output / result.files[f"fake_{direction.target}"], None, channels)
+        for result, path in scored:
+            fake = load_bytes(self.config.output / result.files[f"fake_{direction.target}"], None, channels)
             size: Any = fake.shape[-2:]
             try:
-                truth = load_bytes(result.truth, size, channels)
+                truth = load_bytes(path, size, channels)
             except images.UnreadableImage as error:
-                bad.note(result.truth, error)
+                bad.note(path, error)
                 continue
             yield fake, load_bytes(result.input, size, channels), truth
 
@@ -254,7 +258,7 @@ class Scorer:
         return mean
 
     def test_images(self, domain: str) -> images.LazyImages:
-        return self.lazy_images(self.readable(f"test{domain}", self.args.num_test))
+        return self.lazy_images(self.readable(f"test{domain}", self.config.num_test))
 
     def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
         return images.LazyImages(paths, self.translator.size, self.translator.channels)
@@ -267,7 +271,7 @@ class Scorer:
     ) -> Iterator[tuple[Path, Tensor]]:
         """Read the images of a split one by one; unreadable ones are named and left out."""
         paths = datasets.split_images(self.dataset, split, most)
-        return images.load_images(self.dataset / split, paths, size, channels, self.args.on_bad_image)
+        return images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image)
 
 
 def score_lines(scores: dict) -> list[str]:
@@ -292,23 +296,27 @@ def score_lines(scores: dict) -> list[str]:
 @process.command
 def main(argv: Sequence[str] | None = None) -> dict:
     """Find networks and images, translate, show, score; returns the scores."""
-    args = parse_args(argv)
-    images.limit_pixels(1e6 * args.max_megapixels)
-    if args.inception_weights:
-        files.read_archive(args.inception_weights)  # torch-fidelity would execute code in a hostile file
+    config = cli.config_of(TestConfig, parse_args(argv))
+    images.limit_pixels(1e6 * config.max_megapixels)
+    if config.inception_weights:
+        files.read_archive(config.inception_weights)  # torch-fidelity would execute code in a hostile file
 
-    asked = Direction.named(args.direction) if args.direction in ("AtoB", "BtoA") else None
-    networks, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, "losses" in args.metrics)
-    translator = Translator(networks, metadata, args.device, args.precision, args.scale, args.tile, args.output_size)
+    asked = Direction.named(config.direction) if config.direction in ("AtoB", "BtoA") else None
+    networks, metadata = load_networks(config.weights, config.run_name, config.epoch, asked, "losses" in config.metrics)
+    translator = Translator(
+        networks, metadata, config.device, config.precision, config.scale, config.tile, config.output_size
+    )
 
-    dataset_name, dataset = choose_dataset(args, metadata)
-    directions = choose_directions(args.direction, args.input, translator)
-    inputs = {direction: find_inputs(args, dataset, direction) for direction in directions}
-    truths = {direction: find_truths(dataset, direction, paths) for direction, (_, paths) in inputs.items()}
-    check_metrics(args.metrics, networks, dataset, truths)
+    dataset_name, dataset = choose_dataset(config, metadata)
+    directions = choose_directions(config.direction, config.input, translator)
+    inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
+    truths = {}
+    for direction, (_, paths) in inputs.items():
+        truths[direction] = {} if config.input else find_truths(dataset, direction, paths)
+    check_metrics(config.metrics, networks, dataset, truths)
 
-    if not args.skip_existing:
-        gallery.clear(args.output, [path for _, paths in inputs.values() for path in paths])
+    if not config.skip_existing:
+        gallery.clear(config.output, [path for _, paths in inputs.values() for path in paths])
     results = {}
     for direction, (root, paths) in inputs.items():
         results[direction] = translate_folder(
@@ -316,29 +324,29 @@ def main(argv: Sequence[str] | None = None) -> dict:
             direction,
             root,
             paths,
-            args.output,
-            on_bad=args.on_bad_image,
-            skip_existing=args.skip_existing,
-            round_trip=args.round_trip,
+            config.output,
+            on_bad=config.on_bad_image,
+            skip_existing=config.skip_existing,
+            round_trip=config.round_trip,
             truths=truths[direction],
         )
 
     about = {name: metadata.get(name) for name in ("epoch", "step")}
-    gallery.write_gallery(args.output, dataset_name, about, results, [])  # now, since scores may fail
-    gallery.write_grid(args.output, results)
+    gallery.write_gallery(config.output, dataset_name, about, results, [])  # now, since scores may fail
+    gallery.write_grid(config.output, results)
     scores = {}
-    if args.metrics:
-        scores = Scorer(args, translator, dataset).scores(results, metadata.get("loss_config"))
-        facts = {"network": str(args.weights or args.run_name), "dataset_name": dataset_name} | about
-        facts |= {"scale": args.scale, "output_size": args.output_size}
+    if config.metrics:
+        scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
+        facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
+        facts |= {"scale": config.scale, "output_size": config.output_size}
         facts["images"] = {str(direction): len(translated) for direction, translated in results.items()}
         table = score_lines(scores)
         for line in table:
             say(line)
-        gallery.write_gallery(args.output, dataset_name, about, results, table)
-        gallery.write_scores(args.output, facts | scores)
+        gallery.write_gallery(config.output, dataset_name, about, results, table)
+        gallery.write_scores(config.output, facts | scores)
     count = sum(len(translated) for translated in results.values())
-    say(f"{counted(count, 'image')} translated; open {args.output / gallery.PAGE}")
+    say(f"{counted(count, 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 
 

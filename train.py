@@ -21,17 +21,16 @@ from tqdm import tqdm
 
 import datasets
 import models
-from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, linear_decay, loss_names
+from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, loss_names
 from datasets import DataConfig, TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, CheckpointSaver
-from toolkit.config import InitConfig, RunConfig, ScheduleConfig, TrainConfig
+from toolkit.config import InitConfig, RunConfig, TrainConfig
 from toolkit.devices import DeviceConfig
-from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank, world_size
+from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
 from toolkit.executor import ExecutorConfig
 from toolkit.images import limit_pixels
-from toolkit.metrics import BEST_BY
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, duration, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.weights import load_pair
@@ -41,11 +40,6 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
-
-
-GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
-DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
-FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
 
 
 # ---------------------------------------------------------------------------------------------
@@ -67,16 +61,12 @@ class Run:
         self.data = data
         self.monitor = monitor
         self.command = command
-        schedules = {"num_epochs": config.schedule.num_epochs, "decay_epoch": config.schedule.first_decay_epoch}
+        schedules = {"num_epochs": config.optim.num_epochs, "decay_epoch": config.optim.first_decay_epoch}
         self.facts = {"stage": command, "args": config.flags, "schedules": schedules, **facts}
-        names = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
-        self.saver = CheckpointSaver(
-            RUNS / config.run.run_name,
-            {"stage": command, **names, "size": [config.data.img_height, config.data.img_width]},
-            config.run.checkpoint_interval,
-            config.run.keep_checkpoints,
-            config.run.save_minutes,
-        )
+        metadata = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
+        metadata |= {"stage": command, "size": list(config.data.size)}
+        intervals = (config.run.checkpoint_interval, config.run.keep_checkpoints, config.run.save_minutes)
+        self.saver = CheckpointSaver(RUNS / config.run.run_name, metadata, *intervals)
         self.epoch = 0  # finished epochs
         self.step = 0
         self.step_in_epoch = 0
@@ -84,35 +74,28 @@ class Run:
 
     def train(self) -> int:
         """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
-        config = self.config
+        num_epochs = self.config.optim.num_epochs
         steps = self.data.steps_per_epoch
-        total = config.schedule.num_epochs * steps
-        bar = tqdm(total=total, initial=self.steps_done(), unit="step", mininterval=0.5, disable=rank() > 0)
+        bar = tqdm(total=num_epochs * steps, initial=self.steps_done(), unit="step", disable=rank() > 0)
         signum = 0
         with StopRequest() as stop, bar:
-            while self.epoch < config.schedule.num_epochs and not signum:
-                self.model.set_learning_rate(self.learning_rate_factor())
-                bar.set_description(f"epoch {self.epoch + 1}/{config.schedule.num_epochs}", refresh=False)
+            while self.epoch < num_epochs and not signum:
+                self.model.set_learning_rate(self.config.optim.learning_rate_factor(self.epoch))
+                bar.set_description(f"epoch {self.epoch + 1}/{num_epochs}", refresh=False)
                 for real_A, real_B in self.data.batches(self.epoch, self.step_in_epoch, self.model.device):
                     self.monitor.meter.add(self.model.step(real_A, real_B, self.step))
                     self.step += 1
                     self.step_in_epoch += 1
                     bar.update()
                     if self.monitor.clock.tick():
-                        say_duration(
-                            self.monitor.clock.pace,
-                            total - self.steps_done(),
-                            steps,
-                            self.config.flags,
-                            self.model.device,
-                        )
-                    complete = self.step_in_epoch == steps
-                    if self.monitor.meter.count == LOG_EVERY or complete:
+                        self.say_pace()
+                    epoch_complete = self.step_in_epoch == steps
+                    if self.monitor.meter.count == LOG_EVERY or epoch_complete:
                         bar.set_postfix(self.log_losses(), refresh=False)
                     signum = stop.agreed()
-                    if signum or complete:
+                    if signum or epoch_complete:
                         break
-                    if self.step % config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
+                    if self.step % self.config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
                         self.draw()
                     self.update_page()
                     if max_over_ranks(self.saver.due()):
@@ -124,23 +107,26 @@ class Run:
                     self.update_page()
                 self.save()
                 self.evaluate()
-                if self.epoch < config.schedule.num_epochs:  # otherwise nothing is left that could be stopped
+                if self.epoch < num_epochs:  # otherwise nothing is left that could be stopped
                     signum = signum or stop.agreed()
-                stopped = signum > 0
-                self.update_page(at_once=stopped or self.epoch == config.schedule.num_epochs, stopped=stopped)
+                self.update_page(at_once=bool(signum) or self.epoch == num_epochs, stopped=bool(signum))
         return signum
 
     def steps_done(self) -> int:
         return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
 
-    def learning_rate_factor(self) -> float:
-        return linear_decay(self.epoch, self.config.schedule.num_epochs, self.config.schedule.first_decay_epoch)
+    def say_pace(self) -> None:
+        """Say how long the rest will take."""
+        steps = self.data.steps_per_epoch
+        steps_left = self.config.optim.num_epochs * steps - self.steps_done()
+        say_duration(self.monitor.clock.pace, steps_left, steps, self.model.device)
 
     def log_losses(self) -> dict[str, str]:
         """Add the mean losses since the last row to losses.csv; returns the main ones for the progress bar."""
         means = self.monitor.meter.means()  # waits for the device
         self.stop_if_not_finite(means)
-        self.monitor.log_losses(self.epoch + 1, self.step, self.config.optim.lr * self.learning_rate_factor(), means)
+        lr = self.config.optim.lr * self.config.optim.learning_rate_factor(self.epoch)
+        self.monitor.log_losses(self.epoch + 1, self.step, lr, means)
         return {name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}
 
     def draw(self, epoch_complete: bool = False) -> None:
@@ -150,14 +136,8 @@ class Run:
     def update_page(self, at_once: bool = False, stopped: bool = False) -> None:
         """Write losses.csv, its plot and the page; not too often, unless at_once."""
         if at_once or self.monitor.clock.page_due():
-            counts = (
-                self.epoch,
-                self.step,
-                self.step_in_epoch,
-                self.config.schedule.num_epochs,
-                self.data.steps_per_epoch,
-            )
-            files.attempt(self.monitor.write_page, *counts, stopped)
+            counts = (self.epoch, self.step, self.step_in_epoch, self.config.optim.num_epochs)
+            files.attempt(self.monitor.write_page, *counts, self.data.steps_per_epoch, stopped)
 
     def stop_if_not_finite(self, means: dict[str, float]) -> None:
         """Raise RunError if a loss or a weight is not a finite number; the last state on disk is a good one."""
@@ -172,8 +152,7 @@ class Run:
         found = gather((bool(terms), steps_ago, terms, images))
         _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest of all ranks
         raise RunError(
-            f"{', '.join(terms or wrong)} not finite at step {self.step - steps_ago}, images {' '.join(images)}; "
-            f"{self.saver.last_state()}; try a smaller --lr or --precision fp32"
+            f"{', '.join(terms or wrong)} not finite at step {self.step - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}; try a smaller --lr or --precision fp32"
         )
 
     # -- saving and resuming --
@@ -214,11 +193,10 @@ class Run:
             self.step = int(state["step"])
             self.step_in_epoch = int(state["loader"]["place"])
             self.best = state.get("best")
-        except Exception as error:  # of a file that was edited, there is no end of kinds
+        except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
-        shape = (self.config.data.channels, self.config.data.img_height, self.config.data.img_width)
         for domain, buffer in self.model.buffers.items():
-            if any(image.shape != shape for image in buffer.images):
+            if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
         say(f"going on after epoch {self.epoch}, step {self.step} of {path}")
@@ -229,8 +207,8 @@ class Run:
     # -- evaluation, always after saving: a failure in it loses nothing --
 
     def evaluation_due(self) -> bool:
-        is_epoch_end = self.step_in_epoch == 0 and self.epoch % max(1, self.config.run.eval_interval) == 0
-        return bool(self.data.held_out) and is_epoch_end
+        epoch_complete = self.step_in_epoch == 0
+        return bool(self.data.held_out) and epoch_complete and self.epoch % self.config.run.eval_interval == 0
 
     def evaluate(self) -> None:
         """Evaluate the epoch just saved, if it is due; the best one so far by --best_by becomes best.pt."""
@@ -252,26 +230,22 @@ class Run:
     @first_rank
     def measure(self) -> dict | None:
         """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
-        config = self.config
+        data = self.config.data
+        wanted = self.config.run.eval_metrics
         model = self.model
         try:
-            size = (config.data.img_height, config.data.img_width)
             images = datasets.paired_images(
-                self.data.held_out, size, config.data.channels, config.data.on_bad_image, EVAL_IMAGES
+                self.data.held_out, data.size, data.channels, data.on_bad_image, EVAL_IMAGES
             )
-            return metrics.measure_nets(
-                model.ema_networks, images, config.run.eval_metrics, model.loss_config, model.precision
-            )
+            return metrics.measure_nets(model.ema_networks, images, wanted, model.loss_config, model.precision)
         except (InputError, OSError) as error:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
             return None
 
     def lacks_evaluation(self, state: dict) -> bool:
         """Return whether the run ended between a save and the evaluation that should have followed."""
-        unchanged = (
-            self.config.run.start_from == "latest"
-            and state["args"].get("eval_interval") == self.config.run.eval_interval
-        )
+        run = self.config.run
+        unchanged = run.start_from == "latest" and state["args"].get("eval_interval") == run.eval_interval
         wanted = unchanged and self.evaluation_due()
         return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.step))))
 
@@ -284,15 +258,15 @@ class Run:
         if state and checkpoint:
             self.resume(state, checkpoint)
             evaluation_missing = self.lacks_evaluation(state)
-            if self.epoch >= config.schedule.num_epochs and not evaluation_missing:
+            if self.epoch >= config.optim.num_epochs and not evaluation_missing:
                 say(
-                    f"nothing left to do: {self.epoch} of {config.schedule.num_epochs} epochs are finished; raise --num_epochs"
+                    f"nothing left to do: {self.epoch} of {config.optim.num_epochs} epochs are finished; raise --num_epochs"
                 )
                 return
         for folder in (self.saver.folder, self.monitor.images):
             folder.mkdir(parents=True, exist_ok=True)
         with files.sole_process(self.saver.folder, self.monitor.images):
-            self.saver.take_folder(config.run.overwrite, self.config.flags, checkpoint)
+            self.saver.take_folder(config.run.overwrite, checkpoint)
             self.monitor.open(self.step, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
             if state and config.run.best_by:
                 self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
@@ -309,13 +283,13 @@ class Run:
 
     def describe(self) -> None:
         """Write run.json, and print the number of parameters and where to look."""
-        parameters = count_parameters(self.model.networks)
-        description = checkpoints.run_description(
-            self.config.flags, self.data.counts, parameters, str(self.model.device), self.model.precision
-        )
-        files.write_json(self.saver.folder / "run.json", description)
+        model = self.model
+        parameters = count_parameters(model.networks)
+        facts = {"flags": self.config.flags, "images": self.data.counts, "parameters": parameters}
+        facts |= {"device": str(model.device), "precision": model.precision, **devices.versions()}
+        files.write_json(self.saver.folder / "run.json", facts)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
-        say(f"parameters: {numbers}; {self.model.device}, {self.model.precision}")
+        say(f"parameters: {numbers}; {model.device}, {model.precision}")
         say(f"watch {self.monitor.images}/index.html ; checkpoints go to {self.saver.folder}/")
 
     def report_end(self, signum: int) -> None:
@@ -323,22 +297,19 @@ class Run:
 
         raises: RunError if the last save failed; SystemExit after a signal
         """
-        run_name = self.config.run.run_name
+        name = self.config.run.run_name
         if max_over_ranks(bool(self.saver.save_error)):
             raise RunError(
-                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; "
-                "free the disk and go on from it"
+                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; free the disk and go on from it"
             )
         if signum:
-            again = command_line(f"{self.command}.py", "--run_name", run_name, "--start_from", "latest")
+            again = command_line(f"{self.command}.py", "--run_name", name, "--start_from", "latest")
             say(f"stopped and saved after step {self.step}; go on with: {again}")
             leave_ranks()
             raise SystemExit(128 + signum)
         done = f"{counted(self.epoch, 'epoch')}, {counted(self.step, 'step')}"
-        say(
-            f"done: {done}; see {self.monitor.images}/epoch_{self.epoch:04d}.png, "
-            f"then: {command_line('test.py', '--run_name', run_name)}"
-        )
+        grid = self.monitor.images / f"epoch_{self.epoch:04d}.png"
+        say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,38 +317,16 @@ class Run:
 
 
 def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
-    """Load the data set that the options name; the demo set is drawn if it does not exist."""
-    limit_pixels(1e6 * config.data.max_megapixels)
+    """Load the data set; the demo set is drawn if it does not exist."""
+    data = config.data
+    limit_pixels(1e6 * data.max_megapixels)
     with first_rank_first():
-        if config.data.dataset_name == datasets.DEMO and not (config.data.data_root / datasets.DEMO).exists():
-            synthetic.draw_dataset(config.data.data_root)
-    folder = datasets.find_dataset(config.data.data_root, config.data.dataset_name)
-    held_out = (
-        datasets.held_out_folders(folder, "paired" in config.run.eval_metrics) if config.run.eval_interval else {}
-    )
-    return datasets.load_training_data(config.data, config.run.seed, device, held_out)
-
-
-def check_memory(config: TrainConfig, generator: GeneratorConfig, device: torch.device) -> None:
-    """Raise InputError if the activations of a unet_vit cannot fit into the memory of the device."""
-    height = config.data.img_height
-    width = config.data.img_width
-    images = config.data.batch_size // world_size()
-    if config.executor.micro_batch != "auto":
-        images = min(images, config.executor.micro_batch)
-    elif device.type == "cuda":
-        images = 1  # as small as micro-batches can become; a CPU cannot recover from running out of memory
-    needed = (
-        6 * images * generator.token_bytes(height, width)
-    )  # a step runs six images of each pair through a generator
-    available = devices.total_memory(device)
-    tokens = generator.tokens(height, width)
-    if tokens and needed > available:
-        raise InputError(
-            f"--generator unet_vit: {tokens:,} tokens an image at {width}x{height} px take about "
-            f"{needed / 2**30:.0f} GiB in a step, and {device} has {available / 2**30:.0f}; "
-            "lower --img_height and --img_width, or --batch_size, or take --vit_size uvcgan (16 times fewer)"
-        )
+        if data.dataset_name == datasets.DEMO and not (data.data_root / datasets.DEMO).exists():
+            synthetic.draw_dataset(data.data_root)
+    folder = datasets.find_dataset(data.data_root, data.dataset_name)
+    paired = "paired" in config.run.eval_metrics
+    held_out = datasets.held_out_folders(folder, paired) if config.run.eval_interval else {}
+    return datasets.load_training_data(data, config.run.seed, device, held_out)
 
 
 def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
@@ -387,19 +336,17 @@ def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
     networks: Networks = {name: models.build_generator(config.generator, config.init.init) for name in generators}
     networks |= {name: models.build_discriminator(config.discriminator, config.init.init) for name in ("D_A", "D_B")}
     networks |= {name: net.train() for name, net in pretrained.items()}
-    models.freeze(networks, config.init.freeze)
-    if config.init.freeze:
-        for name, net in networks.items():
-            frozen = [
-                part for part, module in net.named_children() if not any(p.requires_grad for p in module.parameters())
-            ]
-            say(f"{name}: {', '.join(frozen) or 'nothing'} frozen")
-    parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
-    absent = ", ".join(sorted(set(config.init.freeze) - parts))
+    parts = config.init.freeze
+    given = f"--freeze {','.join(parts)}"
+    models.freeze(networks, parts)
+    if parts:
+        say(f"{given}: these parts of the generators (D: the discriminators) do not learn")
+    known = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
+    absent = ", ".join(sorted(set(parts) - known))
     if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
-        raise InputError(f"--freeze {','.join(config.init.freeze)}: the generators have no {absent}; leave it out")
+        raise InputError(f"{given}: the generators have no {absent}; leave it out")
     if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
-        raise InputError(f"--freeze {','.join(config.init.freeze)}: no part of the generators is left to learn")
+        raise InputError(f"{given}: no part of the generators is left to learn")
     return networks
 
 
@@ -411,34 +358,25 @@ def make_model(
     loss: Callable = generator_loss,
 ) -> CycleGAN:
     """Put the networks on their device and build what trains them; a distillation has adapters and its own loss."""
-    check_memory(config, networks["G_AB"].config, device)
     devices.set_backend_flags(device, config.run.deterministic)
-    for net in (*networks.values(), *([adapters] if adapters is not None else [])):
+    precision = devices.pick_precision(config.device.precision, device)
+    seed = config.run.seed
+    for net in networks.values():
         net.to(device)
-    torch.manual_seed(
-        config.run.seed + rank()
-    )  # the weights are equal on all ranks; from here each draws its own numbers
-    return CycleGAN(
-        networks,
-        config.loss,
-        config.optim,
-        config.executor,
-        devices.pick_precision(config.device.precision, device),
-        config.run.seed,
-        adapters,
-        loss,
-    )
+    if adapters is not None:
+        adapters.to(device)
+    torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
+    return CycleGAN(networks, config.loss, config.optim, config.executor, precision, seed, adapters, loss)
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:
     """Read the test images and the watched photos that the run shows while it trains."""
-    size = (config.data.img_height, config.data.img_width)
-    samples = load_samples(
-        config.data.data_root / config.data.dataset_name, size, config.data.channels, config.data.on_bad_image
-    )
-    photos = load_watched(config.run.watch, size, config.data.channels, resumed="watch" not in config.given)
-    names = (config.run.run_name, config.data.dataset_name)
-    return Monitor(RUNS / config.run.run_name, IMAGES / config.run.run_name, names, samples, photos, draw_rows, terms)
+    data = config.data
+    run = config.run
+    samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image)
+    photos = load_watched(run.watch, data.size, data.channels, resumed="watch" not in config.given)
+    names = (run.run_name, data.dataset_name)
+    return Monitor(RUNS / run.run_name, IMAGES / run.run_name, names, samples, photos, draw_rows, terms)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:
@@ -448,68 +386,50 @@ def count_parameters(networks: Networks) -> dict[str, int]:
 
 def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     """Print the complete configuration, and how long it would train; nothing is written."""
+    data = config.data
     for name, value in sorted(config.flags.items()):
         say(f"--{name} {value}")
     for name, count in count_parameters(model.networks).items():
         say(f"{name}: {count:,} parameters")
-    folder = config.data.data_root / config.data.dataset_name
-    if config.data.dataset_name == datasets.DEMO and not folder.exists():
-        counts = {domain: synthetic.DEMO_FOLDERS[f"train{domain}"][2] for domain in "AB"}
-        say(f"{folder}: will be drawn")
+    folder = data.data_root / data.dataset_name
+    if data.dataset_name == datasets.DEMO and not folder.exists():
+        counts = [synthetic.DEMO_FOLDERS[f"train{domain}"][2] for domain in "AB"]
     else:
-        counts = {
-            domain: len(datasets.split_images(folder, f"train{domain}", config.data.max_images)) for domain in "AB"
-        }
-    steps = config.data.steps_per_epoch or math.ceil(max(counts.values()) / config.data.batch_size)
+        folder = datasets.find_dataset(data.data_root, data.dataset_name)
+        counts = [len(datasets.split_images(folder, f"train{domain}", data.max_images)) for domain in "AB"]
+    steps = data.steps_per_epoch or math.ceil(max(counts) / data.batch_size)
+    total = steps * config.optim.num_epochs
     say(
-        f"{counts['A']} images in trainA, {counts['B']} in trainB; {steps} steps of {config.data.batch_size} an epoch, "
-        f"{config.schedule.num_epochs * steps:,} in all"
+        f"{counts[0]} images in trainA, {counts[1]} in trainB; {counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
     )
-    images = (
-        torch.rand(
-            config.data.batch_size,
-            config.data.channels,
-            config.data.img_height,
-            config.data.img_width,
-            device=model.device,
-        )
-        * 2
-        - 1
-    )
-    for i in range(4):
-        if i == 1:  # the first step is slower than the others
-            start = time.perf_counter()
+    images = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
+    times = [time.perf_counter()]
+    for _ in range(4):
         model.step(images, images)["loss_G"].item()  # waits for the device
-    pace = (time.perf_counter() - start) / 3
+        times.append(time.perf_counter())
+    pace = (times[4] - times[1]) / 3  # the first step is slower than the others
     say(
-        f"{duration(pace)} a step on {model.device} in {model.precision} (three steps on noise): "
-        f"about {pace * steps * config.schedule.num_epochs / 60:,.1f} minutes of training, not counting saving and evaluation"
+        f"{duration(pace)} a step of noise on {model.device} in {model.precision}: about {pace * total / 60:,.1f} minutes"
     )
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
+GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
+DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
+FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
+SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
+RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
+
 
 def make_parser() -> cli.Parser:
     """Declare all options of this command."""
     parser = cli.Parser(prog="train.py", description=__doc__)
-    cli.add_options(parser, "data", DataConfig)
-    cli.add_options(parser, "generators", GeneratorConfig)
-    cli.add_options(parser, "discriminators", DiscriminatorConfig)
-    cli.add_options(parser, "loss", LossConfig)
-    cli.add_options(parser, "optimiser", OptimConfig)
-    cli.add_options(parser, "schedule", ScheduleConfig)
-    cli.add_options(parser, "initialisation", InitConfig)
-    add_run_options(parser)
+    networks = {"generators": GeneratorConfig, "discriminators": DiscriminatorConfig, "initialisation": InitConfig}
+    for title, kind in (SHARED_CONFIGS | networks | RUN_CONFIGS).items():
+        cli.add_options(parser, title, kind)
     return parser
-
-
-def add_run_options(parser: cli.Parser) -> None:
-    """Declare the options that are about the run and the hardware, which distill.py also has."""
-    cli.add_options(parser, "run", RunConfig)
-    cli.add_options(parser, "device", DeviceConfig)
-    cli.add_options(parser, "execution", ExecutorConfig)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -536,13 +456,15 @@ def refuse_contradictions(parser: cli.Parser, args: Namespace) -> None:
 def check_args(args: Namespace) -> None:
     """Refuse options that need another one, given or inherited."""
     lambdas = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
+    names = [name for name in lambdas if name in args]
+    needed = metrics.BEST_BY.get(args.best_by)
+    evaluated = args.eval_interval and needed in args.eval_metrics
     if "gp_target" in args.given and not args.lambda_gp:
         raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
-    if not any(getattr(args, name, 0) for name in lambdas):
-        names = ", --".join(name for name in lambdas if name in args)
-        raise InputError(f"--{names} are all 0: nothing is left to learn; give one of them a weight above 0")
-    needed = BEST_BY.get(args.best_by)
-    evaluated = args.eval_interval and needed in args.eval_metrics
+    if not any(getattr(args, name) for name in names):
+        raise InputError(
+            f"--{', --'.join(names)} are all 0: nothing is left to learn; give one of them a weight above 0"
+        )
     if needed and not evaluated and (args.eval_interval or "best_by" in args.given):
         raise InputError(
             f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
@@ -559,48 +481,27 @@ def check_args(args: Namespace) -> None:
 
 def config_values(args: Namespace) -> dict[str, Any]:
     """Return the fields of a TrainConfig that the options fill, all but the networks."""
-    return {
-        "data": cli.config_of(DataConfig, args),
-        "loss": cli.config_of(LossConfig, args),
-        "optim": cli.config_of(OptimConfig, args),
-        "schedule": cli.config_of(ScheduleConfig, args),
-        "init": cli.config_of(InitConfig, args),
-        "run": cli.config_of(RunConfig, args),
-        "device": cli.config_of(DeviceConfig, args),
-        "executor": cli.config_of(ExecutorConfig, args),
-        "flags": cli.plain_args(args),
-        "given": frozenset(args.given),
-    }
+    kinds = SHARED_CONFIGS | RUN_CONFIGS | {"init": InitConfig}
+    values = {name: cli.config_of(kind, args) for name, kind in kinds.items()}
+    return {**values, "flags": cli.plain_args(args), "given": frozenset(args.given)}
 
 
 def network_configs(args: Namespace) -> dict[str, Any]:
     """Return the configs of the networks that the options describe; raises InputError if that is impossible."""
-    args_D = cli.changed(args, norm=discriminator_norm(args.norm))
+    kinds = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig}
     try:
-        return {
-            "generator": cli.config_of(GeneratorConfig, args),
-            "discriminator": cli.config_of(DiscriminatorConfig, args_D),
-        }
+        return {name: cli.config_of(kind, args) for name, kind in kinds.items()}
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
 
-def discriminator_norm(norm: str) -> str:
-    """Return the normalisation of the discriminators: group norm prevents blobs, which only generators make."""
-    return "instance" if norm == "group" else norm
-
-
 def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> TrainConfig:
     """Return the config with other networks; raises InputError if the images are too small for them."""
-    models.check_image_size(generator, discriminator, config.data.img_height, config.data.img_width)
+    models.check_image_size(generator, discriminator, *config.data.size)
     flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
-    return dataclasses.replace(
-        config,
-        generator=generator,
-        discriminator=discriminator,
-        data=dataclasses.replace(config.data, channels=generator.channels),
-        flags=config.flags | flags,
-    )
+    data = dataclasses.replace(config.data, channels=generator.channels)
+    networks = {"generator": generator, "discriminator": discriminator}
+    return dataclasses.replace(config, data=data, flags=config.flags | flags, **networks)
 
 
 def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
@@ -611,15 +512,14 @@ def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     for path, net in zip(config.init.init_from, networks.values(), strict=True):
         shape = dataclasses.asdict(net.config)
         for name, value in shape.items():
-            if name in known and getattr(generator, name) != value:
+            wanted = getattr(generator, name)
+            if name in known and wanted != value:
                 raise InputError(
-                    f"--init_from {path}: its network has {name} {value}, not {getattr(generator, name)}; leave the flag out"
+                    f"--init_from {path}: its network has {name} {value}, not {wanted}; leave the flag out"
                 )
         generator = net.config
         known = known | shape.keys()  # a second file has to agree with the first
-    discriminator = dataclasses.replace(
-        config.discriminator, channels=generator.channels, norm=discriminator_norm(generator.norm)
-    )
+    discriminator = dataclasses.replace(config.discriminator, channels=generator.channels, norm=generator.norm)
     return with_networks(config, generator, discriminator), networks
 
 
@@ -631,11 +531,6 @@ def resume_networks(config: TrainConfig, state: dict, path: Path) -> TrainConfig
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
     return with_networks(config, generator, discriminator)
-
-
-def say_schedule_change(schedule: ScheduleConfig) -> None:
-    """Say how the learning rate falls in a resumed run with another number of epochs."""
-    say(f"the learning rate falls from epoch {schedule.first_decay_epoch} to 0 at {schedule.num_epochs}")
 
 
 @command
@@ -652,11 +547,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_args(args)
     config = TrainConfig(**config_values(args), **network_configs(args))
     if state and checkpoint:
-        if state["args"].get("num_epochs") != config.schedule.num_epochs:
-            say_schedule_change(config.schedule)
         config = resume_networks(config, state, checkpoint)
     else:
-        checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite or config.run.dry_run, config.flags)
+        if not config.run.dry_run:
+            checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite)
         config, pretrained = load_pretrained(config)
     device = devices.pick_device(config.device.device)
     if config.run.dry_run:
@@ -664,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     data = load_data(config, device)
     model = make_model(config, make_networks(config, pretrained), device)
-    monitor = make_monitor(config, loss_names(model.loss_config), cyclegan_rows)
+    monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)
     Run(config, model, data, monitor, "train").run(state, checkpoint)
 
 

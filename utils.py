@@ -1,7 +1,4 @@
-"""Errors and messages, options of the command line, and the buffer of translated images.
-
-Everything else builds on this module; it imports nothing of the project.
-"""
+"""Errors and messages, options of the command line, and the buffer of translated images; imports nothing of the project."""
 
 import copy
 import dataclasses
@@ -18,9 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-
-# ---------------------------------------------------------------------------------------------
-# Errors and messages
 
 
 class InputError(Exception):
@@ -70,86 +64,58 @@ def need_package(name: str, flag: str, command: str) -> None:
         raise InputError(f"{flag}: the package {name} is missing; install it with: {command}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Options: a field of a dataclass says its default, help and range; toolkit.cli.add_options makes command-line options of them
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Collection | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    parse: Callable[[str], Any] | None = None,
-    nargs: str | None = None,
-    metavar: str | None = None,
-    flag: str | None = None,
-) -> Any:
+def option(default: Any, help: str, **allowed: Any) -> Any:
     """Declare a field of a dataclass that is also an option of the command line.
 
-    choices:     the values that are allowed
-    least, most: the range of a number, both included; above: a lower limit that is not included
-    parse:       turns the text of the command line into a value; raises ValueError if it cannot
-    nargs:       "+" or "*" for several values, as in argparse
-    flag:        the option's name, where it is not the field's
+    least, most, above:      the range of a number; `above` itself is not allowed
+    parse:                   turns the text of the command line into a value; raises ValueError if it cannot
+    choices, nargs, metavar: as in argparse
+    flag:                    the option's name, where it is not the field's
     """
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "above": above}
-    metadata |= {"parse": parse, "nargs": nargs, "metavar": metavar, "flag": flag}
+    metadata = {"help": help, **allowed}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_options(config: Any) -> None:
-    """Compare the fields of a config, each of one plain type, with what their options allow.
-
-    raises: ValueError for the first value of another type, or out of range
-    """
+    """Raise ValueError for the first field of a config whose value is of another type, or not what its option allows."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        allowed = field.metadata
-        if type(value) is not field.type:
-            raise ValueError(f"{field.name} {value!r}: expected {field.type.__name__}")
-        if allowed.get("choices") and value not in allowed["choices"]:
-            raise ValueError(f"{field.name} {value}: expected one of {', '.join(map(str, allowed['choices']))}")
-        limits = {name: allowed.get(name) for name in ("least", "most", "above")}
-        if any(limit is not None for limit in limits.values()) and not in_range(value, **limits):
-            raise ValueError(f"{field.name} {value}: expected {range_in_words(**limits)}")
+        choices = field.metadata.get("choices", (value,))
+        limits = range_in_words(**field.metadata)
+        kind: Any = field.type
+        if type(value) is not kind:
+            raise ValueError(f"{field.name} {value!r}: expected {kind.__name__}")
+        if value not in choices:
+            raise ValueError(f"{field.name} {value}: expected one of {', '.join(map(str, choices))}")
+        if limits and not in_range(value, **field.metadata):
+            raise ValueError(f"{field.name} {value}: expected {limits}")
 
 
-def in_range(value: Any, least: float | None = None, most: float | None = None, above: float | None = None) -> bool:
-    """Whether a value is a finite number within the limits."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if above is not None and value <= above:
-        return False
-    return (least is None or value >= least) and (most is None or value <= most)
+def in_range(value: Any, least: float = -math.inf, most: float = math.inf, above: float = -math.inf, **_: Any) -> bool:
+    """Return whether a value is a finite number within the limits of an option."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and least <= value <= most and above < value < math.inf
 
 
-def range_in_words(least: float | None = None, most: float | None = None, above: float | None = None) -> str:
-    """A range for a message: "at least 1 and at most 4096"."""
-    limits = {"above": above, "at least": least, "at most": most}
-    return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+def range_in_words(**allowed: Any) -> str:
+    """Return the range of an option for a message, such as "at least 1 and at most 4096"."""
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    return " and ".join(f"{words[name]} {allowed[name]}" for name in words if name in allowed)
+
+
+def is_folder_name(value: Any) -> bool:
+    """Return whether a value is one plain folder name, which cannot lead out of the folder that contains it."""
+    plain = isinstance(value, str) and value not in ("", ".", "..") and value[0] != "-"
+    return plain and all(c not in '/\\:*?"<>|' and c.isprintable() for c in value)
 
 
 def folder_name(text: Any) -> str:
-    """Accept one plain folder name, which cannot lead out of the folder that contains it; else raise ValueError."""
-    plain = isinstance(text, str) and text not in ("", ".", "..") and text[0] != "-"
-    if not plain or any(c in '/\\:*?"<>|' or not c.isprintable() for c in text):
+    """Accept one plain folder name; else raise ValueError."""
+    if not is_folder_name(text):
         raise ValueError(f'given {text!r}, expected one folder name without / \\ : * ? " < > |')
     return text
-
-
-def is_folder_name(value: object) -> bool:
-    """Whether a value, which may come from a file, is one plain folder name."""
-    try:
-        return folder_name(value) == value
-    except ValueError:
-        return False
 
 
 def epoch_name(text: str) -> str:
@@ -173,23 +139,18 @@ def some_of(choices: Collection[str]) -> Callable[[str], list[str]]:
 
     def parse(text: str) -> list[str]:
         words = [word for word in text.split(",") if word]
-        wrong = [word for word in words if word not in choices]
-        if wrong:
-            raise ValueError(f"given {wrong[0]!r}, expected some of {','.join(choices)}")
+        for word in words:
+            if word not in choices:
+                raise ValueError(f"given {word!r}, expected some of {','.join(choices)}")
         return words
 
     return parse
 
 
-# ---------------------------------------------------------------------------------------------
-# The buffer of translated images
-
-
 class FakeImageBuffer:
     """The latest translated images, so that a discriminator also sees older ones.
 
-    Until it is full, every image is stored and returned. Then each new image is, with probability 1/2, exchanged for a
-    stored one.
+    Once it is full, each new image is, with probability 1/2, exchanged for a stored one.
     source: Shrivastava et al. 2017, section 2.3; size 50 in Zhu et al. 2017, section 4
     """
 
@@ -212,17 +173,12 @@ class FakeImageBuffer:
             exchanged.append(image)
         return torch.stack(exchanged)
 
-    def snapshot(self) -> tuple:
+    def snapshot(self) -> dict:
         """Return the present state without a copy: stored images are replaced, never changed."""
-        return list(self.images), self._rng.getstate()
-
-    def restore(self, snapshot: tuple) -> None:
-        images, random_state = snapshot
-        self.images = list(images)
-        self._rng.setstate(random_state)
+        return {"images": list(self.images), "rng": self._rng.getstate()}
 
     def state_dict(self) -> dict:
-        return {"images": [x.cpu() for x in self.images], "rng": self._rng.getstate()}
+        return self.snapshot() | {"images": [x.cpu() for x in self.images]}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Restore a state; of a larger buffer only the first `size` images are kept."""

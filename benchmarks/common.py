@@ -1,5 +1,6 @@
-"""What several benchmarks share: flags of train.py, and the model that flags describe."""
+"""What several benchmarks share: flags of train.py, the model that flags describe, and tables."""
 
+import csv
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import train
 from cyclegan import CycleGAN
 from toolkit import devices
 from toolkit.config import TrainConfig
+from toolkit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 # what most experiments on the demo set have in common
@@ -36,7 +38,8 @@ def train_config(argv: Sequence[object]) -> TrainConfig:
     """The config of a new run with these flags of train.py."""
     args = train.parse_args([str(word) for word in argv])
     train.check_args(args)
-    config, _ = train.load_pretrained(train.make_config(args, *train.network_configs(args)))
+    config = TrainConfig(**train.config_values(args), **train.network_configs(args))
+    config, _ = train.load_pretrained(config)
     return config
 
 
@@ -45,3 +48,27 @@ def build_model(config: TrainConfig, device: torch.device | None = None) -> Cycl
     return train.make_model(
         config, train.make_networks(config, {}), device or devices.pick_device(config.device.device)
     )
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows whose keys are the columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Read the rows of a file, as text; none if it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_table(rows: Sequence[dict]) -> list[str]:
+    """Lines of a Markdown table of rows whose keys are the columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(str(row.get(name, '')) for name in columns)} |" for row in rows]

@@ -10,7 +10,6 @@ first, in turns, and stored in pace.json, so that a resumed comparison has the s
 included. Existing runs are resumed. Writes generated_images/compare_DATASET/{runs.csv, compare.md, compare.png, rows.png}.
 """
 
-import csv
 import json
 import statistics
 import sys
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import DAY2NIGHT, build_model, train_config
+from common import DAY2NIGHT, build_model, markdown_table, train_config, write_csv
 
 import datasets
 import test as test_command
@@ -33,7 +32,7 @@ from models import DIRECTIONS
 from toolkit import cli, images, metrics, process
 from toolkit.checkpoints import IMAGES, RUNS
 from toolkit.files import atomic_write, write_json, write_text
-from toolkit.monitor import read_losses
+from toolkit.logs import read_losses
 from toolkit.weights import load_generator
 
 RESNET = ["--generator", "resnet", "--num_residual", "6", "--ngf", "32"]
@@ -155,14 +154,14 @@ def table(rows):
     shown = {f"{score}_{domain}": digits for score, digits in SCORES.items() for domain in "BA"}
     shown = {name: digits for name, digits in shown.items() if name in rows[0]}
     costs = {"parameters": "{:,}", "MMACs": "{:,.0f}", "s/step": "{:.3f}", "steps": "{:,}", "minutes": "{:.1f}"}
-    columns = ["budget", "variant", "seeds", *costs, *shown]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     groups = grouped(rows, lambda row: (row["budget"], row["variant"]))
+    cells = []
     for (budget, variant), group in groups.items():
-        cells = [budget, variant, str(len(group)), *(form.format(group[0][name]) for name, form in costs.items())]
-        cells += [mean_and_deviation([row[name] for row in group], digits) for name, digits in shown.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        cells.append({"budget": budget, "variant": variant, "seeds": len(group)})
+        cells[-1] |= {name: form.format(group[0][name]) for name, form in costs.items()}
+        for name, digits in shown.items():
+            cells[-1][name] = mean_and_deviation([row[name] for row in group], digits)
+    return markdown_table(cells)
 
 
 def curve(run, measure):
@@ -233,10 +232,7 @@ def main(argv=None):
         existing = (RUNS / run.run_name / "latest.pt").is_file()
         train.main(["--run_name", run.run_name, "--start_from", "latest"] if existing else run.flags)
         rows.append(score(args, run))
-        with atomic_write(folder / "runs.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / "runs.csv", rows)
     lines = table(rows)
     write_text(folder / "compare.md", "\n".join(lines) + "\n")
     plot(runs, args.measure, folder / "compare.png")

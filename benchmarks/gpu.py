@@ -11,7 +11,6 @@ Benchmarks that this machine has done are skipped, unless --benchmarks names the
 """
 
 import argparse
-import csv
 import functools
 import importlib.util
 import json
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, build_model, recipe, train_config
+from common import ROOT, build_model, markdown_table, read_csv, recipe, train_config
 
 import datasets
 import models
@@ -63,11 +62,6 @@ def run(*argv: object) -> str:
         program = next((Path(word).name for word in command[1:] if word.endswith(".py")), command[1])
         raise BenchmarkError(f"{program} ended with {done.returncode}: {' '.join(last)}")
     return done.stdout
-
-
-def read_csv(path: Path) -> list[dict]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +179,7 @@ def pace(args: argparse.Namespace, *flags: object, launch: tuple = (), limit: li
 def print_pace(warm: int, timed: int, megabytes: float | None, flags: list[str]) -> None:
     """Build a model and time its steps on noise, in all processes that torchrun started."""
     if megabytes:
-        available = devices.total_memory(torch.device("cuda"))
+        available = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(1e6 * megabytes / available)
     config = train_config(flags)
     data = config.data
@@ -337,9 +331,7 @@ def machine(device: torch.device) -> str:
 
 def table(rows: list[dict]) -> list[str]:
     """Rows of a benchmark as a Markdown table, with their images below."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "image"]
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows]
+    lines = markdown_table([{name: value for name, value in row.items() if name != "image"} for row in rows])
     for row in rows:
         if "image" in row:
             lines += ["", f"![Test images after the last epoch, recipe {row['recipe']}]({row['image']})"]

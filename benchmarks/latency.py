@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import markdown_table
+
 import export
 from models import Direction
 from toolkit import cli, devices, process
@@ -58,20 +60,19 @@ def main(argv=None):
         net, metadata = load_generator(file)
         model = export.onnx_bytes(net, Direction.named(metadata["direction"] or "AtoB"), metadata)
         runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": export.open_session(model)}
-        sizes = export.sizes_to_compare(net, metadata)
-        difference = max(export.largest_differences(net, runs["onnxruntime"], sizes).values())
+        size = metadata["size"] or (256, 256)
+        difference = max(export.largest_differences(net, runs["onnxruntime"], size).values())
         parameters = sum(p.numel() for p in net.parameters())
-        rows[file] = [str(file), f"{parameters:,}", f"{len(model) / 1e6:.1f}", f"{difference:.1e}"]
+        rows[file] = {"file": file, "parameters": f"{parameters:,}", "ONNX, MB": f"{len(model) / 1e6:.1f}"}
+        rows[file]["difference"] = f"{difference:.1e}"
         for side in args.sides:
             image = torch.rand(1, net.config.channels, side, side) * 2 - 1
             programs |= {(file, f"{name}, {side} px"): (run, image) for name, run in runs.items()}
-    found = median_times(programs, args.turns)
-    columns = list(dict.fromkeys(column for _, column in programs))
+    for (file, column), milliseconds in median_times(programs, args.turns).items():
+        rows[file][column] = f"{milliseconds:.1f}"
     bf16 = "in hardware" if devices.has_native_bf16(CPU) else "emulated"
     print(f"milliseconds, {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}; bf16 is {bf16}")
-    print(f"| file | parameters | ONNX, MB | difference | {' | '.join(columns)} |\n|{'---|' * (4 + len(columns))}")
-    for file, cells in rows.items():
-        print(f"| {' | '.join(cells + [f'{found[file, column]:.1f}' for column in columns])} |")
+    print("\n".join(markdown_table(list(rows.values()))))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The first epoch fills the cache and has its own column. Compare with images/s of
 faster. Prints a table in Markdown and writes loader.csv to --output.
 """
 
-import csv
 import sys
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import markdown_table, write_csv
+
 import datasets
 from toolkit import cli, process, synthetic
 
@@ -33,7 +34,7 @@ def draw_photos(folder: Path, count: int, side: int) -> dict[str, list[Path]]:
 def images_per_second(args, paths: dict, folder: Path, kind: str, workers: int) -> dict:
     """A row of the table: the first epoch, and the best of the others."""
     images = datasets.UnpairedDataset(paths, (args.size, args.size))
-    images.caches = datasets.open_caches(kind, images, folder / f"{kind}{workers}", workers)
+    images.caches = datasets.open_caches(kind, images, folder / f"{kind}{workers}")
     sampler = datasets.EpochSampler((args.count, args.count), args.batch)
     loader = datasets.make_loader(images, sampler, workers, pin_memory=torch.cuda.is_available())
     rates = []
@@ -61,14 +62,8 @@ def main(argv=None):
         kinds = [(kind, workers) for workers in args.workers for kind in ("none", "ram", "disk")]
         rows = [images_per_second(args, paths, Path(folder), kind, workers) for kind, workers in kinds]
     print(f"images per second at {args.size} px from JPEG photos of {args.photo} px, batch {args.batch}")
-    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row.values()))} |")
-    args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "loader.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    print("\n".join(markdown_table(rows)))
+    write_csv(args.output / "loader.csv", rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from models import DIRECTIONS
 from toolkit import cli, images, process
 from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
 from toolkit.files import atomic_write
-from toolkit.monitor import read_losses
+from toolkit.logs import read_losses
 from toolkit.weights import load_generator
 
 FLAGS = f"{DAY2NIGHT} --num_residual 3 --ngf 32 --num_epochs 6 --checkpoint_interval 1"
@@ -41,8 +41,9 @@ def train_or_resume(name):
     network_configs = train.network_configs
 
     def with_norm(args):
-        generator, discriminator = network_configs(args)
-        return dataclasses.replace(generator, norm_output=name == "norm_output"), discriminator
+        configs = network_configs(args)
+        generator = dataclasses.replace(configs["generator"], norm_output=name == "norm_output")
+        return configs | {"generator": generator}
 
     argv = [*FLAGS.split(), "--run_name", name]
     if (RUNS / name / "latest.pt").is_file():

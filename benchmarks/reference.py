@@ -13,7 +13,6 @@ not repeated. Writes reference.csv and reference.png to --output.
 """
 
 import argparse
-import csv
 import shlex
 import sys
 import time
@@ -26,7 +25,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import step as plain
-from common import build_model, recipe, train_config
+from common import build_model, read_csv, recipe, train_config, write_csv
 
 import cyclegan
 import datasets
@@ -40,7 +39,6 @@ from toolkit.images import range_to_bytes
 
 CLASSIC = "--batch_size 1 --lr 2e-4 --load_scale 1.12 --flip"
 KEYS = ("which", "recipe", "threads", "limit", "seed")  # what identifies a run; limit: --minutes
-CSV_COLUMNS = (*KEYS, "minutes", "step", "PSNR_B", "PSNR_A")
 BATCH = 8  # images that are translated at once for a score
 TITLES = {"PSNR_B": "A → B", "PSNR_A": "B → A"}
 
@@ -69,7 +67,7 @@ class Ours:
     """The model of train.py with its learning rate."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        self.schedule = config.schedule
+        self.config = config.optim
         self.model = build_model(config, device)
         self.precision = self.model.precision
         self.networks = self.model.ema_networks
@@ -77,11 +75,10 @@ class Ours:
 
     def start_epoch(self, epoch: int) -> bool:
         """Set the learning rate of an epoch; False if none is left."""
-        num_epochs = self.schedule.num_epochs
-        if epoch < num_epochs:
-            factor = cyclegan.linear_decay(epoch, num_epochs, self.schedule.first_decay_epoch)
-            self.model.set_learning_rate(factor)
-        return epoch < num_epochs
+        if epoch >= self.config.num_epochs:
+            return False
+        self.model.set_learning_rate(self.config.learning_rate_factor(epoch))
+        return True
 
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
         self.model.step(real_A, real_B, finished_steps)
@@ -132,7 +129,7 @@ def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
     """Train one side with one seed; returns its rows of reference.csv."""
     flags = shlex.split(args.ours)
     if key["which"] == "reference":
-        flags = [*CLASSIC.split(), "--img_height", args.size, "--img_width", args.size]
+        flags = [*CLASSIC.split(), "--img_height", args.size, "--img_width", args.size, "--n_layers_D", args.n_layers_D]
     flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, "--seed", key["seed"]]
     config = train_config(flags)
     device = devices.pick_device(config.device.device)
@@ -153,21 +150,10 @@ def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
 
 def read_rows(path: Path) -> list[dict]:
     """Read the rows of earlier calls."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     for row in rows:
-        row |= {name: float(row[name]) for name in CSV_COLUMNS if name not in KEYS}
+        row |= {name: float(value) for name, value in row.items() if name not in KEYS}
     return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write reference.csv."""
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def curves_of(rows: list[dict], which: str, measure: str, grid: np.ndarray) -> np.ndarray:
@@ -241,7 +227,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "reference.csv"
     rows = read_rows(path)
     classic = f"ngf {args.ngf}, {args.blocks} blocks, n_layers_D {args.n_layers_D}, {args.size} px"
@@ -253,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             wanted.append(key)
             if not [row for row in rows if key.items() <= row.items()]:
                 rows += make_run(args, key)
-                write_rows(path, rows)
+                write_csv(path, rows)
     chosen = [row for row in rows if any(key.items() <= row.items() for key in wanted)]
     for line in draw_curves(chosen, args.minutes, args.every, args.output / "reference.png"):
         utils.say(line)

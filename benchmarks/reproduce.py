@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parent))
 import digit_score
 import domain_score
 import label_score
-from common import DAY2NIGHT, ROOT, expand
+from common import DAY2NIGHT, ROOT, expand, markdown_table
 
 import distill
 import test as test_command
@@ -44,7 +44,7 @@ from toolkit import cli, devices, images, metrics, process
 from toolkit.checkpoints import IMAGES, RUNS, numbered_checkpoints
 from toolkit.files import atomic_write, write_json, write_text
 from toolkit.inference import load_run
-from toolkit.monitor import read_losses
+from toolkit.logs import read_losses
 from toolkit.weights import load_generator
 
 STORE = ROOT / "docs" / "results.json"
@@ -559,13 +559,11 @@ def layout_block(name: str, stored: dict) -> str:
     """A task's block on its page: machine, table, image and commands."""
     rows = stored["rows"]
     task = TASKS[name]
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row["cells"]))
-    heads = ["", *columns, "minutes", "commit"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    empty = dict.fromkeys(["", *(column for row in rows.values() for column in row["cells"]), "minutes", "commit"], "")
+    table = []
     for run, row in rows.items():
-        cells = [row["cells"].get(column, "") for column in columns]
-        cells += [str(row.get(key, "")) for key in ("minutes", "commit")]
-        lines.append(f"| {' | '.join([run, *cells])} |")
+        costs = {key: row.get(key, "") for key in ("minutes", "commit")}
+        table.append(empty | row["cells"] | costs | {"": run})
     commands = []
     for run, recipe in task.runs.items():
         command, flags = recipe.split(" ", 1)
@@ -577,7 +575,7 @@ def layout_block(name: str, stored: dict) -> str:
     if task.filmed:
         image += [f"![Translations of {task.filmed} in the course of training](../{task.file(name, '_film')})", ""]
     again = f"`python benchmarks/reproduce.py {name}` ({stored['machine']}) trains, scores and writes this:"
-    return "\n".join([again, "", *lines, "", *image, "```bash", *commands, "```"])
+    return "\n".join([again, "", *markdown_table(table), "", *image, "```bash", *commands, "```"])
 
 
 def read_store() -> dict:

@@ -11,7 +11,6 @@ step.png to --output. --check compares the losses of 20 steps in float64.
 """
 
 import argparse
-import csv
 import math
 import random
 import statistics
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import build_model, train_config
+from common import build_model, train_config, write_csv
 
 import cyclegan
 from toolkit import cli, devices, process
@@ -359,14 +358,6 @@ def check(config: argparse.Namespace) -> float:
     return worst
 
 
-def write_csv(rows: list[dict], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "step.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(rows: list[dict], path: Path) -> None:
     """Draw the ratio to the reference as bars, by size and batch."""
     groups = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
@@ -429,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     for size in args.sizes:
         for batch in args.batches:
             rows += time_variants(cli.changed(config, size=size, batch=batch), device, peaks)
-            write_csv(rows, args.output)
+            write_csv(args.output / "step.csv", rows)
     draw(rows, args.output / "step.png")
     print(f"written to {args.output}/step.csv and step.png")
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import markdown_table
+
 from toolkit import cli, devices, process, synthetic, tiles
 from toolkit.images import image_to_tensor, resize_image, save_image, tensor_to_image
 from toolkit.weights import load_generator
@@ -85,11 +87,14 @@ def main(argv=None):
             kinds = [("whole", 0), ("independent", smallest), ("shared statistics", smallest)]
             save_side_by_side([outputs[kind] for kind in kinds], args.image)
     print(f"{args.side} px, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| tile, px | statistics | CPU time, whole image = 1 | mean difference to the whole image, of 255 |")
-    print("|---|---|---|---|")
+    rows = []
     for (kind, tile), values in list(ratios.items())[1:]:
+        rows.append(
+            {"tile, px": tile, "statistics": kind, "CPU time, whole image = 1": f"{statistics.median(values):.2f}"}
+        )
         differences = ", ".join(f"{value:.1f}" for value in distances[kind, tile])
-        print(f"| {tile} | {kind} | {statistics.median(values):.2f} | {differences} |")
+        rows[-1]["mean difference to the whole image, of 255"] = differences
+    print("\n".join(markdown_table(rows)))
 
 
 if __name__ == "__main__":

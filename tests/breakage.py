@@ -69,25 +69,16 @@ def dies_in_step(number):
     def die():
         raise Dead
 
-    with before_steps({number: die}):
-        try:
-            yield
-        except Dead:
-            return
-    raise AssertionError(f"there was no step {number}")
+    with pytest.raises(Dead), before_steps({number: die}):
+        yield
 
 
 @contextmanager
 def stops_in_step(number, signum):
     """Within the block, the training gets a signal in step `number` and has to exit with its code."""
-    code = 0
-    with before_steps({number: lambda: signal.raise_signal(signum)}):
-        try:
-            yield
-        except SystemExit as error:
-            code = error.code
-    if code != 128 + signum:
-        raise AssertionError(f"the training ended with {code}, expected {128 + signum}")
+    with pytest.raises(SystemExit) as stop, before_steps({number: lambda: signal.raise_signal(signum)}):
+        yield
+    assert stop.value.code == 128 + signum
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from PIL import Image
 import app
 import test as test_command
 from models import DIRECTIONS, Direction, GeneratorConfig, build_generator
-from toolkit import images
+from toolkit import cli, images
 from toolkit.converters import to_junyanz
 from toolkit.weights import save_generator
 from utils import InputError
@@ -48,7 +48,7 @@ def write_run(name="tiny", directions=DIRECTIONS, first_seed=0, step=None, **fla
 
 
 def opened(name="tiny", *flags, scale="train"):
-    return app.open_run(app.parse_args([*EXACT, *flags]), name, scale)
+    return app.open_run(cli.config_of(app.AppConfig, app.parse_args([*EXACT, *flags])), name, scale)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def two_clients(photo, gradio):
     write_run("teacher", step=20)
     write_run("thin", first_seed=5, step=10, teacher="teacher", direction="both")
     app.load_translator.cache_clear()  # so that the first clients also load the networks at the same moment
-    return app.parse_args(EXACT)
+    return cli.config_of(app.AppConfig, app.parse_args(EXACT))
 
 
 def test_clients_who_translate_at_once_each_get_their_own_images(two_clients):

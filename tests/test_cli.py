@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import distill
 import train
+from cyclegan import OptimConfig
 from toolkit import cli
 from toolkit.cli import Parser
 from toolkit.executor import parse_micro_batch
@@ -88,7 +89,6 @@ def test_options_fill_the_fields_that_declare_them():
         ("--parts stem,tail", "--parts: given 'tail', expected some of stem,head"),
         ("--layers 3", "unrecognized arguments: --layers 3"),  # the option is --layers_D, and may not be shortened
         ("--count", "expected one argument"),
-        ("--norm_output", "--norm_output is no longer an option; use GeneratorConfig(norm_output=True)"),
     ],
 )
 def test_wrong_options_are_refused_with_what_was_expected(argv, message):
@@ -195,7 +195,6 @@ def test_an_argument_file_has_comments_and_options_after_it_override_its_own():
         (None, "No such file or directory: 'recipe.txt'"),
         ("--count many\n", "--count: given 'many'"),
         ("--photos 'a.png\n", "argument file, --photos 'a.png: No closing quotation"),
-        ("--norm_output\n", "--norm_output is no longer an option"),
         (b"\xff\xfe\x00--count", "an argument file is not text"),
     ],
 )
@@ -313,9 +312,11 @@ def test_changes_are_reported_and_those_that_networks_cannot_follow_refused(caps
 
 
 def test_a_decay_epoch_that_was_not_given_follows_num_epochs():
-    assert train.decay_epoch(resume(saved("--num_epochs", 100), "--num_epochs", 400)) == 200
+    def first_decay_epoch(old, *argv):
+        return cli.config_of(OptimConfig, resume(old, *argv)).first_decay_epoch
+
+    assert first_decay_epoch(saved("--num_epochs", 100), "--num_epochs", 400) == 200
     old = saved("--num_epochs", 101) | {"decay_epoch": 50}  # as older versions filled it in
-    assert train.decay_epoch(resume(old, "--num_epochs", 20)) == 10
-    assert train.decay_epoch(resume(old)) == 50
-    given = saved("--num_epochs", 100, "--decay_epoch", 30)
-    assert train.decay_epoch(resume(given, "--num_epochs", 400)) == 30
+    assert first_decay_epoch(old, "--num_epochs", 20) == 10
+    assert first_decay_epoch(old) == 50
+    assert first_decay_epoch(saved("--num_epochs", 100, "--decay_epoch", 30), "--num_epochs", 400) == 30

@@ -128,44 +128,20 @@ def without(state, *endings):
     return {name: x for name, x in state.items() if not name.endswith(endings)}
 
 
-# -- the synthetic files are like real ones -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("variant", "count"),
-    [
-        ({}, 48),
-        ({"statistics": STATISTICS}, 94),
-        ({"statistics": COUNTED}, 117),
-        ({"norm": "batch"}, 140),
-        ({"norm": "none"}, 25),
-        ({"norm": "batch", "biases": True}, 163),
-        ({"norm": "instance_affine"}, 94),
-        ({"project": PYTORCH_GAN}, 48),
-    ],
-)
-def test_the_synthetic_files_have_as_many_tensors_as_real_ones(variant, count):
-    assert len(foreign(9, **variant)) == count
-
-
-@pytest.mark.parametrize(
-    ("blocks", "project", "shapes"),
-    [
-        (9, JUNYANZ, {19: (16, 8, 3, 3), 22: (8, 4, 3, 3), 26: (3, 4, 7, 7)}),
-        (6, JUNYANZ, {16: (16, 8, 3, 3), 19: (8, 4, 3, 3), 23: (3, 4, 7, 7)}),
-        (9, PYTORCH_GAN, {20: (8, 16, 3, 3), 24: (4, 8, 3, 3), 28: (3, 4, 7, 7)}),
-        (6, PYTORCH_GAN, {17: (8, 16, 3, 3), 21: (4, 8, 3, 3), 25: (3, 4, 7, 7)}),
-    ],
-)
-def test_the_synthetic_files_are_numbered_like_real_ones(blocks, project, shapes):
-    state = foreign(blocks, project)
-    for index, shape in ({1: (4, 3, 7, 7), 4: (8, 4, 3, 3), 7: (16, 8, 3, 3)} | shapes).items():
-        assert state[f"model.{index}.weight"].shape == shape
-    for index in range(10, 10 + blocks):
-        assert state[f"model.{index}.{project[0]}.5.weight"].shape == (16, 16, 3, 3)
-
-
 # -- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("project", "last"),
+    [(JUNYANZ, {19: (16, 8, 3, 3), 26: (3, 4, 7, 7)}), (PYTORCH_GAN, {20: (8, 16, 3, 3), 28: (3, 4, 7, 7)})],
+)
+def test_the_synthetic_files_have_the_names_of_real_ones(project, last):
+    state = foreign(9, project)
+    assert len(state) == 48
+    for index, shape in ({1: (4, 3, 7, 7), 4: (8, 4, 3, 3), 7: (16, 8, 3, 3)} | last).items():
+        assert state[f"model.{index}.weight"].shape == shape
+    for index in range(10, 19):
+        assert state[f"model.{index}.{project[0]}.5.weight"].shape == (16, 16, 3, 3)
 
 
 @pytest.mark.parametrize("project", [JUNYANZ, PYTORCH_GAN, BLOCK_DECONV, CONV_BLOCK_RESIZE], ids="-".join)
@@ -175,16 +151,12 @@ def test_the_synthetic_files_are_numbered_like_real_ones(blocks, project, shapes
         {"blocks": 9},
         {"blocks": 6, "second": 6},
         {"blocks": 0},
-        {"blocks": 0, "n": 0},
         {"blocks": 2, "n": 0},
-        {"blocks": 1, "n": 1},
         {"blocks": 1, "n": 3},
         {"blocks": 0, "n": 4},
         {"blocks": 2, "channels": 1},
-        {"blocks": 9, "norm": "batch"},
         {"blocks": 2, "norm": "batch", "second": 6},
         {"blocks": 1, "norm": "none"},
-        {"blocks": 2, "norm": "instance_affine"},
         {"blocks": 1, "norm": "instance_affine", "second": 6, "lead": 2},
     ],
     ids=str,
@@ -208,19 +180,21 @@ def test_statistics_of_instance_norms_are_ignored(project, statistics, second):
     assert_same(theirs, *load(foreign(2, project, second=second, statistics=statistics)))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(r"model\.11\.conv_block", "model.11.block"), ("conv_block", "res"), ("model", "main")]
-)
-def test_the_names_of_blocks_and_of_the_sequential_do_not_matter(old, new):
-    theirs = ForeignGenerator(2, norm="instance_affine")
-    assert_same(theirs, *load(rename(theirs.state_dict(), old, new)))
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.module.", "model.module."])
 @pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict"])
-def test_prefixes_and_containers_are_removed(prefix, container):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"model\.11\.conv_block", "model.11.block"),
+        ("conv_block", "res"),
+        ("model", "main"),
+        ("^", "module."),
+        ("^", "module._orig_mod.module."),
+        (r"^model\.", "model.module."),
+    ],
+)
+def test_prefixes_containers_and_the_names_of_blocks_do_not_matter(old, new, container):
     theirs = ForeignGenerator(2, norm="batch")
-    state = rename(theirs.state_dict(), r"^model\." if prefix == "model.module." else "^", prefix)
+    state = rename(theirs.state_dict(), old, new)
     assert_same(theirs, *load({container: state, "epoch": 3} if container else state))
 
 
@@ -243,13 +217,11 @@ def test_half_precision_and_parameters_become_float32():
     [
         ("latest_net_G_A.pth", "AtoB"),
         ("200_net_G_B.pth", "BtoA"),
-        ("net_G_A.pth", "AtoB"),
         ("G_AB_199.pth", "AtoB"),
         ("G_BA_0.pth", "BtoA"),
         ("net_G_BA.pth", "BtoA"),
         ("latest_net_G.pth", None),
         ("net_G_Apples.pth", None),
-        ("BIG_AB.pth", None),
         ("G_AB/latest_net_G.pth", None),
     ],
 )
@@ -260,25 +232,16 @@ def test_the_direction_is_in_the_file_name(name, direction):
 
 # -- messages -----------------------------------------------------------------------------------
 
+ZEROS = "missing model.1.bias ({} in all); filled with zeros"
+
 
 @pytest.mark.parametrize(
     ("net", "change", "said"),
     [
         ({"norm": "batch"}, dict, []),
         ({"project": PYTORCH_GAN, "n": 0}, dict, []),
-        (
-            {},
-            lambda state: without(state, "model.1.bias", "11.conv_block.5.bias", "12.bias"),
-            ["missing model.1.bias (3 in all); filled with zeros"],
-        ),
-        (
-            {"norm": "none"},
-            dict,
-            [
-                "missing model.1.bias (9 in all); filled with zeros",
-                "no sign of a normalisation; read as a network without one",
-            ],
-        ),
+        ({}, lambda state: without(state, "model.1.bias", "11.conv_block.5.bias", "12.bias"), [ZEROS.format(3)]),
+        ({"norm": "none"}, dict, [ZEROS.format(9), "no sign of a normalisation; read as a network without one"]),
         (
             {"norm": "batch"},
             lambda state: without(state, "tracked"),
@@ -295,10 +258,9 @@ def test_what_a_file_lacks_is_filled_in_and_said(capsys, net, change, said):
     assert loaded.config.norm == net.get("norm", "instance")
 
 
-def test_statistics_reveal_an_instance_norm_without_biases(capsys):
+def test_statistics_reveal_an_instance_norm_without_biases():
     state = without(foreign(2, statistics=STATISTICS), ".bias") | {"model.19.bias": torch.zeros(3)}
     assert load(state)[0].config.norm == "instance"
-    assert "missing model.1.bias (9 in all); filled with zeros" in capsys.readouterr().out
 
 
 def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
@@ -324,62 +286,46 @@ AFFINE = foreign(norm="instance_affine")
     [
         (foreign() | {"model.7.filt": torch.zeros(4, 1, 3, 3)}, "holds a CUT generator with antialiasing filters"),
         ({"model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of pytorch-CycleGAN-and-pix2pix"),
-        ({"module.model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of"),
         ({"net.modnet.weight": torch.zeros(4)}, "holds a network of UVCGAN"),
         (DISCRIMINATOR, "holds a discriminator; expected a ResNet generator"),
-        (DISCRIMINATOR | {"model.2.filt": torch.zeros(4, 1, 3, 3)}, "holds a discriminator"),
         ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, "holds a discriminator"),
         ({name: torch.zeros(1) for name in "edcba"}, "holds an unknown layout (a (1,), b (1,), c (1,))"),
-        ({"model.1.weight": torch.zeros(4)}, "holds an unknown layout (model.1.weight (4,))"),
         ({"a\nb": torch.zeros(1)}, r"(a\nb (1,))"),
         ({"model.1.weight": torch.zeros(4, 3, 7, 7)}, "1 convolutions outside of blocks (model.1.weight (4, 3, 7, 7))"),
         (without(foreign(), "model.4.weight", "model.4.bias"), "5 convolutions outside of blocks (model.1.weight"),
         (foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)}, "model.9999.weight (1, 1, 1, 1)); expected a"),
         ({"format": 1, "nets": {}}, "holds a whole training state; give --run_name and --epoch"),
         ({}, NO_TENSORS),
-        (torch.zeros(3), NO_TENSORS),
         ({1: torch.zeros(3)}, NO_TENSORS),
-        ({"model_state_dict": {"generator_ab": foreign()}}, NO_TENSORS),
         ({"model.1.weight": torch.zeros(1).expand(4, 3, 7, 7)}, NO_TENSORS),
         ({"model.1.weight": torch.zeros(4, 3, 7, 7).to_sparse()}, NO_TENSORS),
         ({"model.1.weight": torch.zeros(4, 3, 7, 7, device="meta")}, NO_TENSORS),
         (without(foreign(), "model.18.bias"), "model.18.bias is missing, expected (3,)"),
-        (without(foreign(), "model.4.weight"), "model.4.weight is missing"),
         (without(BATCH, "model.5.running_var"), "model.5.running_var is missing, expected (8,)"),
-        (without(BATCH, "model.5.bias"), "model.5.bias is missing, expected (8,)"),
-        (without(BATCH, "model.2.weight"), "model.2.weight is missing"),
         (without(AFFINE, "model.5.weight"), "model.5.weight is missing"),
         (BATCH | {"model.1.bias": torch.zeros(5)}, "model.1.bias, (5,), is not part"),
         (foreign() | {"model.2.weight": torch.ones(4)}, "model.2.weight, (4,), is not part of this network"),
-        (foreign() | {"model.1.running_mean": torch.ones(4)}, "model.1.running_mean, (4,), is not part"),
-        (foreign() | {"n_averaged": torch.tensor(3)}, "n_averaged, (), is not part of this network"),
         (foreign() | {"model.13.query.weight": torch.ones(1, 8, 1, 1)}, "model.13.query.weight, (1, 8, 1, 1), is"),
         (foreign() | {"a\nb": torch.zeros(1)}, r"a\nb, (1,), is not part of this network"),
-        (foreign() | {"model.1.bias": torch.full((4,), float("nan"))}, "model.1.bias is not finite"),
         (foreign() | {"model.1.bias": torch.full((4,), 1e300, dtype=torch.float64)}, "model.1.bias is not finite"),
-        (foreign() | {"model.1.bias": torch.zeros(4, dtype=torch.int64)}, "model.1.bias is torch.int64"),
         (foreign() | {"model.1.weight": torch.zeros(0, 3, 7, 7)}, "give ngf 0: expected at least 1 and at most 4096"),
         (foreign(n=5), "give n_downsampling 5: expected at least 0 and at most 4"),
+        (foreign() | {"model.4.weight": torch.zeros(8, 4, 4, 4)}, "expected (8, 4, 3, 3) at position 4"),
+        # upsampling in two ways: convolutions have the number of output channels first, transposed ones that of inputs
         (
-            foreign() | {"model.4.weight": torch.zeros(8, 4, 4, 4)},
-            "model.4.weight is (8, 4, 4, 4); expected (8, 4, 3, 3) at position 4",
-        ),
-        (  # upsampling in two ways: convolutions have the number of output channels first, transposed ones that of inputs
             foreign(2) | {"model.15.weight": torch.zeros(4, 8, 3, 3)},
-            "model.15.weight is (4, 8, 3, 3); expected (8, 4, 3, 3) at position 15",
+            "(4, 8, 3, 3); expected (8, 4, 3, 3) at position 15",
         ),
-        (  # blocks that pad with zeros
+        # blocks that pad with zeros
+        (
             rename(foreign(2), r"conv_block\.1\.", "conv_block.0."),
-            "conv_block.0.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 10",
+            "(16, 16, 3, 3) at layer 1 of the block at position 10",
         ),
         (
             without(foreign(2), "10.conv_block.5.weight", "10.conv_block.5.bias"),
-            "11.conv_block.1.weight is (16, 16, 3, 3); expected (16, 16, 3, 3) at layer 5 or 6 of the block at position 10",
+            "layer 5 or 6 of the block at position 10",
         ),
-        (
-            rename(foreign(2), r"model\.11\.", "model.111."),
-            "model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3) at layer 1 of the block at position 11",
-        ),
+        (rename(foreign(2), r"model\.11\.", "model.111."), "model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3)"),
         (
             foreign(2, PYTORCH_GAN, lead=3),
             "model.15.weight is (8, 16, 3, 3); expected (8, 16, 3, 3) at position 13 or 14",

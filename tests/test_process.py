@@ -5,7 +5,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,13 +65,8 @@ def test_an_unexpected_error_keeps_its_traceback(error):
         command(raising(error))([])
 
 
-def test_a_command_passes_on_its_arguments_its_result_and_its_own_exit():
-    @command
-    def main(argv=None):
-        return argv
-
-    assert main(["a"]) == ["a"]
-    assert main.__name__ == "main"
+def test_a_command_passes_on_its_result_and_its_own_exit():
+    assert command(lambda argv: argv)(["a"]) == ["a"]
     assert run_command(raising(SystemExit(7))) == 7
 
 
@@ -135,20 +129,6 @@ def test_a_lost_terminal_is_a_request_to_stop_unless_nohup_ignores_it(handler, n
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_in_another_thread_signal_handlers_are_left_alone():
-    found = []
-
-    def work():
-        with StopRequest() as stop, process.exit_on_sigterm():
-            found.append((stop.signum, signal.getsignal(signal.SIGTERM)))
-
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [(None, before)]
 
 
 # -- startup ---------------------------------------------------------------------------------

@@ -48,14 +48,11 @@ def run(trained, tmp_path):
     """The run, copied into the test's own folder; returns test.main with its options."""
     for name in ("datasets", "saved_models"):
         shutil.copytree(trained / name, tmp_path / name)
-    return lambda *argv: test_with("--run_name", "tiny", *argv)
+    return lambda *argv: call("--run_name", "tiny", *argv)
 
 
-def test_with(*argv):
+def call(*argv):
     return test_command.main([*map(str, argv), *FP32])
-
-
-test_with.__test__ = False  # a helper
 
 
 def save_noise(folder, *names, size=(20, 18)):
@@ -106,7 +103,7 @@ def test_a_run_that_train_py_left_is_tested(tiny):
     import train
 
     train.main(["--dataset_name", "tiny", *TINY, "--num_epochs", "2", "--checkpoint_interval", "1"])
-    scores = test_with("--dataset_name", "tiny", "--metrics", "losses,cycle,identity,paired")
+    scores = call("--dataset_name", "tiny", "--metrics", "losses,cycle,identity,paired")
     assert scores.keys() == {"AtoB", "BtoA", "losses"}
     written = strict_json(OUTPUT / "metrics.json")
     assert (written["epoch"], written["images"]) == (2, {"AtoB": 2, "BtoA": 2})
@@ -141,7 +138,7 @@ def test_one_file_of_weights_and_one_image_are_enough(run):
     shutil.move("saved_models/tiny/G_BA.safetensors", "student.safetensors")
     shutil.rmtree("saved_models")
     save_noise(".", "cat.photo.jpg", size=(30, 40))
-    test_with("--weights", "student.safetensors", "--input", "cat.photo.jpg")
+    call("--weights", "student.safetensors", "--input", "cat.photo.jpg")
     output = Path("generated_images/student/test")
     assert files_in(output) >= {"real_B/cat.photo.png", "fake_A/cat.photo.png"}
     assert opened(output / "fake_A/cat.photo.png").size == (30, 40)
@@ -190,7 +187,7 @@ def test_grey_networks_take_colour_images():
     net = build_generator(GeneratorConfig(channels=1, ngf=4, num_residual=1))
     save_generator(Path("grey.safetensors"), net, {"direction": "AtoB", "size": [16, 16], "run_name": "../../x"})
     save_noise(".", "cat.png")
-    test_with("--weights", "grey.safetensors", "--input", "cat.png")
+    call("--weights", "grey.safetensors", "--input", "cat.png")
     assert opened("generated_images/grey/test/fake_B/cat.png").mode == "L"  # the run_name in a file is not used
 
 
@@ -198,10 +195,10 @@ def test_weights_of_another_project_translate_at_the_images_own_size(run, capsys
     net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
     torch.save(to_junyanz(net), "9_net_G.pth")
     argv = ["--weights", "9_net_G.pth", "--dataset_name", "tiny"]
-    test_with(*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--output", "there")
+    call(*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--output", "there")
     run("--direction", "BtoA", "--scale", "native", "--output", "here")
     assert np.array_equal(numbers("there/fake_A/0.png"), numbers("here/fake_A/0.png"))
-    test_with(*argv, "--num_test", "1")
+    call(*argv, "--num_test", "1")
     assert "used as AtoB" in capsys.readouterr().out
     assert Path("generated_images/9_net_G/test/fake_B/0.png").is_file()
 
@@ -212,13 +209,13 @@ def test_a_run_is_tested_on_the_data_set_it_was_trained_on_unless_another_is_giv
     save_run(argv=("--data_root", "my sets"))
     argv = ["--run_name", "tiny", "--direction", "AtoB"]
     for given in ([], ["--epoch", "1"], ["--metrics", "losses"]):
-        test_with(*argv, *given)
+        call(*argv, *given)
     shutil.rmtree("my sets")
     for given in ([], ["--epoch", "1"]):
         error = refused(test_command.main, *argv, *given)
         assert "my sets: held the data sets when the run was trained, and is gone; give their --data_root" in error
-    test_with(*argv, "--data_root", "other")
-    test_with(*argv, "--input", "other/tiny/testA")
+    call(*argv, "--data_root", "other")
+    call(*argv, "--input", "other/tiny/testA")
     weights = ["--weights", "saved_models/tiny/G_AB.safetensors"]  # may be a stranger's, so its data_root is not used
     assert "datasets/tiny: no such data set" in refused(test_command.main, *weights)
 
@@ -247,7 +244,7 @@ def test_the_included_student_turns_day_into_night():
     for seed in seeds:
         draw_scene(seed, "day").save(f"day/{seed}.png")
     shutil.copy(EXAMPLES / "day.png", "day")
-    test_with("--weights", EXAMPLES / "day2night.safetensors", "--input", "day", "--output", "out")
+    call("--weights", EXAMPLES / "day2night.safetensors", "--input", "day", "--output", "out")
     scores = []
     for seed in seeds:
         night = np.asarray(draw_scene(seed, "night")) / 255
@@ -259,7 +256,7 @@ def test_the_included_student_turns_day_into_night():
 def test_the_included_students_give_a_horse_stripes_and_take_them_away():
     """In the included photo, colour becomes black and white, and colour again."""
     for name, source in (("horse2zebra", EXAMPLES / "horse.jpg"), ("zebra2horse", "horse2zebra/fake_B/horse.png")):
-        test_with("--weights", EXAMPLES / f"{name}.safetensors", "--input", source, "--output", name)
+        call("--weights", EXAMPLES / f"{name}.safetensors", "--input", source, "--output", name)
     paths = (EXAMPLES / "horse.jpg", "horse2zebra/fake_B/horse.png", "zebra2horse/fake_A/horse.png")
     patches = [numbers(path)[55:125, 100:160] for path in paths]  # neck and shoulder
     horse, zebra, back = (np.ptp(x, axis=2).mean() for x in patches)
@@ -401,7 +398,7 @@ inference.QUEUE_PIXELS = 0  # even a slow disk then keeps no image waiting
 inference.THREADS = 1
 peaks = []
 for name in ("few", "many"):
-    test.main(["--run_name", "tiny", "--dataset_name", name, "--metrics", "paired,cycle,identity,losses"])
+    test.main(["--run_name", "tiny", "--dataset_name", name, "--metrics", "paired,cycle", "--direction", "AtoB"])
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 print(peaks)
 assert peaks[1] - peaks[0] < 40, peaks
@@ -424,7 +421,7 @@ def test_memory_does_not_grow_with_the_number_of_photos(run):
 @pytest.mark.slow
 def test_kid_is_computed_against_the_test_and_the_training_images(tiny, inception):
     save_run()
-    scores = test_with("--dataset_name", "tiny", "--metrics", "kid", "--inception_weights", inception)
+    scores = call("--dataset_name", "tiny", "--metrics", "kid", "--inception_weights", inception)
     table = scores["AtoB"]["distribution"]
     assert table.keys() == {"testB", "trainB"}
     assert (table["testB"]["translated"], table["testB"]["real"], table["trainB"]["real"]) == (2, 2, 4)
@@ -508,9 +505,6 @@ def test_hostile_weights_of_inception_are_not_executed(run, refused):
     assert not Path("generated_images").exists()
 
 
-GREY = tiny_networks(channels=1)["D_B"]
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -524,7 +518,7 @@ GREY = tiny_networks(channels=1)["D_B"]
         lambda state: [state["config"].pop(name) for name in ("G_AB", "G_BA")],
         lambda state: state["config"].pop("D_A"),
         lambda state: state["config"]["D_A"].update(ndf=8),
-        lambda state: (state["config"]["D_B"].update(channels=1), state["nets"].update(D_B=GREY.state_dict())),
+        lambda state: state["config"]["D_B"].update(channels=1),
     ],
 )
 def test_a_state_edited_by_hand_is_refused(run, refused, spoil):

@@ -1,6 +1,5 @@
 import errno
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models import DiscriminatorConfig, GeneratorConfig, build_generator
+from models import GeneratorConfig, build_generator
 from toolkit.converters import to_junyanz
-from toolkit.weights import load_generator, load_pair, load_tensors, read_config, save_generator
+from toolkit.weights import load_generator, load_pair, save_generator
 from utils import InputError, one_line
 
 CONFIG = GeneratorConfig(ngf=4, num_residual=1)
@@ -50,18 +49,10 @@ def test_a_generator_is_loaded_with_its_metadata(saved, kind):
     assert metadata["epoch"] == 3
 
 
-def test_channels_last_weights_are_written_unchanged(saved):
-    path, net = saved
-    save_generator(str(path), net.to(memory_format=torch.channels_last), {"direction": "AtoB", "size": [16, 24]})
-    assert torch.equal(load_generator(path)[0].stem[1].weight, net.stem[1].weight)
-
-
-def test_a_file_is_recognised_by_its_content(tmp_path):
-    net = build_generator(GeneratorConfig(ngf=2, num_residual=0))
-    save_generator(tmp_path / "G", net, {"direction": "BtoA", "size": [16, 16]})
-    loaded, metadata = load_generator(tmp_path / "G")
-    assert torch.equal(loaded.stem[1].weight, net.stem[1].weight)
-    assert metadata["direction"] == "BtoA"
+def test_a_file_is_recognised_by_its_content_and_channels_last_weights_are_unchanged(tmp_path):
+    net = build_generator(CONFIG).to(memory_format=torch.channels_last)
+    save_generator(str(tmp_path / "G"), net, {"direction": "BtoA", "size": [16, 16]})
+    assert torch.equal(load_generator(tmp_path / "G")[0].stem[1].weight, net.stem[1].weight)
 
 
 def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path):
@@ -100,7 +91,7 @@ def test_a_file_from_before_a_field_existed_gets_its_default(saved):
         (lambda m: m["config"].update(vit_blocks=4.0), "vit_blocks 4.0: expected int"),
         (lambda m: m["config"].update(extra=1), "no GeneratorConfig; expected generator, channels, ngf"),
         (lambda m: m.update(config=[1]), "no GeneratorConfig"),
-        (lambda m: m["config"].update(ngf=8), r"blocks.0.body.1.bias is \(16,\), expected \(32,\)"),
+        (lambda m: m["config"].update(ngf=8), r"blocks.0.body.1.bias is \(16,\), expected \(32,\).*and [0-9]+ more"),
         (lambda m: m["config"].update(num_residual=2), "blocks.1.body.1.bias is missing"),
         (lambda m: m["config"].update(num_residual=0), r"blocks.0.body.1.bias, \(16,\), is not part of this network"),
     ],
@@ -112,19 +103,17 @@ def test_metadata_is_not_trusted(saved, change, words):
     assert "\n" not in str(error.value)
 
 
-def test_only_the_first_three_differences_are_named(saved):
-    rewrite(saved[0], lambda m: m["config"].update(ngf=8))
-    with pytest.raises(InputError, match=r"and [0-9]+ more") as error:
-        load_generator(saved[0])
-    assert str(error.value).count("expected") == 3
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(saved, value):
-    tensors = load_file(saved[0])
-    tensors["head.1.bias"][0] = value
-    rewrite(saved[0], tensors=tensors)
-    with pytest.raises(InputError, match=r"head.1.bias is not finite"):
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        ([0, 0, float("nan")], "head.1.bias is not finite"),
+        ([0, 0, float("inf")], "head.1.bias is not finite"),
+        ([0, 0, 0], "head.1.bias is torch.int64, expected torch.float32"),
+    ],
+)
+def test_weights_that_are_not_finite_or_of_another_type_are_refused(saved, bias, words):
+    rewrite(saved[0], tensors=load_file(saved[0]) | {"head.1.bias": torch.tensor(bias)})
+    with pytest.raises(InputError, match=words):
         load_generator(saved[0])
 
 
@@ -143,23 +132,6 @@ def test_files_that_hold_no_generator_are_refused(saved, tmp_path):
         load_generator(path)
     with pytest.raises(InputError, match="no such file"):
         load_generator(tmp_path / "none.safetensors")
-
-
-def test_load_tensors_refuses_other_types_and_containers():
-    net = build_generator(CONFIG)
-    tensors = net.state_dict() | {"head.1.bias": torch.zeros(3, dtype=torch.int64)}
-    with pytest.raises(InputError, match=r"head.1.bias is torch.int64, expected torch.float32"):
-        load_tensors(net, tensors, "x")
-    for nothing in (None, [], {"a": 1}):
-        with pytest.raises(InputError, match="no tensors by name"):
-            load_tensors(net, nothing, "x")
-
-
-def test_discriminator_configs_are_validated_too():
-    config = DiscriminatorConfig(ndf=4, n_layers=2, norm="none")
-    assert read_config(DiscriminatorConfig, asdict(config), "x") == config
-    with pytest.raises(InputError, match="discriminator style: expected one of patch, pixel"):
-        read_config(DiscriminatorConfig, {"discriminator": "style"}, "x")
 
 
 def test_a_pair_is_loaded_by_the_directions_of_its_files(tmp_path, capsys):
@@ -208,10 +180,14 @@ def test_damaged_files_are_refused(tmp_path):
         load_generator(path)
 
 
-def assert_one_line(error, name):
-    """An error names the file and is a line of reasonable length."""
-    assert str(name) in str(error)
-    assert len(one_line(error)) < 1000
+def read_or_refused_in_one_line(path):
+    line = str(path)
+    try:
+        load_generator(path)
+    except InputError as error:
+        line = one_line(error)
+    assert str(path) in line
+    assert len(line) < 1000
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +207,7 @@ def contents(tmp_path_factory):
 def test_damaged_files_of_weights_are_read_or_refused(tmp_path, contents, edits, name):
     path = tmp_path / name
     path.write_bytes(edited(contents[name], edits))
-    try:
-        load_generator(path)
-    except InputError as error:
-        assert_one_line(error, path)
+    read_or_refused_in_one_line(path)
 
 
 NAMES = st.sampled_from(["model.1", "model.4", "model.10.conv_block.1", "model.26", "net.0", "x"])
@@ -252,7 +225,4 @@ def test_invented_weights_are_read_or_refused(tmp_path, names, leaf, shape, base
     state = to_junyanz(build_generator(CONFIG)) if base else {}
     state |= {f"{name}.{leaf}": torch.zeros(shape) for name in names}
     torch.save(state, tmp_path / "x.pth")
-    try:
-        load_generator(tmp_path / "x.pth")
-    except InputError as error:
-        assert_one_line(error, "x.pth")
+    read_or_refused_in_one_line(tmp_path / "x.pth")

@@ -3,24 +3,20 @@
     state, path = load_checkpoint(RUNS / "horse2zebra", "latest", "--epoch")
     networks = networks_of(state, path)
 
-A state is a dict of plain values and tensors with everything that learns, counts or is random, so that a resumed run
-takes the very step that would have followed.
+A state holds everything that learns, counts or is random, so a resumed run takes the very step that would have followed.
 """
 
-import json
-import platform
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks, build_discriminator, build_generator
-from toolkit.cli import NEVER_INHERITED
 from toolkit.devices import rng_state
 from toolkit.distributed import first_rank, first_rank_first, rank, world_size
 from toolkit.files import atomic_write, attempt, link_file, read_archive, replace
@@ -32,32 +28,22 @@ IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # raised when older code can no longer read a state
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading states
-
-
 def load_state(path: Path, command: str | None = None) -> dict:
-    """Read a training state that the given command ("train", "distill", None: either) has saved.
-
-    raises: InputError if the file is missing, damaged, or no such state
-    """
+    """Read a state that the given command ("train", "distill", None: either) has saved; raise InputError if it is none."""
     state = read_archive(path)
     if not isinstance(state, dict) or "format" not in state or "nets" not in state:
         raise InputError(f"{path}: holds no training state; expected a file that train.py or distill.py wrote")
-    if one_line(state["format"]) != str(STATE_FORMAT):
-        raise InputError(
-            f"{path}: format {one_line(state['format'])[:40]}, expected {STATE_FORMAT}; written by another version"
-        )
-    if command and one_line(state.get("stage")) != command:
-        raise InputError(f"{path}: a state of {one_line(state.get('stage'))[:40]}.py, expected one of {command}.py")
+    found, writer = (one_line(state.get(name))[:40] for name in ("format", "stage"))
+    if found != str(STATE_FORMAT):
+        raise InputError(f"{path}: format {found}, expected {STATE_FORMAT}; written by another version")
+    if command and writer != command:
+        raise InputError(f"{path}: a state of {writer}.py, expected one of {command}.py")
     return state
 
 
 def is_state(path: Path) -> bool:
     """Return whether a file of weights is a training state."""
-    if path.suffix == ".safetensors":
-        return False
-    value = read_archive(path)
+    value = None if path.suffix == ".safetensors" else read_archive(path)
     return isinstance(value, dict) and {"format", "nets"} <= value.keys()
 
 
@@ -68,35 +54,20 @@ def found_runs() -> str:
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     """Return the epoch_NNNN.pt files of a run by epoch, in order."""
-    found = {}
-    for path in folder.glob("epoch_*.pt"):
-        if re.fullmatch(r"[0-9]{4,}", path.stem[6:]) and path.is_file():
-            found[int(path.stem[6:])] = path
-    return dict(sorted(found.items()))
-
-
-def find_checkpoint(folder: Path, epoch: str, flag: str) -> Path:
-    """Return the file of an epoch ("latest", "best" or a number).
-
-    raises: InputError with a list of those that exist
-    """
-    path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
-    if not path.is_file():
-        found = list(map(str, numbered_checkpoints(folder)))
-        found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
-        listed = ", ".join(found) or "none, nothing was saved yet"
-        raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
-    return path
+    paths = [path for path in folder.glob("epoch_*.pt") if re.fullmatch(r"epoch_[0-9]{4,}", path.stem)]
+    return {int(path.stem[6:]): path for path in sorted(paths, key=lambda path: int(path.stem[6:])) if path.is_file()}
 
 
 def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> tuple[dict, Path]:
-    """Read the state of an epoch; if latest.pt is damaged or missing, previous.pt.
-
-    flag: the option that names the epoch, for messages
-    """
+    """Read the state of an epoch ("latest", "best" or a number), which `flag` names; previous.pt for a bad latest.pt."""
+    path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     previous = folder / "previous.pt"
     try:
-        path = find_checkpoint(folder, epoch, flag)
+        if not path.is_file():
+            found = list(map(str, numbered_checkpoints(folder)))
+            found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
+            listed = ", ".join(found) or "none, nothing was saved yet"
+            raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
         return load_state(path, command), path
     except InputError as error:
         if epoch != "latest" or not previous.is_file():
@@ -110,23 +81,16 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
 
 
 def networks_of(state: dict, path: Path) -> Networks:
-    """Build the networks of a state by name, generators with their EMA weights if it has them.
-
-    raises: InputError if configs and weights do not belong together
-    """
+    """Build the networks of a state by name, generators with their EMA weights if it has them; raise InputError."""
+    builders: Any = {"G": (build_generator, GeneratorConfig), "D": (build_discriminator, DiscriminatorConfig)}
     networks: Networks = {}
     try:
+        weights = state["nets"] | (state.get("ema") or {})
         for name, values in state["config"].items():
-            if name in [direction.generator for direction in DIRECTIONS]:
-                net = build_generator(GeneratorConfig(**values))
-            elif name in ("D_A", "D_B"):
-                net = build_discriminator(DiscriminatorConfig(**values))
-            else:
-                raise ValueError(f"an unknown network {one_line(name)[:40]}")
-            ema = state.get("ema") or {}
-            net.load_state_dict(ema[name] if name in ema else state["nets"][name])
-            networks[name] = net
-    except Exception as error:  # of a file that was edited, there is no end of kinds
+            build, kind = builders[name[0]]
+            networks[name] = build(kind(**values))
+            networks[name].load_state_dict(weights[name])
+    except Exception as error:  # an edited file can raise anything
         raise unusable(path, error) from error
     return networks
 
@@ -138,28 +102,20 @@ def unusable(path: Path, error: Exception) -> InputError:
 
 
 def own_rank_state(state: dict) -> dict:
-    """Return the part of a state that belongs to this rank: buffers, random state, meter.
-
-    With another number of ranks than before, new ranks start with empty buffers and their own random state.
-    """
+    """Return the part of a state that belongs to this rank: buffers, random state, meter."""
     first = {"buffers": state["buffers"], "rng": state["rng"], "meter": state["loader"]["meter"]}
     saved = [first, *state.get("other_ranks", [])]
     if len(saved) == world_size():
         return saved[rank()]
     say(
-        f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the batches are the same, but new ranks "
-        "start with empty image buffers and new random numbers, so the figures will differ from an unbroken run's"
+        f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the batches are the same, but new ranks start with empty image buffers and new random numbers, so the figures will differ from an unbroken run's"
     )
-    if rank() < len(saved):
-        return {**saved[rank()], "meter": first["meter"]}
-    return {"buffers": None, "rng": rng_state(), "meter": first["meter"]}
+    own = saved[rank()] if rank() < len(saved) else {"buffers": None, "rng": rng_state()}
+    return own | {"meter": first["meter"]}
 
 
 def best_score(folder: Path, saved: dict | None, best_by: str) -> dict | None:
-    """Return the score that best.pt holds (metric, score, epoch) if it counts for the run that is resumed.
-
-    saved: the best score in the state that is resumed. If it differs, best.pt is of epochs that the run leaves
-    """
+    """Return what best.pt holds (metric, score, epoch) if it is `saved`, the best of the state that is resumed."""
     path = folder / "best.pt"
     if not path.is_file():
         return None
@@ -174,10 +130,6 @@ def best_score(folder: Path, saved: dict | None, best_by: str) -> dict | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing states
-
-
 def save_state(path: Path, state: dict) -> None:
     """Write a training state."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -188,10 +140,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
-    """Write latest.pt; the one before becomes previous.pt, and `also` are further names of the new one.
-
-    The last rename completes the save: if it is interrupted before, the run resumes from the old latest.pt.
-    """
+    """Write latest.pt; the one before becomes previous.pt, and `also` are further names of the new one."""
     fresh = folder / ".latest.tmp"
     try:
         save_state(fresh, state)
@@ -199,7 +148,7 @@ def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
             link_file(folder / "latest.pt", folder / "previous.pt")
         for path in also:
             link_file(fresh, path)
-        replace(fresh, folder / "latest.pt")
+        replace(fresh, folder / "latest.pt")  # completes the save: before it, the run resumes from the old one
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -213,16 +162,22 @@ class CheckpointSaver:
     checkpoint_interval: int = 10  # epochs
     keep_checkpoints: int = 0
     save_minutes: float = 10.0
-    overwritten: Sequence[Path] = ()  # states of an overwritten run; removed after the first save of this one
+    overwritten: list[Path] = field(default_factory=list)  # states that the first save of this run removes
     saved_at: float = field(default_factory=time.monotonic)  # time of the last attempt, s
     save_error: str = ""  # why the last save failed
 
-    def take_folder(self, overwrite: bool, args: dict, checkpoint: Path | None) -> None:
+    def take_folder(self, overwrite: bool, checkpoint: Path | None) -> None:
         """Prepare the folder, which this process has locked, for a run that starts or resumes from a checkpoint."""
         with first_rank_first():
             if rank() == 0 and checkpoint is None:
-                refuse_second_run(self.folder.name, overwrite, args)  # again, now that no other process can start one
-                self.overwritten = clear(self.folder.name)
+                refuse_second_run(self.folder.name, overwrite)  # again, now that no other process can start one
+                for path in files_of_run(self.folder.name):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.suffix not in (".pt", ".safetensors"):
+                        path.unlink()
+                self.overwritten = [self.folder / "previous.pt", self.folder / "best.pt"]
+                self.overwritten += numbered_checkpoints(self.folder).values()
             elif rank() == 0 and checkpoint and checkpoint.name == "previous.pt":
                 link_file(checkpoint, self.folder / "latest.pt")  # so that the next save does not keep the damaged one
 
@@ -231,33 +186,26 @@ class CheckpointSaver:
         return 0 < 60 * self.save_minutes < time.monotonic() - self.saved_at
 
     def save(self, state: dict, generators: Networks, save_log: Callable[[], None], best: bool = False) -> None:
-        """Write everything that the run needs to resume. A failure is reported, kept in save_error and retried later.
-
-        save_log: writes losses.csv, which belongs to the state
-        best:     the state is also best.pt
-        """
+        """Write everything that the run needs to resume, losses.csv by save_log included; save_error tells why it failed."""
         self.save_error = attempt(self._write, state, generators, save_log, best)
         self.saved_at = time.monotonic()
 
     @first_rank
     def _write(self, state: dict, generators: Networks, save_log: Callable[[], None], best: bool) -> None:
-        """Write the generators, losses.csv, then latest.pt, which completes the save."""
         epoch = state["epoch"]
         for direction in DIRECTIONS:
             metadata = {**self.metadata, "direction": str(direction), "epoch": epoch, "step": state["step"]}
-            name = direction.generator
-            save_generator(self.folder / f"{name}.safetensors", generators[name], metadata)
+            path = self.folder / f"{direction.generator}.safetensors"
+            save_generator(path, generators[direction.generator], metadata)
         save_log()
-        also = []
+        also = [self.folder / "best.pt"] if best else []
         is_numbered = state["loader"]["place"] == 0 and epoch % self.checkpoint_interval == 0
         if is_numbered:
             also.append(self.folder / f"epoch_{epoch:04d}.pt")
-        if best:
-            also.append(self.folder / "best.pt")
         save_latest(self.folder, state, also)
         for path in {*self.overwritten} - {*also}:
             path.unlink(missing_ok=True)
-        self.overwritten = ()
+        self.overwritten = []
         if is_numbered and self.keep_checkpoints:
             kept = [path for number, path in numbered_checkpoints(self.folder).items() if number <= epoch]
             for path in kept[: -self.keep_checkpoints]:
@@ -269,16 +217,12 @@ class CheckpointSaver:
         return f"the last good state is {path}" if path.exists() and not self.overwritten else "nothing was saved yet"
 
 
-# ---------------------------------------------------------------------------------------------
-# A run whose name is taken
-
-
 def files_of_run(run_name: str) -> list[Path]:
     """List what an earlier run left under this name; files that no run writes are not listed."""
     folder = RUNS / run_name
     images = IMAGES / run_name
-    names = ("latest.pt", "previous.pt", "best.pt", "G_AB.safetensors", "G_BA.safetensors")
-    found = [folder / name for name in (*names, "run.json", "losses.csv", "measures.csv")]
+    names = "latest.pt previous.pt best.pt G_AB.safetensors G_BA.safetensors run.json losses.csv measures.csv"
+    found = [folder / name for name in names.split()]
     found += [*numbered_checkpoints(folder).values(), folder / "tensorboard"]
     found += [images / name for name in ("index.html", "losses.png", "watch", "test")]
     found += [path for path in images.glob("epoch_*.png") if path.stem[6:].isdecimal()]
@@ -286,52 +230,10 @@ def files_of_run(run_name: str) -> list[Path]:
     return [] if left == [images / "test"] else left  # test.py --weights writes that without any run
 
 
-def changed_options(run_name: str, args: dict) -> str:
-    """Say which options of a new start differ from those in the run.json of an earlier run."""
-    try:
-        old = json.loads((RUNS / run_name / "run.json").read_text(encoding="utf-8"))["flags"]
-        changes = []
-        for name, value in args.items():
-            if value is not None and name in old and name not in NEVER_INHERITED and old[name] != value:
-                changes.append(f"--{name} {str(old[name])[:60]} → {str(value)[:60]}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return "with unknown flags"
-    return f"with other flags: {', '.join(changes)}" if changes else "with the same flags"
-
-
-def refuse_second_run(run_name: str, overwrite: bool, args: dict) -> None:
+def refuse_second_run(run_name: str, overwrite: bool) -> None:
     """Raise InputError if a run of this name exists, unless it may be overwritten."""
     found = files_of_run(run_name)
     if found and not overwrite:
         raise InputError(
-            f"{found[0].parent} holds a run already, {changed_options(run_name, args)}; go on with --start_from latest, "
-            "choose another --run_name, or delete it with --overwrite"
+            f"{found[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
         )
-
-
-def clear(run_name: str) -> list[Path]:
-    """Delete what an earlier run left, except states and generators; return the states to be deleted later."""
-    for path in files_of_run(run_name):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.suffix not in (".pt", ".safetensors"):
-            path.unlink()
-    folder = RUNS / run_name
-    return [folder / "previous.pt", folder / "best.pt", *numbered_checkpoints(folder).values()]
-
-
-def run_description(
-    args: dict, counts: dict[str, int], parameters: dict[str, int], device: str, precision: str
-) -> dict:
-    """Return the content of run.json: options, versions, numbers of images and parameters, hardware."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "flags": args,
-        "versions": versions | {name: version(name) for name in ("torchvision", "pillow")},
-        "images": counts,
-        "parameters": parameters,
-        "device": device,
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "ranks": world_size(),
-    }

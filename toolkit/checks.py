@@ -1,70 +1,55 @@
-"""Inspection of a data set before training: odd images, duplicates, a sheet to look at.
-
-facts, fault = check_split(folder / "trainA", sheet_images=0)
-duplicates = find_duplicates({path.relative_to(folder): fact.digest for path, fact in facts.items()})
-remove_duplicates(folder, duplicates, [path.relative_to(folder) for path in facts])
-"""
+"""Inspection of a data set before training: odd images, duplicates, a sheet to look at."""
 
 import hashlib
 import itertools
-import math
 import shutil
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets import spread
 from toolkit import images
-from utils import InputError, counted, one_line, say
+from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message; the others are counted
 GREY_LEVELS = 6  # largest difference between the colours of a grey image, in means over 32x32 areas: JPEG adds some
 SMALL = 256  # px, the usual training size; a side is very small if it is below this and below half the median
 ELONGATED = 3  # ratio of the sides from which an image is hard to recognise once it is squeezed for training
-SHEET_CELL = 160  # px, side of an image on the sheet
-SHEET_COLUMNS = 4  # of each block
+SHEET_IMAGES = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
+SHEET_COLUMNS = 4  # of each domain
 
 
-@dataclass
-class ImageFacts:
+class ImageFacts(NamedTuple):
     """What the inspection keeps of one image."""
 
     digest: bytes  # of its size and pixels
     size: tuple[int, int]  # width, height, px
     is_grey: bool
-    cell: Image.Image | None  # reduced for the sheet, if it is shown there
 
 
-def inspect_image(path: Path, on_sheet: bool) -> ImageFacts:
-    """Read one image completely.
-
-    raises: UnreadableImage
-    """
+def inspect_image(path: Path) -> ImageFacts:
+    """Read one image completely; raises UnreadableImage."""
     image = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
-    is_grey = bool(colours.max() <= GREY_LEVELS)
-    return ImageFacts(digest, image.size, is_grey, sheet_cell(image) if on_sheet else None)
+    return ImageFacts(digest, image.size, bool(colours.max() <= GREY_LEVELS))
 
 
-def check_split(folder: Path, sheet_images: int) -> tuple[dict[Path, ImageFacts], str]:
-    """Read every image of one split completely, and print what it contains.
-
-    sheet_images: number of images, evenly spread, that keep a cell for the sheet
-    returns:      facts by path, and what makes the split unusable, or ""
-    """
+def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
+    """Read every image of one split, and print what it contains; returns facts by path, and what makes it unusable."""
     paths = images.list_images(folder)
-    shown = set(spread(paths, sheet_images))
     facts = {}
     for path in tqdm(paths, desc=folder.name, leave=False):
         try:
-            facts[path] = inspect_image(path, path in shown)
+            facts[path] = inspect_image(path)
         except images.UnreadableImage as error:
             say(f"  unreadable: {path} ({error})")
     unreadable = len(paths) - len(facts)
@@ -78,24 +63,19 @@ def check_split(folder: Path, sheet_images: int) -> tuple[dict[Path, ImageFacts]
     for description, odd in odd_images(facts).items():
         if odd:
             say(f"  {len(odd)} {description}: {first_names([path.relative_to(folder.parent) for path in odd])}")
-    if unreadable > max(1, images.BAD_FRACTION * len(paths)):
-        limit = f"{images.BAD_FRACTION:.0%}"
-        return facts, f"{unreadable} of {len(paths)} images in {folder.name} are unreadable, more than {limit}"
-    return facts, ""
+    fault = f"{unreadable} of {len(paths)} images in {folder.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
+    return facts, fault if unreadable > max(1, images.BAD_FRACTION * len(paths)) else ""
 
 
 def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
     """Find the images of one split that a person should look at, by what is odd about them."""
     grey = [path for path, fact in facts.items() if fact.is_grey]
-    if 2 * len(grey) > len(facts):  # a grey data set
-        grey = []
-    sides = {path: min(fact.size) for path, fact in facts.items()}
-    limit = min(SMALL, statistics.median(sides.values()) / 2)
-    elongated = [path for path, fact in facts.items() if max(fact.size) > ELONGATED * sides[path]]
+    sides = {path: sorted(fact.size) for path, fact in facts.items()}
+    limit = min(SMALL, statistics.median(shorter for shorter, _ in sides.values()) / 2)
     return {
-        "grey among coloured ones": grey,
-        f"very small (a side under {limit:g} px)": [path for path, side in sides.items() if side < limit],
-        f"very elongated (over {ELONGATED}:1)": elongated,
+        "grey among coloured ones": grey if 2 * len(grey) <= len(facts) else [],
+        f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
+        f"very elongated (over {ELONGATED}:1)": [path for path, (a, b) in sides.items() if b > ELONGATED * a],
     }
 
 
@@ -105,23 +85,18 @@ def first_names(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths[:NAMED])) + more
 
 
-# ---------------------------------------------------------------------------------------------
-# Duplicates. All paths are relative to the data set: they begin with their split, such as trainA
-
-
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
-    """Group the images with the same pixels; print the first groups and how many there are."""
+    """Group the images with the same pixels, by their path in the data set; print the first groups and how many."""
     by_digest = defaultdict(list)
     for path, digest in digests.items():
         by_digest[digest].append(path)
     groups = [paths for paths in by_digest.values() if len(paths) > 1]
     leaks = []
     for paths in groups:
-        kinds = {path.parts[0][:-1] for path in paths}
+        kinds = {path.parts[0][:-1] for path in paths}  # of split
         if "train" in kinds and len(kinds) > 1:
             leaks.append(paths)
-    others = [paths for paths in groups if paths not in leaks]
-    for paths in (leaks + others)[:NAMED]:
+    for paths in sorted(groups, key=lambda paths: paths not in leaks)[:NAMED]:
         say(f"  the same image: {' = '.join(map(str, paths))}")
     if len(groups) > NAMED:
         say(f"  and {len(groups) - NAMED} more")
@@ -132,32 +107,28 @@ def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
 def extra_copies(groups: Sequence[Sequence[Path]]) -> list[Path]:
     """List the duplicates except one per image and domain: the one in test, else in val, else the first."""
     extra = []
-    for paths in groups:
-        for domain in "AB":
-            own = [path for path in paths if path.parts[0].endswith(domain)]
-            own.sort(key=lambda path: ("test", "val", "train").index(path.parts[0][:-1]))
-            extra += own[1:]
+    for paths, domain in itertools.product(groups, "AB"):
+        own = [path for path in paths if path.parts[0].endswith(domain)]
+        own.sort(key=lambda path: ("test", "val", "train").index(path.parts[0][:-1]))
+        extra += own[1:]
     return extra
 
 
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
-    """Move the extra copies to removed/; nothing is deleted or replaced.
+    """Move the extra copies to removed/, except links and what an image of the data set, one of `paths`, links to.
 
-    Links, and files that an image of the data set is a link to, are not moved.
-    paths:  all images of the data set
     raises: InputError, and moves nothing, if no image would be left in a split
     """
-    own = {path: folder.resolve() / path for path in paths}
     real = {path: (folder / path).resolve() for path in paths}
-    linked = {real[path] for path in paths if real[path] != own[path]}
+    links = {path for path in paths if real[path] != folder.resolve() / path}
+    linked = {real[path] for path in links}
     extra = extra_copies(groups)
-    moved = [path for path in extra if real[path] == own[path] and own[path] not in linked]
+    moved = [path for path in extra if path not in links and real[path] not in linked]
     counts = Counter(path.parts[0] for path in paths)
     for split, count in Counter(path.parts[0] for path in moved).items():
         if count == counts[split]:
             raise InputError(
-                f"--remove_twins: all {count} images of {split} occur elsewhere, too; nothing is moved; "
-                "make splits of different images with: python prepare.py split"
+                f"--remove_twins: all {count} images of {split} occur elsewhere, too; nothing is moved; make splits of different images with: python prepare.py split"
             )
     for path in moved:
         target = folder / "removed" / path
@@ -169,60 +140,24 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}{': ' if moved else ''}{first_names(moved)}")
     if len(moved) < len(extra):
         say(f"duplicates that are links, or that links point to, and were not moved: {len(extra) - len(moved)}")
-    both = [group for group in groups if len({path.parts[0][-1] for path in group}) > 1]
-    if both:
-        say(f"images that occur in both domains and were not moved: {len(both)}; which one is right, only you can tell")
 
 
-# ---------------------------------------------------------------------------------------------
-# The sheet
+def sheet_cells(paths: Sequence[Path]) -> Tensor:
+    """Read up to SHEET_COLUMNS images as square cells, (SHEET_COLUMNS, 3, H, W) in [-1, 1]; the others are white."""
+    cells = torch.ones(SHEET_COLUMNS, 3, images.CELL, images.CELL)
+    for cell, path in zip(cells, paths, strict=False):
+        cell[:] = images.image_to_tensor(ImageOps.pad(images.read_image(path), cell.shape[1:], color="white"))
+    return cells
 
 
-def sheet_cell(image: Image.Image) -> Image.Image:
-    """Reduce an image to a cell of the sheet, or enlarge it by a whole factor."""
-    factor = SHEET_CELL // max(image.size)
-    if factor > 1:
-        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    cell = image.copy()
-    cell.thumbnail((SHEET_CELL, SHEET_CELL))
-    return cell
-
-
-def draw_sheet(rows: Sequence[Mapping[str, Mapping[str, Image.Image]]]) -> Image.Image:
-    """Draw images with their names: each row has blocks side by side, such as trainA and trainB.
-
-    rows: cells by file name, by title of the block; rows without cells are left out
-    """
-    import matplotlib  # its font has the letters of most languages, Pillow's those of English
-
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
-    step = SHEET_CELL + 8
-    block_width = SHEET_COLUMNS * step + 16
-    rows = [row for row in rows if any(row.values())]
-    heights = []
-    for row in rows:
-        lines = math.ceil(max(map(len, row.values())) / SHEET_COLUMNS)
-        heights.append(28 + lines * (step + 16))
-    sheet = Image.new("RGB", (max(map(len, rows), default=0) * block_width, sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        top = sum(heights[:number])
-        for block, (title, cells) in enumerate(row.items()):
-            left = block * block_width + 12
-            draw.text((left, top + 6), title, fill="black", font=ImageFont.load_default(16))
-            for i, (name, cell) in enumerate(cells.items()):
-                x = left + i % SHEET_COLUMNS * step
-                y = top + 28 + i // SHEET_COLUMNS * (step + 16)
-                sheet.paste(cell, (x + (SHEET_CELL - cell.width) // 2, y + (SHEET_CELL - cell.height) // 2))
-                draw.text((x, y + SHEET_CELL + 2), end_of_name(name, font), fill="black", font=font)
-    return sheet
-
-
-def end_of_name(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """Return the end of a name, which tells numbered files apart, as far as it fits under a cell."""
-    name = one_line(name)
-    if font.getlength(name) <= SHEET_CELL:
-        return name
-    while font.getlength(f"...{name}") > SHEET_CELL:
-        name = name[1:]
-    return f"...{name}"
+def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:
+    """Draw readable images by split, evenly spread: those of A on the left, of B on the right; at least one is needed."""
+    gap = torch.ones(1, 3, images.CELL, images.CELL)
+    rows = []
+    for kind, most in SHEET_IMAGES.items():
+        chosen_A, chosen_B = (spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB")
+        for i in range(0, max(len(chosen_A), len(chosen_B)), SHEET_COLUMNS):
+            columns = slice(i, i + SHEET_COLUMNS)
+            cells = torch.cat([sheet_cells(chosen_A[columns]), gap, sheet_cells(chosen_B[columns])])
+            rows.append((f"{kind}A | {kind}B", cells))
+    return images.draw_grid(rows)

@@ -1,9 +1,7 @@
 """The command line: options from dataclass fields, argument files, and how saved options come back.
 
-parser = Parser(prog="train.py")
 add_options(parser, "loss", LossConfig)
-args = parser.parse_args(["@recipes/day2night.txt", "--lr", "1e-4"])
-config = config_of(LossConfig, args)
+config = config_of(LossConfig, parser.parse_args(["@recipes/day2night.txt", "--lr", "1e-4"]))
 """
 
 import argparse
@@ -11,29 +9,20 @@ import copy
 import dataclasses
 import json
 import shlex
-import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import InputError, in_range, range_in_words, say
 
 MOST = 10**7  # of an integer option without an upper limit
-REMOVED = {"--norm_output": "GeneratorConfig(norm_output=True) in Python (docs/experiments/norm_output.md)"}
 NEVER_INHERITED = frozenset({"start_from", "overwrite", "dry_run", "device", "run_name"})  # of one call alone
 
 
-# ---------------------------------------------------------------------------------------------
-# Options
-
-
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that remembers which options were given, and reads argument files.
-
-    An argument file (python train.py @recipes/day2night.txt) has options as on the command line, on any number of
-    lines; # begins a comment. Options after it override its own. An error is one line.
-    """
+    """An ArgumentParser that remembers which options were given, and reads argument files, in which # begins a comment."""
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -42,25 +31,15 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
-            words = shlex.split(arg_line, comments=True)
+            return shlex.split(arg_line, comments=True)
         except ValueError as error:
             self.error(f"argument file, {arg_line.strip()}: {error}")
-        self.refuse_removed(words)
-        return words
-
-    def refuse_removed(self, words: Sequence[str]) -> None:
-        """Refuse options of older versions, and say what replaces them."""
-        for word in words:
-            flag = word.partition("=")[0]
-            if flag in REMOVED:
-                self.error(f"{flag} is no longer an option; use {REMOVED[flag]}")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # ty: ignore
         """Read the command line; args.given names the options that were given."""
-        self.refuse_removed(sys.argv[1:] if argv is None else argv)
         unset = object()
         try:
             args = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
@@ -72,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def add_options(parser: Parser, title: str, kind: type, inherited_from: str = "") -> None:
+def add_options(parser: Parser, title: str, kind: Any, inherited_from: str = "") -> None:
     """Make command-line options of the fields of a dataclass that were declared with utils.option.
 
     inherited_from: the owner of the values of options that are not given; these are None then
@@ -81,12 +60,11 @@ def add_options(parser: Parser, title: str, kind: type, inherited_from: str = ""
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if "help" in field.metadata:
-            name = field.metadata["flag"] or field.name
-            parser.options[name] = add_option(group, f"--{name}", field, types[field.name], inherited_from)
+            name = field.metadata.get("flag", field.name)
+            parser.options[name] = _add_option(group, f"--{name}", field, types[field.name], inherited_from)
 
 
-def add_option(group: Any, flag: str, field: dataclasses.Field, hint: Any, inherited_from: str) -> argparse.Action:
-    """Declare one option; its help ends with the default."""
+def _add_option(group: Any, flag: str, field: Any, hint: Any, inherited_from: str) -> argparse.Action:
     given = field.metadata
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     help = given["help"].replace("%", "%%")
@@ -100,15 +78,9 @@ def add_option(group: Any, flag: str, field: dataclasses.Field, hint: Any, inher
         return group.add_argument(flag, action="store_true", help=help)
     if bool in (hint, *typing.get_args(hint)):
         return group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
-    return group.add_argument(
-        flag,
-        type=(given["parse"] and argument_type(given["parse"])) or number_type(hint, given),
-        choices=given["choices"],
-        nargs=given["nargs"],
-        metavar=given["metavar"],
-        default=default,
-        help=help,
-    )
+    convert = argument_type(given["parse"] if "parse" in given else _number_parser(hint, given))
+    shape = {name: given.get(name) for name in ("choices", "nargs", "metavar")}
+    return group.add_argument(flag, type=convert, default=default, help=help, **shape)
 
 
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -123,37 +95,27 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def number_type(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
+def _number_parser(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
     """Return what turns text into a value of a field's type, within its range."""
-    kinds = [kind for kind in (*typing.get_args(hint), hint) if kind in (int, float, Path, str)]
-    kind = kinds[0]
+    kind = next(kind for kind in (*typing.get_args(hint), hint) if kind in (int, float, Path, str))
     if kind in (Path, str):
         return kind
-    limits = {name: given[name] for name in ("least", "most", "above")}
-    if kind is int and limits["most"] is None:
-        limits["most"] = MOST
+    limits = {"most": MOST, **given} if kind is int else given
     noun = "an integer" if kind is int else "a number"
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if not in_range(value, **limits):
-            raise ValueError(f"given {text!r}, expected {noun}, {range_in_words(**limits)}".rstrip(", "))
-        return value
+        with suppress(ValueError):
+            if in_range(kind(text), **limits):
+                return kind(text)
+        raise ValueError(f"given {text!r}, expected {noun}, {range_in_words(**limits)}")
 
-    return argument_type(parse)
+    return parse
 
 
 def config_of(kind: Any, args: argparse.Namespace) -> Any:
     """Fill a dataclass from the options of its fields; a field without an option takes one of its own name, if any."""
-    values = {}
-    for field in dataclasses.fields(kind):
-        name = field.metadata.get("flag") or field.name
-        if name in args:
-            values[field.name] = getattr(args, name)
-    return kind(**values)
+    names = {field.metadata.get("flag", field.name): field.name for field in dataclasses.fields(kind)}
+    return kind(**{names[flag]: value for flag, value in vars(args).items() if flag in names})
 
 
 def changed(args: argparse.Namespace, **values: object) -> argparse.Namespace:
@@ -173,47 +135,32 @@ def refuse_both(parser: Parser, args: argparse.Namespace, *pairs: tuple[str, str
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
 
 
-# ---------------------------------------------------------------------------------------------
-# Options of a saved run
-
-
 def saved_args(
     parser: Parser, saved: Any, path: object, skip: Collection[str] = (), quiet: bool = False
 ) -> dict[str, Any]:
-    """Return the options of a training state by name; options that are newer than it have their defaults.
-
-    raises: InputError if they cannot be read
-    """
-    values = {}
+    """Return the options of a state by name, defaults for those newer than it; raise InputError if they cannot be read."""
     try:
-        if not isinstance(saved, dict):
-            raise TypeError("no names and values")
-        for name, action in parser.options.items():
-            if name not in skip:
-                values[name] = as_typed(action, saved[name]) if name in saved else copy.copy(action.default)
+        values = {name: copy.copy(action.default) for name, action in parser.options.items() if name not in skip}
         newer = [f"--{name}" for name in values if name not in saved]
+        for name in values.keys() & saved.keys():
+            values[name] = _as_typed(parser.options[name], saved[name])
         num_epochs = values.get("num_epochs")  # None where a student inherits it from its teacher
         if num_epochs is not None and values.get("decay_epoch") == num_epochs // 2:
             values["decay_epoch"] = None  # the default: it changes with --num_epochs
-    except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+    except Exception as error:  # an edited file can raise anything
         raise InputError(f"{path}: its flags cannot be read ({str(error)[:160]}); use another checkpoint") from error
     if newer and not quiet:
         say(f"{path}: older than {', '.join(newer)}; these have their defaults")
     return values
 
 
-def as_typed(action: argparse.Action, value: Any) -> Any:
-    """Return a saved value as the command line would give it: text becomes a path again.
-
-    raises: TypeError, ValueError or ArgumentTypeError for a value that it could not give
-    """
+def _as_typed(action: argparse.Action, value: Any) -> Any:
+    """Return a saved value as the command line would give it: text becomes a path again; raise an error if it could not."""
     if value is None and action.default is None:
         return None
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"given {value!r}, expected true or false")
-        return value
-    convert = action.type if callable(action.type) else str
+        return bool(value)
+    convert: Any = action.type
     if action.nargs:
         return [convert(text) for text in value]
     value = convert(",".join(map(str, value)) if isinstance(value, list) else str(value))
@@ -225,21 +172,19 @@ def as_typed(action: argparse.Action, value: Any) -> Any:
 def resume_args(
     parser: Parser, args: argparse.Namespace, saved: Any, path: Path, fixed: Collection[str]
 ) -> argparse.Namespace:
-    """Take the options that were not given from a training state, and report those that change.
-
-    fixed:  options that a resumed run cannot change
-    raises: InputError if one of them was given another value
-    """
+    """Take options that were not given from a training state, print those that change; raise InputError for fixed ones."""
     old = saved_args(parser, saved, path, NEVER_INHERITED)
     before = plain_args(argparse.Namespace(**old))
     now = plain_args(args)
     for name in sorted(args.given - NEVER_INHERITED):
-        if before[name] == now[name]:
-            continue
-        if name in fixed:
-            raise InputError(
-                f"--{name} {now[name]}: the run in {path.parent} was started with {before[name]}; "
-                "leave the flag out, or take another --run_name"
-            )
-        say(f"changed on resume: --{name} {before[name]} → {now[name]}")
-    return changed(args, **{name: value for name, value in old.items() if name not in args.given})
+        if before[name] != now[name]:
+            if name in fixed:
+                raise InputError(
+                    f"--{name} {now[name]}: the run in {path.parent} was started with {before[name]}; leave the flag out, or take another --run_name"
+                )
+            say(f"changed on resume: --{name} {before[name]} → {now[name]}")
+    resumed = changed(args, **{name: value for name, value in old.items() if name not in args.given})
+    if before["num_epochs"] != resumed.num_epochs:
+        decay_epoch = resumed.num_epochs // 2 if resumed.decay_epoch is None else resumed.decay_epoch
+        say(f"the learning rate falls from epoch {decay_epoch} to 0 at {resumed.num_epochs}")
+    return resumed

@@ -13,21 +13,6 @@ from utils import epoch_name, folder_name, option, some_of
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """How long to train."""
-
-    num_epochs: int = option(200, "epochs in total", least=1)
-    decay_epoch: int | None = option(
-        None, "from this epoch on the learning rate falls to 0 (default: half of --num_epochs)", least=0
-    )
-
-    @property
-    def first_decay_epoch(self) -> int:
-        """The epoch after which the learning rate falls."""
-        return self.num_epochs // 2 if self.decay_epoch is None else self.decay_epoch
-
-
-@dataclass(frozen=True)
 class InitConfig:
     """What the networks start from."""
 
@@ -78,12 +63,13 @@ class TrainConfig:
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
-    schedule: ScheduleConfig
     init: InitConfig
     run: RunConfig
     device: DeviceConfig
     executor: ExecutorConfig
     flags: dict  # all options as plain values, as they are saved
     given: frozenset[str]  # names of the options on the command line
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)  # a distillation takes its networks from the teacher
+    generator: GeneratorConfig = field(
+        default_factory=GeneratorConfig
+    )  # a distillation takes its networks from the teacher
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

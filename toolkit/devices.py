@@ -2,9 +2,12 @@
 
 import math
 import os
+import platform
 import random
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,10 +27,7 @@ class DeviceConfig:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; auto is a CUDA GPU if there is one. Each rank gets a GPU of its own, or shares one.
-
-    raises: InputError if this machine has no such device
-    """
+    """Return the device of a name, for each rank a GPU of its own if possible; raise InputError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:
@@ -49,17 +49,12 @@ def has_native_bf16(device: torch.device) -> bool:
     """Return whether the hardware computes bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe)  # private names, so guarded
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so torch may not have them
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision auto for a device.
-
-    raises: InputError for fp16 on anything but CUDA: there is no loss scaling, or no gain
-    """
+    """Resolve --precision auto for a device; raise InputError for fp16 without CUDA: no loss scaling, or no gain."""
     best = "bf16" if has_native_bf16(device) else "fp32"
     if device.type == "cuda" and best == "fp32" and torch.cuda.get_device_capability(device) >= (7, 0):
         best = "fp16"  # tensor cores since Volta
@@ -74,23 +69,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def total_memory(device: torch.device) -> float:
-    """Return the memory of a device in bytes; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
 def free_memory() -> float:
     """Return the free main memory in bytes; infinity where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return math.inf
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text(encoding="utf-8")) if file.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -116,12 +99,8 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# ---------------------------------------------------------------------------------------------
-# Choices by rule. For a GPU they are unmeasured defaults; benchmarks/NOTES.md says what will decide
-
-
 def set_backend_flags(device: torch.device, deterministic: bool) -> None:
-    """Let cuDNN try its algorithms once a shape, unless runs must repeat bit for bit; multiply float32 matrices in TF32."""
+    """Let cuDNN choose algorithms by time, unless runs must repeat bit for bit; multiply float32 matrices in TF32."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high")
@@ -130,3 +109,10 @@ def set_backend_flags(device: torch.device, deterministic: bool) -> None:
 def default_workers(device: torch.device) -> int:
     """Return the number of data loader workers: a CPU has no cores to spare; 4 for a GPU are a guess."""
     return 0 if device.type == "cpu" else 4
+
+
+def versions() -> dict:
+    """Return what run.json says about software and hardware."""
+    packages = {"python": platform.python_version(), "torch": torch.__version__}
+    packages |= {name: version(name) for name in ("torchvision", "pillow")}
+    return {"versions": packages, "threads": torch.get_num_threads(), "ranks": world_size()}

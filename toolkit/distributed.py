@@ -1,8 +1,7 @@
 """Training in several processes, started by torchrun; a single process is the ordinary case.
 
-Each rank processes its slice of every batch. Gradients are averaged here, in one message a step, not by
-DistributedDataParallel: a rank may then process its slice in micro-batches, or again after it ran out of memory, while the
-others wait. Dead ranks are left to torchrun, the timeout of the process group, and NCCL's watchdog.
+Each rank processes its slice of every batch. Gradients are averaged here, not by DistributedDataParallel: a rank may then
+process its slice in micro-batches, or again after it ran out of memory, while the others wait.
 """
 
 import functools
@@ -36,9 +35,8 @@ def join_ranks() -> None:
         return
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()
-    nccl = dist.is_nccl_available() and gpus >= local_ranks
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # NCCL refuses ranks that share a GPU
-    dist.init_process_group(backend, timeout=RANK_TIMEOUT)
+    nccl = dist.is_nccl_available() and gpus >= local_ranks  # which refuses ranks that share a GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=RANK_TIMEOUT)
     if 0 < gpus < local_ranks:
         say(f"{local_ranks} ranks share {gpus} of this machine's GPUs, over gloo: slower than one rank a GPU")
 
@@ -51,8 +49,7 @@ def leave_ranks() -> None:
 
 
 @contextmanager
-def collective() -> Iterator[None]:
-    """Turn torch's error about a lost rank into one line."""
+def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -65,7 +62,7 @@ def average(tensors: Sequence[Tensor]) -> None:
     if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([x.detach().reshape(-1) for x in tensors])
-    with collective():
+    with _collective():
         dist.all_reduce(flat)
     flat /= world_size()
     for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
@@ -76,7 +73,7 @@ def max_over_ranks(number: int) -> int:
     """Return the largest of the ranks' numbers; all ranks have to call it."""
     largest = torch.tensor(int(number))
     if world_size() > 1:
-        with collective():
+        with _collective():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
@@ -91,7 +88,7 @@ def gather(value: object) -> list:
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if rank() == 0 else None
-    with collective():
+    with _collective():
         dist.gather_object(value, values)
     return values or []
 
@@ -108,7 +105,7 @@ def first_rank(function: Callable) -> Callable:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Run a block on the first rank before the others, which then find its work done."""
+    """Run a block on the first rank before the others."""
     if rank() > 0:
         barrier()
     yield
@@ -117,14 +114,10 @@ def first_rank_first() -> Iterator[None]:
 
 
 def rank_slice(batch_size: int) -> slice:
-    """Return the part of every batch that this rank processes.
-
-    raises: InputError if the ranks cannot share a batch equally
-    """
-    if batch_size % world_size():
-        nearest = max(1, round(batch_size / world_size())) * world_size()
-        raise InputError(
-            f"--batch_size {batch_size}: cannot be shared by {world_size()} ranks; expected such as {nearest}"
-        )
-    length = batch_size // world_size()
+    """Return the part of every batch that this rank processes; raise InputError if the ranks cannot share it equally."""
+    ranks = world_size()
+    if batch_size % ranks:
+        nearest = max(1, round(batch_size / ranks)) * ranks
+        raise InputError(f"--batch_size {batch_size}: cannot be shared by {ranks} ranks; expected such as {nearest}")
+    length = batch_size // ranks
     return slice(rank() * length, (rank() + 1) * length)

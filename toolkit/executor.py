@@ -1,7 +1,4 @@
-"""How a training step is executed: precision, micro-batches, a retry when memory runs out, CPU threads, compilation.
-
-The step itself, in cyclegan.py, does not depend on any of these.
-"""
+"""How a training step is executed: precision, micro-batches, a retry when memory runs out, CPU threads, compilation."""
 
 import functools
 import math
@@ -40,19 +37,14 @@ class ExecutorConfig:
 
 
 class Executor:
-    """Runs the forward and backward passes of a step.
-
-    networks: by name; with config.compile they are also compiled
-    raises:   InputError for settings that the device or the networks do not support
-    """
+    """Runs the forward and backward passes of a step; raises InputError for settings that are not supported."""
 
     def __init__(
         self, networks: dict[str, nn.Module], device: torch.device, precision: str, config: ExecutorConfig, norm: str
     ):
         if norm == "batch" and config.micro_batch != "auto":
             raise InputError(
-                f"--micro_batch {config.micro_batch}: with --norm batch the statistics would be those of a micro-batch; "
-                "leave it out, or lower --batch_size"
+                f"--micro_batch {config.micro_batch}: with --norm batch the statistics would be those of a micro-batch; leave it out, or lower --batch_size"
             )
         self.device = device
         self.precision = precision
@@ -66,10 +58,7 @@ class Executor:
         return autocast(self.device, self.precision)
 
     def run(self, compute: Callable[[], Any], batch_size: int, buffers: Iterable[FakeImageBuffer]) -> Any:
-        """Return compute(); when memory runs out, start over with micro-batches half as large.
-
-        The weights have not changed yet at that point, so only image buffers and random state are restored.
-        """
+        """Return compute(); when memory runs out, restore buffers and random state, and retry in smaller micro-batches."""
         snapshots = [(buffer, buffer.snapshot()) for buffer in buffers]
         random_state = rng_state()
         while True:
@@ -86,11 +75,10 @@ class Executor:
             if self.compiled:
                 torch.compiler.reset()  # CUDA graphs keep the memory that they were recorded with
             torch.cuda.empty_cache()
-            warn(
-                f"out of memory: from now on the batch of {batch_size} runs in micro-batches of {self.micro_batch_size}"
-            )
+            size = self.micro_batch_size
+            warn(f"out of memory: from now on the batch of {batch_size} runs in micro-batches of {size}")
             for buffer, snapshot in snapshots:
-                buffer.restore(snapshot)
+                buffer.load_state_dict(snapshot, self.device)
             set_rng_state(random_state)
 
     def backward(self, loss_function: Callable, *batches: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -115,10 +103,9 @@ class Executor:
         return dict(means), torch.cat(outputs) if outputs else None
 
     def run_both(self, function: Callable, arguments: Sequence, in_order: bool) -> list:
-        """Return function(x) for two arguments; on a CPU at the same time, in a thread each.
+        """Return function(x) for two arguments; on a CPU at the same time, in a thread each, unless in_order.
 
-        in_order: one after the other. Necessary where random numbers are drawn, or more than two gradients of a weight
-                  are added: the order of three changes the rounding
+        The order counts where random numbers are drawn, or more than two gradients of a weight are added.
         """
         calls = [functools.partial(function, x) for x in arguments]
         if self.device.type != "cpu":
@@ -127,16 +114,14 @@ class Executor:
 
 
 @functools.cache
-def thread_pair(pid: int) -> ThreadPoolExecutor:
-    """Two threads of this process; a forked process needs its own."""
-    return ThreadPoolExecutor(2)
+def _thread_pair(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2)  # a forked process needs its own
 
 
 def run_in_threads(calls: Sequence[Callable], at_once: bool) -> list:
     """Return the results of two calls, made in threads of their own so that the main thread still receives signals.
 
-    at_once: both at the same time, each with half of torch's CPU threads, since small maps do not keep all of them
-             busy. The calls must not change the same tensors. Otherwise one after the other with all threads
+    at_once: both at the same time with half of torch's CPU threads each, else one after the other with all of them
     """
     threads = torch.get_num_threads()
 
@@ -145,7 +130,7 @@ def run_in_threads(calls: Sequence[Callable], at_once: bool) -> list:
             torch.set_num_threads(share)  # of this thread
             return call()
 
-        return thread_pair(os.getpid()).submit(run)
+        return _thread_pair(os.getpid()).submit(run)
 
     try:
         if at_once and threads > 1:
@@ -158,10 +143,7 @@ def run_in_threads(calls: Sequence[Callable], at_once: bool) -> list:
 
 
 def compile_networks(networks: dict[str, nn.Module], device: torch.device) -> dict[str, Callable]:
-    """Compile networks into CUDA graphs; the networks themselves, and so their saved names, stay unchanged.
-
-    raises: InputError on anything but CUDA
-    """
+    """Compile networks into CUDA graphs, without changing their saved names; raise InputError on anything but CUDA."""
     if device.type != "cuda":
         raise InputError(f"--compile: no gain on {device.type} (benchmarks/NOTES.md); leave the flag out")
     # each size of micro-batch is compiled anew; after 8 of them torch would continue uncompiled

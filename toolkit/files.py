@@ -1,14 +1,8 @@
 """Atomic writes, pages, the lock of a folder, and the safe reading of torch files from strangers.
 
-with atomic_write(path) as temporary:
-    temporary.write_bytes(data)
-value = read_archive(path)  # of a torch file; nothing in it is executed
-
 Every file is written under a temporary name, flushed, synced, then renamed: a crash leaves the old file or the new one.
 """
 
-import errno
-import functools
 import json
 import os
 import shutil
@@ -16,9 +10,9 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +24,9 @@ if os.name == "nt":
     import msvcrt
 else:
     import fcntl
-if TYPE_CHECKING:
-    import jinja2
 
 MOST_VALUES = 10**5  # in a torch file; the largest network has thousands
 MOST_LEVELS = 100  # of values in values; a state has six
-
-
-# ---------------------------------------------------------------------------------------------
-# Atomic writes
 
 
 @contextmanager
@@ -68,25 +56,15 @@ def replace(source: Path, target: Path) -> None:
     source.replace(target)
     if os.name == "posix":  # the new name is on the disk once its folder is synced
         folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise InputError if the file or folder exists."""
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; move it away, or choose another name where there is a choice")
+        os.fsync(folder)
+        os.close(folder)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `folder` if the block succeeds, and is removed if it fails.
-
-    raises: InputError if `folder` exists
-    """
-    refuse_existing(folder)
+    """Yield an empty folder; it becomes `folder`, which must not exist, if the block succeeds, else it is removed."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; move it away, or choose another name where there is a choice")
     unfinished = folder.with_name(f".{os.getpid()}.{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process with our number
     unfinished.mkdir(parents=True)
@@ -131,99 +109,72 @@ def attempt(write: Callable, *args: object) -> str:
     return ""
 
 
-@functools.cache
-def page_templates() -> "jinja2.Environment":
-    """Load the templates of the pages; values are escaped."""
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Fill a template, in which values are escaped, and write the page atomically."""
     import jinja2  # here, because most commands end before a page is written
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-
-
-def write_page(path: Path, template: str, **values: object) -> None:
-    """Fill a template and write the page atomically."""
-    write_text(path, page_templates().get_template(template).render(**values))
-
-
-# ---------------------------------------------------------------------------------------------
-# The lock of a folder
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    write_text(path, pages.get_template(template).render(**values))
 
 
 @contextmanager
 def sole_process(folder: Path, *others: Path) -> Iterator[None]:
-    """Lock a folder until the block or this process ends, however it ends; child processes do not inherit the lock.
+    """Lock a folder until the block or this process ends, however it ends, or raise InputError if another holds the lock.
 
-    Temporary files that a killed process left there, and in `others`, are removed.
-    raises: InputError if another process holds the lock
+    Child processes do not inherit it. Temporary files that a killed process left there, and in `others`, are removed.
     """
     if rank() > 0:
         yield
         return
-    with (folder / ".lock").open("a+b", buffering=0) as file:
-        file.seek(0)
+    with (folder / ".lock").open("a+", errors="replace") as file:
         try:
             if os.name == "nt":
+                file.seek(2**20)  # beyond the number, which others read
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would keep a flock
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(
+                f"{folder}: process {file.read(20)} is training there; wait until it ends, stop it, or choose another --run_name"
+            ) from None
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                owner = "another" if os.name == "nt" else file.read(20).decode("latin-1")
-                raise InputError(
-                    f"{folder}: process {owner} is training there; wait until it ends, stop it, "
-                    "or choose another --run_name"
-                ) from None
             warn(f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
-        with suppress(OSError):
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
         for locked in (folder, *others):
             for path in locked.glob(".*.tmp"):
                 path.unlink()
         yield
 
 
-# ---------------------------------------------------------------------------------------------
-# Torch files from strangers
-
-
 def check_values(value: object) -> None:
-    """Check that nested values are no more than a checkpoint has: a small file can hold copies of copies of copies.
-
-    raises: ValueError for more than MOST_VALUES or MOST_LEVELS, and for integers too long to be printed
-    """
+    """Raise ValueError for more or longer values than a checkpoint has: a small file can hold copies of copies."""
     waiting = [(value, 0)]
     count = 0
     while waiting:
         x, level = waiting.pop()
         count += 1
-        if level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
+        if count > MOST_VALUES or level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
             raise ValueError("it contains more than a checkpoint does")
         inner = [*x.keys(), *x.values()] if isinstance(x, dict) else x
         if isinstance(inner, list | tuple | set):
             waiting += [(y, level + 1) for y in inner]
 
 
-def check_zip(path: Path) -> None:
-    """Check what torch.load ignores in a zip file; raise ValueError for bombs and wrong checksums."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:  # torch does not compress
-            raise ValueError("it would unpack to more than its own size")
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"damaged: checksum of {damaged} is wrong")
-
-
 def read_archive(path: Path) -> object:
-    """Read any torch file as plain values and tensors; nothing in it is executed.
-
-    raises: InputError if it is missing or damaged, or contains more than plain values
-    """
+    """Read any torch file of plain values and tensors, else raise InputError; nothing in it is executed."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         if zipfile.is_zipfile(path):
-            check_zip(path)
+            with zipfile.ZipFile(path) as archive:  # torch.load would ignore both
+                if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:  # torch does not compress
+                    raise ValueError("it would unpack to more than its own size")
+                damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"damaged: checksum of {damaged} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about the claims of a hostile file
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -247,10 +198,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def check_tensors(wanted: dict[str, Tensor], tensors: Any, what: object) -> None:
-    """Compare a state dict with the one of a network before it is loaded.
-
-    raises: InputError with the first three names that are missing, unknown, not finite, or of another shape or type
-    """
+    """Raise InputError, with the first three faults, unless a state dict has a network's names, shapes and types."""
     if not is_state_dict(tensors):
         raise InputError(f"{what}: holds no tensors by name; expected the weights of one network")
     faults = []

@@ -6,8 +6,6 @@ save_image(tensor_to_image(x), Path("photo.png"))
 
 import base64
 import functools
-import importlib
-import importlib.util
 import io
 import math
 import os
@@ -15,8 +13,11 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,20 +38,13 @@ LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
 max_pixels = 178e6  # of one image; set by limit_pixels
 
 
-# ---------------------------------------------------------------------------------------------
-# Ranges: values change their range only in these two pairs of functions
-
-
 def bytes_to_range(x: Tensor) -> Tensor:
     """Convert uint8 in [0, 255] to float32 in [-1, 1], any shape."""
     return x.float() / 127.5 - 1
 
 
 def range_to_bytes(x: Tensor) -> Tensor:
-    """Clamp to [-1, 1] and round to uint8 in [0, 255], any shape.
-
-    Without the clamp a value of -1.01 would wrap to 255: red, green and white dots in dark areas.
-    """
+    """Clamp to [-1, 1], because -1.01 would wrap to 255, and round to uint8 in [0, 255], any shape."""
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -66,10 +60,6 @@ def tensor_to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading
-
-
 class UnreadableImage(Exception):
     """Raised for a file that is not a complete image, whatever is wrong with it."""
 
@@ -80,22 +70,21 @@ def formats() -> tuple[str, ...]:
     optional = []
     if "avif" in features.modules and features.check("avif"):  # older versions warn about unknown features
         optional.append("AVIF")
-    if importlib.util.find_spec("pillow_heif"):
-        importlib.import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
         optional.append("HEIF")
     return (*FORMATS, *optional)
 
 
 def missing_package(path: Path) -> str:
     """Return the command that makes files of this suffix readable; "" if they are."""
-    kind = PHONE_FORMATS.get(path.suffix.lower())
-    return "" if kind is None or kind in formats() else INSTALL[kind]
+    kind = PHONE_FORMATS.get(path.suffix.lower(), "PNG")
+    return "" if kind in formats() else INSTALL[kind]
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """Print a warning once, however often a folder is listed."""
-    warn(text)
+warn_once = functools.cache(warn)  # however often a folder is listed
 
 
 def natural_key(path: Path) -> list:
@@ -107,31 +96,23 @@ def list_images(folder: Path) -> list[Path]:
     """List all images below a folder, by their suffix, in natural order, without hidden files.
 
     Sub-folders that cannot be read and broken links are listed too, so that they are reported as unreadable images.
-    A warning counts the photos whose format needs a missing package.
     raises: OSError if the folder itself cannot be read
     """
     found = []
-    skipped = Counter()  # by suffix and command
 
-    def list_unreadable(error: OSError) -> None:
+    def add_unreadable(error: OSError) -> None:
         if Path(error.filename) == folder:
             raise error
         found.append(Path(error.filename))
 
-    for parent, folders, names in os.walk(folder, onerror=list_unreadable if folder.is_dir() else None):
+    for parent, folders, names in os.walk(folder, onerror=add_unreadable if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            suffix = path.suffix.lower()
-            if name.startswith(".") or suffix not in SUFFIXES:
-                continue
-            if missing_package(path):
-                skipped[suffix, missing_package(path)] += 1
-            elif path.is_file() or (path.is_symlink() and not path.exists()):
-                found.append(path)
-    for (suffix, command), count in sorted(skipped.items()):
-        warn_once(f"{folder}: {counted(count, 'file')} skipped ({suffix}): {command}")
-    return sorted(found, key=natural_key)
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
+    skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
+    for hint, count in sorted(skipped.items()):
+        warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
+    return sorted((path for path in found if not missing_package(path)), key=natural_key)
 
 
 def limit_pixels(pixels: float) -> None:
@@ -153,20 +134,23 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image and read its header.
-
-    raises: UnreadableImage, also for headers that claim more pixels than max_pixels
-    """
+@contextmanager
+def unreadable_on_error(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow raises about a file into UnreadableImage; its warnings, about odd tags, are dropped."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about odd tags and large images
-            image = Image.open(path, formats=formats())
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:  # Pillow's plug-ins raise a dozen types on hostile files
         command = missing_package(path)
-        if command:
-            raise UnreadableImage(f"nothing installed reads {path.suffix}: {command}") from error
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        reason = f"nothing installed reads {path.suffix}: {command}" if command else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(reason) from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image and read its header; raises UnreadableImage, also if it claims more pixels than max_pixels."""
+    with unreadable_on_error(path):
+        image = Image.open(path, formats=formats())
     if image.width * image.height > max_pixels:
         image.close()
         raise UnreadableImage(f"{image.width}x{image.height} px; if you trust the file, raise --max_megapixels")
@@ -174,22 +158,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, channels: int = 3) -> Image.Image:
-    """Read any image as RGB (channels 3) or L (1), turned as its EXIF tag says, transparency over white.
-
-    raises: UnreadableImage, whatever is wrong with the file
-    """
-    with open_image(path) as image:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image.load()
-                image = to_8_bit(ImageOps.exif_transpose(image))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB" if channels == 3 else "L")
-        except Exception as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+    """Read any image as RGB (channels 3) or L (1), turned as EXIF says, transparency over white; or UnreadableImage."""
+    with open_image(path) as image, unreadable_on_error(path):
+        image.load()
+        image = to_8_bit(ImageOps.exif_transpose(image))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB" if channels == 3 else "L")
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -198,92 +174,59 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def load_image(path: Path | str, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
-    """Read an image as (channels, H, W) in [-1, 1].
-
-    size:   height and width; None keeps those of the image
-    raises: UnreadableImage
-    """
+    """Read an image as (channels, H, W) in [-1, 1], at a height and width or its own; raises UnreadableImage."""
     image = read_image(Path(path), channels)
     return image_to_tensor(resize_image(image, size[::-1]) if size else image)
 
 
+@dataclass
 class BadImages:
     """The unreadable images of a folder: names each once, and ends the run if there are too many."""
 
-    def __init__(self, folder: Path, total: int, on_bad: str = "skip"):
-        self.folder = folder
-        self.total = total
-        self.on_bad = on_bad
-        self.found: set[Path] = set()
+    folder: Path
+    total: int
+    on_bad: str = "skip"
+    found: set[Path] = field(default_factory=set)
 
     def note(self, path: Path, reason: object) -> None:
-        """Count and name one unreadable image.
-
-        raises: InputError if all images, or more than BAD_FRACTION of them and more than one, are unreadable;
-                with "stop" at the first
-        """
+        """Name an unreadable image; raises InputError at the last, or after more than BAD_FRACTION and one."""
         if path in self.found:
             return
         self.found.add(path)
-        if self.total == 1:
-            raise InputError(f"{path}: cannot be read ({reason}); give another image, such as a PNG or JPEG")
-        if self.on_bad == "stop":
-            raise InputError(f"{path}: unreadable ({reason}); repair or remove it, or use --on_bad_image skip")
+        if self.total == 1 or self.on_bad == "stop":
+            raise InputError(f"{path}: cannot be read ({reason}); replace it, or use --on_bad_image skip")
+        bad = f"{len(self.found)} or more of {self.total} images are unreadable"
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
-        if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total > 1:
-            raise InputError(
-                f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, "
-                f"more than {BAD_FRACTION:.0%}; repair or remove them"
-            )
+        if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total:
+            raise InputError(f"{self.folder}: {bad}, more than {BAD_FRACTION:.0%}; repair or remove them")
 
-    def need_one(self) -> None:
-        """Raise InputError if no image is left."""
-        if len(self.found) == self.total:
-            raise InputError(
-                f"{self.folder}: none of its {self.total} images can be read; expected images such as PNG or JPEG"
-            )
-
-    def readable(self, paths: Sequence[Path]) -> list[Path]:
-        """Return the paths whose header can be read, and note the others.
-
-        raises: InputError if none is left
-        """
-        kept = []
+    def read(self, paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
+        """Yield each path with what a function reads from it; note the unreadable ones."""
         for path in paths:
             try:
-                open_image(path).close()
-                kept.append(path)
+                yield path, read(path)
             except UnreadableImage as error:
                 self.note(path, error)
-        self.need_one()
-        return kept
+
+    def readable(self, paths: Sequence[Path]) -> list[Path]:
+        """Return the paths whose header can be read; note the others."""
+        return [path for path, _ in self.read(paths, lambda path: open_image(path).close())]
 
 
 def load_images(
     folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int, on_bad: str
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Yield images with their paths, read one by one as load_image does; name and skip unreadable ones.
-
-    folder: the folder of the paths, for messages
-    on_bad: "skip", or "stop" at the first unreadable image
-    raises: InputError if too many, or all, are unreadable
-    """
-    bad = BadImages(folder, len(paths), on_bad)
-    for path in paths:
-        try:
-            yield path, load_image(path, size, channels)
-        except UnreadableImage as error:
-            bad.note(path, error)
-    bad.need_one()
+    """Yield paths and images, read one by one as load_image does; unreadable ones are noted as by BadImages."""
+    return BadImages(folder, len(paths), on_bad).read(paths, lambda path: load_image(path, size, channels))
 
 
+@dataclass
 class LazyImages(Mapping):
     """Images by path, (1, channels, H, W) in [-1, 1], each read on access: memory holds one at a time."""
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int] | None, channels: int = 3):
-        self.paths = {path: path for path in paths}
-        self.size = size
-        self.channels = channels
+    paths: Sequence[Path]
+    size: tuple[int, int] | None
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -292,11 +235,7 @@ class LazyImages(Mapping):
         return iter(self.paths)
 
     def __getitem__(self, path: Path) -> Tensor:
-        return load_image(self.paths[path], self.size, self.channels)[None]
-
-
-# ---------------------------------------------------------------------------------------------
-# Writing
+        return load_image(path, self.size, self.channels)[None]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -329,25 +268,15 @@ def reduce_to_cell(x: Tensor) -> Tensor:
 
 def draw_file_grid(rows: Sequence[tuple[str, Sequence[Path]]]) -> Image.Image:
     """Draw labelled rows of image files, all at the size of the first."""
-    size = None
+    size = read_image(rows[0][1][0]).size[::-1]
     cells = []
     for label, paths in rows:
-        row = []
-        for path in paths:
-            image = read_image(path)
-            if size is None:
-                image.thumbnail((LARGEST_CELL, LARGEST_CELL))
-                size = image.size
-            row.append(image_to_tensor(resize_image(image, size)))
-        cells.append((label, torch.stack(row)))
+        cells.append((label, torch.stack([load_image(path, size) for path in paths])))
     return draw_grid(cells)
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Draw labelled rows of images, one column per image; each takes CELL to LARGEST_CELL px.
-
-    rows: pairs of a label and (N, 3 or 1, H, W) in [-1, 1]; N and the size are the same in each row
-    """
+    """Draw labelled rows of images, (N, 3 or 1, H, W) in [-1, 1] of one size; each takes CELL to LARGEST_CELL px."""
     from torchvision.utils import make_grid  # here, because its import takes two seconds
 
     cells = range_to_bytes(torch.cat([reduce_to_cell(x.float().cpu()) for _, x in rows]))

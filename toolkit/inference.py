@@ -43,25 +43,15 @@ THREADS = 4  # that read and write images
 
 
 def check_together(networks: Networks, what: object, size: Sequence[int] | None = None) -> None:
-    """Check that networks can process each other's images.
-
-    what:   names the networks in messages
-    size:   height and width of the training images in px, if known
-    raises: InputError if their channels differ, or if the images are too small for one of them
-    """
+    """Raise InputError if networks differ in channels, or training images of `size` (height, width) px do not fit them."""
     channels = {name: net.config.channels for name, net in networks.items()}
     if len(set(channels.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in channels.items())
         raise InputError(f"{what}: its networks differ in channels ({found}); expected networks of one run")
-    if size is None:
-        return
-    for name, net in networks.items():
-        config = net.config
-        if isinstance(config, GeneratorConfig):
-            fits = min(size) >= config.smallest_side
-        else:
-            fits = config.map_side(min(size)) >= 1
-        if not fits:
+    for name, net in networks.items() if size else ():
+        side = min(size)
+        is_generator = isinstance(net.config, GeneratorConfig)
+        if side < net.config.smallest_side if is_generator else net.config.map_side(side) < 1:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
 
 
@@ -72,10 +62,9 @@ def load_networks(
     direction: Direction | None = None,
     discriminators: bool = False,
 ) -> tuple[Networks, dict]:
-    """Load the generator of a file or, without one, the networks of a run.
+    """Load the generator of a file or, without one, the networks of a run; returns them by name, and metadata.
 
-    direction: the one that was asked for; decides which one a file has that does not say
-    returns:   networks by name, and metadata as load_run does
+    direction: the one that was asked for, or None; used for a file that does not say its own
     raises:    InputError if the file is for the other direction, and as load_generator and load_run do
     """
     if file is None:
@@ -94,8 +83,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     """Load the generators of a run from their files, or all its networks from a checkpoint.
 
     epoch:   "latest", "best" or a number; other than the latest need a checkpoint, as discriminators do
-    returns: networks by name, and metadata with size, dataset_name, data_root, epoch, step; of a checkpoint also
-             loss_config
+    returns: networks by name; metadata: size, dataset_name, data_root, epoch, step, of a checkpoint also loss_config
     raises:  InputError if there is no such run or epoch, or if its networks do not fit together
     """
     folder = RUNS / run_name
@@ -103,53 +91,48 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
         raise InputError(
             f"{folder}: no such run; runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
         )
-    files = {direction: folder / f"{direction.generator}.safetensors" for direction in DIRECTIONS}
-    files = {direction: path for direction, path in files.items() if path.is_file()}
-    if epoch != "latest" or discriminators or not files:
-        return load_run_state(folder, epoch)
     networks: Networks = {}
     metadata = {}
     steps = set()
-    for direction, path in files.items():
-        networks[direction.generator], metadata = load_generator(path)
-        if metadata["direction"] != str(direction):
-            raise InputError(f"{path}: its metadata says {metadata['direction']}, its name {direction}; rename it")
-        steps.add(str(metadata.get("step")))
-    if len(steps) > 1 and (folder / "latest.pt").is_file():
+    for direction in DIRECTIONS:
+        path = folder / f"{direction.generator}.safetensors"
+        if epoch == "latest" and not discriminators and path.is_file():
+            networks[direction.generator], metadata = load_generator(path)
+            if metadata["direction"] != str(direction):
+                raise InputError(f"{path}: its metadata says {metadata['direction']}, its name {direction}; rename it")
+            steps.add(str(metadata.get("step")))
+    interrupted = len(steps) > 1 and (folder / "latest.pt").is_file()
+    if interrupted:
         say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
-        return load_run_state(folder, "latest")
+    if interrupted or not networks:
+        return load_run_state(folder, epoch)
     check_together(networks, folder, metadata["size"])
     return networks, metadata
 
 
 def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
-    """Load all networks of a checkpoint, and metadata as load_run does."""
+    """Load all networks of a checkpoint, and metadata as load_run does; options newer than it have their defaults."""
     state, path = load_checkpoint(folder, epoch, "--epoch")
     networks = networks_of(state, path)
-    if not any(direction.generator in networks for direction in DIRECTIONS):
-        raise InputError(f"{path}: holds no generator; use another checkpoint")
     try:
-        metadata = state_metadata(state)
+        saved = state["args"]
+        names = [field.name for field in dataclasses.fields(LossConfig)]
+        loss_config = LossConfig(**{name: saved[name] for name in names if name in saved})
+        check_options(loss_config)
+        metadata = {
+            "size": [int(saved["img_height"]), int(saved["img_width"])],
+            "dataset_name": saved.get("dataset_name", DataConfig.dataset_name),
+            "data_root": saved.get("data_root", str(DataConfig.data_root)),
+            "epoch": state["epoch"],
+            "step": state["step"],
+            "loss_config": loss_config,
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise unusable(path, error) from error
+    if not any(direction.generator in networks for direction in DIRECTIONS):
+        raise InputError(f"{path}: holds no generator; use another checkpoint")
     check_together(networks, path, metadata["size"])
     return networks, metadata
-
-
-def state_metadata(state: dict) -> dict:
-    """Read from a training state what it was trained on; options that are newer than it have their defaults."""
-    saved = state["args"]
-    names = [field.name for field in dataclasses.fields(LossConfig)]
-    loss_config = LossConfig(**{name: saved[name] for name in names if name in saved})
-    check_options(loss_config)
-    return {
-        "size": [int(saved["img_height"]), int(saved["img_width"])],
-        "dataset_name": saved.get("dataset_name", DataConfig.dataset_name),
-        "data_root": saved.get("data_root", str(DataConfig.data_root)),
-        "epoch": state["epoch"],
-        "step": state["step"],
-        "loss_config": loss_config,
-    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,6 +151,17 @@ class LoadedImage:
     @property
     def pixels(self) -> int:
         return self.image.width * self.image.height if self.image else 0
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.network_input.size if self.image else None
+
+    @property
+    def batch_size(self) -> int:
+        """How many such images pass the networks together; a batch also keeps them at their own size."""
+        if not self.image:
+            return 1
+        return min(BATCH, BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
 
 
 class Translator:
@@ -202,14 +196,10 @@ class Translator:
         self.configs = [networks[direction.generator].config for direction in self.directions]
         self.channels = self.configs[0].channels
         self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators accept, in px
-        if tile:
-            self._check_tile(tile)
-
-    def _check_tile(self, tile: int) -> None:
-        if tile < self.smallest_side:
-            raise InputError(f"--tile {tile}: the networks need at least {self.smallest_side} px; take that or more")
         field = max(map(receptive_field, self.configs))
-        if tile < field:
+        if tile and tile < self.smallest_side:
+            raise InputError(f"--tile {tile}: the networks need at least {self.smallest_side} px; take that or more")
+        if tile and tile < field:
             needed = f"{field} px" if math.isfinite(field) else "the whole image"
             warn(f"--tile {tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
@@ -247,16 +237,7 @@ class Translator:
         size = self.size if self.scale == "train" else None
         height, width = size or (image.height, image.width)
         if min(height, width) < self.smallest_side:
-            reason = f"{width}x{height} px, the generator needs {self.smallest_side} px a side"
-            return LoadedImage(path, reason=reason)
-        most = self.tile or math.inf
-        for config in self.configs:
-            if config.token_bytes(min(height, most), min(width, most), blocks=1) > devices.total_memory(self.device):
-                count = config.tokens(height, width)
-                reason = (
-                    f"{width}x{height} px are {count:,} tokens, more than {self.device} can hold; take --scale train"
-                )
-                return LoadedImage(path, reason=reason)
+            return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         return LoadedImage(path, image, resize_image(image, (width, height)))
 
 
@@ -286,12 +267,12 @@ def plan_results(
 ) -> dict[Path, Result]:
     """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix."""
     real, fake, truth, rec = gallery.result_folders(direction)
-    stems = {path: path.relative_to(root).with_suffix("") for path in paths}
-    count = Counter(stems.values())
+    count = Counter(path.with_suffix("") for path in paths)
     taken: set[str] = set()
     results = {}
-    for path, stem in stems.items():
-        name = unique_name(stem if count[stem] == 1 else path.relative_to(root), taken)
+    for path in paths:
+        stem = path.with_suffix("")
+        name = unique_name((stem if count[stem] == 1 else path).relative_to(root), taken)
         folders = [real, fake]
         if path in truths:
             folders.append(truth)
@@ -309,21 +290,12 @@ def in_batches(images: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
     """Group images of equal size into batches, in order; what cannot be translated is a batch of its own."""
     batch: list[LoadedImage] = []
     for image in images:
-        if batch and not fits_batch(image, batch):
+        if batch and (image.size != batch[0].size or len(batch) >= image.batch_size):
             yield batch
             batch = []
         batch.append(image)
     if batch:
         yield batch
-
-
-def fits_batch(image: LoadedImage, batch: Sequence[LoadedImage]) -> bool:
-    """Whether an image can be added to a batch."""
-    if image.reason or batch[0].reason or image.network_input.size != batch[0].network_input.size:
-        return False
-    by_pixels = BATCH_PIXELS // math.prod(image.network_input.size)
-    by_queue = QUEUE_PIXELS // max(1, image.pixels)  # a batch also keeps its images at their own size
-    return len(batch) < min(BATCH, by_pixels, by_queue)
 
 
 def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[LoadedImage]:
@@ -408,10 +380,9 @@ def translate_folder(
     if not (written or existing):
         raise InputError(f"{root}: no image could be translated (see above)")
     seconds = time.perf_counter() - start
-    speed = (
-        f"{len(written) / seconds:.1f} a second, {(translator.seconds - before) / seconds:.0%} of it in the networks"
-    )
+    share = (translator.seconds - before) / seconds
     kept = f"; {len(existing)} existed already" if existing else ""
+    speed = f"{len(written) / seconds:.1f} a second, {share:.0%} of it in the networks"
     say(f"{direction}: {counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
     return [result for path, result in results.items() if path in existing.union(written)]
 

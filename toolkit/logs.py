@@ -1,17 +1,10 @@
-"""The numbers of a training run: running means of losses, CSV files, the loss plot, TensorBoard.
-
-meter.add(model.step(real_A, real_B))
-log = CsvLog(Path("losses.csv"), ["epoch", "step", "loss_G"], last_step=0)
-log.append({"epoch": 1, "step": 20} | meter.means())
-log.save()
-"""
+"""The numbers of a training run: running means of losses, CSV files, the loss plot, TensorBoard."""
 
 import csv
 import io
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit.distributed import average, first_rank, rank
+from toolkit.distributed import average, rank
 from toolkit.files import atomic_write, write_text
-from utils import counted, warn
+from utils import warn
 
 
 class Meter:
@@ -43,17 +36,17 @@ class Meter:
 
     def first_not_finite(self) -> tuple[list[str], int]:
         """Return the names of the first values that are not finite, and how many additions ago they were added."""
-        for ago, values in reversed(list(enumerate(reversed(self.recent)))):
+        for i, values in enumerate(self.recent):
             names = [name for name, value in values.items() if not torch.isfinite(value)]
             if names:
-                return names, ago
+                return names, len(self.recent) - 1 - i
         return [], 0
 
     def means(self) -> dict[str, float]:
         """Compute the means over all ranks; waits for the device."""
-        sums = {name: value.detach().clone() for name, value in self.sums.items()}
+        sums = {name: value.clone() for name, value in self.sums.items()}
         average(list(sums.values()))
-        return {name: value.item() / max(1, self.counts[name]) for name, value in sums.items()}
+        return {name: value.item() / self.counts[name] for name, value in sums.items()}
 
     def state_dict(self) -> dict:
         sums = {name: value.cpu() for name, value in self.sums.items()}
@@ -68,18 +61,14 @@ class Meter:
 
 
 class CsvLog:
-    """The rows of losses.csv or measures.csv. They are kept in memory; `save` writes the whole file.
-
-    columns:   the first columns; further names in old or new rows are added after them
-    last_step: resume after this step: keep the rows of an existing file up to it; 0: start a new file
-    """
+    """The rows of losses.csv or measures.csv, in memory; those of an existing file up to `last_step` are kept."""
 
     def __init__(self, path: Path, columns: Sequence[str], last_step: int):
         self.path = path
-        self.columns = list(columns)
+        self.columns = list(columns)  # the first ones; rows may add more
         self.rows: list[dict] = []
         if last_step and rank() == 0 and path.is_file():
-            for row in read_losses(path, report_damage=True):
+            for row in read_losses(path):
                 if row["step"] <= last_step:
                     self.append(row)
 
@@ -101,29 +90,17 @@ class CsvLog:
         write_text(self.path, text.getvalue())
 
 
-def read_losses(path: Path, report_damage: bool = False) -> list[dict]:
-    """Read the rows of losses.csv or measures.csv up to a damaged line: epoch and step as int, the rest as float.
-
-    report_damage: warn about a damaged line
-    raises:        OSError if the file cannot be read
-    """
+def read_losses(path: Path) -> list[dict]:
+    """Read the rows of losses.csv or measures.csv up to a damaged line: epoch and step as int, the rest as float."""
     rows = []
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            if not all(re.fullmatch(r"[A-Za-z0-9_@]+", name) for name in reader.fieldnames or []):
-                raise ValueError("the header is damaged")
-            for cells in reader:
+        with suppress(csv.Error, KeyError, TypeError, ValueError):  # of a damaged line
+            for cells in csv.DictReader(file):
                 row: dict[str, Any] = {name: float(cell) for name, cell in cells.items()}
                 rows.append(row | {"epoch": int(cells["epoch"]), "step": int(cells["step"])})
-        except (csv.Error, KeyError, TypeError, ValueError):
-            if report_damage:
-                kept = counted(len(rows), "row")
-                warn(f"{path}: line {max(1, reader.line_num)} is damaged; kept {kept} before it and left out the rest")
     return rows
 
 
-@first_rank
 def plot_losses(rows: Sequence[dict], path: Path) -> None:
     """Plot each loss, and all terms together, over the steps: values pale, their running mean strong."""
     from matplotlib.figure import Figure  # here: the import takes half a second
@@ -140,7 +117,7 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
         for name in names:
             values = np.array([row.get(name, math.nan) for row in rows])
             if np.isfinite(values).any():
-                means = running_mean(values, max(1, len(rows) // 25))
+                means = _running_mean(values, max(1, len(rows) // 25))
                 (line,) = axes.plot(steps, means, label=name, linewidth=1.5, marker=marker)
                 axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
         axes.set_xlabel("step")
@@ -152,52 +129,44 @@ def plot_losses(rows: Sequence[dict], path: Path) -> None:
         figure.savefig(temporary, dpi=100, format="png")
 
 
-def running_mean(values: np.ndarray, length: int) -> np.ndarray:
+def _running_mean(values: np.ndarray, length: int) -> np.ndarray:
     """Average the finite values among the last `length` ones, at each position."""
-    window = np.ones(length)
     finite = np.isfinite(values)
-    sums = np.convolve(np.where(finite, values, 0), window)[: len(values)]
-    counts = np.convolve(finite, window)[: len(values)].clip(1)
-    return sums / counts
+    sums = np.convolve(np.where(finite, values, 0), np.ones(length))[: len(values)]
+    counts = np.convolve(finite, np.ones(length))[: len(values)]
+    return sums / counts.clip(1)
 
 
 class TensorBoardLog:
-    """The TensorBoard log of a run; without a folder it does nothing.
-
-    Errors are reported once and never end the run: a full disk, a broken package, a dead writer thread.
-    """
+    """The TensorBoard log of a run; without a folder it does nothing."""
 
     def __init__(self, folder: Path | None = None, step: int = 0):
+        self.folder = folder if rank() == 0 else None
+        self.purge_step = step + 1 if step else None  # later steps of the folder are of an abandoned branch
         self.writer: Any = None
         self.warned = False
-        if folder and rank() == 0:
-            with self._errors_reported():
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-
-    @contextmanager
-    def _errors_reported(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 (see the class)
-            if not self.warned:
-                warn(f"the TensorBoard log has gaps ({type(error).__name__}: {error}); the run continues")
-            self.warned = True
 
     def add(self, step: int, values: dict[str, float], images: dict[str, Image.Image] | None = None) -> None:
-        """Log the finite numbers, and images, by name."""
-        if not self.writer:
+        """Log the finite numbers, and images, by name. Errors are reported once and never end the run."""
+        if self.folder is None:
             return
-        with self._errors_reported():
+        try:
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
             for name, value in values.items():
                 if math.isfinite(value):
                     self.writer.add_scalar(name, value, step)
             for name, image in (images or {}).items():
                 self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self.writer.flush()
+        except Exception as error:  # noqa: BLE001 (a full disk, a broken package, a dead writer thread)
+            if not self.warned:
+                warn(f"the TensorBoard log has gaps ({type(error).__name__}: {error}); the run continues")
+            self.warned = True
 
     def close(self) -> None:
         if self.writer:
-            with self._errors_reported():
+            with suppress(Exception):  # `add` has reported it
                 self.writer.close()

@@ -1,93 +1,65 @@
-"""Sample grids, watched photos and the live page of a training run, and its logs.
-
-monitor = Monitor(saved, images, (run_name, dataset_name), samples, photos, cyclegan_rows, loss_names(config))
-monitor.open(step=0, with_tensorboard=False)
-monitor.log_losses(epoch=1, step=20, lr=2e-4, means=monitor.meter.means())
-monitor.draw(model, epoch, step, finished=True)
-"""
+"""Sample grids, watched photos and the live page of a training run, and its logs."""
 
 import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cyclegan import CycleGAN, translate
 from datasets import held_out_split
-from models import DIRECTIONS, Direction, Networks
-from toolkit import files
-from toolkit.distributed import first_rank
-from toolkit.files import attempt
-from toolkit.images import (
-    UnreadableImage,
-    data_url,
-    draw_grid,
-    image_to_tensor,
-    list_images,
-    load_images,
-    read_image,
-    save_image,
-)
-from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
+from models import DIRECTIONS, Networks
+from toolkit import files, images
+from toolkit.distributed import first_rank, rank
+from toolkit.images import draw_grid, save_image
+from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses
 from toolkit.metrics import format_table
 from utils import InputError, counted, domain_names, one_line, say, warn
 
-Rows = Sequence[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
-
-
-# ---------------------------------------------------------------------------------------------
-# Sample grids and watched photos
-
+Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 GRID_COLUMNS = 6
 COLLAPSED_FRACTION = 0.02  # a generator whose outputs vary less than this times its inputs ignores them
 
 
 def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
-    """Read the fixed images of all sample grids, evenly spread over the test split (else val, else train).
-
-    returns: images of A and as many of B, (N, channels, *size) in [-1, 1]
-    """
+    """Read held-out images, evenly spread, of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
     split = held_out_split(dataset)
     if split == "train":
         say(f"{dataset}: testA and testB have no images, so the sample grids show training images")
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
-        paths = list_images(folder)
+        paths = images.list_images(folder)
         chosen = paths[:: max(1, len(paths) // GRID_COLUMNS)][:GRID_COLUMNS]
-        samples.append(torch.stack([image for _, image in load_images(folder, chosen, size, channels, on_bad)]))
+        samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, size, channels, on_bad)]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 
 
-def load_watched(
-    paths: Sequence[Path], size: tuple[int, int], channels: int, resumed: bool = False
-) -> dict[str, Tensor]:
-    """Read the photos of --watch, each in its own aspect ratio, with the shorter side of the training images.
+def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resumed: bool = False) -> dict[str, Tensor]:
+    """Read the photos of --watch, (1, channels, H, W) in [-1, 1], each in its own aspect ratio; returns them by name.
 
-    size:    (height, width) of the training images
-    resumed: leave out photos that cannot be read, with a warning
-    returns: (1, channels, H, W) in [-1, 1] by name
-    raises:  InputError for a photo that cannot be read, unless resumed
+    size:    (height, width) of the training images; the photos get their shorter side
+    resumed: leave out photos that cannot be read, with a warning; otherwise they raise InputError
     """
-    named = {}
+    photos = {}
+    taken = set()  # names; those of unreadable photos too, so that the others keep theirs
+    shorter = min(size)
     for path in paths:
         name = path.stem if path.stem.strip(".") else "photo"
-        while name in named:
+        while name in taken:
             name += "_"
-        named[name] = path
-    photos = {}
-    shorter = min(size)
-    for name, path in named.items():
+        taken.add(name)
         try:
-            photo = read_image(path, channels)
-        except UnreadableImage as error:
+            photo = images.read_image(path, channels)
+        except images.UnreadableImage as error:
             if not resumed:
                 raise InputError(
                     f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
@@ -96,88 +68,62 @@ def load_watched(
             continue
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
-        photos[name] = image_to_tensor(photo)[None]
+        photos[name] = images.image_to_tensor(photo)[None]
     return photos
 
 
-def cyclegan_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor) -> Rows:
-    """Compute the rows of a sample grid: real images, their translations, and the round trips."""
-    fake_B = model.translate("G_AB", real_A)
-    fake_A = model.translate("G_BA", real_B)
-    rec_A = model.translate("G_BA", fake_B)
-    rec_B = model.translate("G_AB", fake_A)
-    rows_A = [("real_A", real_A), ("fake_B", fake_B), ("rec_A", rec_A)]
-    rows_B = [("real_B", real_B), ("fake_A", fake_A), ("rec_B", rec_B)]
-    return rows_A + rows_B
-
-
-def distillation_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor, teachers: Networks) -> Rows:
-    """Compute the rows of `cyclegan_rows`, and below each student's translations those of its teacher."""
-    reals = {"A": real_A, "B": real_B}
-    teacher_rows = {}
-    for direction in DIRECTIONS:
-        if direction.generator in teachers:
-            images = translate(teachers[direction.generator], reals[direction.source], model.precision)
-            teacher_rows[f"fake_{direction.target}"] = (f"teacher_{direction.target}", images)
+def cyclegan_rows(model: CycleGAN, real_A: Tensor, real_B: Tensor, teachers: Networks | None = None) -> Rows:
+    """Compute the rows of a sample grid: real images, their translations (then those of a teacher), the round trips."""
     rows = []
-    for label, images in cyclegan_rows(model, real_A, real_B):
-        rows.append((label, images))
-        if label in teacher_rows:
-            rows.append(teacher_rows[label])
+    for direction, real in zip(DIRECTIONS, (real_A, real_B), strict=True):
+        source, target = direction
+        fake = model.translate(direction.generator, real)
+        rows += [(f"real_{source}", real), (f"fake_{target}", fake)]
+        if teachers and direction.generator in teachers:
+            rows.append((f"teacher_{target}", translate(teachers[direction.generator], real, model.precision)))
+        rows.append((f"rec_{source}", model.translate(direction.reverse.generator, fake)))
     return rows
 
 
 def warn_if_collapsed(rows: Rows) -> None:
     """Warn when a generator outputs nearly the same image for all inputs. A single sample cannot show it."""
-    spread = {label: images.float().std(0, correction=0).mean() for label, images in rows}
-    collapsed = []
-    for direction in DIRECTIONS:
-        if spread[f"fake_{direction.target}"] < COLLAPSED_FRACTION * spread[f"real_{direction.source}"]:
-            collapsed.append(direction.generator)
-    if collapsed:
-        warn(
-            f"{', '.join(collapsed)}: nearly the same output for every input; "
-            "resume from an earlier epoch, with --start_from N, at a lower --lr"
-        )
+    spread = {label: x.float().std(0, correction=0).mean() for label, x in rows}
+    for source, target in DIRECTIONS:
+        if spread[f"fake_{target}"] < COLLAPSED_FRACTION * spread[f"real_{source}"]:
+            warn(
+                f"G_{source}{target}: nearly the same output for every input; resume from an earlier epoch, with --start_from N, at a lower --lr"
+            )
 
-
-# ---------------------------------------------------------------------------------------------
-# Time
 
 FIRST_GRID = 60  # s after the start
 FIRST_PACE = 30  # s of steps, after which the pace is announced
 PAGE_SECONDS = 30  # at least, between two updates of the page
 PAGE_FRACTION = 0.02  # of the run's time that updates of the page may take
-LONG_EPOCH = 3600  # s; for longer ones on a CPU, smaller settings are suggested
+LONG_EPOCH = 3600  # s; longer ones on a CPU get a warning
 
 
 class Clock:
     """The pace of a run in wall time, in s, and what is due."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.first_step_end = math.nan  # the first step is slower than the others
-        self.last_step_end = math.nan
-        self.steps = 0
-        self.grids = 0
+        self.next_grid = time.monotonic() + FIRST_GRID
         self.next_page = -math.inf
-
-    @property
-    def pace(self) -> float:
-        """Seconds per step, including what happens between steps (saving, evaluating); nan before the second step."""
-        return (self.last_step_end - self.first_step_end) / (self.steps - 1) if self.steps > 1 else math.nan
+        self.steps = 0
+        self.first_step_end = math.inf  # the first step is slower than the others
+        self.elapsed = 0.0  # since then
+        self.pace = math.nan  # s per step, with what happens between steps (saving, evaluating)
 
     def tick(self) -> bool:
         """Count a finished step; return True once, when the pace can be announced."""
-        elapsed_before = self.last_step_end - self.first_step_end
-        self.last_step_end = time.monotonic()
+        self.first_step_end = min(self.first_step_end, time.monotonic())
+        elapsed_before = self.elapsed
+        self.elapsed = time.monotonic() - self.first_step_end
+        self.pace = self.elapsed / self.steps if self.steps else math.nan
         self.steps += 1
-        if self.steps == 1:
-            self.first_step_end = self.last_step_end
-        return elapsed_before < FIRST_PACE <= self.last_step_end - self.first_step_end
+        return elapsed_before < FIRST_PACE <= self.elapsed
 
     def first_grid_due(self) -> bool:
-        return not self.grids and time.monotonic() - self.started >= FIRST_GRID
+        return time.monotonic() >= self.next_grid
 
     def page_due(self) -> bool:
         return time.monotonic() >= self.next_page
@@ -191,89 +137,25 @@ def duration(seconds: float) -> str:
     return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
 
 
-@first_rank
-def say_duration(pace: float, left: int, steps_per_epoch: int, flags: dict, device: torch.device) -> None:
-    """Announce how long a run will take, and suggest smaller settings where that is long on a CPU.
-
-    pace:  seconds per step
-    left:  steps
-    flags: the options of the run, as plain values
-    """
-    epoch = pace * steps_per_epoch
-    say(f"{duration(pace)} a step, {duration(epoch)} an epoch: this run will take about {duration(pace * left)} more")
-    if device.type == "cpu" and epoch > LONG_EPOCH:
-        action = "start again with --overwrite and" if flags.get("start_from") == "0" else "resume with"
-        settings = faster_settings(pace, flags)
-        warn(f"an epoch takes {duration(epoch)} on this CPU; {action} smaller settings (docs/recipes.md): {settings}")
-
-
-def faster_settings(pace: float, flags: dict) -> str:
-    """Choose options for a CPU, among those that this run can still change and that would make it faster."""
-    settings = {"img_height": 64, "img_width": 64, "batch_size": 1}
-    if flags.get("start_from") == "0" and not flags.get("init_from"):  # the networks are new
-        if flags.get("generator") != "unet_vit":
-            settings |= {"num_residual": 6, "ngf": 32}
-        settings |= {"ndf": 32, "n_layers_D": 2}
-    faster = [f"--{name} {value}" for name, value in settings.items() if flags.get(name, 0) > value]
-    if not faster:
-        ten_minutes = max(1, int(LONG_EPOCH / pace / 6))
-        faster = [f"--steps_per_epoch {ten_minutes}"]
-    return " ".join(faster)
+def say_duration(pace: float, steps_left: int, steps_per_epoch: int, device: torch.device) -> None:
+    """Announce how long a run will take; pace: seconds per step."""
+    epoch = duration(pace * steps_per_epoch)
+    say(f"{duration(pace)} a step, {epoch} an epoch: this run will take about {duration(pace * steps_left)} more")
+    if device.type == "cpu" and pace * steps_per_epoch > LONG_EPOCH and rank() == 0:
+        warn(f"an epoch takes {epoch} on this CPU; docs/recipes.md has settings for a CPU")
 
 
 def command_line(script: str, *arguments: str) -> str:
     """Return a shell command that runs a script of this project from the user's current folder."""
-    path = Path(__file__).resolve().parents[1] / script
-    here = Path.cwd()
-    return shlex.join(["python", str(path.relative_to(here) if path.is_relative_to(here) else path), *arguments])
+    return shlex.join(["python", os.path.relpath(Path(__file__).resolve().parents[1] / script), *arguments])
 
 
 # ---------------------------------------------------------------------------------------------
-# The page, which works from disk, without a server
+# The monitor, with its page, which works from disk, without a server
 
 WATCHED_EPOCHS = 8  # versions of a watched photo on the page, from the first epoch to the newest
 PAGE_WIDTH = 900  # px; larger images are reduced on the page and open in full size
 TABLE_ROWS = 12  # of measures.csv on the page
-
-
-def legend(domains: tuple[str, str], students: Collection[Direction]) -> list[tuple[str, str]]:
-    """Explain the rows of a sample grid: pairs of a label and its text; students: directions that have a teacher."""
-    names = dict(zip("AB", domains, strict=True))
-    lines = []
-    for direction in DIRECTIONS:
-        source, target = direction
-        lines.append((f"real_{source}", f"{names[source]}: test images, or training images if there are none"))
-        lines.append((f"fake_{target}", f"{names[target]}: {direction.generator}(real_{source})"))
-        if direction in students:
-            lines.append((f"teacher_{target}", f"{names[target]}: real_{source} translated by the teacher"))
-        round_trip = f"{direction.reverse.generator}(fake_{target})"
-        lines.append((f"rec_{source}", f"{names[source]}: {round_trip}, ideally equal to real_{source}"))
-    return lines
-
-
-def embed_image(folder: Path, path: Path) -> tuple[str, str, str]:
-    """Return an image's relative URL, its pixels as a data URL, and its name.
-
-    The pixels are embedded so that the page also shows in notebooks and mails.
-    """
-    address = quote(os.fsencode(path.relative_to(folder).as_posix()))
-    return address, data_url(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)
-
-
-def sample_grids(folder: Path) -> dict[int, Path]:
-    """Find the grids epoch_NNNN.png of a folder, by epoch, oldest first."""
-    grids = {int(path.stem[6:]): path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()}
-    return dict(sorted(grids.items()))
-
-
-def spread_evenly(paths: Sequence[Path], most: int) -> list[Path]:
-    """Choose at most `most` of the paths, including the first and the last."""
-    count = min(most, len(paths))
-    return [paths[round(k * (len(paths) - 1) / max(1, count - 1))] for k in range(count)]
-
-
-# ---------------------------------------------------------------------------------------------
-# The monitor
 
 
 @dataclass
@@ -292,23 +174,21 @@ class Monitor:
     clock: Clock = field(default_factory=Clock)  # restarted by `open`
     log: CsvLog = field(init=False)  # losses.csv, from `open`
     measures: CsvLog = field(init=False)  # measures.csv, from `open`
-    outdated: dict[Path, int] = field(default_factory=dict)  # mtimes of the grids after the epoch that was resumed
+    newest: int = 0  # epoch of the newest grid; later ones belong to an abandoned branch of a resumed run
 
     def open(self, step: int, with_tensorboard: bool, epochs: int = 0) -> None:
-        """Start the logs, or resume them after `step`: rows of later steps are removed, later grids not shown.
-
-        epochs: started ones
-        """
+        """Start the logs, or resume them after `step` without the rows of later steps; epochs: started ones."""
         self.clock = Clock()
-        for folder in (self.images, *self.images.glob("watch/*")):
-            later = [path for epoch, path in sample_grids(folder).items() if epoch > epochs]
-            self.outdated |= {path: path.stat().st_mtime_ns for path in later}
+        self.newest = epochs
         self.log = CsvLog(self.saved / "losses.csv", ["epoch", "step", "lr", *self.term_names], step)
         self.measures = CsvLog(self.saved / "measures.csv", ["epoch", "step"], step)
         self.board = TensorBoardLog(self.saved / "tensorboard" if with_tensorboard else None, step)
-        attempt(self.log.save)
+        files.attempt(self.log.save)
         if self.measures.path.exists():
-            attempt(self.measures.save)
+            files.attempt(self.measures.save)
+
+    def close(self) -> None:
+        self.board.close()
 
     def log_losses(self, epoch: int, step: int, lr: float, means: dict[str, float]) -> None:
         """Add a row to losses.csv and reset the meter; epoch: the one that these steps belong to, from 1."""
@@ -319,52 +199,44 @@ class Monitor:
     @first_rank
     def lacks_measures(self, step: int) -> bool:
         """Whether measures.csv, before `open`, has no row of a step."""
-        path = self.saved / "measures.csv"
-        return not path.is_file() or step not in [row["step"] for row in read_losses(path)]
+        return step not in [row["step"] for row in CsvLog(self.saved / "measures.csv", [], step).rows]
 
     @first_rank
     def add_measures(self, epoch: int, step: int, row: dict[str, float]) -> None:
         """Add a row to measures.csv and print it; epoch: finished ones."""
         self.board.add(step, {f"measures/{name}": value for name, value in row.items()})
         self.measures.append({"epoch": epoch, "step": step} | row)
-        attempt(self.measures.save)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        say(f"epoch {epoch}:  {figures}")
+        files.attempt(self.measures.save)
+        say(f"epoch {epoch}:  {'  '.join(f'{name} {value:.4g}' for name, value in row.items())}")
 
     @first_rank
     def draw(self, model: CycleGAN, epoch: int, step: int, finished: bool) -> None:
-        """Draw the samples and the watched photos; raises OSError if the disk is full.
-
-        epoch:    finished ones
-        finished: the last of them has just ended; otherwise the grid belongs to the current, unfinished epoch
-        """
-        self.clock.grids += 1
-        file = f"epoch_{epoch if finished else epoch + 1:04d}.png"
+        """Draw the samples and the watched photos after so many epochs; if not finished, during the next one."""
+        if self.clock.next_grid < math.inf:
+            self.clock.next_grid = math.inf
+            self.clock.next_page = -math.inf  # show the first grid at once
+        number = epoch if finished else epoch + 1
+        file = f"epoch_{number:04d}.png"
         rows = self.draw_rows(model, *self.samples)
         if finished:
             warn_if_collapsed(rows)
         grids = {"grid": draw_grid(rows)}
         save_image(grids["grid"], self.images / file)
+        self.newest = number
         for name, photo in self.photos.items():
             outputs = [(d.generator, model.translate(d.generator, photo)) for d in DIRECTIONS]
             grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
-        if self.clock.grids == 1:
-            self.clock.next_page = -math.inf  # show the first grid at once
 
     @first_rank
     def write_page(
         self, epoch: int, step: int, step_in_epoch: int, num_epochs: int, steps_per_epoch: int, stopped: bool = False
     ) -> None:
-        """Write losses.csv, losses.png and index.html; raises OSError if the disk is full.
-
-        epoch:   finished ones
-        stopped: by a signal; the run can be resumed
-        """
+        """Write losses.csv, losses.png and index.html; epoch: finished ones; stopped: by a signal."""
         started = time.monotonic()
         self.clock.next_page = started + PAGE_SECONDS  # holds also if writing fails
-        attempt(self.log.save)
+        files.attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
         done = epoch * steps_per_epoch + step_in_epoch
         total = num_epochs * steps_per_epoch
@@ -381,46 +253,41 @@ class Monitor:
         self.clock.next_page = started + max(PAGE_SECONDS, (time.monotonic() - started) / PAGE_FRACTION)
 
     def write_index(self, facts: str, fraction: float) -> None:
-        """Write index.html: newest grid, loss curves, measures, earlier grids, watched photos.
-
-        facts:    one line that says how far the run is
-        fraction: of the steps that are finished, in [0, 1]; below 1 the page reloads every 15 s
-        """
-        run_name, dataset_name = self.names
-        domain_A, domain_B = domain_names(dataset_name)
-        grids = self._grids_shown(self.images)[::-1]
-        rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
+        """Write index.html; facts: how far the run is; fraction: of the steps, below 1 the page reloads every 15 s."""
+        domain_A, domain_B = domain_names(self.names[1])
+        grids = self._grids(self.images)[::-1]
+        rows = [("earlier", "row", [self._figure(path) for path in grids[1:4]])] if grids[1:] else []
         for photo in sorted((self.images / "watch").glob("*")):
             heading = f"{one_line(photo.name)}: the photo; translated to {domain_B} by G_AB; to {domain_A} by G_BA"
-            rows.append((heading, "row small", spread_evenly(self._grids_shown(photo), WATCHED_EPOCHS)))
+            versions = self._grids(photo)
+            chosen = np.linspace(0, len(versions) - 1, min(WATCHED_EPOCHS, len(versions))).round().astype(int)
+            rows.append((heading, "row small", [self._figure(versions[i]) for i in chosen]))
+        measures = {}
+        for row in self.measures.rows[-TABLE_ROWS:]:
+            measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
         plot = self.images / "losses.png"
         gallery = self.images / "test" / "index.html"  # may be of an earlier run with this name
-        students = [d for d in DIRECTIONS if f"output_{d.source}{d.target}" in self.term_names]
         files.write_page(
             self.images / "index.html",
             "progress.html",
-            title=one_line(f"{run_name}: {domain_A} ↔ {domain_B}"),
+            title=one_line(f"{self.names[0]}: {domain_A} ↔ {domain_B}"),
             facts=one_line(facts),
             fraction=fraction,
             tested=gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime,
-            grid=embed_image(self.images, grids[0]) if grids else None,
-            legend=legend((domain_A, domain_B), students),
-            plot=embed_image(self.images, plot) if plot.is_file() else None,
-            table=self._measures_table(),
-            rows=[(heading, kind, [embed_image(self.images, path) for path in paths]) for heading, kind, paths in rows],
+            grid=self._figure(grids[0]) if grids else None,
+            domains={"A": domain_A, "B": domain_B},
+            term_names=self.term_names,
+            plot=self._figure(plot) if plot.is_file() else None,
+            table=format_table(measures) if measures else [],
+            rows=rows,
         )
 
-    def _measures_table(self) -> list[str]:
-        rows = {}
-        for row in self.measures.rows[-TABLE_ROWS:]:
-            rows[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
-        return format_table(rows) if rows else []
+    def _grids(self, folder: Path) -> list[Path]:
+        """List the grids epoch_NNNN.png of a folder up to the newest one, oldest first."""
+        grids = {int(path.stem[6:]): path for path in folder.glob("epoch_*.png") if path.stem[6:].isdecimal()}
+        return [grids[epoch] for epoch in sorted(grids) if epoch <= self.newest]
 
-    def _grids_shown(self, folder: Path) -> list[Path]:
-        """List the grids of a folder, without those that the resumed run has not drawn again."""
-        grids = sample_grids(folder).values()
-        return [path for path in grids if self.outdated.get(path) != path.stat().st_mtime_ns]
-
-    def close(self) -> None:
-        """Close the TensorBoard log."""
-        self.board.close()
+    def _figure(self, path: Path) -> tuple[str, str, str]:
+        """Return an image's URL, its pixels as a data URL, which notebooks and mails show too, and its name."""
+        address = quote(os.fsencode(path.relative_to(self.images).as_posix()))
+        return address, images.data_url(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)

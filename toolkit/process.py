@@ -8,10 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -25,8 +24,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, str(error)
     if isinstance(error, OSError):
         code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
-        reason = f"{error.filename or 'output'}: {error.strerror or error}"
-        return code, f"{reason}; check the path, its rights and the space left"
+        file = error.filename or "output"
+        return code, f"{file}: {error.strerror or error}; check the path, its rights and the space left"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return 1, "out of memory; lower --batch_size, or --img_height and --img_width; when testing, use --tile 512"
     if isinstance(error, KeyboardInterrupt):
@@ -35,19 +34,6 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         reason = str(error).strip().splitlines()[0]
         return 1, f"a process that reads images died ({reason}); is the memory full? Lower --num_workers, then resume"
     return None
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit with 143, so that unfinished files are removed."""
-    if threading.current_thread() is not threading.main_thread() or "TORCHELASTIC_RUN_ID" in os.environ:
-        yield  # other threads get no signals; and torchrun must be able to end ranks that wait for each other
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def command(main: Callable) -> Callable:
@@ -60,16 +46,24 @@ def command(main: Callable) -> Callable:
                 stream.reconfigure(errors="backslashreplace")
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as toolkit.startup left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = None
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
+        if in_main_thread and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends ranks that wait for each other
+            before = signal.signal(
+                signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+            )  # to remove unfinished files
         try:
-            with exit_on_sigterm():
-                join_ranks()
-                result = main(argv)
-                leave_ranks()
-                return result
+            join_ranks()
+            result = main(argv)
+            leave_ranks()
+            return result
         except (Exception, KeyboardInterrupt) as error:
             explained = explain(error)
             if explained is None:
                 raise
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
         code, message = explained
         if rank() > 0:  # the first rank reports what stops all; torchrun ends the others during this wait
             time.sleep(3)
@@ -81,23 +75,17 @@ def command(main: Callable) -> Callable:
 
 
 class StopRequest:
-    """Turn Ctrl-C, SIGTERM and a lost terminal into a request that the training loop reads after each step.
+    """Turn Ctrl-C, SIGTERM and a lost terminal into a request to stop; a second signal ends the program."""
 
-    The first signal is acknowledged at once; a second one ends the program. With nohup a lost terminal is ignored.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
+    signum: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # other threads get no signals
-            signals = {signal.SIGINT, signal.SIGTERM}
-            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-            if signal.getsignal(hangup) != signal.SIG_IGN:
-                signals.add(hangup)
-            for signum in signals:
-                self._previous[signum] = signal.signal(signum, self._note)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            signals = []  # other threads get no signals
+        self._previous = {signum: signal.signal(signum, self._note) for signum in signals}
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

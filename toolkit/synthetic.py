@@ -16,11 +16,9 @@ from toolkit.files import new_folder
 from utils import say
 
 SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at the top, at the horizon
-SUN = (255, 214, 60)
-MOON = (236, 238, 225)
+SUN_OR_MOON = {"day": (255, 214, 60), "night": (236, 238, 225)}
+WINDOW = {"day": (74, 92, 116), "night": (255, 224, 120)}
 STAR = (255, 255, 240)
-LAMP = (255, 224, 120)
-GLASS = (74, 92, 116)
 ROOF = (128, 52, 44)
 TRUNK = (94, 62, 40)
 LEAVES = (34, 104, 54)
@@ -36,38 +34,27 @@ DEMO_FOLDERS = {  # time, seed of the first scene, number of scenes
 }
 
 
-def mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
-    """Blend two colours; weight 0 gives a, 1 gives b."""
+def _mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
     return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))
 
 
-def at_time(colour: tuple, time: str) -> tuple:
-    """Return the colour that a thing of this colour by day has at a time."""
-    return mix(colour, DARK, 0.55) if time == "night" else colour
+def _at_time(colour: tuple, time: str) -> tuple:
+    return _mix(colour, DARK, 0.55) if time == "night" else colour
 
 
-def draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
-    """Draw the sky with the sun, or with the moon and stars; return the horizon in px from the top."""
-
-    def draw_disc(x: float, y: float, radius: float, colour: tuple) -> None:
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-
-    horizon = side * rng.uniform(0.35, 0.68)
+def _draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
+    horizon = side * rng.uniform(0.35, 0.68)  # px from the top
     for y in range(side):
-        draw.line([(0, y), (side, y)], fill=mix(*SKY[time], min(1, y / horizon)))
-    if time == "night":
-        for i in range(9):
-            star_x = random.Random(i).random() * side
-            star_y = random.Random(1000 + i).random() * 0.3 * side
-            draw_disc(star_x, star_y, side / 90, STAR)
-    x = side * rng.uniform(0.12, 0.88)
-    y = side * rng.uniform(0.1, 0.28)
-    draw_disc(x, y, side * rng.uniform(0.06, 0.11), MOON if time == "night" else SUN)
+        draw.line([(0, y), (side, y)], fill=_mix(*SKY[time], min(1, y / horizon)))
+    for i in range(9 if time == "night" else 0):
+        star = (random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side)
+        draw.circle(star, side / 90, fill=STAR)
+    centre = (side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.28))
+    draw.circle(centre, side * rng.uniform(0.06, 0.11), fill=SUN_OR_MOON[time])
     return horizon
 
 
-def draw_hills(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str, horizon: float) -> None:
-    """Draw two ridges, the farther one in haze."""
+def _draw_hills(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str, horizon: float) -> None:
     ground = rng.choice(GROUNDS)
     for layer, haze in enumerate((0.45, 0.0)):
         base = horizon + layer * side * 0.09
@@ -76,50 +63,46 @@ def draw_hills(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: s
         for x in range(0, side + 3, 3):
             waves = sum(math.sin(x / side * (3 + 2 * i) + phase) for i, phase in enumerate(phases))
             ridge.append((x, base - side * 0.045 * waves))
-        draw.polygon([*ridge, (side, side), (0, side)], fill=at_time(mix(ground, HAZE, haze), time))
+        draw.polygon([*ridge, (side, side), (0, side)], fill=_at_time(_mix(ground, HAZE, haze), time))
 
 
-def draw_house(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
-    """Draw a house with two windows, which are lit at night."""
+def _draw_house(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
     x = side * rng.uniform(0.03, 0.72)
     y = side * rng.uniform(0.66, 0.92)
     w = side * rng.uniform(0.17, 0.3)
     h = w * rng.uniform(0.7, 1.2)
-    draw.rectangle([x, y - h, x + w, y], fill=at_time(rng.choice(WALLS), time))
+    draw.rectangle([x, y - h, x + w, y], fill=_at_time(rng.choice(WALLS), time))
     roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
-    draw.polygon(roof, fill=at_time(ROOF, time))
+    draw.polygon(roof, fill=_at_time(ROOF, time))
     for left in (0.16, 0.58):
-        window = [x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32]
-        draw.rectangle(window, fill=LAMP if time == "night" else GLASS)
+        draw.rectangle([x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32], fill=WINDOW[time])
 
 
-def draw_tree(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
-    """Draw a tree as a trunk and a triangle."""
+def _draw_tree(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
     x = side * rng.uniform(0, 1)
     y = side * rng.uniform(0.72, 0.98)
     w = side * rng.uniform(0.1, 0.2)
-    draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=at_time(TRUNK, time))
+    draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=_at_time(TRUNK, time))
     crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
-    draw.polygon(crown, fill=at_time(LEAVES, time))
+    draw.polygon(crown, fill=_at_time(LEAVES, time))
 
 
 def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
-    """Draw one landscape as an RGB image of (size, size) px; time is "day" or "night".
+    """Draw one landscape by "day" or "night" as an RGB image of (size, size) px.
 
-    The night follows from the day: the moon replaces the sun, walls and hills are darkened by one rule, windows are
-    lit, and the stars never change. So the two images of a test pair are each other's exact truth for a model that
-    was trained unpaired. Scenes are drawn at three times the size, then reduced.
+    Only the colours of things, the sun or moon, and the stars, which never change, depend on the time: so the two images
+    of a test pair are each other's exact truth. Scenes are drawn at three times the size, then reduced.
     """
     rng = random.Random(seed)  # the order in which its numbers are taken decides what is drawn
     side = 3 * size
     image = Image.new("RGB", (side, side))
     draw = ImageDraw.Draw(image)
-    horizon = draw_sky(draw, rng, side, time)
-    draw_hills(draw, rng, side, time, horizon)
+    horizon = _draw_sky(draw, rng, side, time)
+    _draw_hills(draw, rng, side, time, horizon)
     for _ in range(rng.randint(1, 3)):
-        draw_house(draw, rng, side, time)
+        _draw_house(draw, rng, side, time)
     for _ in range(rng.randint(1, 4)):
-        draw_tree(draw, rng, side, time)
+        _draw_tree(draw, rng, side, time)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 

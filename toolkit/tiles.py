@@ -2,8 +2,7 @@
 
 fake = translate_tiled(net, net, image, tile=512)  # (1, C, H, W) → the same shape
 
-Tiles save memory, not time. An instance or group norm computes its statistics over the whole image, so these are
-estimated first, on patches from all over the image.
+Tiles save memory, not time.
 """
 
 import math
@@ -22,18 +21,15 @@ OVERLAP = 8  # tiles overlap by this fraction of their side
 PATCHES = 4  # patches along the side of a tile, at most
 BAR_DELAY = 3.0  # seconds before a progress bar appears
 Norm = nn.InstanceNorm2d | nn.GroupNorm  # layers with statistics of one image
-
 Tile = tuple[slice, slice]  # rows and columns
 
 
 def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
-    """Translate an image (1, C, H, W) in tiles of `tile` px a side, normalised by shared statistics.
-
-    translate: runs `net` on a batch
+    """Translate an image (1, C, H, W) in tiles of `tile` px a side, normalised by shared statistics; translate runs `net`.
 
     If each tile had its own statistics, one that shows only sky would be normalised as if everything were sky. A first
-    pass therefore estimates them from patches. A batch of patches has as many pixels as one tile, but comes from all
-    over the image and is normalised as one, so each layer sees nearly what it would see of the whole image.
+    pass therefore estimates them from batches of patches. Each has as many pixels as one tile, but comes from all over
+    the image and is normalised as one, so each layer sees nearly what it would see of the whole image.
     """
     if max(image.shape[-2:]) <= tile:
         return translate(image)
@@ -60,23 +56,16 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
             return blend_tiles(translate_and_count, image, tiles, overlap)
 
 
-# ---------------------------------------------------------------------------------------------
-# Positions of tiles, and blending
-
-
 def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
-    """Divide a side into evenly spaced tiles, no longer than needed, that overlap by at least `overlap` px.
-
-    step: tiles start at multiples of it, so that downsampling samples the same pixels as in the whole image; the last
-          tile can be longer than `tile` by less than a step
-    """
+    """Divide a side into evenly spaced tiles, no longer than needed, that overlap by at least `overlap` px."""
     if length <= tile:
         return [slice(0, length)]
     count = math.ceil((length - overlap) / (tile - overlap))
     shortest = max(4, 2 * step)  # that a generator accepts
     side = min(tile, max(shortest, math.ceil((length + (count - 1) * (overlap + step)) / count)))
+    # at multiples of step, so that downsampling samples the same pixels as in the whole image
     starts = [i * (length - side) // (count - 1) // step * step for i in range(count)]
-    return [*(slice(start, start + side) for start in starts[:-1]), slice(starts[-1], length)]
+    return [slice(start, start + side) for start in starts[:-1]] + [slice(starts[-1], length)]
 
 
 def find_tiles(images: Tensor, tile: int, overlap: int, step: int = 1) -> list[Tile]:
@@ -106,24 +95,18 @@ def blend_tiles(translate: Callable, images: Tensor, tiles: Sequence[Tile], over
 
 
 def sample_patches(image: Tensor, side: int, batch_size: int, step: int) -> list[Tensor]:
-    """Cut every second patch out of an image (1, C, H, W), like the black squares of a chessboard.
-
-    returns: batches of at most `batch_size` patches from all over the image, (N, C, height, width), all of one size of
-             about `side` px
-    """
+    """Cut every second patch of about `side` px out of an image (1, C, H, W); return batches from all over the image."""
     rows = tile_spans(image.shape[2], side, 0, step)
     columns = tile_spans(image.shape[3], side, 0, step)
     height = min(span.stop - span.start for span in rows)
     width = min(span.stop - span.start for span in columns)
-    corners = []
+    patches = []
     for i, row in enumerate(rows):
-        corners += [(row.start, column.start) for j, column in enumerate(columns) if (i + j) % 2 == 0]
-    random.Random(0).shuffle(corners)  # in order, every n-th patch could be from the same column
-    count = math.ceil(len(corners) / batch_size)
-    batches = []
-    for i in range(count):
-        batches.append(torch.cat([image[..., y : y + height, x : x + width] for y, x in corners[i::count]]))
-    return batches
+        for column in columns[i % 2 :: 2]:  # the black squares of a chessboard
+            patches.append(image[..., row.start : row.start + height, column.start : column.start + width])
+    random.Random(0).shuffle(patches)  # in order, every n-th patch could be from the same column
+    count = math.ceil(len(patches) / batch_size)
+    return [torch.cat(patches[i::count]) for i in range(count)]
 
 
 def receptive_field(config: GeneratorConfig) -> float:
@@ -132,22 +115,15 @@ def receptive_field(config: GeneratorConfig) -> float:
         return math.inf  # attention sees everything
     sides = []
     for pixel in range(2**config.n_downsampling):  # depends on the position relative to the downsampling
-        first = pixel - 3  # the head's 7x7 convolution
-        last = pixel + 3
+        first, last = pixel - 3, pixel + 3  # the head's 7x7 convolution
         for _ in range(config.n_downsampling):  # upsampling layers, backwards
             first = (first if config.upsample == "deconv" else first - 1) // 2
             last = (last + 1) // 2
-        first -= 2 * config.num_residual  # two 3x3 convolutions per block
-        last += 2 * config.num_residual
+        first, last = first - 2 * config.num_residual, last + 2 * config.num_residual  # two 3x3 convolutions per block
         for _ in range(config.n_downsampling):
-            first = 2 * first - 1
-            last = 2 * last + 1
+            first, last = 2 * first - 1, 2 * last + 1
         sides.append(last - first + 7)  # the stem's 7x7 convolution
     return max(sides)
-
-
-# ---------------------------------------------------------------------------------------------
-# Shared statistics
 
 
 class AllNormsReached(Exception):
@@ -161,7 +137,7 @@ class SharedStatistics:
         self.norms = norms
         self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), over the patches
         self.patches = 0
-        self.waiting: set[nn.Module] = set()  # norms that the present batch has not reached
+        self.waiting = set()  # norms that the present batch has not reached
 
     def add(self, translate: Callable, batch: Tensor) -> None:
         """Add the statistics of a batch of patches (N, C, H, W), which are normalised as one image."""
@@ -172,7 +148,8 @@ class SharedStatistics:
 
     def _collect(self, norm: Norm, x: Tensor) -> Tensor:
         ones = torch.ones(x.shape[1], device=x.device)  # float32, so that the statistics are float32 too
-        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], group_count(norm))
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+        shape = (len(x), x.shape[1], x.shape[2] * x.shape[3], groups)
         maps = x.contiguous() if x.is_cpu else x.contiguous().float()  # only a CPU accepts weights of another precision
         # 2 to 7 times as fast as other ways on a CPU; mean and rstd are (N, groups)
         _, mean, rstd = torch.native_group_norm(maps, ones, torch.zeros_like(ones), *shape, norm.eps)
@@ -190,14 +167,9 @@ class SharedStatistics:
         return normalise_by(norm, x, self.sums[norm] / self.patches)
 
 
-def group_count(norm: Norm) -> int:
-    """Return the number of groups of channels; each channel of an instance norm is one."""
-    return norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
-
-
 def normalise_by(norm: Norm, x: Tensor, moments: Tensor) -> Tensor:
     """Normalise (N, C, H, W) by the mean and mean square of each channel or group, (2, C or groups)."""
-    mean, square = moments.repeat_interleave(x.shape[1] // group_count(norm), dim=1)
+    mean, square = moments.repeat_interleave(x.shape[1] // moments.shape[1], dim=1)
     var = (square - mean.square()).clamp(min=0)
     return F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
 

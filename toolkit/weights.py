@@ -1,7 +1,6 @@
 """Generator files: the weights of a generator and the metadata that builds it, in one safetensors file.
 
 G_AB, metadata = load_generator("saved_models/horse2zebra/G_AB.safetensors")
-G_AB, metadata = load_generator("latest_net_G_A.pth")  # a file of pytorch-CycleGAN-and-pix2pix
 fake_B = G_AB(real_A)  # (N, C, H, W) in [-1, 1]
 save_generator("G_AB.safetensors", G_AB, {"direction": "AtoB", "size": [256, 256]})
 """
@@ -10,29 +9,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import (
-    DIRECTIONS,
-    Direction,
-    DiscriminatorConfig,
-    Generator,
-    GeneratorConfig,
-    Networks,
-    build_generator,
-    meta_network,
-)
+from models import DIRECTIONS, Direction, Generator, GeneratorConfig, Networks, build_generator, meta_network
 from toolkit.converters import read_foreign
 from toolkit.files import atomic_write, check_tensors
 from utils import InputError, one_line, say
 
 METADATA_FORMAT = 1
 METADATA_KEY = "recipe"  # the name of the entry in the file; older files have it too
-Config = TypeVar("Config", GeneratorConfig, DiscriminatorConfig)
 
 
 def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
@@ -51,9 +39,8 @@ def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
 def load_generator(path: str | Path) -> tuple[Generator, dict]:
     """Load a generator file of this project or of another one.
 
-    returns: the network, on the CPU in eval mode, and its metadata. For files of this project these are as
-             save_generator wrote them; for others range, config, direction ("AtoB" or "BtoA"; None if the file name
-             does not tell) and size (None)
+    returns: the network, on the CPU in eval mode, and its metadata as save_generator wrote it; that of other projects
+             has range, config, direction (None if the file name does not tell) and size (None)
     raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
     """
     path = Path(path)
@@ -63,10 +50,8 @@ def load_generator(path: str | Path) -> tuple[Generator, dict]:
         )
     with path.open("rb") as file:
         start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
-    if path.suffix == ".safetensors" or start[8:] == b"{":
-        config, tensors, metadata = read_own(path)
-    else:
-        config, tensors, metadata = read_foreign(path)
+    own = path.suffix == ".safetensors" or start[8:] == b"{"
+    config, tensors, metadata = _read_own(path) if own else read_foreign(path)
     net = build_generator(config)
     net.load_state_dict(tensors, strict=True)
     return net.eval(), metadata
@@ -100,63 +85,35 @@ def load_pair(paths: Sequence[Path]) -> Networks:
 # Validation: a file may come from a stranger
 
 
-def load_tensors(net: nn.Module, tensors: Any, what: object) -> None:
-    """Load a state dict strictly.
-
-    raises: InputError that names the first tensors that do not fit
-    """
-    check_tensors(net.state_dict(), tensors, what)
-    net.load_state_dict(tensors, strict=True)
-
-
-def read_config(kind: type[Config], values: Any, what: object) -> Config:
-    """Build a config from the values of a file; fields that an older file lacks get their defaults.
-
-    raises: InputError for an unknown field, or a value of the wrong type or out of range
-    """
-    names = [field.name for field in dataclasses.fields(kind)]
-    if not isinstance(values, dict) or not values.keys() <= set(names):
-        raise InputError(f"{what}: its metadata is no {kind.__name__}; expected {', '.join(names)}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what}: its metadata says {one_line(error)[:120]}") from error
-
-
-def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read and validate a generator file of this project.
-
-    returns: config, state dict, metadata
-    """
+def _read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        reason = one_line(error)[:120]
-        raise InputError(f"{path}: not a readable safetensors file ({reason})") from error
+        raise InputError(f"{path}: not a readable safetensors file ({one_line(error)[:120]})") from error
     if not isinstance(metadata, dict) or metadata.get("format") != METADATA_FORMAT:
         raise InputError(f"{path}: has no metadata of this project; expected a file written by train.py or distill.py")
-    config = read_config(GeneratorConfig, metadata.get("config"), path)
-    check_size(path, metadata.get("size"), config)
-    if metadata.get("direction") not in map(str, DIRECTIONS):
-        direction = one_line(metadata.get("direction"))[:40]
-        raise InputError(f"{path}: its metadata says direction = {direction}, expected AtoB or BtoA")
+    config = _check_metadata(metadata, path)
     check_tensors(meta_network(config).state_dict(), tensors, path)  # before memory is allocated for the network
     return config, tensors, metadata
 
 
-def check_size(path: Path, size: Any, config: GeneratorConfig) -> None:
-    """Raise InputError unless `size` is a height and width in px that the network accepts."""
+def _check_metadata(metadata: dict, path: Path) -> GeneratorConfig:
+    """Check direction and size, and build the config; fields that an older file lacks get their defaults."""
+    values = metadata.get("config")
+    names = [field.name for field in dataclasses.fields(GeneratorConfig)]
+    if not isinstance(values, dict) or not values.keys() <= set(names):
+        raise InputError(f"{path}: its metadata is no GeneratorConfig; expected {', '.join(names)}")
+    try:
+        config = GeneratorConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its metadata says {one_line(error)[:120]}") from error
+    size = metadata.get("size")
     is_pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
     if not is_pair or min(size) < config.smallest_side or max(size) > 2**16:
         raise InputError(f"{path}: its metadata says size = {one_line(size)[:40]}, expected [height, width] in px")
-
-
-def same_nets(saved, nets):  # TEMPORARY until checkpoints.py stops importing it
-    """Whether a state holds the very weights of some networks."""
-    return all(
-        saved[name].keys() == net.state_dict().keys()
-        and all(bool((saved[name][key] == x.cpu()).all()) for key, x in net.state_dict().items())
-        for name, net in nets.items()
-    )
+    direction = metadata.get("direction")
+    if direction not in map(str, DIRECTIONS):
+        raise InputError(f"{path}: its metadata says direction = {one_line(direction)[:40]}, expected AtoB or BtoA")
+    return config
