@@ -312,6 +312,9 @@ class EpochSampler:
             numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield [(self.epoch, i, order_A[i], order_B[i]) for i in numbers[self.rank_slice]]
 
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
 
 def collate(items: list[dict]) -> dict:
     """Stack the items of a batch: A and B become (N, channels, H, W)."""

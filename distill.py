@@ -451,7 +451,7 @@ def write_report(config: TrainConfig, student: DistillationConfig, teacher: Teac
     report.Report(
         teacher.networks,
         teacher.path,
-        config.run.run_name,
+        str(config.run.run_name),
         f"{teacher_name(str(student.teacher))}_scratch",
         config.data,
         device,

@@ -63,7 +63,7 @@ class Run:
         self.command = command
         schedules = {"num_epochs": config.optim.num_epochs, "decay_epoch": config.optim.first_decay_epoch}
         self.facts = {"stage": command, "args": config.flags, "schedules": schedules, **facts}
-        metadata = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
+        metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         metadata |= {"stage": command, "size": list(config.data.size)}
         intervals = (config.run.checkpoint_interval, config.run.keep_checkpoints, config.run.save_minutes)
         self.saver = CheckpointSaver(RUNS / config.run.run_name, metadata, *intervals)
@@ -218,7 +218,7 @@ class Run:
         best_by = self.config.run.best_by
         score = metrics.score_by(best_by, row) if row else None
         before = self.best
-        better = score is not None and (before is None or metrics.is_better(best_by, score, before["score"]))
+        better = score is not None and (before is None or metrics.is_better(str(best_by), score, before["score"]))
         if max_over_ranks(better):  # only the first rank has a score
             self.best = {"metric": best_by, "score": score, "epoch": self.epoch}
             self.save(best=True)
@@ -285,7 +285,7 @@ class Run:
         """Write run.json, and print the number of parameters and where to look."""
         model = self.model
         parameters = count_parameters(model.networks)
-        facts = {"flags": self.config.flags, "images": self.data.counts, "parameters": parameters}
+        facts: dict[str, Any] = {"flags": self.config.flags, "images": self.data.counts, "parameters": parameters}
         facts |= {"device": str(model.device), "precision": model.precision, **devices.versions()}
         files.write_json(self.saver.folder / "run.json", facts)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())

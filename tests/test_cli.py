@@ -320,3 +320,11 @@ def test_a_decay_epoch_that_was_not_given_follows_num_epochs():
     assert first_decay_epoch(old, "--num_epochs", 20) == 10
     assert first_decay_epoch(old) == 50
     assert first_decay_epoch(saved("--num_epochs", 100, "--decay_epoch", 30), "--num_epochs", 400) == 30
+
+
+@pytest.mark.parametrize("command", [train, distill])
+def test_an_option_that_is_gone_is_refused_with_what_replaces_it(command, refused, tmp_path):
+    (tmp_path / "old.txt").write_text("--norm_output")
+    for words in (["--norm_output"], ["@old.txt"]):
+        error = refused(command.main, *words)
+        assert "--norm_output is no longer an option; use GeneratorConfig(norm_output=True)" in error

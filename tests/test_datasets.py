@@ -156,7 +156,7 @@ def test_an_epoch_is_a_pass_over_the_larger_domain_and_the_domains_are_drawn_ind
     assert {key[2] for key in keys} == set(range(7))
     assert sorted(sum(key[3] == i for key in keys) for i in range(3)) == [2, 3, 3]
     assert [key[2] % 3 for key in keys] != [key[3] for key in keys]
-    assert len(list(datasets.EpochSampler((7, 3), 2, steps=9))) == 9
+    assert len(datasets.EpochSampler((7, 3), 2, steps=9)) == 9
     (batch,) = datasets.EpochSampler((2, 1), 4)  # images are repeated if a data set is smaller than a batch
     assert [key[3] for key in batch] == [0, 0, 0, 0]
 

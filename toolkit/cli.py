@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from utils import InputError, in_range, range_in_words, say
 
 MOST = 10**7  # of an integer option without an upper limit
+REMOVED = {"--norm_output": "GeneratorConfig(norm_output=True) in Python (docs/experiments/norm_output.md)"}
 NEVER_INHERITED = frozenset({"start_from", "overwrite", "dry_run", "device", "run_name"})  # of one call alone
 
 
@@ -36,6 +37,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument file, {arg_line.strip()}: {error}")
 
     def error(self, message: str) -> NoReturn:
+        for flag, replacement in REMOVED.items():
+            if flag in message.split():
+                message = f"{flag} is no longer an option; use {replacement}"
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # ty: ignore

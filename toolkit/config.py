@@ -33,7 +33,7 @@ class RunConfig:
     start_from: str = option(
         "0", "0: a new run; N: resume from epoch_N.pt; latest: resume from latest.pt", parse=epoch_name
     )
-    run_name: str | None = option(
+    run_name: str = option(
         None, "folder in saved_models and generated_images (default: --dataset_name)", parse=folder_name
     )
     overwrite: bool = option(False, "delete an earlier run of this name")

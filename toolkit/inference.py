@@ -48,8 +48,10 @@ def check_together(networks: Networks, what: object, size: Sequence[int] | None 
     if len(set(channels.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in channels.items())
         raise InputError(f"{what}: its networks differ in channels ({found}); expected networks of one run")
-    for name, net in networks.items() if size else ():
-        side = min(size)
+    if size is None:
+        return
+    side = min(size)
+    for name, net in networks.items():
         is_generator = isinstance(net.config, GeneratorConfig)
         if side < net.config.smallest_side if is_generator else net.config.map_side(side) < 1:
             raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
