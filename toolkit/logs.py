@@ -96,8 +96,8 @@ def read_losses(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         with suppress(csv.Error, KeyError, TypeError, ValueError):  # of a damaged line
             for cells in csv.DictReader(file):
-                row: dict[str, Any] = {name: float(cell) for name, cell in cells.items()}
-                rows.append(row | {"epoch": int(cells["epoch"]), "step": int(cells["step"])})
+                counts = {name: int(cells[name]) for name in ("epoch", "step")}
+                rows.append({name: float(cell) for name, cell in cells.items()} | counts)
     return rows
 
 

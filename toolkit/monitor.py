@@ -212,9 +212,8 @@ class Monitor:
     @first_rank
     def draw(self, model: CycleGAN, epoch: int, step: int, finished: bool) -> None:
         """Draw the samples and the watched photos after so many epochs; if not finished, during the next one."""
-        if self.clock.next_grid < math.inf:
-            self.clock.next_grid = math.inf
-            self.clock.next_page = -math.inf  # show the first grid at once
+        is_first = self.clock.next_grid < math.inf
+        self.clock.next_grid = math.inf  # not at every step, should this one fail
         number = epoch if finished else epoch + 1
         file = f"epoch_{number:04d}.png"
         rows = self.draw_rows(model, *self.samples)
@@ -228,6 +227,8 @@ class Monitor:
             grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
+        if is_first:
+            self.clock.next_page = -math.inf  # show it at once
 
     @first_rank
     def write_page(

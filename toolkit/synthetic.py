@@ -42,15 +42,21 @@ def _at_time(colour: tuple, time: str) -> tuple:
     return _mix(colour, DARK, 0.55) if time == "night" else colour
 
 
+def _draw_disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, colour: tuple) -> None:
+    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+
+
 def _draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> float:
     horizon = side * rng.uniform(0.35, 0.68)  # px from the top
     for y in range(side):
         draw.line([(0, y), (side, y)], fill=_mix(*SKY[time], min(1, y / horizon)))
     for i in range(9 if time == "night" else 0):
-        star = (random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side)
-        draw.circle(star, side / 90, fill=STAR)
-    centre = (side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.28))
-    draw.circle(centre, side * rng.uniform(0.06, 0.11), fill=SUN_OR_MOON[time])
+        _draw_disc(
+            draw, random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side, side / 90, STAR
+        )
+    x = side * rng.uniform(0.12, 0.88)
+    y = side * rng.uniform(0.1, 0.28)
+    _draw_disc(draw, x, y, side * rng.uniform(0.06, 0.11), SUN_OR_MOON[time])
     return horizon
 
 
