@@ -45,7 +45,7 @@ class OptimConfig:
 
     num_epochs: int = option(200, "epochs in total", least=1)
     decay_epoch: int | None = option(
-        None, "the learning rate falls to 0 from here on (default: half of --num_epochs)", least=0
+        None, "from this epoch on, the learning rate decays linearly to 0 (default: half of --num_epochs)", least=0
     )
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)
@@ -173,7 +173,7 @@ def generator_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Translation]:
     """Compute the generators' objective for the images of one domain.
 
-    The full objective is the sum over both directions. These share weights but no image, so a step can free the graph of
+    The full objective is the sum over both directions. The directions share weights but not images, so a step can free the graph of
     the first before it computes the second.
     networks: G_AB, G_BA, D_A, D_B
     real:     (N, C, H, W) in [-1, 1], of the direction's source domain
@@ -249,7 +249,7 @@ def translate(net: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 def make_optimizers(networks: Networks, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
-    """Make one Adam for all networks whose names begin with G and one for the discriminators, without frozen weights."""
+    """Make one Adam for all networks whose names begin with G and one for the discriminators; frozen weights are left out."""
     optimizers = {}
     for letter in "GD":
         own = [net for name, net in networks.items() if name.startswith(letter)]
@@ -260,8 +260,11 @@ def make_optimizers(networks: Networks, config: OptimConfig) -> dict[str, torch.
     return optimizers
 
 
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the moments of an Adam do not fit its weights: the fused kernels would read foreign memory."""
+def match_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments of an Adam the memory layout of its weights, which its fused kernels rely on.
+
+    raises: ValueError if a shape differs: the kernels would read out of bounds
+    """
     for weight, moments in optimizer.state.items():
         for name, like in {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}.items():
             if moments[name].shape != like.shape:
@@ -273,9 +276,10 @@ class CycleGAN:
     """Two generators, two discriminators, and everything about them that learns or is random.
 
     networks:       G_AB, G_BA, D_A, D_B, on one device
+    loss_config:    weights and form of the objective; optim_config: Adam and EMA; executor_config: how a batch is run
     precision:      of the forward passes: fp32, bf16, fp16
     seed:           of the image buffers
-    adapters:       further modules that learn with the generators; a distillation needs them, nobody else
+    adapters:       further modules that learn with the generators; used only by a distillation
     generator_loss: the generators' objective; a distillation has its own
     """
 
@@ -340,28 +344,28 @@ class CycleGAN:
         return losses
 
     def backward(self, real: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the gradients of all networks for one batch; real: images by domain."""
+        """Compute the gradients of all networks for one batch, real images by domain; returns the losses by name."""
         in_order = bool(self.loss_config.lambda_gp) or self.networks["G_AB"].config.norm == "batch"
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-        # generators: their loss needs no gradient of the discriminators' weights
         def backward_G(direction: Direction) -> tuple[dict[str, Tensor], Any]:
             return self.executor.backward(functools.partial(self.loss_G, direction), real[direction.source])
 
-        self.discriminators.requires_grad_(False)
+        self.discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
         (losses_AB, fake_B), (losses_BA, fake_A) = self.executor.run_both(backward_G, DIRECTIONS, in_order)
         self.discriminators.requires_grad_("D" in self.optimizers)  # false where they are frozen
         losses = losses_AB | losses_BA | {"loss_G": losses_AB["loss_G"] + losses_BA["loss_G"]}
         if not self.loss_config.lambda_gan:
             return losses
 
+        fakes = {"A": fake_A, "B": fake_B}
+
         # discriminators: translated images come from the buffer, which also returns older ones
         def backward_D(domain: str) -> tuple[dict[str, Tensor], Any]:
             fake = self.buffers[domain].exchange(fakes[domain].to(real[domain].dtype))
             return self.executor.backward(functools.partial(self.loss_D, domain), real[domain], fake)
 
-        fakes = {"A": fake_A, "B": fake_B}
         (losses_A, _), (losses_B, _) = self.executor.run_both(backward_D, "AB", in_order)
         return losses | losses_A | losses_B
 
@@ -427,7 +431,7 @@ class CycleGAN:
     def load_state_dict(self, state: dict) -> None:
         """Restore what state_dict returned. EMA weights that it lacks start as copies of the weights.
 
-        raises: one of many exceptions if the state is of other networks
+        raises: an exception of any kind if the state belongs to other networks
         """
         for name, net in self.networks.items():
             net.load_state_dict(state["nets"][name])
@@ -437,7 +441,7 @@ class CycleGAN:
         for name, optimizer in self.optimizers.items():  # learning rates and betas are the config's
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optims"][name]["state"], "param_groups": groups})
-            check_moments(optimizer)
+            match_moments(optimizer)
         if state["scaler"] and self.executor.scaler.is_enabled():
             self.executor.scaler.load_state_dict(state["scaler"])
         for domain, buffer in self.buffers.items():

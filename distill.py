@@ -5,7 +5,7 @@
     python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
-A student replaces its teacher in the CycleGAN objective, and also learns the teacher's hidden states and images; the other
+A student replaces its teacher in the CycleGAN objective, and is also trained to match its hidden states and images; the other
 networks continue from the teacher's run. The report treats test images of the same name as pairs.
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
@@ -125,7 +125,7 @@ class DistillationLoss:
 
     teachers: Networks  # frozen, by the name of the generator that learns from them
     adapters: nn.ModuleDict  # NAME_i projects block i of a student to the width of its teacher, where the widths differ
-    pairs: Sequence[int]  # the teacher block that each student block imitates
+    teacher_blocks: dict[str, list[int]]  # by name: the teacher block that each student block imitates
     lambda_hidden: float
     lambda_output: float
 
@@ -136,18 +136,19 @@ class DistillationLoss:
         name = direction.generator
         if name not in self.teachers:
             return cyclegan.generator_loss(networks, direction, real, config)
-        loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(self.pairs))
+        blocks = self.teacher_blocks[name]
+        loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(blocks))
         with torch.no_grad():
             target, target_hidden = self.teachers[name](real, return_hidden=True)
         output_term = f"output_{direction.source}{direction.target}"
         terms[output_term] = cyclegan.image_loss(translation.fake, target)
         loss = loss + self.lambda_output * terms[output_term]
-        if self.pairs:
+        if blocks:
             hidden = translation.hidden
             if f"{name}_0" in self.adapters:
                 hidden = [self.adapters[f"{name}_{i}"](x) for i, x in enumerate(hidden)]
             hidden_term = f"hidden_{direction.source}{direction.target}"
-            terms[hidden_term] = hidden_loss(hidden, [target_hidden[block] for block in self.pairs])
+            terms[hidden_term] = hidden_loss(hidden, [target_hidden[block] for block in blocks])
             loss = loss + self.lambda_hidden * terms[hidden_term]
         return loss, terms, translation
 
@@ -177,7 +178,7 @@ class Teacher:
 def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
     """Read a run's latest state, any training state, or a single generator file (ours or another project's).
 
-    directions: those that shall get a student; a file that does not say its direction is for the first
+    directions: those that get a student; a file without a recorded direction counts as the first
     raises:     InputError if there is no such teacher, or it cannot be used
     """
     path = Path(name)
@@ -196,7 +197,7 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
         net, metadata = load_generator(path)
         direction = metadata["direction"]
         generator = Direction.named(direction).generator if direction else directions[0].generator
-        say(f"{path}: a single generator, so the other one and the discriminators start new")
+        say(f"{path}: a single generator, so the other one and the discriminators are newly initialised")
         teacher = Teacher({generator: net}, None, path, facts=metadata)
     check_together(teacher.networks, path, teacher.facts.get("size"))
     for net in teacher.networks.values():
@@ -251,20 +252,20 @@ def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) ->
     return student
 
 
-def make_adapters(teachers: Networks, students: Networks, pairs: Sequence[int]) -> nn.ModuleDict:
-    """Build a 1x1 convolution for each pair of blocks whose widths differ; they learn and are not kept."""
+def make_adapters(teachers: Networks, students: Networks, teacher_blocks: dict[str, list[int]]) -> nn.ModuleDict:
+    """Build a 1x1 convolution for each pair of blocks whose widths differ; saved in states, not part of the student."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.items():
         teacher_width = teacher.config.hidden_width
         student_width = students[name].config.hidden_width
         if teacher_width != student_width:
-            for i in range(len(pairs)):
+            for i in range(len(teacher_blocks[name])):
                 adapters[f"{name}_{i}"] = nn.Conv2d(student_width, teacher_width, 1)
     return adapters
 
 
 def make_networks(config: TrainConfig, student: DistillationConfig, teacher: Teacher) -> Networks:
-    """Build students in place of their teachers; the other networks continue from the teacher's run, or start new."""
+    """Build students in place of their teachers; the other networks continue from the teacher's run, or are new."""
     devices.seed_everything(config.run.seed, config.run.deterministic)
     students = [direction.generator for direction in student.directions]
     config_G = teacher.networks[students[0]].config
@@ -290,7 +291,7 @@ def make_networks(config: TrainConfig, student: DistillationConfig, teacher: Tea
     return {name: networks[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
 
 
-def choose_pairs(student: DistillationConfig, teacher_blocks: int) -> list[int]:
+def choose_blocks(student: DistillationConfig, teacher_blocks: int) -> list[int]:
     """Return the teacher block that each student block imitates; raises InputError for impossible --hidden_layers."""
     blocks = student.hidden_layers
     if blocks is None:
@@ -361,7 +362,7 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
 
 
 def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
-    """Read the state to resume from, and the options that were not given; those newer than it have their defaults."""
+    """Read the state to resume from, and the options that were not given; options added since take their defaults."""
     state, path = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
     args = cli.resume_args(make_parser(), args, state.get("args"), path, FIXED_OPTIONS)
     for name, action in add_inherited_options(cli.Parser()).options.items():
@@ -376,7 +377,7 @@ def check_same_teacher(run_name: str, teacher: Teacher, state: dict, checkpoint:
     if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
         raise InputError(
             f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); "
-            f"give that one, maybe kept as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
+            f"give that one, perhaps saved as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
         )
 
 
@@ -393,15 +394,13 @@ def make_run(config: TrainConfig, student: DistillationConfig, teacher: Teacher,
 
 
 def make_model(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> CycleGAN:
-    """Build the students and what trains them; says what they cost beside their teachers."""
+    """Build the students and what trains them, and print their cost next to that of their teachers."""
     networks = make_networks(config, student, teacher)
-    teachers = {}
-    for direction in student.directions:
-        name = direction.generator
-        teachers[name] = teacher.networks[name].to(device)
-    pairs = choose_pairs(student, teachers[name].config.blocks)
-    adapters = make_adapters(teachers, networks, pairs)
-    loss = DistillationLoss(teachers, adapters, pairs, student.lambda_hidden, student.lambda_output)
+    names = [direction.generator for direction in student.directions]
+    teachers = {name: teacher.networks[name].to(device) for name in names}
+    blocks = {name: choose_blocks(student, net.config.blocks) for name, net in teachers.items()}
+    adapters = make_adapters(teachers, networks, blocks)
+    loss = DistillationLoss(teachers, adapters, blocks, student.lambda_hidden, student.lambda_output)
     model = train.make_model(config, networks, device, adapters, loss)
     if config.run.start_from == "0":
         for name, net in teachers.items():

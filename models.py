@@ -60,7 +60,7 @@ DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
 # ---------------------------------------------------------------------------------------------
-# Configs: everything that is needed to build a network again. They are saved beside its weights
+# Configs: everything that is needed to rebuild a network. They are saved beside its weights
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.norm == "group":  # prevents blobs, which only generators make
+        if self.norm == "group":  # group norm prevents blobs, which only generators produce
             object.__setattr__(self, "norm", "instance")
 
     def map_side(self, side: int) -> int:
@@ -435,7 +435,6 @@ class UnetVitGenerator(nn.Module):
 
 Generator = ResnetGenerator | UnetVitGenerator
 Networks = dict[str, Any]  # by name: G_AB, G_BA, D_A, D_B; Any, since a compiled network has another class
-Nets = Networks
 
 
 # ---------------------------------------------------------------------------------------------

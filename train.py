@@ -50,7 +50,7 @@ class Run:
     """A training run: it owns the model, the data, the progress, the checkpoint saver and the monitor.
 
     command: "train" or "distill"
-    facts:   what each of its states also contains
+    facts:   extra entries of each of its states
     """
 
     def __init__(
@@ -199,10 +199,10 @@ class Run:
             if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
-        say(f"going on after epoch {self.epoch}, step {self.step} of {path}")
+        say(f"resuming after epoch {self.epoch}, step {self.step} of {path}")
         if self.step_in_epoch >= self.data.steps_per_epoch:
             self.step_in_epoch = self.data.steps_per_epoch
-            say(f"an epoch now has {self.step_in_epoch} steps, which are done: this epoch counts as finished")
+            say(f"an epoch now has only {self.step_in_epoch} steps, all of them done: it counts as finished")
 
     # -- evaluation, always after saving: a failure in it loses nothing --
 
@@ -300,7 +300,7 @@ class Run:
         name = self.config.run.run_name
         if max_over_ranks(bool(self.saver.save_error)):
             raise RunError(
-                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; free the disk and go on from it"
+                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; free disk space, then resume from it"
             )
         if signum:
             again = command_line(f"{self.command}.py", "--run_name", name, "--start_from", "latest")

@@ -68,9 +68,9 @@ def same(one, other):
 def test_the_objective_adds_the_distances_to_the_teachers_images_and_hidden_states(ngf):
     networks = tiny_networks(num_residual=1, ngf=ngf)
     teachers = {"G_BA": build_generator(GeneratorConfig(ngf=4, num_residual=3)).requires_grad_(False)}
-    adapters = distill.make_adapters(teachers, networks, [2])
+    adapters = distill.make_adapters(teachers, networks, {"G_BA": [2]})
     assert list(adapters) == ([] if ngf == 4 else ["G_BA_0"])  # only where the widths differ
-    objective = DistillationLoss(teachers, adapters, [2], lambda_hidden=3, lambda_output=7)
+    objective = DistillationLoss(teachers, adapters, {"G_BA": [2]}, lambda_hidden=3, lambda_output=7)
     real = batch(0, 2)[0]
     plain, _, _ = generator_loss(networks, B_TO_A, real, LossConfig())
     loss, terms, translation = objective(networks, B_TO_A, real, LossConfig())
@@ -183,6 +183,14 @@ def test_students_inherit_the_options_of_the_teachers_run_and_learn_in_both_dire
         assert [key for key in unchanged if key.endswith("weight")] == [], name
     assert {"output_AB", "hidden_AB", "output_BA", "hidden_BA"} <= read_losses(STUDENT / "losses.csv")[0].keys()
     assert (teacher / "latest.pt").read_bytes() == before
+
+
+def test_the_generators_of_a_teacher_can_differ_in_their_blocks(teacher):
+    distil("--direction", "AtoB", "--student_residual", 2, "--run_name", "half")  # its G_BA keeps 3 blocks
+    distil("--teacher", "half", "--student_residual", 1, "--student_ngf", 2, "--run_name", "both")
+    state = state_of("both")
+    assert [state["config"][name]["num_residual"] for name in ("G_AB", "G_BA")] == [1, 1]
+    assert {"hidden_AB", "hidden_BA"} <= read_losses(Path("saved_models/both/losses.csv"))[0].keys()
 
 
 def test_the_file_of_a_student_is_an_ordinary_generator_without_adapters(teacher):
