@@ -288,7 +288,7 @@ def test_an_epoch_that_became_shorter_than_its_finished_steps_is_finished(tiny, 
     with stops_in_step(4, signal.SIGINT):
         run_tiny("--num_epochs", 2, "--steps_per_epoch", 6)
     train.main([*RESUME, "--steps_per_epoch", "3", "--eval_interval", "1"])
-    assert "an epoch now has 3 steps" in capsys.readouterr().out
+    assert "an epoch now has only 3 steps" in capsys.readouterr().out
     assert (state_of("tiny")["epoch"], state_of("tiny")["step"]) == (2, 7)
     measured = [(row["epoch"], row["step"]) for row in read_losses(SAVED / "measures.csv")]
     assert measured == [(1, 4), (2, 7)]  # the one that counts as finished is evaluated and drawn like the others
