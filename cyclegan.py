@@ -7,8 +7,7 @@ fake_B = G_AB(real_A), rec_A = G_BA(fake_B), idt_A = G_BA(real_A); D_A sees imag
 """
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from models import DIRECTIONS, Direction, Networks
 from toolkit.devices import autocast, rng_state, set_rng_state
 from toolkit.distributed import average, rank
-from toolkit.executor import Executor, ExecutorConfig
+from toolkit.executor import Executor, ExecutorConfig, retry_in_micro_batches
 from utils import FakeImageBuffer, option
 
 GAN_LOSSES = ("lsgan", "bce", "hinge")
@@ -142,7 +141,8 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, target: float) ->
     """
     weight = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
     mixed = (weight * real + (1 - weight) * fake).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    with autocast(real.device, "fp32"):  # bfloat16 is too coarse for second derivatives
+        (gradient,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
     norms = (gradient.flatten(1).square().sum(1) + 1e-12).sqrt()  # (N,); sqrt has no gradient at 0
     return ((norms - target) / (target or 1.0)).square().mean()
 
@@ -159,7 +159,7 @@ class Translation(NamedTuple):
 
 
 def run_together(net: Any, first: Tensor, second: Tensor) -> Sequence[Tensor]:
-    """Run two equally large batches through a network in one call, 6-13 % faster on a CPU than in two.
+    """Run two equally large batches through a network in one call, which is faster than two calls.
 
     A batch norm would mix their statistics, so it gets them one after the other.
     """
@@ -248,16 +248,13 @@ def translate(net: nn.Module, images: Tensor, precision: str) -> Tensor:
 # The model
 
 
-def make_optimizers(networks: Networks, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
-    """Make one Adam for all networks whose names begin with G and one for the discriminators; frozen weights are left out."""
-    optimizers = {}
-    for letter in "GD":
-        own = [net for name, net in networks.items() if name.startswith(letter)]
-        weights = [p for net in own for p in net.parameters() if p.requires_grad]
-        if weights:
-            fused = weights[0].device.type in ("cpu", "cuda")
-            optimizers[letter] = torch.optim.Adam(weights, config.lr, (config.beta1, config.beta2), fused=fused)
-    return optimizers
+def make_adam(networks: Iterable[nn.Module], config: OptimConfig) -> torch.optim.Adam | None:
+    """Make one optimiser for all weights of some networks that learn; None if all are frozen."""
+    weights = [p for net in networks for p in net.parameters() if p.requires_grad]
+    if not weights:
+        return None
+    fused = weights[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(weights, config.lr, (config.beta1, config.beta2), fused=fused)
 
 
 def match_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -275,12 +272,14 @@ def match_moments(optimizer: torch.optim.Optimizer) -> None:
 class CycleGAN:
     """Two generators, two discriminators, and everything about them that learns or is random.
 
-    networks:       G_AB, G_BA, D_A, D_B, on one device
-    loss_config:    weights and form of the objective; optim_config: Adam and EMA; executor_config: how a batch is run
-    precision:      of the forward passes: fp32, bf16, fp16
-    seed:           of the image buffers
-    adapters:       further modules that learn with the generators; used only by a distillation
-    generator_loss: the generators' objective; a distillation has its own
+    networks:        G_AB, G_BA, D_A, D_B, on one device
+    loss_config:     weights and form of the objective
+    optim_config:    Adam, its schedule, EMA weights and image buffers
+    executor_config: how a batch is run
+    precision:       of the forward passes: fp32, bf16, fp16
+    seed:            of the image buffers
+    adapters:        further modules that learn with the generators; only a distillation has some
+    generator_loss:  the generators' objective in one direction; a distillation has its own
     """
 
     def __init__(
@@ -288,6 +287,7 @@ class CycleGAN:
         networks: Networks,
         loss_config: LossConfig,
         optim_config: OptimConfig,
+        *,
         executor_config: ExecutorConfig | None = None,
         precision: str = "fp32",
         seed: object = 0,
@@ -299,19 +299,29 @@ class CycleGAN:
         self.optim_config = optim_config
         self.generator_loss = generator_loss
         self.precision = precision
-        self.adapters = nn.ModuleDict() if adapters is None else adapters
+        self.generators = nn.ModuleList([networks["G_AB"], networks["G_BA"]])
         self.discriminators = nn.ModuleList([networks["D_A"], networks["D_B"]])
+        self.adapters = nn.ModuleDict() if adapters is None else adapters
         self.ema: Networks = {}
         if optim_config.ema:
             for direction in DIRECTIONS:
                 name = direction.generator
                 self.ema[name] = copy.deepcopy(networks[name]).requires_grad_(False)
-        self.optimizers = make_optimizers(networks | {"G_adapters": self.adapters}, optim_config)
+        self.make_optimizers()
         self.buffers = {}
         for domain in "AB":
             self.buffers[domain] = FakeImageBuffer(optim_config.buffer_size, f"{seed}-buffer-{domain}{rank() or ''}")
         norm = networks["G_AB"].config.norm
-        self.executor = Executor(networks, self.device, precision, executor_config or ExecutorConfig(), norm)
+        in_order = bool(loss_config.lambda_gp) or norm == "batch"
+        self.executor = Executor(networks, executor_config or ExecutorConfig(), precision, norm, in_order)
+
+    def make_optimizers(self) -> None:
+        """Make one Adam for the generators and one for the discriminators; networks that are frozen have none."""
+        optimizers = {
+            "G": make_adam([*self.generators, self.adapters], self.optim_config),
+            "D": make_adam(self.discriminators, self.optim_config),
+        }
+        self.optimizers = {name: optimizer for name, optimizer in optimizers.items() if optimizer}
 
     @property
     def device(self) -> torch.device:
@@ -326,16 +336,16 @@ class CycleGAN:
         """Run images (N, C, H, W) through a generator, by name, as testing does."""
         return translate(self.ema_networks[name], images, self.precision)
 
+    # -- one training step, sections 3 and 4 of the paper --
+
     def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
         """Take one training step: gradients of all networks, then one Adam step for G and one for D.
 
         real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device
         finished_steps: number of steps before this one, for the warm-up of the EMA weights
         returns:        losses and their terms by name, scalars on the device
-        source:         sections 3 and 4 of the paper
         """
-        compute = functools.partial(self.backward, {"A": real_A, "B": real_B})
-        losses = self.executor.run(compute, len(real_A), self.buffers.values())
+        losses = self.compute_gradients(real_A, real_B)
         self.average_over_ranks()
         for optimizer in self.optimizers.values():
             self.executor.scaler.step(optimizer)
@@ -343,47 +353,38 @@ class CycleGAN:
         self.update_ema(finished_steps)
         return losses
 
-    def backward(self, real: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the gradients of all networks for one batch, real images by domain; returns the losses by name."""
-        in_order = bool(self.loss_config.lambda_gp) or self.networks["G_AB"].config.norm == "batch"
+    @retry_in_micro_batches
+    def compute_gradients(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
+        """Compute the gradients of the generators, then of the discriminators; returns the losses by name."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-        def backward_G(direction: Direction) -> tuple[dict[str, Tensor], Any]:
-            return self.executor.backward(functools.partial(self.loss_G, direction), real[direction.source])
+        # generators: the loss passes through the discriminators, but their weights get no gradient
+        self.discriminators.requires_grad_(False)
+        A_to_B, B_to_A = DIRECTIONS
+        losses, (fake_B, fake_A) = self.executor.backward(self.loss_G, (A_to_B, real_A), (B_to_A, real_B))
+        self.discriminators.requires_grad_("D" in self.optimizers)  # False where they are frozen
 
-        self.discriminators.requires_grad_(False)  # the generators' loss needs no gradient of their weights
-        (losses_AB, fake_B), (losses_BA, fake_A) = self.executor.run_both(backward_G, DIRECTIONS, in_order)
-        self.discriminators.requires_grad_("D" in self.optimizers)  # false where they are frozen
-        losses = losses_AB | losses_BA | {"loss_G": losses_AB["loss_G"] + losses_BA["loss_G"]}
-        if not self.loss_config.lambda_gan:
-            return losses
-
-        fakes = {"A": fake_A, "B": fake_B}
-
-        # discriminators: translated images come from the buffer, which also returns older ones
-        def backward_D(domain: str) -> tuple[dict[str, Tensor], Any]:
-            fake = self.buffers[domain].exchange(fakes[domain].to(real[domain].dtype))
-            return self.executor.backward(functools.partial(self.loss_D, domain), real[domain], fake)
-
-        (losses_A, _), (losses_B, _) = self.executor.run_both(backward_D, "AB", in_order)
-        return losses | losses_A | losses_B
+        # discriminators: the translated images come from the buffers, which also return older ones
+        if self.loss_config.lambda_gan:
+            older_A = self.buffers["A"].exchange(fake_A.to(real_A.dtype))
+            older_B = self.buffers["B"].exchange(fake_B.to(real_B.dtype))
+            losses_D, _ = self.executor.backward(self.loss_D, ("A", real_A, older_A), ("B", real_B, older_B))
+            losses |= losses_D
+        return losses
 
     def loss_G(self, direction: Direction, real: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the generators' loss in one direction, its terms, and the translated images."""
-        with self.executor.autocast():
-            networks = self.executor.networks
-            loss, terms, translation = self.generator_loss(networks, direction, real, self.loss_config)
+        loss, terms, translation = self.generator_loss(self.executor.networks, direction, real, self.loss_config)
         return loss, {"loss_G": loss, **terms}, translation.fake
 
     def loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
         """Return the loss of one discriminator, with its gradient penalty, and the terms."""
         config = self.loss_config
         name = f"D_{domain}"
-        with self.executor.autocast():
-            loss = discriminator_loss(self.executor.networks[name], real, fake, config)
+        loss = discriminator_loss(self.executor.networks[name], real, fake, config)
         terms = {f"loss_{name}": loss}
-        if config.lambda_gp and "D" in self.optimizers:  # in float32: bfloat16 is too coarse for second derivatives
+        if config.lambda_gp and "D" in self.optimizers:
             terms[f"gp_{domain}"] = gradient_penalty(self.networks[name], real, fake, config.gp_target)
             loss = loss + config.lambda_gp * terms[f"gp_{domain}"]
         return loss, terms, None
@@ -405,13 +406,11 @@ class CycleGAN:
                 target.copy_(value)
 
     def set_learning_rate(self, factor: float) -> None:
-        """Set the learning rates to `factor` times those of the config, and the betas, which may change on resume."""
-        config = self.optim_config
-        rates = {"G": config.lr, "D": config.lr_D or config.lr}
+        """Set the learning rates to `factor` times those of the config."""
+        rates = {"G": self.optim_config.lr, "D": self.optim_config.lr_D or self.optim_config.lr}
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name] * factor
-                group["betas"] = (config.beta1, config.beta2)
 
     def state_dict(self) -> dict:
         """Return everything that learns or is random, as plain values and tensors."""

@@ -366,7 +366,16 @@ def make_model(
     if adapters is not None:
         adapters.to(device)
     torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
-    return CycleGAN(networks, config.loss, config.optim, config.executor, precision, seed, adapters, loss)
+    return CycleGAN(
+        networks,
+        config.loss,
+        config.optim,
+        executor_config=config.executor,
+        precision=precision,
+        seed=seed,
+        adapters=adapters,
+        generator_loss=loss,
+    )
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:

@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import build_model, train_config, write_csv
 
-import cyclegan
 from toolkit import cli, devices, process
 
 BUFFER_SIZE = 50
@@ -346,7 +345,7 @@ def check(config: argparse.Namespace) -> float:
         plain.networks[name].double()
         for target, source in zip(plain.networks[name].parameters(), net.parameters(), strict=True):
             target.data.copy_(source.data)
-    model.optimizers = cyclegan.make_optimizers(model.networks, model.optim_config)
+    model.make_optimizers()
     plain.make_optimizers()
     worst = 0.0
     for step in range(20):

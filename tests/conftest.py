@@ -60,7 +60,8 @@ def tiny_model(**changes):
     arguments = {name: value for name, value in changes.items() if name not in known}
     loss_config = config_of(LossConfig, changes)
     optim_config = config_of(OptimConfig, changes)
-    return CycleGAN(networks, loss_config, optim_config, config_of(ExecutorConfig, changes), **arguments)
+    executor_config = config_of(ExecutorConfig, changes)
+    return CycleGAN(networks, loss_config, optim_config, executor_config=executor_config, **arguments)
 
 
 def config_of(kind, values):

@@ -4,9 +4,8 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.devices import autocast, rng_state, set_rng_state
-from utils import FakeImageBuffer, InputError, in_range, option, warn
+from utils import InputError, in_range, option, warn
 
 
 def parse_micro_batch(text: str) -> int | str:
@@ -37,61 +36,55 @@ class ExecutorConfig:
 
 
 class Executor:
-    """Runs the forward and backward passes of a step; raises InputError for settings that are not supported."""
+    """Runs the forward and backward passes of a step.
+
+    in_order: whether both halves of a step have to run one after the other: where random numbers are drawn, running
+              statistics change, or more than two gradients of a weight are added
+    raises:   InputError for settings that are not supported
+    """
 
     def __init__(
-        self, networks: dict[str, nn.Module], device: torch.device, precision: str, config: ExecutorConfig, norm: str
+        self, networks: dict[str, nn.Module], config: ExecutorConfig, precision: str, norm: str, in_order: bool = False
     ):
         if norm == "batch" and config.micro_batch != "auto":
             raise InputError(
                 f"--micro_batch {config.micro_batch}: with --norm batch the statistics would be those of a micro-batch; leave it out, or lower --batch_size"
             )
-        self.device = device
+        self.device = next(networks["G_AB"].parameters()).device
         self.precision = precision
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.micro_batch_size = 0 if isinstance(config.micro_batch, str) else config.micro_batch  # 0: the whole batch
         self.may_shrink = config.micro_batch == "auto" and norm != "batch"
-        self.compiled = compile_networks(networks, device) if config.compile else {}
+        self.in_order = in_order
+        self.compiled = compile_networks(networks, self.device) if config.compile else {}
         self.networks = {**networks, **self.compiled}
 
-    def autocast(self) -> AbstractContextManager:
-        return autocast(self.device, self.precision)
+    def backward(self, loss_function: Callable, *halves: tuple) -> tuple[dict[str, Tensor], list[Any]]:
+        """Add up the gradients of a loss over two batches; on a CPU both at the same time, in a thread each.
 
-    def run(self, compute: Callable[[], Any], batch_size: int, buffers: Iterable[FakeImageBuffer]) -> Any:
-        """Return compute(); when memory runs out, restore buffers and random state, and retry in smaller micro-batches."""
-        snapshots = [(buffer, buffer.snapshot()) for buffer in buffers]
-        random_state = rng_state()
-        while True:
-            try:
-                if self.compiled:
-                    torch.compiler.cudagraph_mark_step_begin()
-                return compute()
-            except torch.OutOfMemoryError:
-                size = self.micro_batch_size or batch_size
-                if size == 1 or not self.may_shrink:
-                    raise
-            # outside of `except`, whose traceback keeps the tensors alive
-            self.micro_batch_size = math.ceil(size / 2)
-            if self.compiled:
-                torch.compiler.reset()  # CUDA graphs keep the memory that they were recorded with
-            torch.cuda.empty_cache()
-            size = self.micro_batch_size
-            warn(f"out of memory: from now on the batch of {batch_size} runs in micro-batches of {size}")
-            for buffer, snapshot in snapshots:
-                buffer.load_state_dict(snapshot, self.device)
-            set_rng_state(random_state)
-
-    def backward(self, loss_function: Callable, *batches: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Accumulate the gradients of a loss over a batch, micro-batch by micro-batch.
-
-        loss_function: (micro-batch of each of `batches`) → loss, its terms by name, an image or None for each input
-        returns:       means of the terms over the batch; the images, detached
+        loss_function: (key, micro-batch of each tensor) → loss, its terms by name, images or None
+        halves:        two tuples of a key and the tensors of its batch
+        returns:       means of the terms over each batch, those of one name added; the images of each half, detached
         """
+        calls = [functools.partial(self._backward, loss_function, *half) for half in halves]
+        if self.device.type == "cpu":
+            results = run_in_threads(calls, at_once=not (self.in_order or self.micro_batch_size or self.compiled))
+        else:
+            results = [call() for call in calls]
+        losses: dict[str, Tensor] = {}
+        for terms, _ in results:
+            for name, value in terms.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses, [images for _, images in results]
+
+    def _backward(self, loss_function: Callable, key: Any, *batches: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Process one batch, micro-batch by micro-batch."""
         size = self.micro_batch_size or len(batches[0])
         means: dict[str, Any] = defaultdict(float)
         outputs = []
         for micro_batches in zip(*(batch.split(size) for batch in batches), strict=True):
-            loss, terms, images = loss_function(*micro_batches)
+            with autocast(self.device, self.precision):
+                loss, terms, images = loss_function(key, *micro_batches)
             if images is not None:
                 outputs.append(images.detach().clone())  # the next replay of a CUDA graph overwrites its output
             weight = len(micro_batches[0]) / len(batches[0])
@@ -102,15 +95,40 @@ class Executor:
             del loss, terms, images  # free their memory before the next micro-batch
         return dict(means), torch.cat(outputs) if outputs else None
 
-    def run_both(self, function: Callable, arguments: Sequence, in_order: bool) -> list:
-        """Return function(x) for two arguments; on a CPU at the same time, in a thread each, unless in_order.
 
-        The order counts where random numbers are drawn, or more than two gradients of a weight are added.
-        """
-        calls = [functools.partial(function, x) for x in arguments]
-        if self.device.type != "cpu":
-            return [call() for call in calls]
-        return run_in_threads(calls, at_once=not (in_order or self.micro_batch_size or self.compiled))
+def retry_in_micro_batches(compute_gradients: Callable) -> Callable:
+    """Decorate a method that computes the gradients of one batch: when memory runs out, retry in smaller micro-batches.
+
+    The method belongs to a model with an `executor` and image `buffers`; these and the random state are restored first.
+    """
+
+    @functools.wraps(compute_gradients)
+    def run(model: Any, real_A: Tensor, real_B: Tensor) -> Any:
+        executor: Executor = model.executor
+        snapshots = {domain: buffer.snapshot() for domain, buffer in model.buffers.items()}
+        random_state = rng_state()
+        while True:
+            try:
+                if executor.compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
+                return compute_gradients(model, real_A, real_B)
+            except torch.OutOfMemoryError:
+                size = executor.micro_batch_size or len(real_A)
+                if size == 1 or not executor.may_shrink:
+                    raise
+            # outside of `except`, whose traceback keeps the tensors alive
+            executor.micro_batch_size = math.ceil(size / 2)
+            if executor.compiled:
+                torch.compiler.reset()  # CUDA graphs keep the memory that they were recorded with
+            torch.cuda.empty_cache()
+            warn(
+                f"out of memory: from now on the batch of {len(real_A)} runs in micro-batches of {executor.micro_batch_size}"
+            )
+            for domain, snapshot in snapshots.items():
+                model.buffers[domain].load_state_dict(snapshot, executor.device)
+            set_rng_state(random_state)
+
+    return run
 
 
 @functools.cache
