@@ -6,7 +6,7 @@
     python distill.py --teacher day2night --report
 
 A student replaces its teacher in the CycleGAN objective, and is also trained to match its hidden states and images; the other
-networks continue from the teacher's run. The report treats test images of the same name as pairs.
+networks continue from the teacher's run. The loop, the states and most options are those of train.py.
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
 
@@ -40,10 +40,6 @@ from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
 from toolkit.weights import load_generator
 from utils import InputError, folder_name, in_range, is_folder_name, option, say
-
-COPIED_PARTS = ("stem", "down", "position", "leave", "up", "skips", "head")  # all but the blocks
-STUDENT_OPTIONS = ("student_residual", "student_ngf", "student_skips")
-FIXED_OPTIONS = (*STUDENT_OPTIONS, "direction", "hidden_layers", "transfer", "channels")
 
 
 def run_or_file(text: str) -> str:
@@ -154,7 +150,7 @@ class DistillationLoss:
 
 
 # ---------------------------------------------------------------------------------------------
-# Teacher and student
+# The teacher
 
 
 @dataclass
@@ -164,7 +160,7 @@ class Teacher:
     networks: Networks  # G_AB, G_BA, D_A, D_B; of a single file, one generator
     args: Any  # of its training run; None for a single file
     path: Path
-    facts: dict  # metadata of a single file: size (height, width) in px, dataset_name
+    metadata: dict  # of a single file: size (height, width) in px, dataset_name
 
     @property
     def is_single(self) -> bool:
@@ -187,52 +183,55 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
         state, path = checkpoints.load_checkpoint(RUNS / name, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
         raise InputError(
-            f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}; "
-            "train one with: python train.py"
+            f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}; train one with: python train.py"
         )
     if state or checkpoints.is_state(path):
         state = state or checkpoints.load_state(path)
-        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, facts={})
+        teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, metadata={})
     else:
         net, metadata = load_generator(path)
         direction = metadata["direction"]
         generator = Direction.named(direction).generator if direction else directions[0].generator
         say(f"{path}: a single generator, so the other one and the discriminators are newly initialised")
-        teacher = Teacher({generator: net}, None, path, facts=metadata)
-    check_together(teacher.networks, path, teacher.facts.get("size"))
+        teacher = Teacher({generator: net}, None, path, metadata)
+    check_together(teacher.networks, path, teacher.metadata.get("size"))
     for net in teacher.networks.values():
         net.requires_grad_(False).eval()
     return teacher
 
 
-def settle_direction(student: DistillationConfig, given: Collection[str], teacher: Teacher) -> DistillationConfig:
+def choose_direction(distillation: DistillationConfig, given: Collection[str], teacher: Teacher) -> DistillationConfig:
     """Choose the only direction that a single generator has; raises InputError if another one was asked for."""
     present = [direction for direction in DIRECTIONS if direction.generator in teacher.networks]
     if len(present) == 1 and "direction" not in given:
-        return dataclasses.replace(student, direction=str(present[0]))
-    missing = [direction for direction in student.directions if direction not in present]
-    if missing:
-        raise InputError(
-            f"--teacher {teacher.path}: translates {', '.join(map(str, present)) or 'nothing'} only, not {missing[0]}; "
-            "give that --direction"
-        )
-    return student
+        return dataclasses.replace(distillation, direction=str(present[0]))
+    for direction in distillation.directions:
+        if direction not in present:
+            found = ", ".join(map(str, present)) or "nothing"
+            raise InputError(
+                f"--teacher {teacher.path}: translates {found} only, not {direction}; give that --direction"
+            )
+    return distillation
 
 
-def student_config(student: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
+# ---------------------------------------------------------------------------------------------
+# The students
+
+
+def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
     """Return the teacher's config with the blocks, width and skip connections of the student."""
     if teacher.generator == "resnet":
-        ngf = student.student_ngf or teacher.ngf
-        skips = teacher.skips if student.student_skips is None else student.student_skips
-        return dataclasses.replace(teacher, num_residual=student.student_residual, ngf=ngf, skips=skips)
-    if student.student_ngf:
+        ngf = distillation.student_ngf or teacher.ngf
+        skips = teacher.skips if distillation.student_skips is None else distillation.student_skips
+        return dataclasses.replace(teacher, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
+    if distillation.student_ngf:
         raise InputError(
-            f"--student_ngf {student.student_ngf}: the width of a {teacher.generator} is fixed; leave it out"
+            f"--student_ngf {distillation.student_ngf}: the width of a {teacher.generator} is fixed; leave it out"
         )
-    if student.student_skips is not None:
-        flag = "--student_skips" if student.student_skips else "--no-student_skips"
+    if distillation.student_skips is not None:
+        flag = "--student_skips" if distillation.student_skips else "--no-student_skips"
         raise InputError(f"{flag}: the skips of a {teacher.generator} are fixed; leave it out")
-    return dataclasses.replace(teacher, vit_blocks=student.student_residual)
+    return dataclasses.replace(teacher, vit_blocks=distillation.student_residual)
 
 
 def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) -> Generator:
@@ -243,7 +242,7 @@ def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) ->
     available = teacher.state_dict()
     copied = {}
     for name, value in student.state_dict().items():
-        if name.split(".")[0] in COPIED_PARTS and name in available and available[name].shape == value.shape:
+        if not name.startswith("blocks.") and name in available and available[name].shape == value.shape:
             copied[name] = available[name]
     student.load_state_dict(copied, strict=False)  # the blocks keep their new weights
     incomplete = {name.split(".")[0] for name in available.keys() - copied.keys()}
@@ -252,30 +251,19 @@ def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) ->
     return student
 
 
-def make_adapters(teachers: Networks, students: Networks, teacher_blocks: dict[str, list[int]]) -> nn.ModuleDict:
-    """Build a 1x1 convolution for each pair of blocks whose widths differ; saved in states, not part of the student."""
-    adapters = nn.ModuleDict()
-    for name, teacher in teachers.items():
-        teacher_width = teacher.config.hidden_width
-        student_width = students[name].config.hidden_width
-        if teacher_width != student_width:
-            for i in range(len(teacher_blocks[name])):
-                adapters[f"{name}_{i}"] = nn.Conv2d(student_width, teacher_width, 1)
-    return adapters
-
-
-def make_networks(config: TrainConfig, student: DistillationConfig, teacher: Teacher) -> Networks:
+def make_networks(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher) -> Networks:
     """Build students in place of their teachers; the other networks continue from the teacher's run, or are new."""
     devices.seed_everything(config.run.seed, config.run.deterministic)
-    students = [direction.generator for direction in student.directions]
-    config_G = teacher.networks[students[0]].config
+    networks: Networks = {}
+    for direction in distillation.directions:
+        net = teacher.networks[direction.generator]
+        networks[direction.generator] = make_student(
+            net, student_config(distillation, net.config), distillation.transfer
+        )
+    config_G = teacher.networks[distillation.directions[0].generator].config
     config_D = DiscriminatorConfig(channels=config_G.channels)
     deepest = config_D.largest_n_layers(min(config.data.size))
     config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
-    networks: Networks = {}
-    for name in students:
-        net = teacher.networks[name]
-        networks[name] = make_student(net, student_config(student, net.config), student.transfer)
     for name in ("G_AB", "G_BA", "D_A", "D_B"):
         if name in networks:
             continue
@@ -291,36 +279,73 @@ def make_networks(config: TrainConfig, student: DistillationConfig, teacher: Tea
     return {name: networks[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
 
 
-def choose_blocks(student: DistillationConfig, teacher_blocks: int) -> list[int]:
+def make_adapters(teachers: Networks, students: Networks, teacher_blocks: dict[str, list[int]]) -> nn.ModuleDict:
+    """Build a 1x1 convolution for each pair of blocks whose widths differ; saved in states, not part of the student."""
+    adapters = nn.ModuleDict()
+    for name, teacher in teachers.items():
+        teacher_width = teacher.config.hidden_width
+        student_width = students[name].config.hidden_width
+        if teacher_width != student_width:
+            for i in range(len(teacher_blocks[name])):
+                adapters[f"{name}_{i}"] = nn.Conv2d(student_width, teacher_width, 1)
+    return adapters
+
+
+def choose_blocks(distillation: DistillationConfig, teacher_blocks: int) -> list[int]:
     """Return the teacher block that each student block imitates; raises InputError for impossible --hidden_layers."""
-    blocks = student.hidden_layers
+    blocks = distillation.hidden_layers
     if blocks is None:
-        return pair_blocks(teacher_blocks, student.student_residual)
-    if len(blocks) != student.student_residual or max(blocks, default=0) >= teacher_blocks:
+        return pair_blocks(teacher_blocks, distillation.student_residual)
+    if len(blocks) != distillation.student_residual or max(blocks, default=0) >= teacher_blocks:
         raise InputError(
-            f"--hidden_layers {','.join(map(str, blocks))}: expected {student.student_residual} teacher blocks, "
-            f"one for each student block, from 0 to {teacher_blocks - 1}"
+            f"--hidden_layers {','.join(map(str, blocks))}: expected {distillation.student_residual} teacher blocks, one for each student block, from 0 to {teacher_blocks - 1}"
         )
     return blocks
+
+
+def make_model(
+    config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device
+) -> CycleGAN:
+    """Build the students and what trains them, and print their cost next to that of their teachers."""
+    networks = make_networks(config, distillation, teacher)
+    teachers = {
+        direction.generator: teacher.networks[direction.generator].to(device) for direction in distillation.directions
+    }
+    blocks = {name: choose_blocks(distillation, net.config.blocks) for name, net in teachers.items()}
+    adapters = make_adapters(teachers, networks, blocks)
+    loss = DistillationLoss(teachers, adapters, blocks, distillation.lambda_hidden, distillation.lambda_output)
+    model = train.make_model(config, networks, device, adapters=adapters, generator_loss=loss)
+    if config.run.start_from == "0":
+        for name, net in teachers.items():
+            costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
+            say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 
-
-def add_inherited_options(parser: cli.Parser, inherited_from: str = "") -> cli.Parser:
-    """Declare the options that a distillation takes from its teacher unless they are given; returns the parser."""
-    for title, kind in train.SHARED_CONFIGS.items():
-        cli.add_options(parser, title, kind, inherited_from)
-    return parser
+FIXED_OPTIONS = (  # the same on resume
+    *("student_residual", "student_ngf", "student_skips"),
+    *("direction", "hidden_layers", "transfer", "channels"),
+)
 
 
 def make_parser() -> cli.Parser:
     """Declare all options of this command."""
     parser = cli.Parser(prog="distill.py", description=__doc__)
     cli.add_options(parser, "distillation", DistillationConfig)
-    add_inherited_options(parser, "the teacher's")
+    for title, kind in train.SHARED_CONFIGS.items():
+        cli.add_options(parser, title, kind, inherited_from="the teacher's")
     for title, kind in train.RUN_CONFIGS.items():
+        cli.add_options(parser, title, kind)
+    return parser
+
+
+def make_inherited_parser() -> cli.Parser:
+    """Declare the options that a distillation takes from its teacher unless they are given, with their own defaults."""
+    parser = cli.Parser()
+    for title, kind in train.SHARED_CONFIGS.items():
         cli.add_options(parser, title, kind)
     return parser
 
@@ -343,12 +368,12 @@ def teacher_name(teacher: str) -> str:
 
 def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     """Fill the options that were not given from the teacher's training, and say which."""
-    parser = add_inherited_options(cli.Parser())
-    old = cli.saved_args(parser, {} if teacher.is_single else teacher.args, teacher.path, quiet=teacher.is_single)
-    if is_folder_name(teacher.facts.get("dataset_name")):
-        old["dataset_name"] = teacher.facts["dataset_name"]
-    if teacher.facts.get("size"):
-        old["img_height"], old["img_width"] = teacher.facts["size"]
+    saved = {} if teacher.is_single else teacher.args
+    old = cli.saved_args(make_inherited_parser(), saved, teacher.path, quiet=teacher.is_single)
+    if is_folder_name(teacher.metadata.get("dataset_name")):
+        old["dataset_name"] = teacher.metadata["dataset_name"]
+    if teacher.metadata.get("size"):
+        old["img_height"], old["img_width"] = teacher.metadata["size"]
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels
@@ -365,7 +390,7 @@ def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
     """Read the state to resume from, and the options that were not given; options added since take their defaults."""
     state, path = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
     args = cli.resume_args(make_parser(), args, state.get("args"), path, FIXED_OPTIONS)
-    for name, action in add_inherited_options(cli.Parser()).options.items():
+    for name, action in make_inherited_parser().options.items():
         if getattr(args, name) is None:
             setattr(args, name, action.default)
     return args, state, path
@@ -376,37 +401,8 @@ def check_same_teacher(run_name: str, teacher: Teacher, state: dict, checkpoint:
     known = state.get("teacher")
     if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
         raise InputError(
-            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); "
-            f"give that one, perhaps saved as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
+            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); give that one, perhaps saved as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
         )
-
-
-def make_run(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> train.Run:
-    """Build the students, and the run that trains them with train.py's loop and their own objective."""
-    names = [direction.generator for direction in student.directions]
-    data = train.load_data(config, device)
-    model = make_model(config, student, teacher, device)
-    terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
-    draw_rows = functools.partial(cyclegan_rows, teachers={name: teacher.networks[name] for name in names})
-    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *terms], draw_rows)
-    origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
-    return train.Run(config, model, data, monitor, "distill", teacher=origin)
-
-
-def make_model(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> CycleGAN:
-    """Build the students and what trains them, and print their cost next to that of their teachers."""
-    networks = make_networks(config, student, teacher)
-    names = [direction.generator for direction in student.directions]
-    teachers = {name: teacher.networks[name].to(device) for name in names}
-    blocks = {name: choose_blocks(student, net.config.blocks) for name, net in teachers.items()}
-    adapters = make_adapters(teachers, networks, blocks)
-    loss = DistillationLoss(teachers, adapters, blocks, student.lambda_hidden, student.lambda_output)
-    model = train.make_model(config, networks, device, adapters, loss)
-    if config.run.start_from == "0":
-        for name, net in teachers.items():
-            costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
-            say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
-    return model
 
 
 @command
@@ -419,43 +415,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, state, checkpoint = resume(args)
     elif not (args.report or args.dry_run):
         checkpoints.refuse_second_run(args.run_name, args.overwrite)
-    student = cli.config_of(DistillationConfig, args)
-    teacher = load_teacher(str(args.teacher), student.directions)
-    student = settle_direction(student, args.given, teacher)
+    distillation = cli.config_of(DistillationConfig, args)
+    teacher = load_teacher(str(args.teacher), distillation.directions)
+    distillation = choose_direction(distillation, args.given, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
     if checkpoint and state:
         check_same_teacher(args.run_name, teacher, state, checkpoint)
     else:
-        args = inherit(cli.changed(args, direction=student.direction), teacher)
-    train.check_args(args)
-    config = TrainConfig(**train.config_values(args))
+        args = inherit(cli.changed(args, direction=distillation.direction), teacher)
+    train.check_args(args, "lambda_hidden", "lambda_output")
+    config = train.make_config(args, **train.SHARED_CONFIGS, **train.RUN_CONFIGS)
     device = devices.pick_device(config.device.device)
-    if student.report:
-        write_report(config, student, teacher, device)
+    if distillation.report:
+        write_report(config, distillation, teacher, device)
         return
     if state is None:
-        for direction in student.directions:
+        for direction in distillation.directions:
             teacher_config = teacher.networks[direction.generator].config
-            report.refuse_large(student_config(student, teacher_config), teacher_config)
+            report.refuse_large(student_config(distillation, teacher_config), teacher_config)
     if config.run.dry_run:
-        train.dry_run(config, make_model(config, student, teacher, device))
-    else:
-        make_run(config, student, teacher, device).run(state, checkpoint)
+        train.dry_run(config, make_model(config, distillation, teacher, device))
+        return
+    names = [direction.generator for direction in distillation.directions]
+    data = train.load_data(config, device)
+    model = make_model(config, distillation, teacher, device)
+    terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
+    draw_rows = functools.partial(cyclegan_rows, teachers={name: teacher.networks[name] for name in names})
+    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *terms], draw_rows)
+    origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
+    train.Run("distill", config, model, data, monitor, teacher=origin).run(state, checkpoint)
 
 
-def write_report(config: TrainConfig, student: DistillationConfig, teacher: Teacher, device: torch.device) -> None:
+def write_report(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device) -> None:
     """Compare teacher, student, and the student from scratch where it exists."""
     limit_pixels(1e6 * config.data.max_megapixels)
     report.Report(
         teacher.networks,
         teacher.path,
         str(config.run.run_name),
-        f"{teacher_name(str(student.teacher))}_scratch",
+        f"{teacher_name(str(distillation.teacher))}_scratch",
         config.data,
         device,
         devices.pick_precision(config.device.precision, device),
-    ).write(student.directions, explicit="direction" in config.given)
+    ).write(distillation.directions, explicit="direction" in config.given)
 
 
 if __name__ == "__main__":

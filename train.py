@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import datasets
 import models
-from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, generator_loss, loss_names
+from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, loss_names
 from datasets import DataConfig, TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
@@ -38,8 +38,6 @@ from utils import InputError, RunError, counted, need_package, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
-VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
-RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -49,89 +47,99 @@ RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
 class Run:
     """A training run: it owns the model, the data, the progress, the checkpoint saver and the monitor.
 
-    command: "train" or "distill"
-    facts:   extra entries of each of its states
+    command: "train" or "distill", which have the same loop
+    facts:   extra entries of each saved state
     """
 
     def __init__(
-        self, config: TrainConfig, model: CycleGAN, data: TrainingData, monitor: Monitor, command: str, **facts: object
+        self, command: str, config: TrainConfig, model: CycleGAN, data: TrainingData, monitor: Monitor, **facts: object
     ):
+        self.command = command
         self.config = config
         self.model = model
         self.data = data
         self.monitor = monitor
-        self.command = command
         schedules = {"num_epochs": config.optim.num_epochs, "decay_epoch": config.optim.first_decay_epoch}
         self.facts = {"stage": command, "args": config.flags, "schedules": schedules, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
-        metadata |= {"stage": command, "size": list(config.data.size)}
-        intervals = (config.run.checkpoint_interval, config.run.keep_checkpoints, config.run.save_minutes)
-        self.saver = CheckpointSaver(RUNS / config.run.run_name, metadata, *intervals)
+        self.saver = CheckpointSaver(
+            RUNS / config.run.run_name,
+            metadata | {"stage": command, "size": list(config.data.size)},
+            checkpoint_interval=config.run.checkpoint_interval,
+            keep_checkpoints=config.run.keep_checkpoints,
+            save_minutes=config.run.save_minutes,
+        )
         self.epoch = 0  # finished epochs
         self.step = 0
         self.step_in_epoch = 0
         self.best: dict | None = None  # of best.pt: metric, score, epoch
 
+    @property
+    def epoch_is_complete(self) -> bool:
+        return self.step_in_epoch == self.data.steps_per_epoch
+
+    @property
+    def steps_done(self) -> int:
+        """Steps as the progress bar counts them; other than `step` if --steps_per_epoch changed on resume."""
+        return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
+
     def train(self) -> int:
         """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
         num_epochs = self.config.optim.num_epochs
-        steps = self.data.steps_per_epoch
-        bar = tqdm(total=num_epochs * steps, initial=self.steps_done(), unit="step", disable=rank() > 0)
+        total = num_epochs * self.data.steps_per_epoch
+        bar = tqdm(total=total, initial=self.steps_done, unit="step", disable=rank() > 0)
         signum = 0
         with StopRequest() as stop, bar:
             while self.epoch < num_epochs and not signum:
                 self.model.set_learning_rate(self.config.optim.learning_rate_factor(self.epoch))
                 bar.set_description(f"epoch {self.epoch + 1}/{num_epochs}", refresh=False)
                 for real_A, real_B in self.data.batches(self.epoch, self.step_in_epoch, self.model.device):
-                    self.monitor.meter.add(self.model.step(real_A, real_B, self.step))
+                    losses = self.model.step(real_A, real_B, self.step)
                     self.step += 1
                     self.step_in_epoch += 1
-                    bar.update()
-                    if self.monitor.clock.tick():
-                        self.say_pace()
-                    epoch_complete = self.step_in_epoch == steps
-                    if self.monitor.meter.count == LOG_EVERY or epoch_complete:
-                        bar.set_postfix(self.log_losses(), refresh=False)
+                    self.log(losses, bar)
                     signum = stop.agreed()
-                    if signum or epoch_complete:
+                    if signum or self.epoch_is_complete:
                         break
-                    if self.step % self.config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
-                        self.draw()
-                    self.update_page()
-                    if max_over_ranks(self.saver.due()):
-                        self.save()
-                if self.step_in_epoch >= steps:
+                    self.draw_and_save_if_due()
+                if self.epoch_is_complete:
                     self.epoch += 1
                     self.step_in_epoch = 0
-                    self.draw(epoch_complete=True)
-                    self.update_page()
+                    self.draw()
                 self.save()
-                self.evaluate()
-                if self.epoch < num_epochs:  # otherwise nothing is left that could be stopped
-                    signum = signum or stop.agreed()
-                self.update_page(at_once=bool(signum) or self.epoch == num_epochs, stopped=bool(signum))
+                self.evaluate()  # after saving: a failure in it loses nothing
+                self.update_page()
+        self.update_page(at_once=True, stopped=bool(signum))
         return signum
 
-    def steps_done(self) -> int:
-        return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
+    # -- logging and drawing --
 
-    def say_pace(self) -> None:
-        """Say how long the rest will take."""
-        steps = self.data.steps_per_epoch
-        steps_left = self.config.optim.num_epochs * steps - self.steps_done()
-        say_duration(self.monitor.clock.pace, steps_left, steps, self.model.device)
+    def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
+        """Count the losses of a step; from time to time write their means to losses.csv and to the progress bar."""
+        self.monitor.meter.add(losses)
+        bar.update()
+        if self.monitor.clock.tick():
+            steps = self.data.steps_per_epoch
+            steps_left = self.config.optim.num_epochs * steps - self.steps_done
+            say_duration(self.monitor.clock.pace, steps_left, steps, self.model.device)
+        if self.monitor.meter.count == LOG_EVERY or self.epoch_is_complete:
+            means = self.monitor.meter.means()  # waits for the device
+            self.stop_if_not_finite(means)
+            lr = self.config.optim.lr * self.config.optim.learning_rate_factor(self.epoch)
+            self.monitor.log_losses(self.epoch + 1, self.step, lr, means)
+            bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}, refresh=False)
 
-    def log_losses(self) -> dict[str, str]:
-        """Add the mean losses since the last row to losses.csv; returns the main ones for the progress bar."""
-        means = self.monitor.meter.means()  # waits for the device
-        self.stop_if_not_finite(means)
-        lr = self.config.optim.lr * self.config.optim.learning_rate_factor(self.epoch)
-        self.monitor.log_losses(self.epoch + 1, self.step, lr, means)
-        return {name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}
+    def draw_and_save_if_due(self) -> None:
+        """Between two steps of an epoch: draw the samples, update the page, save; drawing takes no random numbers."""
+        if self.step % self.config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
+            self.draw()
+        self.update_page()
+        if max_over_ranks(self.saver.due()):
+            self.save()
 
-    def draw(self, epoch_complete: bool = False) -> None:
+    def draw(self) -> None:
         """Draw the sample grid and the watched photos."""
-        files.attempt(self.monitor.draw, self.model, self.epoch, self.step, epoch_complete)
+        files.attempt(self.monitor.draw, self.model, self.epoch, self.step, self.step_in_epoch == 0)
 
     def update_page(self, at_once: bool = False, stopped: bool = False) -> None:
         """Write losses.csv, its plot and the page; not too often, unless at_once."""
@@ -143,7 +151,8 @@ class Run:
         """Raise RunError if a loss or a weight is not a finite number; the last state on disk is a good one."""
         wrong = []
         for name, net in self.model.networks.items():
-            if not all(torch.isfinite(x).all() for x in net.state_dict().values()):
+            finite = [torch.isfinite(x).all() for x in net.state_dict().values()]
+            if not torch.stack(finite).all():
                 wrong.append(f"a weight of {name}")
         if not wrong and all(map(math.isfinite, means.values())):
             return
@@ -163,19 +172,24 @@ class Run:
         self.saver.save(self.state_dict(), self.model.ema_networks, self.monitor.log.save, best)
 
     def state_dict(self) -> dict:
-        """Return everything that learns, counts or is random; all ranks have to call it."""
+        """Return everything that learns, counts or is random; all ranks have to call it.
+
+        Not stored, since they follow from it: the learning rate (of the epoch) and the order of the batches (of seed and
+        epoch).
+        """
         own = {**self.model.rank_state_dict(), "meter": self.monitor.meter.state_dict()}
         first, *others = gather(own) or [own]
-        micro_batch_size = self.model.executor.micro_batch_size
         return {
             **self.facts,
             **self.model.state_dict(),
+            **first,
+            "other_ranks": others,
             "config": {name: dataclasses.asdict(net.config) for name, net in self.model.networks.items()},
             "epoch": self.epoch,
             "step": self.step,
+            "step_in_epoch": self.step_in_epoch,
+            "micro_batch_size": self.model.executor.micro_batch_size,
             "best": self.best,
-            "loader": {"place": self.step_in_epoch, "meter": first["meter"], "piece": micro_batch_size},
-            "other_ranks": others,
             "range": [-1, 1],
         }
 
@@ -186,12 +200,12 @@ class Run:
         """
         try:
             own = checkpoints.own_rank_state(state)
-            self.model.load_state_dict({**state, "buffers": own["buffers"], "rng": own["rng"]})
-            self.model.executor.micro_batch_size = state["loader"].get("piece", 0)
+            self.model.load_state_dict({**state, **own})
+            self.model.executor.micro_batch_size = state["micro_batch_size"]
             self.monitor.meter.load_state_dict(own["meter"], self.model.device)
             self.epoch = int(state["epoch"])
             self.step = int(state["step"])
-            self.step_in_epoch = int(state["loader"]["place"])
+            self.step_in_epoch = int(state["step_in_epoch"])
             self.best = state.get("best")
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
@@ -204,11 +218,11 @@ class Run:
             self.step_in_epoch = self.data.steps_per_epoch
             say(f"an epoch now has only {self.step_in_epoch} steps, all of them done: it counts as finished")
 
-    # -- evaluation, always after saving: a failure in it loses nothing --
+    # -- evaluation --
 
     def evaluation_due(self) -> bool:
-        epoch_complete = self.step_in_epoch == 0
-        return bool(self.data.held_out) and epoch_complete and self.epoch % self.config.run.eval_interval == 0
+        epoch_ended = self.step_in_epoch == 0
+        return bool(self.data.held_out) and epoch_ended and self.epoch % self.config.run.eval_interval == 0
 
     def evaluate(self) -> None:
         """Evaluate the epoch just saved, if it is due; the best one so far by --best_by becomes best.pt."""
@@ -230,14 +244,14 @@ class Run:
     @first_rank
     def measure(self) -> dict | None:
         """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
-        data = self.config.data
-        wanted = self.config.run.eval_metrics
+        config = self.config.data
         model = self.model
         try:
             images = datasets.paired_images(
-                self.data.held_out, data.size, data.channels, data.on_bad_image, EVAL_IMAGES
+                self.data.held_out, config.size, config.channels, config.on_bad_image, EVAL_IMAGES
             )
-            return metrics.measure_nets(model.ema_networks, images, wanted, model.loss_config, model.precision)
+            measures = self.config.run.eval_metrics
+            return metrics.measure_nets(model.ema_networks, images, measures, model.loss_config, model.precision)
         except (InputError, OSError) as error:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
             return None
@@ -318,15 +332,16 @@ class Run:
 
 def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     """Load the data set; the demo set is drawn if it does not exist."""
-    data = config.data
-    limit_pixels(1e6 * data.max_megapixels)
+    name = config.data.dataset_name
+    root = config.data.data_root
+    limit_pixels(1e6 * config.data.max_megapixels)
     with first_rank_first():
-        if data.dataset_name == datasets.DEMO and not (data.data_root / datasets.DEMO).exists():
-            synthetic.draw_dataset(data.data_root)
-    folder = datasets.find_dataset(data.data_root, data.dataset_name)
+        if name == datasets.DEMO and not (root / name).exists():
+            synthetic.draw_dataset(root)
+    folder = datasets.find_dataset(root, name)
     paired = "paired" in config.run.eval_metrics
     held_out = datasets.held_out_folders(folder, paired) if config.run.eval_interval else {}
-    return datasets.load_training_data(data, config.run.seed, device, held_out)
+    return datasets.load_training_data(config.data, config.run.seed, device, held_out)
 
 
 def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
@@ -336,45 +351,39 @@ def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
     networks: Networks = {name: models.build_generator(config.generator, config.init.init) for name in generators}
     networks |= {name: models.build_discriminator(config.discriminator, config.init.init) for name in ("D_A", "D_B")}
     networks |= {name: net.train() for name, net in pretrained.items()}
-    parts = config.init.freeze
-    given = f"--freeze {','.join(parts)}"
-    models.freeze(networks, parts)
-    if parts:
+    frozen = config.init.freeze
+    models.freeze(networks, frozen)
+    if frozen:
+        given = f"--freeze {','.join(frozen)}"
         say(f"{given}: these parts of the generators (D: the discriminators) do not learn")
-    known = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
-    absent = ", ".join(sorted(set(parts) - known))
-    if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
-        raise InputError(f"{given}: the generators have no {absent}; leave it out")
-    if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
-        raise InputError(f"{given}: no part of the generators is left to learn")
+        parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
+        absent = ", ".join(sorted(set(frozen) - parts))
+        if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
+            raise InputError(f"{given}: the generators have no {absent}; leave it out")
+        if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
+            raise InputError(f"{given}: no part of the generators is left to learn")
     return networks
 
 
-def make_model(
-    config: TrainConfig,
-    networks: Networks,
-    device: torch.device,
-    adapters: nn.ModuleDict | None = None,
-    loss: Callable = generator_loss,
-) -> CycleGAN:
-    """Put the networks on their device and build what trains them; a distillation has adapters and its own loss."""
+def make_model(config: TrainConfig, networks: Networks, device: torch.device, **of_distillation: Any) -> CycleGAN:
+    """Put the networks on their device and build what trains them.
+
+    of_distillation: adapters and generator_loss of CycleGAN
+    """
     devices.set_backend_flags(device, config.run.deterministic)
-    precision = devices.pick_precision(config.device.precision, device)
+    modules = [*networks.values(), of_distillation.get("adapters", nn.ModuleDict())]
+    for module in modules:
+        module.to(device)
     seed = config.run.seed
-    for net in networks.values():
-        net.to(device)
-    if adapters is not None:
-        adapters.to(device)
     torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
     return CycleGAN(
         networks,
         config.loss,
         config.optim,
         executor_config=config.executor,
-        precision=precision,
+        precision=devices.pick_precision(config.device.precision, device),
         seed=seed,
-        adapters=adapters,
-        generator_loss=loss,
+        **of_distillation,
     )
 
 
@@ -400,8 +409,7 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
         say(f"--{name} {value}")
     for name, count in count_parameters(model.networks).items():
         say(f"{name}: {count:,} parameters")
-    folder = data.data_root / data.dataset_name
-    if data.dataset_name == datasets.DEMO and not folder.exists():
+    if data.dataset_name == datasets.DEMO and not (data.data_root / datasets.DEMO).exists():
         counts = [synthetic.DEMO_FOLDERS[f"train{domain}"][2] for domain in "AB"]
     else:
         folder = datasets.find_dataset(data.data_root, data.dataset_name)
@@ -411,10 +419,10 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     say(
         f"{counts[0]} images in trainA, {counts[1]} in trainB; {counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
     )
-    images = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
+    noise = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
     times = [time.perf_counter()]
     for _ in range(4):
-        model.step(images, images)["loss_G"].item()  # waits for the device
+        model.step(noise, noise)["loss_G"].item()  # waits for the device
         times.append(time.perf_counter())
     pace = (times[4] - times[1]) / 3  # the first step is slower than the others
     say(
@@ -425,18 +433,20 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
 # ---------------------------------------------------------------------------------------------
 # The command line
 
+VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
+RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
 GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
 DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
 FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
 SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
+NETWORK_CONFIGS = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig, "init": InitConfig}
 RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
 
 
 def make_parser() -> cli.Parser:
     """Declare all options of this command."""
     parser = cli.Parser(prog="train.py", description=__doc__)
-    networks = {"generators": GeneratorConfig, "discriminators": DiscriminatorConfig, "initialisation": InitConfig}
-    for title, kind in (SHARED_CONFIGS | networks | RUN_CONFIGS).items():
+    for title, kind in (SHARED_CONFIGS | NETWORK_CONFIGS | RUN_CONFIGS).items():
         cli.add_options(parser, title, kind)
     return parser
 
@@ -462,17 +472,16 @@ def refuse_contradictions(parser: cli.Parser, args: Namespace) -> None:
             )
 
 
-def check_args(args: Namespace) -> None:
-    """Refuse options that need another one, given or inherited."""
-    lambdas = ("lambda_gan", "lambda_cycle", "lambda_identity", "lambda_hidden", "lambda_output")
-    names = [name for name in lambdas if name in args]
+def check_args(args: Namespace, *more_weights: str) -> None:
+    """Refuse options that need another one, given or inherited; more_weights: of further loss terms."""
+    weights = ("lambda_gan", "lambda_cycle", "lambda_identity", *more_weights)
     needed = metrics.BEST_BY.get(args.best_by)
     evaluated = args.eval_interval and needed in args.eval_metrics
     if "gp_target" in args.given and not args.lambda_gp:
         raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
-    if not any(getattr(args, name) for name in names):
+    if not any(getattr(args, name) for name in weights):
         raise InputError(
-            f"--{', --'.join(names)} are all 0: nothing is left to learn; give one of them a weight above 0"
+            f"--{', --'.join(weights)} are all 0: nothing is left to learn; give one of them a weight above 0"
         )
     if needed and not evaluated and (args.eval_interval or "best_by" in args.given):
         raise InputError(
@@ -488,20 +497,10 @@ def check_args(args: Namespace) -> None:
         )
 
 
-def config_values(args: Namespace) -> dict[str, Any]:
-    """Return the fields of a TrainConfig that the options fill, all but the networks."""
-    kinds = SHARED_CONFIGS | RUN_CONFIGS | {"init": InitConfig}
-    values = {name: cli.config_of(kind, args) for name, kind in kinds.items()}
-    return {**values, "flags": cli.plain_args(args), "given": frozenset(args.given)}
-
-
-def network_configs(args: Namespace) -> dict[str, Any]:
-    """Return the configs of the networks that the options describe; raises InputError if that is impossible."""
-    kinds = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig}
-    try:
-        return {name: cli.config_of(kind, args) for name, kind in kinds.items()}
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
+def make_config(args: Namespace, **kinds: Any) -> TrainConfig:
+    """Build the config of a run from the options of the given dataclasses, by their names in TrainConfig."""
+    configs = {name: cli.config_of(kind, args) for name, kind in kinds.items()}
+    return TrainConfig(flags=cli.plain_args(args), given=frozenset(args.given), **configs)
 
 
 def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> TrainConfig:
@@ -509,8 +508,9 @@ def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator
     models.check_image_size(generator, discriminator, *config.data.size)
     flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
     data = dataclasses.replace(config.data, channels=generator.channels)
-    networks = {"generator": generator, "discriminator": discriminator}
-    return dataclasses.replace(config, data=data, flags=config.flags | flags, **networks)
+    return dataclasses.replace(
+        config, data=data, flags=config.flags | flags, generator=generator, discriminator=discriminator
+    )
 
 
 def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
@@ -554,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train")
         args = cli.resume_args(make_parser(), args, state.get("args"), checkpoint, FIXED_OPTIONS)
     check_args(args)
-    config = TrainConfig(**config_values(args), **network_configs(args))
+    config = make_config(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS)
     if state and checkpoint:
         config = resume_networks(config, state, checkpoint)
     else:
@@ -568,7 +568,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config, device)
     model = make_model(config, make_networks(config, pretrained), device)
     monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)
-    Run(config, model, data, monitor, "train").run(state, checkpoint)
+    Run("train", config, model, data, monitor).run(state, checkpoint)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def train_config(argv: Sequence[object]) -> TrainConfig:
     """The config of a new run with these flags of train.py."""
     args = train.parse_args([str(word) for word in argv])
     train.check_args(args)
-    config = TrainConfig(**train.config_values(args), **train.network_configs(args))
+    config = train.make_config(args, **train.SHARED_CONFIGS, **train.NETWORK_CONFIGS, **train.RUN_CONFIGS)
     config, _ = train.load_pretrained(config)
     return config
 

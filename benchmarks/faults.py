@@ -143,7 +143,9 @@ def equal_parts(one, other):
     """Which parts of two finished runs are equal bit for bit."""
     a = latest(one)
     b = latest(other)
-    found = {key: equal(a[key], b[key]) for key in ("nets", "optims", "buffers", "rng", "loader", "step")}
+    found = {
+        key: equal(a[key], b[key]) for key in ("nets", "optims", "buffers", "rng", "meter", "step_in_epoch", "step")
+    }
     found["losses.csv"] = (RUNS / one / "losses.csv").read_bytes() == (RUNS / other / "losses.csv").read_bytes()
     same = []
     for grid in Path("generated_images", one).glob("epoch_*.png"):
@@ -816,7 +818,7 @@ def start_with_weights_only(flags, nets):
     model = build_model(config)
     for name, net in model.networks.items():
         net.load_state_dict(nets[name])
-    run = train.Run(config, model, NO_DATA, idle_monitor(), "train")
+    run = train.Run("train", config, model, NO_DATA, idle_monitor())
     run.saver.folder.mkdir()
     run.save()
 

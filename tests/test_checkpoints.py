@@ -235,7 +235,7 @@ def test_buffers_start_empty_when_the_size_of_images_changes(stopped, capsys):
     "edit",
     [
         lambda s: s.pop("optims"),
-        lambda s: s.pop("loader"),
+        lambda s: s.pop("step_in_epoch"),
         lambda s: s.pop("rng"),
         lambda s: s.update(args=[1]),
         lambda s: s.update(format=torch.zeros(2)),
@@ -246,7 +246,7 @@ def test_buffers_start_empty_when_the_size_of_images_changes(stopped, capsys):
         lambda s: s["args"].update(lambda_cycle=None),
         lambda s: s["buffers"].update(A=None),
         lambda s: s["config"]["G_AB"].update(ngf=8),
-        lambda s: s["loader"]["meter"].update(sums={"loss_G": torch.zeros(3)}),
+        lambda s: s["meter"].update(sums={"loss_G": torch.zeros(3)}),
         lambda s: s["nets"].update(G_AB={"stem": "x"}),
         lambda s: s["optims"]["G"]["state"][0].update(exp_avg=torch.zeros(3)),
         lambda s: s["optims"]["G"]["state"][0].pop("exp_avg_sq"),

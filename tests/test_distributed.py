@@ -253,7 +253,7 @@ def test_a_run_of_two_ranks_resumes_bit_for_bit(tiny):
     code, _, err = finish(launch("--run_name", "whole", "--start_from", 1, "--device", "cpu"))
     assert code == 0, err
     again = state_of("whole")
-    for key in ("nets", "optims", "buffers", "rng", "other_ranks", "loader"):
+    for key in ("nets", "optims", "buffers", "rng", "other_ranks", "meter"):
         assert differences(again[key], whole[key]) == [], key
     assert [row["step"] for row in read_losses(Path("saved_models/whole/losses.csv"))] == [2, 4, 6]
 

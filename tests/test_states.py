@@ -385,7 +385,7 @@ class Commands(RuleBasedStateMachine):
         older: times of the states from before; an epoch that is trained again saves the same bytes again
         """
         latest = self.read(SAVED / "latest.pt")
-        assert (latest["epoch"], latest["loader"]["place"], latest["step"]) == (*divmod(last, STEPS), last)
+        assert (latest["epoch"], latest["step_in_epoch"], latest["step"]) == (*divmod(last, STEPS), last)
         if self.scores:
             assert self.is_best(latest["best"])
         for name in ("G_AB", "G_BA"):

@@ -65,7 +65,7 @@ def test_a_run_leaves_the_files_that_the_design_promises(tiny, monkeypatch):
     state = state_of("tiny")
     assert state.keys() >= {
         *("format", "stage", "epoch", "step", "args", "config", "nets", "optims", "schedules", "best"),
-        *("buffers", "rng", "loader", "ema", "scaler", "range"),
+        *("buffers", "rng", "meter", "step_in_epoch", "micro_batch_size", "ema", "scaler", "range"),
     }
     assert (state["epoch"], state["step"], state["range"]) == (2, 6, [-1, 1])
     assert set(state["nets"]) == {"G_AB", "G_BA", "D_A", "D_B"}
@@ -243,7 +243,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_resumes_with_the_next_batch(tin
     with stops_in_step(stop_at, signal.SIGTERM):
         run_tiny("--run_name", "parts", *common)
     state = state_of("parts")
-    assert (state["epoch"], state["step"], state["loader"]["place"]) == (stop_at // 3, stop_at, 1)
+    assert (state["epoch"], state["step"], state["step_in_epoch"]) == (stop_at // 3, stop_at, 1)
     run_tiny("--run_name", "parts", "--start_from", "latest")
     states = [without(state_of(name), "run_name", "start_from") for name in ("whole", "parts")]
     assert differences(*states) == []
@@ -576,7 +576,7 @@ def scarce(monkeypatch):
                 raise torch.OutOfMemoryError
             return cyclegan.generator_loss(networks, direction, real, *rest)
 
-        monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, loss=loss))
+        monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, generator_loss=loss))
         return tried
 
     return limit
@@ -586,7 +586,7 @@ def test_the_size_of_micro_batches_is_kept_on_resume_and_one_image_has_to_fit(ti
     tried = scarce(1)
     run_tiny("--num_epochs", 1)
     assert tried[:2] == [2, 1]
-    assert state_of("tiny")["loader"]["piece"] == 1
+    assert state_of("tiny")["micro_batch_size"] == 1
     tried.clear()
     train.main([*RESUME, "--num_epochs", "2"])
     assert set(tried) == {1}

@@ -22,8 +22,8 @@ def state_of_model(model, args, epoch, step):
     """A state as train.py saves it, of a model that was trained otherwise."""
     meter = {"sums": {}, "count": 0}
     config = {name: dataclasses.asdict(net.config) for name, net in model.networks.items()}
-    position = {"epoch": epoch, "step": step, "best": None, "loader": {"place": 0, "meter": meter, "piece": 0}}
-    return {"stage": "train", "args": args, "config": config, "range": [-1, 1], **model.state_dict(), **position}
+    progress = {"epoch": epoch, "step": step, "step_in_epoch": 0, "micro_batch_size": 0, "best": None, "meter": meter}
+    return {"stage": "train", "args": args, "config": config, "range": [-1, 1], **model.state_dict(), **progress}
 
 
 def save_run(name="tiny", epochs=2, argv=(), **changes):

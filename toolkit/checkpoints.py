@@ -38,6 +38,11 @@ def load_state(path: Path, command: str | None = None) -> dict:
         raise InputError(f"{path}: format {found}, expected {STATE_FORMAT}; written by another version")
     if command and writer != command:
         raise InputError(f"{path}: a state of {writer}.py, expected one of {command}.py")
+    loader = state.pop("loader", None)  # how version 0.1.0 grouped and named these
+    if isinstance(loader, dict):
+        state["meter"] = loader.get("meter")
+        state["step_in_epoch"] = loader.get("place")
+        state["micro_batch_size"] = loader.get("piece", 0)
     return state
 
 
@@ -103,7 +108,7 @@ def unusable(path: Path, error: Exception) -> InputError:
 
 def own_rank_state(state: dict) -> dict:
     """Return the part of a state that belongs to this rank: buffers, random state, meter."""
-    first = {"buffers": state["buffers"], "rng": state["rng"], "meter": state["loader"]["meter"]}
+    first = {name: state[name] for name in ("buffers", "rng", "meter")}
     saved = [first, *state.get("other_ranks", [])]
     if len(saved) == world_size():
         return saved[rank()]
@@ -199,7 +204,7 @@ class CheckpointSaver:
             save_generator(path, generators[direction.generator], metadata)
         save_log()
         also = [self.folder / "best.pt"] if best else []
-        is_numbered = state["loader"]["place"] == 0 and epoch % self.checkpoint_interval == 0
+        is_numbered = state["step_in_epoch"] == 0 and epoch % self.checkpoint_interval == 0
         if is_numbered:
             also.append(self.folder / f"epoch_{epoch:04d}.pt")
         save_latest(self.folder, state, also)

@@ -117,9 +117,15 @@ def _number_parser(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def config_of(kind: Any, args: argparse.Namespace) -> Any:
-    """Fill a dataclass from the options of its fields; a field without an option takes one of its own name, if any."""
+    """Fill a dataclass from the options of its fields; a field without an option takes one of its own name, if any.
+
+    raises: InputError if the dataclass refuses the values
+    """
     names = {field.metadata.get("flag", field.name): field.name for field in dataclasses.fields(kind)}
-    return kind(**{names[flag]: value for flag, value in vars(args).items() if flag in names})
+    try:
+        return kind(**{names[flag]: value for flag, value in vars(args).items() if flag in names})
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 def changed(args: argparse.Namespace, **values: object) -> argparse.Namespace:

@@ -63,13 +63,12 @@ class TrainConfig:
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
-    init: InitConfig
     run: RunConfig
     device: DeviceConfig
     executor: ExecutorConfig
     flags: dict  # all options as plain values, as they are saved
     given: frozenset[str]  # names of the options on the command line
-    generator: GeneratorConfig = field(
-        default_factory=GeneratorConfig
-    )  # a distillation takes its networks from the teacher
+    # a distillation takes its networks from the teacher
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    init: InitConfig = field(default_factory=InitConfig)
