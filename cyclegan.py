@@ -58,17 +58,13 @@ class OptimConfig:
         return self.num_epochs // 2 if self.decay_epoch is None else self.decay_epoch
 
     def learning_rate_factor(self, epoch: int) -> float:
-        """Return the factor of the learning rates in an epoch, counted from 0."""
-        return linear_decay(epoch, self.num_epochs, self.first_decay_epoch)
+        """Return the factor of the learning rates in an epoch, counted from 0.
 
-
-def linear_decay(epoch: int, num_epochs: int, decay_epoch: int) -> float:
-    """Return the factor of the learning rate in an epoch, counted from 0.
-
-    1 up to and including decay_epoch, then linearly towards 0 at num_epochs.
-    source: section 4, "Training details"
-    """
-    return 1 - max(0, epoch - decay_epoch) / max(1, num_epochs - decay_epoch)
+        1 up to and including first_decay_epoch, then linearly towards 0 at num_epochs.
+        source: section 4, "Training details"
+        """
+        decay_epochs = self.num_epochs - self.first_decay_epoch
+        return 1 - max(0, epoch - self.first_decay_epoch) / max(1, decay_epochs)
 
 
 # ---------------------------------------------------------------------------------------------

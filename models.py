@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from toolkit.layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 from utils import InputError, check_options, option
 
-GENERATORS = ("resnet", "unet_vit")
-DISCRIMINATORS = ("patch", "pixel")
 NORMS = ("instance", "instance_affine", "batch", "group", "none")
-UPSAMPLES = ("deconv", "resize")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
 GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can be frozen
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
@@ -87,17 +84,13 @@ class GeneratorConfig:
     raises: ValueError for a value out of its range
     """
 
-    generator: str = option("resnet", "architecture of the generators", choices=GENERATORS)
+    generator: str = option("resnet", "architecture of the generators", choices=("resnet", "unet_vit"))
     channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
     ngf: int = option(64, "channels of the first layer of a resnet", least=1, most=4096)
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
-    upsample: str = option(
-        "deconv", "transposed convolution, or nearest-neighbour resize + convolution", choices=UPSAMPLES
-    )
-    norm: str = option(
-        "instance", "normalisation; instance_affine: learned scale; group: generators only", choices=NORMS
-    )
+    upsample: str = option("deconv", "transposed convolution, or resize + convolution", choices=("deconv", "resize"))
+    norm: str = option("instance", "instance_affine has a learned scale; group is for generators only", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
     vit_size: str = option("small", "unet_vit of the 64x64 study, or of UVCGAN", choices=tuple(VIT_SIZES))
@@ -145,7 +138,7 @@ class DiscriminatorConfig:
     raises: ValueError for a value out of its range
     """
 
-    discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=DISCRIMINATORS)
+    discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=("patch", "pixel"))
     channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
     ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
     n_layers: int = option(
@@ -513,10 +506,11 @@ def init_weights(net: nn.Module, init: str = "normal") -> None:
             nn.init.zeros_(module.bias)
 
 
-def build_generator(config: GeneratorConfig, init: str = "normal") -> Generator:
-    """Build the generator that a config describes, newly initialised."""
+def build_generator(config: GeneratorConfig, init: str | None = "normal") -> Generator:
+    """Build the generator that a config describes; init None: with torch's initialisation, since its weights are replaced."""
     net = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator](config)
-    init_weights(net, init)
+    if init:
+        init_weights(net, init)
     return net
 
 
@@ -559,6 +553,5 @@ def meta_network(config: GeneratorConfig) -> Generator:
 
     Its weights are not initialised: for random numbers on that device torch imports its compiler, which takes seconds.
     """
-    kind = {"resnet": ResnetGenerator, "unet_vit": UnetVitGenerator}[config.generator]
     with torch.device("meta"):
-        return kind(config)
+        return build_generator(config, init=None)
