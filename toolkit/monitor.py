@@ -16,11 +16,10 @@ from torch import Tensor
 from cyclegan import CycleGAN, translate
 from datasets import held_out_split
 from models import DIRECTIONS, Networks
-from toolkit import files, images
+from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import draw_grid, save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses
-from toolkit.metrics import format_table
 from utils import InputError, counted, domain_names, one_line, say, warn
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
@@ -29,8 +28,6 @@ Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in 
 def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
     """Read up to 6 held-out images, evenly spread, of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
     split = held_out_split(dataset)
-    if split == "train":
-        say(f"{dataset}: testA and testB have no images, so the sample grids show training images")
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
@@ -260,7 +257,7 @@ class Monitor:
             domains={"A": domain_A, "B": domain_B},
             term_names=self.term_names,
             plot=self._figure(plot) if plot.is_file() else None,
-            table=format_table(measures) if measures else [],
+            table=metrics.format_table(measures) if measures else [],
             rows=[(heading, kind, map(self._figure, paths)) for heading, kind, paths in rows],
         )
 
