@@ -116,8 +116,6 @@ def rank_slice(batch_size: int) -> slice:
     """Return the part of every batch that this rank processes; raise InputError if the ranks cannot share it equally."""
     ranks = world_size()
     if batch_size % ranks:
-        raise InputError(
-            f"--batch_size {batch_size}: cannot be shared by {ranks} ranks; expected a multiple of {ranks}"
-        )
+        raise InputError(f"--batch_size {batch_size}: {ranks} ranks cannot share it; expected a multiple of {ranks}")
     length = batch_size // ranks
     return slice(rank() * length, (rank() + 1) * length)
