@@ -392,7 +392,8 @@ def load_training_data(config: DataConfig, seed: int, device: torch.device, held
     sampler = EpochSampler((counts["A"], counts["B"]), config.batch_size, config.steps_per_epoch, seed, ranks)
     dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed)
     dataset.caches = open_caches(config.cache, dataset, folder)
-    workers = devices.default_workers(device) if config.num_workers is None else config.num_workers
+    default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
+    workers = default_workers if config.num_workers is None else config.num_workers
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     say(
         f"{folder}: {counted(counts['A'], 'image')} in trainA, {counts['B']} in trainB; {sampler.steps} steps of {config.batch_size} an epoch"

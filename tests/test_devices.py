@@ -104,7 +104,7 @@ def test_backend_flags_are_set_for_a_gpu_only(monkeypatch, device, deterministic
 def test_each_rank_has_a_gpu_of_its_own_or_shares_one_where_there_are_too_few(monkeypatch, gpus, expected):
     chosen = []
     monkeypatch.setattr(devices, "world_size", lambda: 2)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for local_rank in "01":

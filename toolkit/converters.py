@@ -24,7 +24,6 @@ OTHER_NETWORKS = {  # by a tensor, as name and shape
     r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
     r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
     r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
-    r"^net\.": "a network of UVCGAN",
 }
 
 
@@ -66,30 +65,27 @@ def _tensor_names(state: Iterable[str], convs: dict[str, str]) -> dict[str, str]
 
 def to_junyanz(net: Generator) -> dict[str, Tensor]:
     """Return the state dict of a generator with the names of pytorch-CycleGAN-and-pix2pix, or raise InputError."""
-    config = net.config
-    tensors = net.state_dict()
-    # in that project only an instance norm lets the convolution before it have a bias
-    omitted = {name for name in tensors if config.norm == "none" and name.endswith(".bias")} - {"head.1.bias"}
-    obstacles = {
-        f"generator {config.generator}": config.generator != "resnet",
-        f"upsample {config.upsample}": config.upsample != "deconv",
-        "norm_output": config.norm_output,
-        "skips": config.skips,
-        "norm group": config.norm == "group",
-        "norm none with biases": any(tensors[name].any() for name in omitted),
+    expected = {
+        "generator": ["resnet"],
+        "upsample": ["deconv"],
+        "norm": ["instance", "instance_affine", "batch"],  # without a norm, that project has no biases
+        "norm_output": [False],
+        "skips": [False],
     }
-    if any(obstacles.values()):
-        found = ", ".join(name for name, present in obstacles.items() if present)
+    found = {name: getattr(net.config, name) for name in expected}
+    obstacles = [f"{name} {value}" for name, value in found.items() if value not in expected[name]]
+    if obstacles:
         raise InputError(
-            f"{found}: the junyanz layout cannot hold it; expected a resnet with deconv, no norm_output, skips or group norm"
+            f"{', '.join(obstacles)}: the junyanz layout cannot hold it; expected a resnet with deconv and an instance or batch norm, without norm_output and skips"
         )
     convs = {}
     index = 0
     for ours, gaps, inners in _conv_positions(net):
         index += gaps[0]
         convs[f"model.{index}.conv_block.{inners[0]}" if inners[0] > 0 else f"model.{index}"] = ours
-    names = _tensor_names([name for name in tensors if name not in omitted], convs)
-    return {theirs: tensors[ours].detach().cpu().contiguous() for theirs, ours in names.items()}
+    tensors = net.state_dict()
+    names = _tensor_names(tensors, convs)
+    return {theirs: tensors[ours].cpu().contiguous() for theirs, ours in names.items()}
 
 
 def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
@@ -140,13 +136,11 @@ def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
 
 def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> GeneratorConfig:
     """Infer the config of a ResNet generator from its convolutions; _match_convs then compares each of them with it."""
-    outer = {f"{name}.weight": tuple(tensors[f"{name}.weight"].shape) for name in convs if convs[name][1] < 0}
-    if len(outer) < 2 or len(outer) % 2:
-        found = ", ".join(f"{one_line(name)[:80]} {shape}" for name, shape in list(outer.items())[:8])
+    shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
+    if len(shapes) < 2 or len(shapes) % 2:
         raise InputError(
-            f"{path}: {len(outer)} convolutions outside of blocks ({found}); expected a first, a last, and as many upsampling as downsampling ones"
+            f"{path}: {len(shapes)} convolutions outside of blocks; expected a first, a last, and as many upsampling as downsampling ones"
         )
-    shapes = list(outer.values())
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:
         return GeneratorConfig(
@@ -192,30 +186,19 @@ def _match_convs(path: Path, tensors: dict[str, Tensor], convs: Convs, net: Gene
 
 
 def _fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, convs: dict[str, str]) -> dict[str, Tensor]:
-    """Convert the tensors of a file to the state dict of `net`, without unused running statistics of instance norms.
-
-    A normalisation layer removes biases before it: missing ones are zeros, those before a batch norm go into its mean.
-    """
+    """Convert the tensors of a file to the state dict of `net`, without unused running statistics of instance norms."""
     state = net.state_dict()
     names = _tensor_names(state, convs)
     wanted = {theirs: state[ours] for theirs, ours in names.items()}
     optional = {name for name in wanted if name.endswith(".num_batches_tracked")}  # old files do not have them
-    folded = 0
     for conv in list(convs)[:-1]:
-        bias = f"{conv}.bias"
-        mean = f"{_next_layer(conv)}.running_mean"
-        optional.add(bias)
+        optional.add(f"{conv}.bias")  # removed by the normalisation that follows
         if net.config.norm != "batch":
             for leaf in ("running_mean", "running_var", "num_batches_tracked"):
                 tensors.pop(f"{_next_layer(conv)}.{leaf}", None)
-        elif bias in tensors and mean in tensors and tensors[bias].shape == tensors[mean].shape:
-            tensors[mean] = tensors[mean] - tensors.pop(bias)
-            folded += 1
     missing = (optional & wanted.keys()) - tensors.keys()
     tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
     check_tensors(wanted, tensors, path)
-    if folded:
-        say(f"{path}: {folded} biases before batch norms became part of their means")
     if missing:
         say(f"{path}: missing {min(missing)} ({len(missing)} in all); filled with zeros")
     if net.config.norm == "none":

@@ -21,9 +21,7 @@ class DeviceConfig:
     """Where and how precisely to compute."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option(
-        "auto", "auto: half precision where the hardware has it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
-    )
+    precision: str = option("auto", "auto: half where the hardware has it", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,12 +32,10 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # fails on the device "meta" too
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise InputError(f"--device {name}: not on this machine; expected auto or one of {', '.join(found)}") from None
-    if device.type == "meta":
-        raise InputError("--device meta: holds no images; expected auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # NCCL and graphs work on the current one
     return device
@@ -104,11 +100,6 @@ def set_backend_flags(device: torch.device, deterministic: bool) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high")
-
-
-def default_workers(device: torch.device) -> int:
-    """Return the number of data loader workers: a CPU has no cores to spare; 4 for a GPU are a guess."""
-    return 0 if device.type == "cpu" else 4
 
 
 def versions() -> dict:

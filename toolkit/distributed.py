@@ -16,8 +16,6 @@ from torch import Tensor
 
 from utils import InputError, RunError, say
 
-RANK_TIMEOUT = timedelta(minutes=30)  # the first rank may draw or evaluate for that long while the others wait
-
 
 def rank() -> int:
     """Return the number of this process; rank 0 writes files and prints."""
@@ -36,7 +34,8 @@ def join_ranks() -> None:
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()
     nccl = dist.is_nccl_available() and gpus >= local_ranks  # which refuses ranks that share a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=RANK_TIMEOUT)
+    timeout = timedelta(minutes=30)  # the first rank may draw or evaluate for that long while the others wait
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
     if 0 < gpus < local_ranks:
         say(f"{local_ranks} ranks share {gpus} of this machine's GPUs, over gloo: slower than one rank a GPU")
 
@@ -117,7 +116,6 @@ def rank_slice(batch_size: int) -> slice:
     """Return the part of every batch that this rank processes; raise InputError if the ranks cannot share it equally."""
     ranks = world_size()
     if batch_size % ranks:
-        nearest = max(1, round(batch_size / ranks)) * ranks
-        raise InputError(f"--batch_size {batch_size}: cannot be shared by {ranks} ranks; expected such as {nearest}")
+        raise InputError(f"--batch_size {batch_size}: {ranks} ranks cannot share it; expected a multiple of {ranks}")
     length = batch_size // ranks
     return slice(rank() * length, (rank() + 1) * length)

@@ -36,10 +36,10 @@ class Meter:
 
     def first_not_finite(self) -> tuple[list[str], int]:
         """Return the names of the first values that are not finite, and how many additions ago they were added."""
-        for i, values in enumerate(self.recent):
+        for number, values in enumerate(self.recent, 1):
             names = [name for name, value in values.items() if not torch.isfinite(value)]
             if names:
-                return names, len(self.recent) - 1 - i
+                return names, len(self.recent) - number
         return [], 0
 
     def means(self) -> dict[str, float]:

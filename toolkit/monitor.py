@@ -16,55 +16,49 @@ from torch import Tensor
 from cyclegan import CycleGAN, translate
 from datasets import held_out_split
 from models import DIRECTIONS, Networks
-from toolkit import files, images
+from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import draw_grid, save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses
-from toolkit.metrics import format_table
 from utils import InputError, counted, domain_names, one_line, say, warn
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
-GRID_COLUMNS = 6
-COLLAPSED_FRACTION = 0.02  # a generator whose outputs vary less than this times its inputs ignores them
 
 
 def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
-    """Read held-out images, evenly spread, of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
+    """Read up to 6 held-out images, evenly spread, of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
     split = held_out_split(dataset)
-    if split == "train":
-        say(f"{dataset}: testA and testB have no images, so the sample grids show training images")
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
         paths = images.list_images(folder)
-        chosen = paths[:: max(1, len(paths) // GRID_COLUMNS)][:GRID_COLUMNS]
+        chosen = paths[:: max(1, len(paths) // 6)][:6]
         samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, size, channels, on_bad)]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 
 
 def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resumed: bool = False) -> dict[str, Tensor]:
-    """Read the photos of --watch, (1, channels, H, W) in [-1, 1], each in its own aspect ratio; returns them by name.
+    """Read the photos of --watch, (1, channels, H, W) in [-1, 1], by name; their shorter side becomes that of `size`.
 
-    size:    (height, width) of the training images; the photos get their shorter side
     resumed: leave out photos that cannot be read, with a warning; otherwise they raise InputError
     """
-    photos = {}
-    taken = set()  # names; those of unreadable photos too, so that the others keep theirs
-    shorter = min(size)
+    named: dict[str, Path] = {}
     for path in paths:
         name = path.stem if path.stem.strip(".") else "photo"
-        while name in taken:
+        while name in named:
             name += "_"
-        taken.add(name)
+        named[name] = path
+    photos = {}
+    shorter = min(size)
+    for name, path in named.items():
         try:
             photo = images.read_image(path, channels)
         except images.UnreadableImage as error:
+            message = f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
             if not resumed:
-                raise InputError(
-                    f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
-                ) from None
-            warn(f"--watch {path}: not a readable image ({error}); the run continues without it")
+                raise InputError(message) from None
+            warn(f"{message}; the run continues without it")
             continue
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
@@ -89,24 +83,17 @@ def warn_if_collapsed(rows: Rows) -> None:
     """Warn when a generator outputs nearly the same image for all inputs. A single sample cannot show it."""
     spread = {label: x.float().std(0, correction=0).mean() for label, x in rows}
     for source, target in DIRECTIONS:
-        if spread[f"fake_{target}"] < COLLAPSED_FRACTION * spread[f"real_{source}"]:
+        if spread[f"fake_{target}"] < 0.02 * spread[f"real_{source}"]:
             warn(
                 f"G_{source}{target}: nearly the same output for every input; resume from an earlier epoch, with --start_from N, at a lower --lr"
             )
-
-
-FIRST_GRID = 60  # s after the start
-FIRST_PACE = 30  # s of steps, after which the pace is announced
-PAGE_SECONDS = 30  # at least, between two updates of the page
-PAGE_FRACTION = 0.02  # of the run's time that updates of the page may take
-LONG_EPOCH = 3600  # s; longer ones on a CPU get a warning
 
 
 class Clock:
     """The pace of a run in wall time, in s, and what is due."""
 
     def __init__(self) -> None:
-        self.next_grid = time.monotonic() + FIRST_GRID
+        self.next_grid = time.monotonic() + 60  # of the first grid; `draw` sets it to never
         self.next_page = -math.inf
         self.steps = 0
         self.first_step_end = math.inf  # the first step is slower than the others
@@ -114,13 +101,13 @@ class Clock:
         self.pace = math.nan  # s per step, with what happens between steps (saving, evaluating)
 
     def tick(self) -> bool:
-        """Count a finished step; return True once, when the pace can be announced."""
+        """Count a finished step; return True once, after 30 s, when the pace can be announced."""
         self.first_step_end = min(self.first_step_end, time.monotonic())
         elapsed_before = self.elapsed
         self.elapsed = time.monotonic() - self.first_step_end
         self.pace = self.elapsed / self.steps if self.steps else math.nan
         self.steps += 1
-        return elapsed_before < FIRST_PACE <= self.elapsed
+        return elapsed_before < 30 <= self.elapsed
 
     def first_grid_due(self) -> bool:
         return time.monotonic() >= self.next_grid
@@ -141,7 +128,7 @@ def say_duration(pace: float, steps_left: int, steps_per_epoch: int, device: tor
     """Announce how long a run will take; pace: seconds per step."""
     epoch = duration(pace * steps_per_epoch)
     say(f"{duration(pace)} a step, {epoch} an epoch: this run will take about {duration(pace * steps_left)} more")
-    if device.type == "cpu" and pace * steps_per_epoch > LONG_EPOCH and rank() == 0:
+    if device.type == "cpu" and pace * steps_per_epoch > 3600 and rank() == 0:
         warn(f"an epoch takes {epoch} on this CPU; docs/recipes.md has settings for a CPU")
 
 
@@ -150,17 +137,9 @@ def command_line(script: str, *arguments: str) -> str:
     return shlex.join(["python", os.path.relpath(Path(__file__).resolve().parents[1] / script), *arguments])
 
 
-# ---------------------------------------------------------------------------------------------
-# The monitor, with its page, which works from disk, without a server
-
-WATCHED_EPOCHS = 8  # versions of a watched photo on the page, from the first epoch to the newest
-PAGE_WIDTH = 900  # px; larger images are reduced on the page and open in full size
-TABLE_ROWS = 12  # of measures.csv on the page
-
-
 @dataclass
 class Monitor:
-    """Everything that a run logs and shows during training."""
+    """Everything that a run logs and shows during training; its page works from disk, without a server."""
 
     saved: Path  # folder of losses.csv, measures.csv and tensorboard/
     images: Path  # folder of index.html, losses.png, the grids and watch/
@@ -212,8 +191,9 @@ class Monitor:
     @first_rank
     def draw(self, model: CycleGAN, epoch: int, step: int, finished: bool) -> None:
         """Draw the samples and the watched photos after so many epochs; if not finished, during the next one."""
-        is_first = self.clock.next_grid < math.inf
-        self.clock.next_grid = math.inf  # not at every step, should this one fail
+        if self.clock.next_grid < math.inf:  # the first grid is shown at once
+            self.clock.next_page = -math.inf
+        self.clock.next_grid = math.inf
         number = epoch if finished else epoch + 1
         file = f"epoch_{number:04d}.png"
         rows = self.draw_rows(model, *self.samples)
@@ -227,8 +207,6 @@ class Monitor:
             grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
-        if is_first:
-            self.clock.next_page = -math.inf  # show it at once
 
     @first_rank
     def write_page(
@@ -236,7 +214,7 @@ class Monitor:
     ) -> None:
         """Write losses.csv, losses.png and index.html; epoch: finished ones; stopped: by a signal."""
         started = time.monotonic()
-        self.clock.next_page = started + PAGE_SECONDS  # holds also if writing fails
+        self.clock.next_page = started + 30  # holds also if writing fails
         files.attempt(self.log.save)
         plot_losses(self.log.rows, self.images / "losses.png")
         done = epoch * steps_per_epoch + step_in_epoch
@@ -251,36 +229,36 @@ class Monitor:
             facts += f"; about {duration((total - done) * self.clock.pace)} left"
         facts += f"; written {time.strftime('%H:%M:%S')}"
         self.write_index(facts, min(1.0, done / total))
-        self.clock.next_page = started + max(PAGE_SECONDS, (time.monotonic() - started) / PAGE_FRACTION)
+        # updates of the page may take 2% of the run's time
+        self.clock.next_page = started + max(30, (time.monotonic() - started) / 0.02)
 
     def write_index(self, facts: str, fraction: float) -> None:
         """Write index.html; facts: how far the run is; fraction: of the steps, below 1 the page reloads every 15 s."""
         domain_A, domain_B = domain_names(self.names[1])
         grids = self._grids(self.images)[::-1]
-        rows = [("earlier", "row", [self._figure(path) for path in grids[1:4]])] if grids[1:] else []
+        rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
         for photo in sorted((self.images / "watch").glob("*")):
             heading = f"{one_line(photo.name)}: the photo; translated to {domain_B} by G_AB; to {domain_A} by G_BA"
             versions = self._grids(photo)
-            chosen = np.linspace(0, len(versions) - 1, min(WATCHED_EPOCHS, len(versions))).round().astype(int)
-            rows.append((heading, "row small", [self._figure(versions[i]) for i in chosen]))
+            chosen = np.linspace(0, len(versions) - 1, min(8, len(versions))).round().astype(int)
+            rows.append((heading, "row small", [versions[i] for i in chosen]))
         measures = {}
-        for row in self.measures.rows[-TABLE_ROWS:]:
+        for row in self.measures.rows[-12:]:
             measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
         plot = self.images / "losses.png"
-        gallery = self.images / "test" / "index.html"  # may be of an earlier run with this name
         files.write_page(
             self.images / "index.html",
             "progress.html",
             title=one_line(f"{self.names[0]}: {domain_A} ↔ {domain_B}"),
             facts=one_line(facts),
             fraction=fraction,
-            tested=gallery.is_file() and bool(grids) and gallery.stat().st_mtime >= grids[-1].stat().st_mtime,
+            tested=(self.images / "test" / "index.html").is_file(),
             grid=self._figure(grids[0]) if grids else None,
             domains={"A": domain_A, "B": domain_B},
             term_names=self.term_names,
             plot=self._figure(plot) if plot.is_file() else None,
-            table=format_table(measures) if measures else [],
-            rows=rows,
+            table=metrics.format_table(measures) if measures else [],
+            rows=[(heading, kind, map(self._figure, paths)) for heading, kind, paths in rows],
         )
 
     def _grids(self, folder: Path) -> list[Path]:
@@ -289,6 +267,6 @@ class Monitor:
         return [grids[epoch] for epoch in sorted(grids) if epoch <= self.newest]
 
     def _figure(self, path: Path) -> tuple[str, str, str]:
-        """Return an image's URL, its pixels as a data URL, which notebooks and mails show too, and its name."""
+        """Return an image's URL, its reduced pixels as a data URL, which notebooks and mails show too, and its name."""
         address = quote(os.fsencode(path.relative_to(self.images).as_posix()))
-        return address, images.data_url(path, (PAGE_WIDTH, 4 * PAGE_WIDTH)) or address, one_line(path.stem)
+        return address, images.data_url(path, (900, 3600)) or address, one_line(path.stem)

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -46,12 +45,9 @@ def command(main: Callable) -> Callable:
                 stream.reconfigure(errors="backslashreplace")
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as toolkit.startup left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = None
-        in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
-        if in_main_thread and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends ranks that wait for each other
-            before = signal.signal(
-                signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-            )  # to remove unfinished files
+        before = signal.getsignal(signal.SIGTERM)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends ranks that wait for each other
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes unfinished files
         try:
             join_ranks()
             result = main(argv)
@@ -62,8 +58,7 @@ def command(main: Callable) -> Callable:
             if explained is None:
                 raise
         finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
         code, message = explained
         if rank() > 0:  # the first rank reports what stops all; torchrun ends the others during this wait
             time.sleep(3)
@@ -83,8 +78,6 @@ class StopRequest:
         signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
-        if threading.current_thread() is not threading.main_thread():
-            signals = []  # other threads get no signals
         self._previous = {signum: signal.signal(signum, self._note) for signum in signals}
         return self
 

@@ -1,8 +1,4 @@
-"""A student beside its teacher: their costs before training, and a report on their quality after it.
-
-say(compare_costs(student, teacher, (256, 256), "fp32"))
-Report(teachers, path, "day2night_student", "day2night_scratch", DataConfig("day2night"), device, "fp32").write(DIRECTIONS)
-"""
+"""A student beside its teacher: their costs before training, and a report on their quality after it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,26 +14,17 @@ from toolkit import files, images, inference, metrics
 from toolkit.checkpoints import IMAGES, RUNS
 from utils import InputError, say
 
-GRID_IMAGES = 6
 Rows = dict[str, tuple[Networks, Path]]  # by label: the networks, and the file that would be shipped
 
 
 def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
     """Raise InputError if a student has as many parameters as its teacher, or more."""
     own, theirs = (sum(p.numel() for p in meta_network(config).parameters()) for config in (student, teacher))
-    if own < theirs:
-        return
-    given = f"--student_residual {student.blocks}"
-    if student.ngf != teacher.ngf:
-        given += f" --student_ngf {student.ngf}"
-    if student.skips and not teacher.skips:
-        given += " --student_skips"
-    remedy = f"fewer than {teacher.blocks} blocks"
-    if teacher.generator == "resnet":
-        remedy += f", or --student_ngf below {teacher.ngf}"
-    raise InputError(
-        f"{given}: a student of {own:,} parameters is not smaller than its teacher of {theirs:,}; take {remedy}"
-    )
+    if own >= theirs:
+        narrower = f", or --student_ngf below {teacher.ngf}" if teacher.generator == "resnet" else ""
+        raise InputError(
+            f"--student_residual {student.blocks}: a student of {own:,} parameters is not smaller than its teacher of {theirs:,}; take fewer than {teacher.blocks} blocks{narrower}"
+        )
 
 
 def compare_costs(student: Generator, teacher: Generator, size: tuple[int, int], precision: str) -> str:
@@ -118,7 +105,7 @@ class Report:
 def compare_generators(
     rows: Rows, direction: Direction, reals: metrics.Images, truths: metrics.Images, precision: str
 ) -> tuple[dict[str, dict], list[tuple[str, Tensor]]]:
-    """Return figures of the generators of one direction by label, and labelled rows of at most GRID_IMAGES images."""
+    """Return figures of the generators of one direction by label, and labelled rows of at most 6 images."""
     table = {}
     shown = {f"real_{direction.source}": reals}
     for label, (nets, file) in rows.items():  # the first is "teacher"
@@ -130,7 +117,7 @@ def compare_generators(
         shown[label] = {name: translate(net, x, precision).cpu() for name, x in reals.items()}
         pairs = [(shown[label][name], shown["teacher"][name]) for name in reals]
         table[label]["L1 to teacher"] = metrics.mean_distance(pairs)
-    chosen = list(reals)[:: max(1, len(reals) // GRID_IMAGES)][:GRID_IMAGES]
+    chosen = list(reals)[:: max(1, len(reals) // 6)][:6]
     if set(chosen) <= truths.keys():
         shown[f"real_{direction.target}"] = truths
     return table, [(label, torch.cat([row[name] for name in chosen])) for label, row in shown.items()]

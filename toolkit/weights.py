@@ -19,7 +19,6 @@ from toolkit.converters import read_foreign
 from toolkit.files import atomic_write, check_tensors
 from utils import InputError, one_line, say
 
-METADATA_FORMAT = 1
 METADATA_KEY = "recipe"  # the name of the entry in the file; older files have it too
 
 
@@ -29,7 +28,7 @@ def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
     metadata: direction ("AtoB" or "BtoA"), size ([height, width] of the training images in px), and for the record
               stage, run_name, dataset_name, data_root, epoch, step. The network's config and value range are added
     """
-    metadata = {"format": METADATA_FORMAT, "range": [-1, 1], "config": dataclasses.asdict(net.config)} | metadata
+    metadata = {"format": 1, "range": [-1, 1], "config": dataclasses.asdict(net.config)} | metadata
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     with atomic_write(Path(path)) as temporary:
         # not safetensors.save_file, which hides why a disk refuses
@@ -58,10 +57,9 @@ def load_generator(path: str | Path) -> tuple[Generator, dict]:
 
 
 def load_pair(paths: Sequence[Path]) -> Networks:
-    """Load generators to start a training from, at most one per direction, and print which starts from which file.
+    """Load generators to start a training from, at most one per direction; returns them by name.
 
-    returns: the networks by name, G_AB and G_BA
-    raises:  InputError as load_generator does, or for a second file of one direction
+    raises: InputError as load_generator does, or for a second file of one direction
     """
     nets: Networks = {}
     for path in paths:
@@ -81,18 +79,15 @@ def load_pair(paths: Sequence[Path]) -> Networks:
     return nets
 
 
-# ---------------------------------------------------------------------------------------------
-# Validation: a file may come from a stranger
-
-
 def _read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
+    """Read a file of this project, which may come from a stranger."""
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({one_line(error)[:120]})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != METADATA_FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != 1:
         raise InputError(f"{path}: has no metadata of this project; expected a file written by train.py or distill.py")
     config = _check_metadata(metadata, path)
     check_tensors(meta_network(config).state_dict(), tensors, path)  # before memory is allocated for the network
@@ -101,14 +96,10 @@ def _read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
 
 def _check_metadata(metadata: dict, path: Path) -> GeneratorConfig:
     """Check direction and size, and build the config; fields that an older file lacks get their defaults."""
-    values = metadata.get("config")
-    names = [field.name for field in dataclasses.fields(GeneratorConfig)]
-    if not isinstance(values, dict) or not values.keys() <= set(names):
-        raise InputError(f"{path}: its metadata is no GeneratorConfig; expected {', '.join(names)}")
     try:
-        config = GeneratorConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: its metadata says {one_line(error)[:120]}") from error
+        config = GeneratorConfig(**metadata["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its metadata holds no valid config: {one_line(error)[:120]}") from error
     size = metadata.get("size")
     is_pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
     if not is_pair or min(size) < config.smallest_side or max(size) > 2**16:
