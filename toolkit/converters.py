@@ -24,6 +24,7 @@ OTHER_NETWORKS = {  # by a tensor, as name and shape
     r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
     r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
     r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
+    r"^net\.": "a network of UVCGAN",
 }
 
 
@@ -186,19 +187,30 @@ def _match_convs(path: Path, tensors: dict[str, Tensor], convs: Convs, net: Gene
 
 
 def _fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, convs: dict[str, str]) -> dict[str, Tensor]:
-    """Convert the tensors of a file to the state dict of `net`, without unused running statistics of instance norms."""
+    """Convert the tensors of a file to the state dict of `net`, without unused running statistics of instance norms.
+
+    A normalisation layer removes biases before it: missing ones are zeros, those before a batch norm go into its mean.
+    """
     state = net.state_dict()
     names = _tensor_names(state, convs)
     wanted = {theirs: state[ours] for theirs, ours in names.items()}
     optional = {name for name in wanted if name.endswith(".num_batches_tracked")}  # old files do not have them
+    folded = 0
     for conv in list(convs)[:-1]:
-        optional.add(f"{conv}.bias")  # removed by the normalisation that follows
+        bias = f"{conv}.bias"
+        mean = f"{_next_layer(conv)}.running_mean"
+        optional.add(bias)
         if net.config.norm != "batch":
             for leaf in ("running_mean", "running_var", "num_batches_tracked"):
                 tensors.pop(f"{_next_layer(conv)}.{leaf}", None)
+        elif bias in tensors and mean in tensors and tensors[bias].shape == tensors[mean].shape:
+            tensors[mean] = tensors[mean] - tensors.pop(bias)
+            folded += 1
     missing = (optional & wanted.keys()) - tensors.keys()
     tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
     check_tensors(wanted, tensors, path)
+    if folded:
+        say(f"{path}: {folded} biases before batch norms became part of their means")
     if missing:
         say(f"{path}: missing {min(missing)} ({len(missing)} in all); filled with zeros")
     if net.config.norm == "none":
