@@ -59,8 +59,7 @@ class Run:
         self.model = model
         self.data = data
         self.monitor = monitor
-        schedules = {"num_epochs": config.optim.num_epochs, "decay_epoch": config.optim.first_decay_epoch}
-        self.facts = {"stage": command, "args": config.flags, "schedules": schedules, **facts}
+        self.facts = {"stage": command, "args": config.flags, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,

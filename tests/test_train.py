@@ -64,7 +64,7 @@ def test_a_run_leaves_the_files_that_the_design_promises(tiny, monkeypatch):
     }
     state = state_of("tiny")
     assert state.keys() >= {
-        *("format", "stage", "epoch", "step", "args", "config", "nets", "optims", "schedules", "best"),
+        *("format", "stage", "epoch", "step", "args", "config", "nets", "optims", "best"),
         *("buffers", "rng", "meter", "step_in_epoch", "micro_batch_size", "ema", "scaler", "range"),
     }
     assert (state["epoch"], state["step"], state["range"]) == (2, 6, [-1, 1])
