@@ -64,14 +64,6 @@ class DataConfig:
         return self.img_height, self.img_width
 
 
-@dataclass(frozen=True)
-class ReadingConfig:
-    """How image files are read by the commands that do not train."""
-
-    max_megapixels: float = MAX_MEGAPIXELS
-    on_bad_image: str = ON_BAD_IMAGE
-
-
 @dataclass
 class UnpairedDataset(Dataset):
     """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
@@ -202,7 +194,7 @@ class TrainingData:
         self.counts = {domain: len(found) for domain, found in paths.items()}
         steps = config.steps_per_epoch or 0
         self.sampler = EpochSampler((self.counts["A"], self.counts["B"]), config.batch_size, steps, seed)
-        dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed)
+        dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed=seed)
         dataset.caches = open_caches(config.cache, dataset, folder)
         workers = devices.default_workers(device) if config.num_workers is None else config.num_workers
         self.loader: Any = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
@@ -233,6 +225,14 @@ class TrainingData:
     def close(self) -> None:
         """End the workers, which Python would otherwise wait for after an error."""
         self.loader = None
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How image files are read by the commands that do not train."""
+
+    max_megapixels: float = MAX_MEGAPIXELS
+    on_bad_image: str = ON_BAD_IMAGE
 
 
 def find_dataset(data_root: Path, dataset_name: str) -> Path:

@@ -36,7 +36,6 @@ SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
 ADDRESS = "http://efrosgans.eecs.berkeley.edu/cyclegan/datasets"  # of the authors; --url names a mirror
 OFFICIAL = "ae_photos, apple2orange, cezanne2photo, facades, horse2zebra, iphone2dslr_flower, maps, monet2photo, summer2winter_yosemite, ukiyoe2photo, vangogh2photo"
 MOST_BYTES = 30 * 2**30  # unpacked; the largest official data set has 3 GiB
-TIMEOUT = 30  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def fetch(url: str, part: Path) -> None:
     done = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:  # seconds without a byte
             if response.status != 206:  # the server sends the file from its start
                 done = 0
             total = done + int(response.headers.get("Content-Length") or 0)

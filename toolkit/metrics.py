@@ -30,10 +30,10 @@ BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "id
 PEAK = 255.0
 SSIM_WINDOW = 11  # px
 BAR_DELAY = 3.0  # seconds before a progress bar appears
-UNITS = {"PSNR": " dB", "L1": " levels", "RMSE": " levels"}
-ARROWS = dict.fromkeys(("PSNR", "SSIM", "match@1", "within_5", "within_10"), " ↑")  # to the better side
-ARROWS |= dict.fromkeys(("L1", "RMSE", "L1 to teacher", "cycle", "identity", "spike", "FID", "KID"), " ↓")
-ARROWS |= dict.fromkeys(("parameters", "MMACs", "ms", "MB"), " ↓")
+MARKS = {"PSNR": " dB ↑", "L1": " levels ↓", "RMSE": " levels ↓"}  # of headings: unit, arrow to the better side
+MARKS |= dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), " ↑")
+MARKS |= dict.fromkeys(("L1 to teacher", "cycle", "identity", "spike", "FID", "KID"), " ↓")
+MARKS |= dict.fromkeys(("parameters", "MMACs", "ms", "MB"), " ↓")
 
 Translate = Callable[[Tensor], Tensor]  # (1, C, H, W) → the same in float32
 Images = Mapping[Path, Tensor]  # by name, (1, C, H, W) in [-1, 1]; accessed one by one, so that they may be read lazily
@@ -372,14 +372,10 @@ def fid_kid(
     return row | {"translated": len(fakes), "real": len(reals)}
 
 
-def _heading(name: str) -> str:
-    measure = name.removesuffix("_A").removesuffix("_B")
-    return name + UNITS.get(measure, "") + ARROWS.get(measure, "")
-
-
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures below their headings, with units and arrows to the better side, as lines of text."""
-    headings = {name: _heading(name) for row in rows.values() for name in row}
+    names = {name: name.removesuffix("_A").removesuffix("_B") for row in rows.values() for name in row}
+    headings = {name: name + MARKS.get(measure, "") for name, measure in names.items()}
     widths = {name: max(12, len(heading) + 2) for name, heading in headings.items()}
     margin = max(map(len, rows))
     lines = [" " * margin + "".join(f"{heading:>{widths[name]}}" for name, heading in headings.items())]
