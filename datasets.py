@@ -192,8 +192,9 @@ class TrainingData:
             self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
             paths[domain] = self.bad_images[domain].readable(found)
         self.counts = {domain: len(found) for domain, found in paths.items()}
-        steps = config.steps_per_epoch or 0
-        self.sampler = EpochSampler((self.counts["A"], self.counts["B"]), config.batch_size, steps, seed)
+        counts = (self.counts["A"], self.counts["B"])
+        self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
+        self.steps_per_epoch = self.sampler.steps
         dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed=seed)
         dataset.caches = open_caches(config.cache, dataset, folder)
         workers = devices.default_workers(device) if config.num_workers is None else config.num_workers
@@ -201,10 +202,6 @@ class TrainingData:
         say(
             f"{folder}: {counted(self.counts['A'], 'image')} in trainA, {self.counts['B']} in trainB; {self.steps_per_epoch} steps of {config.batch_size} an epoch"
         )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.steps
 
     def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield real_A and real_B, (N, channels, H, W) in [-1, 1]; raises InputError if too many files are unreadable."""
