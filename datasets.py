@@ -1,11 +1,15 @@
 """Unpaired images: folders → batches, the same on every machine and from any step of any epoch.
 
-data = load_training_data(DataConfig(), seed=0, device=torch.device("cuda"), held_out={})
+datasets/horse2zebra/
+  trainA/  trainB/   training images of the two domains, also in sub-folders
+  testA/   testB/    test images; those of one name in both are pairs with known truth
+  valA/    valB/     optional: used by --eval_interval instead of the test images
+
+data = TrainingData(DataConfig(), seed=0, device=torch.device("cuda"), held_out={})
 for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("cuda")):
     ...  # each (10, 3, 256, 256) in [-1, 1]
 """
 
-import difflib
 import functools
 import hashlib
 import math
@@ -26,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit import devices, images
-from toolkit.distributed import rank_slice, world_size
+from toolkit.distributed import rank_slice
 from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
@@ -60,170 +64,6 @@ class DataConfig:
         return self.img_height, self.img_width
 
 
-@dataclass(frozen=True)
-class ReadingConfig:
-    """How image files are read by the commands that do not train."""
-
-    max_megapixels: float = MAX_MEGAPIXELS
-    on_bad_image: str = ON_BAD_IMAGE
-
-
-def recorded_root(recorded: object) -> Path:
-    """Return the folder of data sets that a run's files name, by default "datasets"; InputError if it is gone."""
-    root = Path(recorded if isinstance(recorded, str) else "datasets")
-    if root != Path("datasets") and not root.is_dir():
-        raise InputError(f"{root}: held the data sets when the run was trained, and is gone; give their --data_root")
-    return root
-
-
-def find_dataset(data_root: Path, dataset_name: str) -> Path:
-    """Return the folder of a data set; raises InputError, with the most similar name, if it does not exist."""
-    folder = data_root / dataset_name
-    if folder.is_dir():
-        return folder
-    others = sorted(path.name for path in data_root.glob("*") if path.is_dir())
-    near = difflib.get_close_matches(dataset_name, others, 1, cutoff=0) or ["none"]
-    raise InputError(
-        f"{folder}: no such data set; nearest existing: {near[0]}; make one with: python prepare.py split --A DIR --B DIR --dataset_name {dataset_name}, or try --dataset_name {DEMO}"
-    )
-
-
-def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
-    """List the images of a split, such as trainA; raises InputError if it is missing or contains no image."""
-    if not (folder / split).is_dir():
-        found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
-        raise InputError(
-            f"{folder}: no {split}/ inside (found: {found}); rename the folders, or make the layout with: python prepare.py split --A DIR --B DIR --dataset_name NAME"
-        )
-    paths = images.list_images(folder / split)
-    if not paths:
-        raise InputError(f"{folder / split}: no image inside; expected {' '.join(sorted(images.SUFFIXES))} files")
-    return paths[:max_images]
-
-
-def held_out_split(folder: Path) -> str:
-    """Name the split to show during training: test, else val, else train itself."""
-    for split in ("test", "val"):
-        if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
-            return split
-    return "train"
-
-
-def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
-    """Find the val folders, else test folders, by domain; InputError if one is empty or, with paired, no names match."""
-    split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
-    folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
-    names = []
-    for path in folders.values():
-        names.append({pair_name(image, path) for image in split_images(folder, path.name)})
-    if paired and not names[0] & names[1]:
-        raise InputError(f"--eval_metrics paired: no pair of names in {folders['A']} and {folders['B']}; leave it out")
-    return folders
-
-
-def pair_name(path: Path, folder: Path) -> Path:
-    """Return the name that both images of a pair share: relative to their folder, without the suffix."""
-    return path.relative_to(folder).with_suffix("")
-
-
-def spread(paths: list[Path], most: int | None) -> list[Path]:
-    """Keep at most `most` paths, evenly spread; None keeps all."""
-    step = 1 if most is None else math.ceil(len(paths) / (most or 1))
-    return paths[:: step or 1][:most]
-
-
-def paired_images(
-    folders: dict[str, Path], size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
-) -> dict[str, dict[Path, Tensor]]:
-    """Read at most `most` images of each folder, evenly spread, as (1, channels, *size) in [-1, 1] by pair_name.
-
-    The pairs come first, in the same order in all domains; the other images of each domain fill the rest.
-    """
-    paths = {}
-    for domain, folder in folders.items():
-        paths[domain] = {pair_name(path, folder): path for path in split_images(folder.parent, folder.name)}
-    shared = set.intersection(*map(set, paths.values()))
-    pairs = spread([name for name in next(iter(paths.values())) if name in shared], most)
-    loaded = {}
-    for domain, folder in folders.items():
-        others = [name for name in paths[domain] if name not in shared]
-        others = spread(others, None if most is None else most - len(pairs))
-        chosen = [paths[domain][name] for name in pairs + others]
-        read = images.load_images(folder, chosen, size, channels, on_bad)
-        loaded[domain] = {pair_name(path, folder): x[None] for path, x in read}
-    return loaded
-
-
-def named_images(
-    folder: Path, size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
-) -> dict[Path, Tensor]:
-    """Read the images of one folder, or at most `most` evenly spread ones, as paired_images does."""
-    return paired_images({"": folder}, size, channels, on_bad, most)[""]
-
-
-class ImageCache:
-    """Decoded and resized images in bytes that all processes share: of a file in a folder, else of plain memory.
-
-    An image counts as cached if its checksum is right, so a half-written one does no harm.
-    """
-
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None):
-        start = 8 * len(paths)
-        total = start + len(paths) * math.prod(size) * channels
-        if folder:
-            facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
-            memory = map_file(folder / f"{name}.uint8", total)
-        else:
-            memory = mmap.mmap(-1, total)
-        values = torch.frombuffer(memory, dtype=torch.uint8)
-        self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
-        self.pixels = values[start:].view(len(paths), *size, channels)
-
-    def get(self, i: int) -> Image.Image | None:
-        pixels = self.pixels[i].numpy()
-        if self.checksums[i] != zlib.crc32(pixels) + 1:
-            return None
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)  # copies
-
-    def put(self, i: int, image: Image.Image) -> None:
-        pixels: Any = np.array(image).reshape(self.pixels.shape[1:])
-        self.pixels[i] = torch.from_numpy(pixels)
-        self.checksums[i] = zlib.crc32(pixels) + 1
-
-
-def map_file(path: Path, size: int) -> mmap.mmap:
-    """Map a file of `size` bytes, created if missing; raises InputError if the disk is full or the file cannot be mapped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("a+b") as file:
-            if hasattr(os, "posix_fallocate"):  # if the disk became full later, writing would end in a bus error
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-            return mmap.mmap(file.fileno(), size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise InputError(
-            f"--cache disk: needs {size / 2**30:.1f} GiB in {path.parent} ({error.strerror}); lower --max_images, use --cache ram, or another --data_root"
-        ) from error
-
-
-def open_caches(kind: str, dataset: "UnpairedDataset", folder: Path) -> dict[str, ImageCache]:
-    """Open the caches of a data set by domain: none, in memory (ram; InputError if it is too small), or in folder/.cache."""
-    size = dataset.load_size
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
-    total = ranks_here * sum(map(len, dataset.paths.values())) * math.prod(size) * dataset.channels
-    free = devices.free_memory()
-    if kind == "ram" and total > free:
-        raise InputError(
-            f"--cache ram: needs {total / 2**30:.2f} GiB, and memory has {free / 2**30:.2f} GiB left; use --cache disk, or lower --max_images or --load_scale"
-        )
-    if kind == "none":
-        return {}
-    cache_folder = folder / ".cache" if kind == "disk" else None
-    return {domain: ImageCache(paths, size, dataset.channels, cache_folder) for domain, paths in dataset.paths.items()}
-
-
 @dataclass
 class UnpairedDataset(Dataset):
     """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
@@ -238,7 +78,7 @@ class UnpairedDataset(Dataset):
     load_scale: float = 1.12
     flip: bool = True
     seed: int = 0
-    caches: dict[str, ImageCache] = field(default_factory=dict)  # by domain; filled as images are read
+    caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
     def load_size(self) -> tuple[int, int]:
@@ -289,21 +129,14 @@ class EpochSampler:
 
     counts: tuple[int, int]
     batch_size: int
-    steps: Any = None
+    steps: int = 0  # 0: one pass
     seed: int = 0
-    rank_slice: slice = field(default_factory=lambda: slice(None))  # the part of each batch that this rank reads
     epoch: int = 0
     first_step: int = 0
 
     def __post_init__(self):
         self.steps = self.steps or math.ceil(max(self.counts) / self.batch_size)
-
-    def _order(self, domain: str, count: int) -> list[int]:
-        rng = random.Random(f"{self.seed}-{self.epoch}-{domain}")
-        order = []  # one shuffled pass over the domain after the other
-        while len(order) < self.steps * self.batch_size:
-            order += rng.sample(range(count), count)
-        return order
+        self.rank_slice = rank_slice(self.batch_size)  # the part of each batch that this rank reads
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
         order_A = self._order("A", self.counts[0])
@@ -312,12 +145,29 @@ class EpochSampler:
             numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield [(self.epoch, i, order_A[i], order_B[i]) for i in numbers[self.rank_slice]]
 
-    def __len__(self) -> int:
-        return self.steps - self.first_step
+    def _order(self, domain: str, count: int) -> list[int]:
+        rng = random.Random(f"{self.seed}-{self.epoch}-{domain}")
+        order = []  # one shuffled pass over the domain after the other
+        while len(order) < self.steps * self.batch_size:
+            order += rng.sample(range(count), count)
+        return order
 
 
-def collate(items: list[dict]) -> dict:
-    """Stack the items of a batch: A and B become (N, channels, H, W)."""
+def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=functools.partial(start_worker, max_pixels=images.max_pixels),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
+    )
+
+
+def _collate(items: list[dict]) -> dict:
     batch = {domain: torch.stack([item[domain] for item in items]) for domain in "AB"}
     return batch | {"bad": [bad for item in items for bad in item["bad"]]}
 
@@ -329,33 +179,30 @@ def start_worker(worker: int, max_pixels: float) -> None:
     images.limit_pixels(max_pixels)
 
 
-def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Make a data loader that reads in the order of `sampler`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=functools.partial(start_worker, max_pixels=images.max_pixels),
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # else each pass takes a number from the global one, and a resumed run differs
-    )
-
-
-@dataclass
 class TrainingData:
-    """The images of a training run."""
+    """The images of a training run, without those whose header is unreadable."""
 
-    loader: Any  # a DataLoader; None after close()
-    sampler: EpochSampler
-    bad_images: dict[str, images.BadImages]  # by domain
-    counts: dict[str, int]  # readable images by domain
-    held_out: dict[str, Path]  # folders to evaluate on, by domain
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.steps
+    def __init__(self, config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path]):
+        self.held_out = held_out  # folders to evaluate on, by domain
+        self.bad_images = {}
+        paths = {}
+        folder = find_dataset(config.data_root, config.dataset_name)
+        for domain in "AB":
+            found = split_images(folder, f"train{domain}", config.max_images)
+            self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
+            paths[domain] = self.bad_images[domain].readable(found)
+        self.counts = {domain: len(found) for domain, found in paths.items()}
+        counts = (self.counts["A"], self.counts["B"])
+        self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
+        self.steps_per_epoch = self.sampler.steps
+        dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed=seed)
+        dataset.caches = open_caches(config.cache, dataset, folder)
+        default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
+        workers = default_workers if config.num_workers is None else config.num_workers
+        self.loader: Any = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
+        say(
+            f"{folder}: {counted(self.counts['A'], 'image')} in trainA, {self.counts['B']} in trainB; {self.steps_per_epoch} steps of {config.batch_size} an epoch"
+        )
 
     def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield real_A and real_B, (N, channels, H, W) in [-1, 1]; raises InputError if too many files are unreadable."""
@@ -378,24 +225,157 @@ class TrainingData:
         self.loader = None
 
 
-def load_training_data(config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path]) -> TrainingData:
-    """Find the images of a data set, leave out those whose header is unreadable, and make their data loader."""
-    folder = find_dataset(config.data_root, config.dataset_name)
-    paths = {}
-    bad_images = {}
-    for domain in "AB":
-        found = split_images(folder, f"train{domain}", config.max_images)
-        bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
-        paths[domain] = bad_images[domain].readable(found)
-    counts = {domain: len(found) for domain, found in paths.items()}
-    ranks = rank_slice(config.batch_size)
-    sampler = EpochSampler((counts["A"], counts["B"]), config.batch_size, config.steps_per_epoch, seed, ranks)
-    dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed)
-    dataset.caches = open_caches(config.cache, dataset, folder)
-    default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
-    workers = default_workers if config.num_workers is None else config.num_workers
-    loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
-    say(
-        f"{folder}: {counted(counts['A'], 'image')} in trainA, {counts['B']} in trainB; {sampler.steps} steps of {config.batch_size} an epoch"
-    )
-    return TrainingData(loader, sampler, bad_images, counts, held_out)
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How image files are read by the commands that do not train."""
+
+    max_megapixels: float = MAX_MEGAPIXELS
+    on_bad_image: str = ON_BAD_IMAGE
+
+
+def find_dataset(data_root: Path, dataset_name: str) -> Path:
+    """Return the folder of a data set; raises InputError if it does not exist."""
+    folder = data_root / dataset_name
+    if not folder.is_dir():
+        found = ", ".join(sorted(path.name for path in data_root.glob("*") if path.is_dir())) or "none"
+        raise InputError(
+            f"{folder}: no such data set; found in {data_root}: {found}; give another --data_root, try --dataset_name {DEMO}, or make one with: python prepare.py split --A DIR --B DIR --dataset_name {dataset_name}"
+        )
+    return folder
+
+
+def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
+    """List the images of a split, such as trainA; raises InputError if it is missing or contains no image."""
+    if not (folder / split).is_dir():
+        found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
+        raise InputError(
+            f"{folder}: no {split}/ inside (found: {found}); rename the folders, or make the layout with: python prepare.py split --A DIR --B DIR --dataset_name NAME"
+        )
+    paths = images.list_images(folder / split)
+    if not paths:
+        raise InputError(f"{folder / split}: no image inside; expected {' '.join(sorted(images.SUFFIXES))} files")
+    return paths[:max_images]
+
+
+def held_out_split(folder: Path) -> str:
+    """Name the split to show during training: test, else val, else train itself."""
+    for split in ("test", "val"):
+        if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
+            return split
+    return "train"
+
+
+def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
+    """Find the val folders, else test folders, by domain; InputError if one is empty or, with paired, no names match."""
+    split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
+    folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
+    names_A, names_B = (_by_name(path).keys() for path in folders.values())
+    if paired and not names_A & names_B:
+        raise InputError(f"--eval_metrics paired: no pair of names in {folders['A']} and {folders['B']}; leave it out")
+    return folders
+
+
+def pair_name(path: Path, folder: Path) -> Path:
+    """Return the name that both images of a pair share: relative to their folder, without the suffix."""
+    return path.relative_to(folder).with_suffix("")
+
+
+def _by_name(folder: Path) -> dict[Path, Path]:
+    return {pair_name(path, folder): path for path in split_images(folder.parent, folder.name)}
+
+
+def spread(paths: list[Path], most: int | None) -> list[Path]:
+    """Keep at most `most` paths, evenly spread; None keeps all."""
+    step = math.ceil(len(paths) / most) if most else 1
+    return paths[:: step or 1][:most]
+
+
+def paired_images(
+    folders: dict[str, Path], size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
+) -> dict[str, dict[Path, Tensor]]:
+    """Read at most `most` images of each folder, evenly spread, as (1, channels, *size) in [-1, 1] by pair_name.
+
+    The pairs come first, in the same order in all domains; the other images of each domain fill the rest.
+    """
+    paths = {domain: _by_name(folder) for domain, folder in folders.items()}
+    shared = set.intersection(*map(set, paths.values()))
+    pairs = spread([name for name in next(iter(paths.values())) if name in shared], most)
+    loaded = {}
+    for domain, folder in folders.items():
+        others = [name for name in paths[domain] if name not in shared]
+        others = spread(others, None if most is None else most - len(pairs))
+        chosen = [paths[domain][name] for name in pairs + others]
+        read = images.load_images(folder, chosen, size, channels, on_bad)
+        loaded[domain] = {pair_name(path, folder): x[None] for path, x in read}
+    return loaded
+
+
+def named_images(
+    folder: Path, size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
+) -> dict[Path, Tensor]:
+    """Read the images of one folder, or at most `most` evenly spread ones, as paired_images does."""
+    return paired_images({"": folder}, size, channels, on_bad, most)[""]
+
+
+class ImageCache:
+    """Decoded and resized images in bytes that all processes share: of a file in a folder, else of plain memory.
+
+    An image counts as cached if its checksum is right, so a half-written one does no harm.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None):
+        start = 8 * len(paths)
+        total = start + len(paths) * math.prod(size) * channels
+        if folder:
+            facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
+            name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
+            memory = _map_file(folder / f"{name}.uint8", total)
+        else:
+            memory = mmap.mmap(-1, total)
+        values = torch.frombuffer(memory, dtype=torch.uint8)
+        self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
+        self.pixels = values[start:].view(len(paths), *size, channels)
+
+    def get(self, i: int) -> Image.Image | None:
+        pixels = self.pixels[i].numpy()
+        if self.checksums[i] != zlib.crc32(pixels) + 1:
+            return None
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)  # copies
+
+    def put(self, i: int, image: Image.Image) -> None:
+        pixels: Any = np.array(image).reshape(self.pixels.shape[1:])
+        self.pixels[i] = torch.from_numpy(pixels)
+        self.checksums[i] = zlib.crc32(pixels) + 1
+
+
+def _map_file(path: Path, size: int) -> mmap.mmap:
+    """Map a file of `size` bytes, created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("a+b") as file:
+            if hasattr(os, "posix_fallocate"):  # if the disk became full later, writing would end in a bus error
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise InputError(
+            f"--cache disk: needs {size / 2**30:.1f} GiB in {path.parent} ({error.strerror}); lower --max_images, use --cache ram, or another --data_root"
+        ) from error
+
+
+def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, ImageCache]:
+    """Open the caches of a data set by domain: none, in memory (ram), or in folder/.cache; InputError if they do not fit."""
+    if kind == "none":
+        return {}
+    total = sum(map(len, dataset.paths.values())) * math.prod(dataset.load_size) * dataset.channels
+    total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun says
+    free = devices.free_memory()
+    if kind == "ram" and total > free:
+        raise InputError(
+            f"--cache ram: needs {total / 2**30:.2f} GiB, and memory has {free / 2**30:.2f} GiB left; use --cache disk, or lower --max_images or --load_scale"
+        )
+    where = folder / ".cache" if kind == "disk" else None
+    return {
+        domain: ImageCache(paths, dataset.load_size, dataset.channels, where) for domain, paths in dataset.paths.items()
+    }

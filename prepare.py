@@ -36,20 +36,15 @@ SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
 ADDRESS = "http://efrosgans.eecs.berkeley.edu/cyclegan/datasets"  # of the authors; --url names a mirror
 OFFICIAL = "ae_photos, apple2orange, cezanne2photo, facades, horse2zebra, iphone2dslr_flower, maps, monet2photo, summer2winter_yosemite, ukiyoe2photo, vangogh2photo"
 MOST_BYTES = 30 * 2**30  # unpacked; the largest official data set has 3 GiB
-TIMEOUT = 30  # seconds without a byte
 
 
 @dataclass(frozen=True)
-class DrawOptions:
-    """How to draw the demo set."""
-
+class _DrawOptions:
     size: int = option(64, "side of the images in px", least=16, most=4096)
 
 
 @dataclass(frozen=True)
-class SplitOptions:
-    """How to divide two folders of images."""
-
+class _SplitOptions:
     test_fraction: float = option(0.1, "fraction of the images that is kept for testing", least=0, most=0.9)
     max_images: int | None = option(None, "use at most N images of each domain (default: all)", least=2)
     seed: int = option(0, "seed of the random choice of images", least=0)
@@ -57,9 +52,7 @@ class SplitOptions:
 
 
 @dataclass(frozen=True)
-class CheckOptions:
-    """What to do beyond printing."""
-
+class _CheckOptions:
     sheet: bool = option(False, "also draw images of A beside images of B: generated_images/NAME/check.png")
     remove_twins: bool = option(False, "move duplicates to removed/ in the data set, those in train before test")
     max_megapixels: float = MAX_MEGAPIXELS
@@ -70,22 +63,20 @@ def fetch(url: str, part: Path) -> None:
     done = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:  # seconds without a byte
             if response.status != 206:  # the server sends the file from its start
                 done = 0
             total = done + int(response.headers.get("Content-Length") or 0)
-            bar = tqdm(total=total or None, initial=done, unit="B", unit_scale=True, desc=part.stem.lstrip("."))
-            with part.open("ab" if done else "wb") as file, bar:
-                while block := response.read(2**16):
-                    file.write(block)
-                    bar.update(len(block))
+            bar = tqdm.wrapattr(response, "read", total or None, initial=done, desc=part.stem.lstrip("."))
+            with part.open("ab" if done else "wb") as file, bar as source:
+                shutil.copyfileobj(source, file)
         if part.stat().st_size < total:
             raise OSError(f"of {total / 1e6:.1f} MB")
     except (OSError, http.client.HTTPException, ValueError) as error:
         code = getattr(error, "code", None)
-        kept = part.stat().st_size if part.exists() else 0
         if code == 416:  # the file is already complete
             return
+        kept = part.stat().st_size if part.exists() else 0
         if kept and not code:
             raise RunError(f"{url}: broke off after {kept / 1e6:.1f} MB ({error}); run it again to continue") from error
         raise InputError(
@@ -107,8 +98,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, int]:
             raise OSError(errno.ENOSPC, f"no space to unpack {size / 2**30:.1f} GiB; free some first", str(archive))
         for entry in tqdm(entries, desc="unpacking", leave=False):
             path = PurePosixPath(entry.filename.replace("\\", "/"))
-            is_link = entry.external_attr >> 28 == 0xA
-            if is_link or path.is_absolute() or ".." in path.parts:
+            if entry.external_attr >> 28 == 0xA or path.is_absolute() or ".." in path.parts:  # 0xA: a link
                 raise ValueError(f"would write outside its folder: {entry.filename}")
             parts = list(itertools.dropwhile(lambda part: part not in SPLITS, path.parts))
             if len(parts) > 1 and path.suffix.lower() in images.SUFFIXES and not path.name.startswith("."):
@@ -129,9 +119,8 @@ def download_dataset(args: Namespace) -> None:
     if not args.url and args.dataset_name not in OFFICIAL.split(", "):
         raise InputError(f"{args.dataset_name}: no official set; expected one of {OFFICIAL}, or a zip elsewhere: --url")
     url = args.url or f"{ADDRESS}/{args.dataset_name}.zip"
-    folder = args.data_root / args.dataset_name
     part = args.data_root / f".{args.dataset_name}.zip.part"
-    with new_folder(folder) as unfinished:
+    with new_folder(args.data_root / args.dataset_name) as unfinished:
         say(f"downloading {url}")
         fetch(url, part)
         try:
@@ -143,26 +132,24 @@ def download_dataset(args: Namespace) -> None:
             reason = one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:120]
             raise InputError(f"{url}: sent no usable zip ({reason}); deleted; try again, or another --url") from error
     part.unlink()
-    splits = [f"{counted(count, 'image')} in {split}" for split, count in counts.items() if count]
-    say(f"{folder}: {', '.join(splits)}")
+    found = [f"{counted(count, 'image')} in {split}" for split, count in counts.items() if count]
+    say(f"{args.data_root / args.dataset_name}: {', '.join(found)}")
 
 
-def choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
-    """Choose readable images in random order and name the unreadable ones; InputError if these are too many."""
+def _choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
     paths = images.list_images(source)
     if not paths:
         raise InputError(f"--{domain} {source}: no images there; expected {' '.join(sorted(images.SUFFIXES))} files")
     random.Random(f"{seed}-{domain}").shuffle(paths)
     bar = tqdm(paths, desc=f"reading {source.name}", leave=False)
     found = images.BadImages(source, len(paths)).read(bar, images.read_image)
-    readable = [path for path, _ in itertools.islice(found, max_images)]
-    if len(readable) < 2:
-        raise InputError(f"--{domain} {source}: {counted(len(readable), 'readable image')}, expected at least 2")
-    return readable
+    chosen = [path for path, _ in itertools.islice(found, max_images)]
+    if len(chosen) < 2:
+        raise InputError(f"--{domain} {source}: {counted(len(chosen), 'readable image')}, expected at least 2")
+    return chosen
 
 
-def copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
-    """Copy images into a new folder, with their sub-folders."""
+def _copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
     target.mkdir()
     for path in tqdm(paths, desc=target.name, leave=False):
         copy = target / path.relative_to(source)
@@ -178,10 +165,10 @@ def split_dataset(args: Namespace) -> None:
         raise InputError(f"--A {args.A} and --B {args.B}: the same folder, or one in the other; expected two")
     with new_folder(args.data_root / args.dataset_name) as unfinished:
         for domain, source in {"A": args.A, "B": args.B}.items():
-            paths = choose_images(domain, source, args.seed, args.max_images)
+            paths = _choose_images(domain, source, args.seed, args.max_images)
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
-            copy_images(paths[:tests], source, unfinished / f"test{domain}")
-            copy_images(paths[tests:], source, unfinished / f"train{domain}")
+            _copy_images(paths[:tests], source, unfinished / f"test{domain}")
+            _copy_images(paths[tests:], source, unfinished / f"train{domain}")
             trains = counted(len(paths) - tests, "image")
             say(f"{args.dataset_name}: {trains} in train{domain}, {tests} in test{domain}")
 
@@ -222,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     source = argument_type(existing_or_new_path)
     draw = commands.add_parser("draw", help="draw the demo set")
     draw.add_argument("dataset_name", choices=[DEMO])
-    add_options(draw, "settings", DrawOptions)
+    add_options(draw, "settings", _DrawOptions)
     download = commands.add_parser("download", help="download a data set of the paper, or a zip with their layout")
     download.add_argument("dataset_name", type=new_name, help=OFFICIAL)
     download.add_argument("--url", help="address of a zip, in place of the authors'")
@@ -230,15 +217,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for domain in "AB":
         split.add_argument(f"--{domain}", type=source, required=True, metavar="DIR", help=f"images of domain {domain}")
     split.add_argument("--dataset_name", type=new_name, required=True, help="name of the new data set")
-    add_options(split, "settings", SplitOptions)
+    add_options(split, "settings", _SplitOptions)
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
     check.add_argument("dataset_name", type=new_name)
-    add_options(check, "settings", CheckOptions)
-    runs = {download: download_dataset, split: split_dataset, check: check_dataset}
-    runs[draw] = lambda args: draw_dataset(args.data_root, args.size)
-    for sub_parser, run in runs.items():
+    add_options(check, "settings", _CheckOptions)
+    for sub_parser in (draw, download, split, check):
         sub_parser.add_argument("--data_root", type=Path, default="datasets", help="parent folder (default: datasets)")
-        sub_parser.set_defaults(run=run)
     return parser.parse_args(argv)
 
 
@@ -248,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if "max_megapixels" in args:
         images.limit_pixels(1e6 * args.max_megapixels)
-    args.run(args)
+    runs = {"download": download_dataset, "split": split_dataset, "check": check_dataset}
+    runs["draw"] = lambda args: draw_dataset(args.data_root, args.size)
+    runs[args.command](args)
 
 
 if __name__ == "__main__":

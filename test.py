@@ -25,7 +25,7 @@ from toolkit.checkpoints import IMAGES
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
 from toolkit.inference import Translator, load_networks, translate_folder
-from utils import InputError, counted, epoch_name, folder_name, is_folder_name, option, say, some_of
+from utils import InputError, counted, epoch_name, folder_name, is_folder_name, need_package, option, say, some_of
 
 METRICS = metrics.MEASURES + ("fid", "kid")
 NETWORKS_OF_METRICS = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
@@ -107,7 +107,7 @@ def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
     if config.input:  # no data set is read
         return dataset_name, Path(dataset_name)
     recorded = None if config.weights else metadata.get("data_root")
-    root = config.data_root or datasets.recorded_root(recorded)
+    root = config.data_root or Path(str(recorded or "datasets"))
     return dataset_name, datasets.find_dataset(root, dataset_name)
 
 
@@ -153,7 +153,7 @@ def check_metrics(
             raise InputError(f"--metrics {name}: needs {', '.join(sorted(missing))}, which these weights do not hold")
     of_inception = [name for name in wanted if name in ("fid", "kid")]
     if of_inception:
-        metrics.need_torch_fidelity(of_inception)
+        need_package("torch_fidelity", f"--metrics {','.join(of_inception)}", "pip install -r requirements-metrics.txt")
     for direction, found in truths.items():
         for split, names in TARGETS_OF_METRICS.items():
             if names & set(wanted):

@@ -340,7 +340,7 @@ def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     folder = datasets.find_dataset(root, name)
     paired = "paired" in config.run.eval_metrics
     held_out = datasets.held_out_folders(folder, paired) if config.run.eval_interval else {}
-    return datasets.load_training_data(config.data, config.run.seed, device, held_out)
+    return TrainingData(config.data, config.run.seed, device, held_out)
 
 
 def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:

@@ -51,11 +51,11 @@ def as_rank(monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_the_slices_of_all_ranks_make_up_the_batches_of_one_process(as_rank, world_size):
     as_rank(0, 1)
-    whole = list(EpochSampler((15, 11), 12, None, 3, rank_slice(12)))
+    whole = list(EpochSampler((15, 11), 12, seed=3))
     parts = []
     for rank in range(world_size):
         as_rank(rank, world_size)
-        parts.append(list(EpochSampler((15, 11), 12, None, 3, rank_slice(12))))
+        parts.append(list(EpochSampler((15, 11), 12, seed=3)))
     assert [list(itertools.chain(*batches)) for batches in zip(*parts, strict=True)] == whole
 
 

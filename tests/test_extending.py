@@ -47,7 +47,7 @@ def test_a_data_set_layout_gives_batches(tmp_path):
         noise_image(name).save(tmp_path / "photos" / f"{name}.png")
     names = run_example("A data set layout")
     assert names["real_A"].shape == names["real_B"].shape == (2, 3, 32, 32)
-    assert len(names["sampler"]) == 2
+    assert names["sampler"].steps == 2
 
 
 def test_a_weight_layout_loads():

@@ -250,7 +250,7 @@ def test_a_full_disk_and_a_stop_keep_the_download(server, monkeypatch, error, co
     data = make_zip()
     server["respond"] = send(data)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "copyfileobj", fails_with(error))
+        patch.setattr(prepare, "unpack", fails_with(error))
         with pytest.raises(SystemExit) as exit_:
             prepare.main(download(server))
     assert exit_.value.code == code

@@ -203,6 +203,14 @@ def test_weights_of_another_project_translate_at_the_images_own_size(run, capsys
     assert Path("generated_images/9_net_G/test/fake_B/0.png").is_file()
 
 
+def test_a_metric_whose_package_is_missing_is_refused_with_the_command(tiny, refused, monkeypatch):
+    save_run()
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    error = refused(test_command.main, "--run_name", "tiny", "--metrics", "kid")
+    assert "--metrics kid: " in error
+    assert "pip install -r requirements-metrics.txt" in error
+
+
 def test_a_run_is_tested_on_the_data_set_it_was_trained_on_unless_another_is_given(trained, tmp_path, refused):
     shutil.copytree(trained / "datasets", tmp_path / "my sets")
     shutil.copytree(trained / "datasets", tmp_path / "other")
@@ -213,7 +221,7 @@ def test_a_run_is_tested_on_the_data_set_it_was_trained_on_unless_another_is_giv
     shutil.rmtree("my sets")
     for given in ([], ["--epoch", "1"]):
         error = refused(test_command.main, *argv, *given)
-        assert "my sets: held the data sets when the run was trained, and is gone; give their --data_root" in error
+        assert "my sets/tiny: no such data set; found in my sets: none; give another --data_root" in error
     call(*argv, "--data_root", "other")
     call(*argv, "--input", "other/tiny/testA")
     weights = ["--weights", "saved_models/tiny/G_AB.safetensors"]  # may be a stranger's, so its data_root is not used
@@ -440,7 +448,7 @@ def test_kid_is_computed_against_the_test_and_the_training_images(tiny, inceptio
         ("--run_name tiny --epoch x", "--epoch: given 'x', expected"),
         ("--run_name tiny --input nowhere", "--input nowhere"),
         ("--run_name tiny --input saved_models", "--input saved_models"),
-        ("--run_name tiny --dataset_name other", "nearest existing: tiny"),
+        ("--run_name tiny --dataset_name other", "found in datasets: tiny;"),
         ("--run_name tiny --metrics psnr", "'psnr', expected some of losses,cycle,identity,paired"),
         ("--run_name tiny --metrics paired --input x", "--input and --metrics"),
         ("--run_name tiny --inception_weights x", "--inception_weights"),

@@ -622,8 +622,8 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--dataset_name tinny", "datasets/tinny: no such data set; nearest existing: tiny"),
-        ("--dataset_name tinny --dry_run", "datasets/tinny: no such data set; nearest existing: tiny"),
+        ("--dataset_name tinny", "datasets/tinny: no such data set; found in datasets: tiny"),
+        ("--dataset_name tinny --dry_run", "datasets/tinny: no such data set; found in datasets: tiny"),
         ("--dataset_name ../..", "--dataset_name: given '../..'"),
         ("--data_root nowhere", "nowhere/tiny: no such data set"),
         ("--batch_size 0", "--batch_size: given '0', expected an integer, at least 1"),

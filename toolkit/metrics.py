@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +23,17 @@ from models import DIRECTIONS, Generator, Networks
 from toolkit.devices import autocast
 from toolkit.distributed import rank
 from toolkit.images import range_to_bytes
-from utils import InputError, counted, need_package, warn
+from utils import InputError, counted, warn
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # fast enough to be computed during training
 BEST_BY = {"PSNR": "paired", "SSIM": "paired", "cycle": "cycle", "identity": "identity", "loss_G": "losses"}
 PEAK = 255.0
-PSNR_LIMIT = 100.0  # dB; identical images would score infinity and spoil every mean
 SSIM_WINDOW = 11  # px
-MATCH_SIDE = 64  # px; match_at_1 compares images of at most this side, so that a folder of photos fits into memory
 BAR_DELAY = 3.0  # seconds before a progress bar appears
-UNITS = {"PSNR": "dB", "L1": "levels", "RMSE": "levels"}
-HIGHER_IS_BETTER = ("PSNR", "SSIM", "match@1", "within_5", "within_10")
-ERRORS = ("L1", "RMSE", "L1 to teacher", "cycle", "identity", "spike", "FID", "KID")
-COSTS = ("parameters", "MMACs", "ms", "MB")
+MARKS = {"PSNR": " dB ↑", "L1": " levels ↓", "RMSE": " levels ↓"}  # of headings: unit, arrow to the better side
+MARKS |= dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), " ↑")
+MARKS |= dict.fromkeys(("L1 to teacher", "cycle", "identity", "spike", "FID", "KID"), " ↓")
+MARKS |= dict.fromkeys(("parameters", "MMACs", "ms", "MB"), " ↓")
 
 Translate = Callable[[Tensor], Tensor]  # (1, C, H, W) → the same in float32
 Images = Mapping[Path, Tensor]  # by name, (1, C, H, W) in [-1, 1]; accessed one by one, so that they may be read lazily
@@ -56,9 +55,9 @@ def mean_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of a uint8 image in dB, at most PSNR_LIMIT."""
+    """Return the peak signal-to-noise ratio of a uint8 image in dB, at most 100: infinity would spoil every mean."""
     mse = ((output.double() - target.double()) ** 2).mean().item()
-    return min(PSNR_LIMIT, 10 * math.log10(PEAK**2 / mse)) if mse else PSNR_LIMIT
+    return min(100.0, 10 * math.log10(PEAK**2 / mse)) if mse else 100.0
 
 
 def ssim(output: Tensor, target: Tensor) -> float:
@@ -109,10 +108,10 @@ def _score_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str
     """Return mean scores by name of output; images: outputs by name, the target; all are resized to the first output."""
     rows = defaultdict(list)
     small_outputs = defaultdict(list)
-    small_targets: list[Tensor] = []  # all the images would not fit into memory
+    small_targets: list[Tensor] = []  # at most 64 px a side, so that a folder of photos fits into memory
     for outputs, target in images:
         if not small_targets:
-            factor = min(1, MATCH_SIDE / max(target.shape[-2:]))
+            factor = min(1, 64 / max(target.shape[-2:]))
             small_size = [max(1, round(side * factor)) for side in target.shape[-2:]]
         small_targets.append(_resize(target, small_size))
         size = next(iter(outputs.values())).shape[-2:]
@@ -164,17 +163,17 @@ def mean_losses(
     device = next(nets["G_AB"].parameters()).device
     names_A = list(reals["A"])
     names_B = list(reals["B"])
-    count = max(len(names_A), len(names_B)) if repeat else min(len(names_A), len(names_B))
+    count = max if repeat else min
     rows = []
-    for i in _with_bar(range(count), "losses"):
+    for i in _with_bar(range(count(len(names_A), len(names_B))), "losses"):
         real_A = reals["A"][names_A[i % len(names_A)]].to(device)
         real_B = reals["B"][names_B[i % len(names_B)]].to(device)
         with eval_mode(*nets.values()), autocast(device, precision):
             loss_AtoB, terms_AtoB, translated_A = generator_loss(nets, AtoB, real_A, config)
             loss_BtoA, terms_BtoA, translated_B = generator_loss(nets, BtoA, real_B, config)
-            losses = {"loss_G": loss_AtoB + loss_BtoA}
-            losses["loss_D_A"] = discriminator_loss(nets["D_A"], real_A, translated_B.fake, config)
-            losses["loss_D_B"] = discriminator_loss(nets["D_B"], real_B, translated_A.fake, config)
+            loss_D_A = discriminator_loss(nets["D_A"], real_A, translated_B.fake, config)
+            loss_D_B = discriminator_loss(nets["D_B"], real_B, translated_A.fake, config)
+        losses = {"loss_G": loss_AtoB + loss_BtoA, "loss_D_A": loss_D_A, "loss_D_B": loss_D_B}
         rows.append(losses | terms_AtoB | terms_BtoA)
     return mean_row(rows)
 
@@ -230,8 +229,8 @@ def measure_nets(
     for direction in DIRECTIONS:
         source, target = direction
         G = nets[direction.generator]
-        G_back = nets[direction.reverse.generator]
-        scores = generator_scores(G, G_back, reals[source], reals[target], wanted, precision)
+        back = nets[direction.reverse.generator]
+        scores = generator_scores(G, back, reals[source], reals[target], wanted, precision)
         row |= {f"{name}_{source if name == 'cycle' else target}": value for name, value in scores.items()}
         if "spike" in wanted:
             row[f"spike_{target}"] = mean_spike(G, reals[source], precision)
@@ -249,16 +248,15 @@ def score_by(best_by: str | None, row: dict[str, float]) -> float | None:
 
 def is_better(best_by: str, score: float, before: float) -> bool:
     """Compare two scores: higher is better for PSNR and SSIM, lower for errors and losses."""
-    return score > before if best_by in HIGHER_IS_BETTER else score < before
+    return score > before if best_by in ("PSNR", "SSIM") else score < before
 
 
 def mean_spike(G: Generator, images: Images, precision: str) -> float:
-    """Return the mean over images (1, C, H, W) of the largest spike in the maps of a generator, in [0, 1].
+    """Return the mean over images of the largest spike in the maps of a generator, all convolutions but the last; in [0, 1].
 
     The spike of a map is the distance of its farthest pixel from the mean, in standard deviations, divided by the largest
     possible value, sqrt(pixels - 1). At 1 one pixel has all the variance: it circumvents the instance normalisation that
-    follows, and leaves a blob in the image. All convolutions count but the last one.
-    source: Karras et al. 2020, arXiv:1912.04958, section 2
+    follows, and leaves a blob in the image (Karras et al. 2020, arXiv:1912.04958, section 2).
     """
     of_layers: list[Tensor] = []
 
@@ -268,19 +266,15 @@ def mean_spike(G: Generator, images: Images, precision: str) -> float:
         largest = x.std(2, correction=0) * math.sqrt(x.shape[2] - 1)
         of_layers.append((farthest / largest.clamp_min(1e-12)).amax())
 
-    hooks = []
     spikes = []
-    for name, layer in G.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not name.startswith("head."):
-            hooks.append(layer.register_forward_hook(measure_layer))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in G.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not name.startswith("head."):
+                hooks.enter_context(layer.register_forward_hook(measure_layer))
         for image in _with_bar(images.values(), "spikes"):
             translate(G, image, precision)
             spikes.append(torch.stack(of_layers).amax().item())
             of_layers.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return mean(spikes)
 
 
@@ -331,11 +325,6 @@ class ImageFiles(Dataset):
         return self.load(self.paths[i])
 
 
-def need_torch_fidelity(wanted: Sequence[str]) -> None:
-    """Raise InputError if the package is missing; wanted: values of --metrics."""
-    need_package("torch_fidelity", f"--metrics {','.join(wanted)}", "pip install -r requirements-metrics.txt")
-
-
 def fid_kid(
     fakes: Sequence[Path],
     reals: Sequence[Path],
@@ -344,17 +333,15 @@ def fid_kid(
     weights: Path | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """Compute the distances between the Inception features of two sets of images with torch-fidelity; 0 for equal sets.
+    """Return FID and KID of two sets of images, by torch-fidelity, with the numbers of images; 0 for equal sets.
 
     load:    path → uint8 (3, H, W), of one size
-    weights: of Inception, checked by files.read_archive: torch-fidelity would execute what a hostile file holds
-    returns: FID and KID with the numbers of images; few images bias both, FID heavily
-    raises:  InputError without weights (None: they are downloaded), or with fewer than two images
+    weights: of Inception (None: they are downloaded), checked by files.read_archive: torch-fidelity executes hostile ones
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
-    flag = f"--metrics {','.join(wanted)}"
-    from torch_fidelity import calculate_metrics
+    from torch_fidelity import calculate_metrics  # an optional package
 
+    flag = f"--metrics {','.join(wanted)}"
     count = min(len(fakes), len(reals))
     if count < 2:
         raise InputError(f"{flag}: {counted(count, 'image')} on one side, expected at least 2, better 1,000")
@@ -374,8 +361,9 @@ def fid_kid(
         )
     except (OSError, RuntimeError) as error:
         if weights:
-            reason = str(error)[:100]
-            raise InputError(f"--inception_weights {weights}: not the weights of torch-fidelity ({reason})") from error
+            raise InputError(
+                f"--inception_weights {weights}: not the weights of torch-fidelity ({error!s:.100})"
+            ) from error
         if isinstance(error, RuntimeError):
             raise
         raise InputError(f"{flag}: the weights cannot be downloaded ({error}); give --inception_weights FILE") from None
@@ -384,15 +372,10 @@ def fid_kid(
     return row | {"translated": len(fakes), "real": len(reals)}
 
 
-def _heading(name: str) -> str:
-    measure = name.removesuffix("_A").removesuffix("_B")
-    arrow = "↑" if measure in HIGHER_IS_BETTER else "↓" * (measure in ERRORS + COSTS)
-    return " ".join(part for part in (name, UNITS.get(measure), arrow) if part)
-
-
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures below their headings, with units and arrows to the better side, as lines of text."""
-    headings = {name: _heading(name) for row in rows.values() for name in row}
+    names = {name: name.removesuffix("_A").removesuffix("_B") for row in rows.values() for name in row}
+    headings = {name: name + MARKS.get(measure, "") for name, measure in names.items()}
     widths = {name: max(12, len(heading) + 2) for name, heading in headings.items()}
     margin = max(map(len, rows))
     lines = [" " * margin + "".join(f"{heading:>{widths[name]}}" for name, heading in headings.items())]
@@ -404,8 +387,9 @@ def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 def below_mean_image(table: dict[str, dict[str, float]]) -> list[str]:
     """Return a remark on a paired_table if its model scores below the mean image, which has no content at all."""
-    if not table or table["model"]["PSNR"] >= table["mean image"]["PSNR"]:
+    psnrs = {name: row["PSNR"] for name, row in table.items()}
+    if not psnrs or psnrs["model"] >= psnrs["mean image"]:
         return []
-    model = table["model"]["PSNR"]
-    mean_image = table["mean image"]["PSNR"]
-    return [f"PSNR {model:.3g} dB is below {mean_image:.3g} dB, that of the mean image: it has not learnt this yet"]
+    return [
+        f"PSNR {psnrs['model']:.3g} dB is below {psnrs['mean image']:.3g} dB, that of the mean image: it has not learnt this yet"
+    ]

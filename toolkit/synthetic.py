@@ -18,12 +18,6 @@ from utils import say
 SKY = {"day": ((80, 145, 230), (205, 228, 250)), "night": ((14, 18, 66), (86, 70, 130))}  # at the top, at the horizon
 SUN_OR_MOON = {"day": (255, 214, 60), "night": (236, 238, 225)}
 WINDOW = {"day": (74, 92, 116), "night": (255, 224, 120)}
-STAR = (255, 255, 240)
-ROOF = (128, 52, 44)
-TRUNK = (94, 62, 40)
-LEAVES = (34, 104, 54)
-HAZE = (150, 160, 180)
-DARK = (16, 20, 78)
 WALLS = [(205, 120, 88), (226, 204, 160), (164, 164, 190), (196, 92, 84), (240, 236, 226)]
 GROUNDS = [(70, 140, 66), (150, 160, 70), (190, 150, 90), (225, 230, 235)]
 DEMO_FOLDERS = {  # time, seed of the first scene, number of scenes
@@ -39,7 +33,7 @@ def _mix(a: tuple, b: tuple, weight: float) -> tuple[int, ...]:
 
 
 def _at_time(colour: tuple, time: str) -> tuple:
-    return _mix(colour, DARK, 0.55) if time == "night" else colour
+    return _mix(colour, (16, 20, 78), 0.55) if time == "night" else colour
 
 
 def _draw_disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, colour: tuple) -> None:
@@ -50,10 +44,10 @@ def _draw_sky(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: st
     horizon = side * rng.uniform(0.35, 0.68)  # px from the top
     for y in range(side):
         draw.line([(0, y), (side, y)], fill=_mix(*SKY[time], min(1, y / horizon)))
-    for i in range(9 if time == "night" else 0):
-        _draw_disc(
-            draw, random.Random(i).random() * side, random.Random(1000 + i).random() * 0.3 * side, side / 90, STAR
-        )
+    for i in range(9 if time == "night" else 0):  # the same stars in all scenes
+        x = random.Random(i).random() * side
+        y = random.Random(1000 + i).random() * 0.3 * side
+        _draw_disc(draw, x, y, side / 90, (255, 255, 240))
     x = side * rng.uniform(0.12, 0.88)
     y = side * rng.uniform(0.1, 0.28)
     _draw_disc(draw, x, y, side * rng.uniform(0.06, 0.11), SUN_OR_MOON[time])
@@ -69,7 +63,7 @@ def _draw_hills(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: 
         for x in range(0, side + 3, 3):
             waves = sum(math.sin(x / side * (3 + 2 * i) + phase) for i, phase in enumerate(phases))
             ridge.append((x, base - side * 0.045 * waves))
-        draw.polygon([*ridge, (side, side), (0, side)], fill=_at_time(_mix(ground, HAZE, haze), time))
+        draw.polygon([*ridge, (side, side), (0, side)], fill=_at_time(_mix(ground, (150, 160, 180), haze), time))
 
 
 def _draw_house(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: str) -> None:
@@ -79,7 +73,7 @@ def _draw_house(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: 
     h = w * rng.uniform(0.7, 1.2)
     draw.rectangle([x, y - h, x + w, y], fill=_at_time(rng.choice(WALLS), time))
     roof = [(x - w * 0.1, y - h), (x + w / 2, y - h * 1.6), (x + w * 1.1, y - h)]
-    draw.polygon(roof, fill=_at_time(ROOF, time))
+    draw.polygon(roof, fill=_at_time((128, 52, 44), time))
     for left in (0.16, 0.58):
         draw.rectangle([x + w * left, y - h * 0.72, x + w * (left + 0.26), y - h * 0.32], fill=WINDOW[time])
 
@@ -88,9 +82,9 @@ def _draw_tree(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, time: s
     x = side * rng.uniform(0, 1)
     y = side * rng.uniform(0.72, 0.98)
     w = side * rng.uniform(0.1, 0.2)
-    draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=_at_time(TRUNK, time))
+    draw.rectangle([x - w * 0.08, y - w * 0.4, x + w * 0.08, y], fill=_at_time((94, 62, 40), time))
     crown = [(x - w * 0.42, y - w * 0.3), (x, y - w * 1.6), (x + w * 0.42, y - w * 0.3)]
-    draw.polygon(crown, fill=_at_time(LEAVES, time))
+    draw.polygon(crown, fill=_at_time((34, 104, 54), time))
 
 
 def draw_scene(seed: int, time: str, size: int = 64) -> Image.Image:
