@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from toolkit.files import atomic_write
+from toolkit import files
 from utils import InputError, counted, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
@@ -65,17 +65,13 @@ class UnreadableImage(Exception):
 
 
 @functools.cache
-def formats() -> tuple[str, ...]:
+def formats() -> list[str]:
     """List the formats that can be read here; AVIF and HEIF depend on the installed packages."""
-    optional = []
-    if "avif" in features.modules and features.check("avif"):  # older versions warn about unknown features
-        optional.append("AVIF")
     with suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        optional.append("HEIF")
-    return (*FORMATS, *optional)
+    return [*FORMATS, *sorted({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))]
 
 
 def missing_package(path: Path) -> str:
@@ -195,10 +191,11 @@ class BadImages:
         self.found.add(path)
         if self.total == 1 or self.on_bad == "stop":
             raise InputError(f"{path}: cannot be read ({reason}); replace it, or use --on_bad_image skip")
-        bad = f"{len(self.found)} or more of {self.total} images are unreadable"
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
         if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total:
-            raise InputError(f"{self.folder}: {bad}, more than {BAD_FRACTION:.0%}; repair or remove them")
+            raise InputError(
+                f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, more than {BAD_FRACTION:.0%}; repair or remove them"
+            )
 
     def read(self, paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
         """Yield each path with what a function reads from it; note the unreadable ones."""
@@ -241,7 +238,7 @@ class LazyImages(Mapping):
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    with files.atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
 
 
