@@ -300,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             translator, direction, found, config.output, config.skip_existing, round_trip=config.round_trip
         )
 
+    counts = {str(direction): len(translated) for direction, translated in results.items()}
     about = {name: metadata.get(name) for name in ("epoch", "step")}
     gallery.write_gallery(config.output, dataset_name, about, results, [])  # now, since scores may fail
     gallery.write_grid(config.output, results)
@@ -308,14 +309,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
         facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
         facts |= {"scale": config.scale, "output_size": config.output_size}
-        facts["images"] = {str(direction): len(translated) for direction, translated in results.items()}
+        facts["images"] = counts
         table = score_lines(scores)
         for line in table:
             say(line)
         gallery.write_gallery(config.output, dataset_name, about, results, table)
         gallery.write_scores(config.output, facts | scores)
-    count = sum(len(translated) for translated in results.values())
-    say(f"{counted(count, 'image')} translated; open {config.output / gallery.PAGE}")
+    say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 
 

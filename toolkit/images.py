@@ -85,23 +85,16 @@ warn_once = functools.cache(warn)  # however often a folder is listed
 
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def list_images(folder: Path) -> list[Path]:
     """List all images below a folder, by their suffix, in natural order, without hidden files.
 
-    Sub-folders that cannot be read and broken links are listed too, so that they are reported as unreadable images.
-    raises: OSError if the folder itself cannot be read
+    Broken links are listed too, so that they are reported as unreadable images; a sub-folder that cannot be read is only warned of.
     """
     found = []
-
-    def add_unreadable(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise error
-        found.append(Path(error.filename))
-
-    for parent, folders, names in os.walk(folder, onerror=add_unreadable if folder.is_dir() else None):
+    for parent, folders, names in os.walk(folder, onerror=warn if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]

@@ -287,8 +287,8 @@ def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[L
             if result.pixels:  # an unreadable image says nothing about the next ones
                 most = min(2 * BATCH, max(1, QUEUE_PIXELS // result.pixels))
             yield result
-    for future in queue:
-        yield future.result()
+    while queue:
+        yield queue.popleft().result()
 
 
 def translate_images(
@@ -304,7 +304,8 @@ def translate_images(
         for net in nets:
             x = translator(net, x)
             outputs.append(x.cpu())
-        yield from zip(batch, map(list, zip(*outputs, strict=True)), strict=True)
+        for i, image in enumerate(batch):
+            yield image, [output[i] for output in outputs]
 
 
 def translate_folder(
