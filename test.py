@@ -83,10 +83,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------
-# Finding images
-
-
 def choose_directions(config: TestConfig, asked: Direction | None, translator: Translator) -> list[Direction]:
     """Return the directions to translate: of photos one, unless both are asked for."""
     if asked:
@@ -119,10 +115,7 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
     if not paths:
-        suffixes = " ".join(sorted(images.SUFFIXES))
-        raise InputError(
-            f"--input {config.input}: no image there; expected one, or a folder of files that end in {suffixes}"
-        )
+        raise InputError(f"--input {config.input}: no image there; expected {' '.join(sorted(images.SUFFIXES))} files")
     paths = images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
     if config.input:
         return Inputs(root, paths, config.on_bad_image)
@@ -134,10 +127,6 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     whole = {path for path, _ in bad.read(filter(None, truths.values()), images.read_image)}
     truths = {path: truth for path, truth in truths.items() if truth in whole}
     return Inputs(root, paths, config.on_bad_image, truths)
-
-
-# ---------------------------------------------------------------------------------------------
-# Scores
 
 
 def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:

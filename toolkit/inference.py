@@ -32,10 +32,6 @@ QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be
 THREADS = 4  # that read and write images
 
 
-# ---------------------------------------------------------------------------------------------
-# Finding networks
-
-
 def check_together(networks: Networks, what: object) -> None:
     """Raise InputError if networks differ in channels."""
     channels = {name: net.config.channels for name, net in networks.items()}
@@ -116,10 +112,6 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
     return networks, metadata
 
 
-# ---------------------------------------------------------------------------------------------
-# Translating images
-
-
 @dataclass
 class LoadedImage:
     """An image file that was read, or the reason why it cannot be translated."""
@@ -133,16 +125,12 @@ class LoadedImage:
     def pixels(self) -> int:
         return self.image.width * self.image.height if self.image else 0
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        return self.network_input.size if self.image else None
-
-    @property
-    def batch_size(self) -> int:
-        """How many such images pass the networks together; a batch also keeps them at their own size."""
-        if not self.image:
-            return 1
-        return min(BATCH, BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
+    def joins(self, batch: Sequence["LoadedImage"]) -> bool:
+        """Whether it can pass the networks together with a batch, which also keeps the images at their own size."""
+        if not self.image or not batch[0].image or self.network_input.size != batch[0].network_input.size:
+            return False
+        most = min(BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
+        return len(batch) < min(BATCH, most)
 
 
 class Translator:
@@ -222,10 +210,6 @@ def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
     return images.resize_image(images.tensor_to_image(x), size)
 
 
-# ---------------------------------------------------------------------------------------------
-# Folders: threads read ahead and write behind while batches pass through the networks
-
-
 @dataclass
 class Inputs:
     """Image files of one domain, which are translated together."""
@@ -254,12 +238,8 @@ def plan_results(direction: Direction, inputs: Inputs, round_trip: bool) -> dict
     for path in inputs.paths:
         stem = path.with_suffix("")
         name = unique_name((stem if count[stem] == 1 else path).relative_to(inputs.root), taken)
-        folders = [real, fake]
-        if path in inputs.truths:
-            folders.append(truth)
-        if round_trip:
-            folders.append(rec)
-        files = {folder: Path(folder, name) for folder in folders}
+        present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
+        files = {folder: Path(folder, name) for folder in present if present[folder]}
         results[path] = gallery.Result(path, name, files, inputs.truths.get(path))
     return results
 
@@ -268,7 +248,7 @@ def in_batches(loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
     """Group images of equal size into batches, in order; what cannot be translated is a batch of its own."""
     batch: list[LoadedImage] = []
     for image in loaded:
-        if batch and (image.size != batch[0].size or len(batch) >= image.batch_size):
+        if batch and not image.joins(batch):
             yield batch
             batch = []
         batch.append(image)
@@ -318,6 +298,7 @@ def translate_folder(
 ) -> list[gallery.Result]:
     """Translate images into the folders real_A, fake_B, ... of `output`; return the results that exist then.
 
+    Threads read ahead and write behind while batches pass through the networks.
     round_trip: also translate back, if there is a network for it
     raises:     InputError if an input would be overwritten, or if no image can be translated
     """
@@ -332,12 +313,16 @@ def translate_folder(
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
         loaded, outputs = item
+        result = results[loaded.path]
+        image = loaded.image if translator.output_size == "input" else loaded.network_input
+        files = [image, *(output_image(x, image.size) for x in outputs)]
+        if result.truth:
+            files.insert(2, images.read_image(result.truth, translator.channels))
         written.append(loaded.path)
-        write_result(translator, output, results[loaded.path], loaded, outputs)
+        gallery.save_results(output, result, files)
         return loaded
 
     start = time.perf_counter()
-    before = translator.seconds
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             read = run_ahead(pool, translator.load, waiting)
@@ -348,20 +333,6 @@ def translate_folder(
         gallery.record(output, [file for path in written for file in results[path].files.values()])
     if not (written or existing):
         raise InputError(f"{inputs.root}: no image could be translated (see above)")
-    seconds = time.perf_counter() - start
-    share = (translator.seconds - before) / seconds
-    speed = f"{len(written) / seconds:.1f} a second, {share:.0%} of it in the networks"
     kept = f"; {len(existing)} existed already" if existing else ""
-    say(f"{direction}: {counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
+    say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
     return [result for path, result in results.items() if path in existing.union(written)]
-
-
-def write_result(
-    translator: Translator, output: Path, result: gallery.Result, loaded: LoadedImage, outputs: Sequence[Tensor]
-) -> None:
-    """Write an input, its translation and what else belongs to it."""
-    image = loaded.image if translator.output_size == "input" else loaded.network_input
-    written = [image, *(output_image(x, image.size) for x in outputs)]
-    if result.truth:
-        written.insert(2, images.read_image(result.truth, translator.channels))
-    gallery.save_results(output, result, written)
