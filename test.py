@@ -124,9 +124,8 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     named = {datasets.pair_name(path, target): path for path in targets}
     truths = {path: named.get(datasets.pair_name(path, root)) for path in paths}
     bad = images.BadImages(target, len(targets), config.on_bad_image)
-    whole = {path for path, _ in bad.read(filter(None, truths.values()), images.read_image)}
-    truths = {path: truth for path, truth in truths.items() if truth in whole}
-    return Inputs(root, paths, config.on_bad_image, truths)
+    whole = {truth for truth, _ in bad.read(filter(None, truths.values()), images.read_image)}
+    return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth in whole})
 
 
 def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
@@ -210,9 +209,7 @@ class Scorer:
         if not scored:
             raise no_truth(self.dataset, direction)
         if len(scored) < len(results):
-            say(
-                f"{direction}: {len(scored)} of {len(results)} images have a truth in test{direction.target}; only these are scored"
-            )
+            say(f"{direction}: {len(scored)} of {len(results)} images have a truth; paired scores are of these alone")
 
         def read(files: Mapping[str, Path]) -> tuple[Tensor, Tensor, Tensor]:
             load = functools.partial(load_bytes, channels=self.translator.channels)

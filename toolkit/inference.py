@@ -104,7 +104,7 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
             "step": state["step"],
             "loss_config": loss_config,
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
     if not any(direction.generator in networks for direction in DIRECTIONS):
         raise InputError(f"{path}: holds no generator; use another checkpoint")
