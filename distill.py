@@ -194,7 +194,7 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
         generator = Direction.named(direction).generator if direction else directions[0].generator
         say(f"{path}: a single generator, so the other one and the discriminators are newly initialised")
         teacher = Teacher({generator: net}, None, path, metadata)
-    check_together(teacher.networks, path, teacher.metadata.get("size"))
+    check_together(teacher.networks, path)
     for net in teacher.networks.values():
         net.requires_grad_(False).eval()
     return teacher

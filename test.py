@@ -9,7 +9,7 @@ import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from toolkit import cli, files, gallery, images, metrics, process
 from toolkit.checkpoints import IMAGES
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
-from toolkit.inference import Translator, load_networks, translate_folder
+from toolkit.inference import Inputs, Translator, load_networks, translate_folder
 from utils import InputError, counted, epoch_name, folder_name, is_folder_name, need_package, option, say, some_of
 
 METRICS = metrics.MEASURES + ("fid", "kid")
@@ -83,94 +83,75 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------
-# Finding images
-
-
-def choose_directions(direction: str | None, source: Path | None, translator: Translator) -> list[Direction]:
+def choose_directions(config: TestConfig, asked: Direction | None, translator: Translator) -> list[Direction]:
     """Return the directions to translate: of photos one, unless both are asked for."""
-    if direction in ("AtoB", "BtoA"):
-        translator.generators(Direction.named(direction))  # raises if there is none
-        return [Direction.named(direction)]
-    if source and direction is None:
-        chosen = translator.directions[0]
-        say(f"--input {source}: translated {chosen}; --direction chooses another")
-        return [chosen]
+    if asked:
+        translator.generators(asked)  # raises if there is none
+        return [asked]
+    if config.input and config.direction is None:
+        say(f"--input {config.input}: translated {translator.directions[0]}; --direction chooses another")
+        return translator.directions[:1]
     return translator.directions
 
 
 def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
     """Return name and folder of the data set: as given, else those that the networks were trained on."""
-    dataset_name = config.dataset_name or str(metadata.get("dataset_name", ""))
-    if not is_folder_name(dataset_name):  # metadata may come from a stranger
-        dataset_name = config.run_name
-    if config.input:  # no data set is read
-        return dataset_name, Path(dataset_name)
+    name: Any = config.dataset_name or metadata.get("dataset_name")
+    if not is_folder_name(name):  # metadata may come from a stranger
+        name = config.run_name
+    if config.input:
+        return name, Path()  # no data set is read
     recorded = None if config.weights else metadata.get("data_root")
-    root = config.data_root or Path(str(recorded or "datasets"))
-    return dataset_name, datasets.find_dataset(root, dataset_name)
+    return name, datasets.find_dataset(config.data_root or Path(str(recorded or "datasets")), name)
 
 
-def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> tuple[Path, list[Path]]:
-    """Return the folder that names of results are relative to, and the images to translate."""
-    if config.input is None:
+def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inputs:
+    """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
+    if config.input:
+        is_file = config.input.is_file()
+        root = config.input.parent if is_file else config.input
+        paths = [config.input] if is_file else images.list_images(root)
+    else:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
-    elif config.input.is_dir():
-        root = config.input
-        paths = images.list_images(root)
-    else:
-        root = config.input.parent
-        paths = [config.input] if config.input.is_file() else []
     if not paths:
-        suffixes = " ".join(sorted(images.SUFFIXES))
-        raise InputError(
-            f"--input {config.input}: no image there; expected one, or a folder of files that end in {suffixes}"
-        )
-    return root, images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
-
-
-def find_truths(dataset: Path, direction: Direction, paths: Sequence[Path]) -> dict[Path, Path]:
-    """Return, by input, the test image of the same name in the target domain."""
-    source = dataset / f"test{direction.source}"
+        raise InputError(f"--input {config.input}: no image there; expected {' '.join(sorted(images.SUFFIXES))} files")
+    paths = images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
+    if config.input:
+        return Inputs(root, paths, config.on_bad_image)
     target = dataset / f"test{direction.target}"
-    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
-    found = {path: named.get(datasets.pair_name(path, source)) for path in paths}
-    return {path: truth for path, truth in found.items() if truth}
+    targets = images.list_images(target)
+    named = {datasets.pair_name(path, target): path for path in targets}
+    truths = {path: named.get(datasets.pair_name(path, root)) for path in paths}
+    bad = images.BadImages(target, len(targets), config.on_bad_image)
+    whole = {truth for truth, _ in bad.read(filter(None, truths.values()), images.read_image)}
+    return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth in whole})
 
 
-# ---------------------------------------------------------------------------------------------
-# Scores
-
-
-def check_metrics(
-    wanted: Sequence[str], networks: Networks, dataset: Path, truths: Mapping[Direction, Mapping]
-) -> None:
+def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
     """Raise InputError, before anything is translated, if a metric lacks its networks, images or package."""
-    for name in NETWORKS_OF_METRICS.keys() & set(wanted):
-        missing = NETWORKS_OF_METRICS[name] - networks.keys()
+    for name in wanted:
+        missing = NETWORKS_OF_METRICS.get(name, set()) - networks.keys()
         if missing:
             raise InputError(f"--metrics {name}: needs {', '.join(sorted(missing))}, which these weights do not hold")
-    of_inception = [name for name in wanted if name in ("fid", "kid")]
-    if of_inception:
-        need_package("torch_fidelity", f"--metrics {','.join(of_inception)}", "pip install -r requirements-metrics.txt")
-    for direction, found in truths.items():
+        if name in ("fid", "kid"):
+            need_package("torch_fidelity", f"--metrics {name}", "pip install -r requirements-metrics.txt")
+    for direction, found in inputs.items():
         for split, names in TARGETS_OF_METRICS.items():
             if names & set(wanted):
                 datasets.split_images(dataset, f"{split}{direction.target}")
-        if "paired" in wanted and not found:
+        if "paired" in wanted and not found.truths:
             raise no_truth(dataset, direction)
 
 
 def no_truth(dataset: Path, direction: Direction) -> InputError:
     """Return the error for paired scores of unpaired images."""
     return InputError(
-        f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in "
-        f"test{direction.source}; leave it out for unpaired sets"
+        f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in test{direction.source}; leave it out for unpaired sets"
     )
 
 
-def load_bytes(path: Path, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
+def load_bytes(path: Path, size: Any, channels: int = 3) -> Tensor:
     """Read an image as uint8 (channels, H, W), resized to (height, width) as in training."""
     return images.range_to_bytes(images.load_image(path, size, channels))
 
@@ -193,20 +174,20 @@ class Scorer:
         return scores
 
     def of_direction(self, direction: Direction, results: Sequence[Result]) -> dict:
-        wanted = self.config.metrics
+        wanted = set(self.config.metrics)
         net, back = self.translator.generators(direction)
         there = functools.partial(self.translator, net)
         way_back = functools.partial(self.translator, back) if back else None
         sources = self.test_images(direction.source) if "cycle" in wanted else {}
         targets = self.test_images(direction.target) if "identity" in wanted else {}
-        errors = [name for name in ("cycle", "identity") if name in wanted]
+        errors = wanted & {"cycle", "identity"}
         scores: dict[str, Any] = metrics.measure_direction(there, way_back, sources, targets, errors)
         if "spike" in wanted:
             inputs = self.lazy_images([result.input for result in results])
             scores["spike"] = metrics.mean_spike(net, inputs, self.translator.precision)
         if "paired" in wanted:
             scores["paired"] = self.paired(direction, results)
-        if {"fid", "kid"} & set(wanted):
+        if wanted & {"fid", "kid"}:
             scores["distribution"] = self.distribution(direction, results)
         return scores
 
@@ -214,83 +195,68 @@ class Scorer:
         """Compare all translations with the test and with the training images of the target domain."""
         load = functools.partial(load_bytes, size=self.translator.size or (299, 299))  # Inception resizes to 299
         fakes = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
-        wanted = [name for name in ("fid", "kid") if name in self.config.metrics]
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
             reals = self.readable(split)
-            tables[split] = metrics.fid_kid(fakes, reals, load, wanted, weights, self.translator.device)
+            tables[split] = metrics.fid_kid(fakes, reals, load, self.config.metrics, weights, self.translator.device)
         return tables
 
     def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
-        """Compare translations with their truths, one at a time."""
-        scored = [(result, result.truth) for result in results if result.truth]
+        """Compare translations with their truths, in the files that were written, one at a time."""
+        real, fake, truth, _ = gallery.result_folders(direction)
+        scored = [result.files for result in results if result.truth]
         if not scored:
             raise no_truth(self.dataset, direction)
-        folder = self.dataset / f"test{direction.target}"
         if len(scored) < len(results):
-            say(f"{folder}: {len(scored)} of {len(results)} images have their truth there; only these are scored")
-        bad = images.BadImages(folder, len(scored), self.config.on_bad_image)
-        triples = functools.partial(self.read_triples, direction, scored, bad)
-        size: Any = self.translator.size or next(triples())[0].shape[-2:]
-        return metrics.paired_table(triples(), self.mean_image(f"train{direction.target}", size))
+            say(f"{direction}: {len(scored)} of {len(results)} images have a truth; paired scores are of these alone")
 
-    def read_triples(
-        self, direction: Direction, scored: Sequence[tuple[Result, Path]], bad: images.BadImages
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield translation, input and truth, all at the size of the translation."""
-        channels = self.translator.channels
-        for result, path in scored:
-            fake = load_bytes(self.config.output / result.files[f"fake_{direction.target}"], None, channels)
-            size: Any = fake.shape[-2:]
-            try:
-                truth = load_bytes(path, size, channels)
-            except images.UnreadableImage as error:
-                bad.note(path, error)
-                continue
-            yield fake, load_bytes(result.input, size, channels), truth
+        def read(files: Mapping[str, Path]) -> tuple[Tensor, Tensor, Tensor]:
+            load = functools.partial(load_bytes, channels=self.translator.channels)
+            output = load(self.config.output / files[fake], None)
+            size = output.shape[-2:]
+            return output, load(self.config.output / files[real], size), load(self.config.output / files[truth], size)
 
-    def mean_image(self, split: str, size: tuple[int, int]) -> Tensor:
+        size = self.translator.size or read(scored[0])[0].shape[-2:]
+        return metrics.paired_table(map(read, scored), self.mean_image(f"train{direction.target}", size))
+
+    def mean_image(self, split: str, size: Any) -> Tensor:
         """Return the mean of a split's images: float64 (C, H, W) in [0, 255]."""
-        mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
-        for count, (_, x) in enumerate(self.load(split, size, self.translator.channels), start=1):
+        paths = datasets.split_images(self.dataset, split)
+        channels = self.translator.channels
+        mean = torch.zeros(channels, *size, dtype=torch.float64)
+        read = images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image)
+        for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
         return mean
-
-    def test_images(self, domain: str) -> images.LazyImages:
-        return self.lazy_images(self.readable(f"test{domain}", self.config.num_test))
 
     def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
         return images.LazyImages(paths, self.translator.size, self.translator.channels)
 
-    def readable(self, split: str, most: int | None = None) -> list[Path]:
-        return [path for path, _ in self.load(split, None, 3, most)]
+    def test_images(self, domain: str) -> images.LazyImages:
+        return self.lazy_images(self.readable(f"test{domain}", self.config.num_test))
 
-    def load(
-        self, split: str, size: tuple[int, int] | None, channels: int, most: int | None = None
-    ) -> Iterator[tuple[Path, Tensor]]:
-        """Read the images of a split one by one; unreadable ones are named and left out."""
+    def readable(self, split: str, most: int | None = None) -> list[Path]:
+        """List the images of a split that can be read to their end; the others are named."""
         paths = datasets.split_images(self.dataset, split, most)
-        return images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image)
+        bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
+        return [path for path, _ in bad.read(paths, images.read_image)]
 
 
 def score_lines(scores: dict) -> list[str]:
     """Lay out all scores as lines of text."""
     lines = []
     for name, values in scores.items():
-        plain = {metric: value for metric, value in values.items() if not isinstance(value, dict)}
-        tables = [{"": plain}] if plain else []
-        tables += [values[metric] for metric in ("paired", "distribution") if metric in values]
+        tables = [value for value in values.values() if isinstance(value, dict)]
+        figures = {metric: value for metric, value in values.items() if not isinstance(value, dict)}
+        if figures:
+            tables.insert(0, {"": figures})
         if tables:
             lines.append("losses on the test set" if name == "losses" else name)
         for table in tables:
             lines += metrics.format_table(table)
         lines += metrics.below_mean_image(values.get("paired", {}))
     return lines
-
-
-# ---------------------------------------------------------------------------------------------
-# The command
 
 
 @process.command
@@ -308,29 +274,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
 
     dataset_name, dataset = choose_dataset(config, metadata)
-    directions = choose_directions(config.direction, config.input, translator)
+    directions = choose_directions(config, asked, translator)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
-    truths = {}
-    for direction, (_, paths) in inputs.items():
-        truths[direction] = {} if config.input else find_truths(dataset, direction, paths)
-    check_metrics(config.metrics, networks, dataset, truths)
-
+    check_metrics(config.metrics, networks, dataset, inputs)
     if not config.skip_existing:
-        gallery.clear(config.output, [path for _, paths in inputs.values() for path in paths])
+        gallery.clear(config.output, [path for found in inputs.values() for path in found.paths])
+
     results = {}
-    for direction, (root, paths) in inputs.items():
+    for direction, found in inputs.items():
         results[direction] = translate_folder(
-            translator,
-            direction,
-            root,
-            paths,
-            config.output,
-            on_bad=config.on_bad_image,
-            skip_existing=config.skip_existing,
-            round_trip=config.round_trip,
-            truths=truths[direction],
+            translator, direction, found, config.output, config.skip_existing, round_trip=config.round_trip
         )
 
+    counts = {str(direction): len(translated) for direction, translated in results.items()}
     about = {name: metadata.get(name) for name in ("epoch", "step")}
     gallery.write_gallery(config.output, dataset_name, about, results, [])  # now, since scores may fail
     gallery.write_grid(config.output, results)
@@ -339,14 +295,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
         facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
         facts |= {"scale": config.scale, "output_size": config.output_size}
-        facts["images"] = {str(direction): len(translated) for direction, translated in results.items()}
+        facts["images"] = counts
         table = score_lines(scores)
         for line in table:
             say(line)
         gallery.write_gallery(config.output, dataset_name, about, results, table)
         gallery.write_scores(config.output, facts | scores)
-    count = sum(len(translated) for translated in results.values())
-    say(f"{counted(count, 'image')} translated; open {config.output / gallery.PAGE}")
+    say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from conftest import TINY, noise_image, tiny_networks
 from PIL import Image
-from tiny_runs import save_pair, save_run
+from tiny_runs import save_pair
 
 import export
 import test as test_command
 from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
-from toolkit.checkpoints import load_state, save_state
 from toolkit.converters import to_junyanz
 from toolkit.weights import load_generator, save_generator
 
@@ -188,13 +187,6 @@ def test_wrong_options_are_refused_in_one_line(refused, given, message):
 def test_networks_that_do_not_fit_together_are_refused(refused):
     save_pair(G_AB=tiny_networks(channels=1)["G_AB"], G_BA=tiny_networks()["G_BA"])
     assert "saved_models/pair" in refused(export.main, "--run_name", "pair")
-    save_run(argv=["--img_height", 32, "--img_width", 32], n_downsampling=4)
-    path = Path("saved_models/tiny/epoch_0001.pt")
-    state = load_state(path)
-    state["args"].update(img_height=16, img_width=16)
-    save_state(path, state)
-    for layout in ("onnx", "junyanz"):
-        assert str(path) in refused(export.main, "--run_name", "tiny", "--epoch", 1, "--to", layout)
 
 
 def test_a_direction_that_a_file_does_not_record_is_that_of_the_option():

@@ -160,7 +160,7 @@ def test_pipes_and_folders_are_not_listed_and_broken_links_are_listed_as_unreada
             images.read_image(tmp_path / name)
 
 
-def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path, monkeypatch):
+def test_a_closed_folder_is_warned_of(tmp_path, monkeypatch, capsys):
     noise_image(0).save(tmp_path / "x.png")
     (tmp_path / "closed").mkdir()
     plain = os.scandir
@@ -171,11 +171,9 @@ def test_a_closed_sub_folder_is_listed_and_a_closed_folder_is_an_error(tmp_path,
         return plain(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    assert images.list_images(tmp_path) == [tmp_path / "closed", tmp_path / "x.png"]
-    with pytest.raises(images.UnreadableImage):
-        images.read_image(tmp_path / "closed")
-    with pytest.raises(PermissionError):
-        images.list_images(tmp_path / "closed")
+    assert images.list_images(tmp_path) == [tmp_path / "x.png"]
+    assert images.list_images(tmp_path / "closed") == []
+    assert capsys.readouterr().err.count(f"warning: [Errno 13] Permission denied: '{tmp_path / 'closed'}'") == 2
 
 
 def test_images_are_resized_to_height_and_width_unless_they_have_that_size(tmp_path):

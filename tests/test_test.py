@@ -517,7 +517,6 @@ def test_hostile_weights_of_inception_are_not_executed(run, refused):
     "spoil",
     [
         lambda state: state["args"].update(img_height="abc"),
-        lambda state: state["args"].update(img_height=4),
         lambda state: state["args"].update(gan_loss="zzz"),
         lambda state: state["args"].clear(),
         lambda state: state["nets"].clear(),
@@ -541,9 +540,6 @@ def test_generator_files_that_do_not_belong_together_are_refused(run, refused):
     save_pair(G_AB=tiny_networks(channels=1)["G_AB"], G_BA=tiny_networks()["G_BA"])
     argv = ["--run_name", "pair", "--input", "datasets/tiny/testA"]
     assert "saved_models/pair: its networks differ in channels" in refused(test_command.main, *argv)
-    shutil.copy("saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_BA.safetensors")
-    words = refused(test_command.main, "--run_name", "tiny")
-    assert "saved_models/tiny/G_BA.safetensors: its metadata says AtoB" in words
 
 
 # -- many images, large images ---------------------------------------------------------------

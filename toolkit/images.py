@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from toolkit.files import atomic_write
+from toolkit import files
 from utils import InputError, counted, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
@@ -65,17 +65,13 @@ class UnreadableImage(Exception):
 
 
 @functools.cache
-def formats() -> tuple[str, ...]:
+def formats() -> list[str]:
     """List the formats that can be read here; AVIF and HEIF depend on the installed packages."""
-    optional = []
-    if "avif" in features.modules and features.check("avif"):  # older versions warn about unknown features
-        optional.append("AVIF")
     with suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        optional.append("HEIF")
-    return (*FORMATS, *optional)
+    return [*FORMATS, *sorted({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))]
 
 
 def missing_package(path: Path) -> str:
@@ -89,23 +85,16 @@ warn_once = functools.cache(warn)  # however often a folder is listed
 
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def list_images(folder: Path) -> list[Path]:
     """List all images below a folder, by their suffix, in natural order, without hidden files.
 
-    Sub-folders that cannot be read and broken links are listed too, so that they are reported as unreadable images.
-    raises: OSError if the folder itself cannot be read
+    Broken links are listed too, so that they are reported as unreadable images; a sub-folder that cannot be read is only warned of.
     """
     found = []
-
-    def add_unreadable(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise error
-        found.append(Path(error.filename))
-
-    for parent, folders, names in os.walk(folder, onerror=add_unreadable if folder.is_dir() else None):
+    for parent, folders, names in os.walk(folder, onerror=warn if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
@@ -195,10 +184,11 @@ class BadImages:
         self.found.add(path)
         if self.total == 1 or self.on_bad == "stop":
             raise InputError(f"{path}: cannot be read ({reason}); replace it, or use --on_bad_image skip")
-        bad = f"{len(self.found)} or more of {self.total} images are unreadable"
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
         if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total:
-            raise InputError(f"{self.folder}: {bad}, more than {BAD_FRACTION:.0%}; repair or remove them")
+            raise InputError(
+                f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, more than {BAD_FRACTION:.0%}; repair or remove them"
+            )
 
     def read(self, paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
         """Yield each path with what a function reads from it; note the unreadable ones."""
@@ -241,7 +231,7 @@ class LazyImages(Mapping):
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    with files.atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
 
 

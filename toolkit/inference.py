@@ -2,17 +2,16 @@
 
 networks, metadata = load_networks(None, "horse2zebra")
 translator = Translator(networks, metadata)
-photos = Path("photos")
-translate_folder(translator, Direction.named("AtoB"), photos, list_images(photos), output=Path("zebras"))
+photos = Inputs(Path("photos"), list_images(Path("photos")))
+translate_folder(translator, Direction.named("AtoB"), photos, output=Path("zebras"))
 """
 
-import dataclasses
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,8 @@ from tqdm import tqdm
 
 from cyclegan import LossConfig
 from datasets import DataConfig
-from models import DIRECTIONS, Direction, Generator, GeneratorConfig, Networks
-from toolkit import devices, gallery
-from toolkit.checkpoints import RUNS, found_runs, load_checkpoint, networks_of, unusable
-from toolkit.gallery import Result
-from toolkit.images import BadImages, UnreadableImage, image_to_tensor, read_image, resize_image, tensor_to_image
-from toolkit.tiles import receptive_field, translate_tiled
-from toolkit.weights import load_generator
+from models import DIRECTIONS, Direction, Generator, Networks
+from toolkit import checkpoints, devices, gallery, images, tiles, weights
 from utils import InputError, check_options, counted, say, warn
 
 BATCH = 16  # images in a batch, at most
@@ -38,46 +32,35 @@ QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be
 THREADS = 4  # that read and write images
 
 
-# ---------------------------------------------------------------------------------------------
-# Finding networks
-
-
-def check_together(networks: Networks, what: object, size: Sequence[int] | None = None) -> None:
-    """Raise InputError if networks differ in channels, or training images of `size` (height, width) px do not fit them."""
+def check_together(networks: Networks, what: object) -> None:
+    """Raise InputError if networks differ in channels."""
     channels = {name: net.config.channels for name, net in networks.items()}
     if len(set(channels.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in channels.items())
         raise InputError(f"{what}: its networks differ in channels ({found}); expected networks of one run")
-    if size is None:
-        return
-    side = min(size)
-    for name, net in networks.items():
-        is_generator = isinstance(net.config, GeneratorConfig)
-        if side < net.config.smallest_side if is_generator else net.config.map_side(side) < 1:
-            raise InputError(f"{what}: says its images are {size[1]}x{size[0]} px, too small for its {name}")
 
 
 def load_networks(
     file: Path | None,
     run_name: str,
     epoch: str = "latest",
-    direction: Direction | None = None,
+    asked: Direction | None = None,
     discriminators: bool = False,
 ) -> tuple[Networks, dict]:
     """Load the generator of a file or, without one, the networks of a run; returns them by name, and metadata.
 
-    direction: the one that was asked for, or None; used for a file that does not say its own
-    raises:    InputError if the file is for the other direction, and as load_generator and load_run do
+    asked:  the direction to translate, which a file that does not say its own is used for
+    raises: InputError if the file is for the other direction, and as load_generator and load_run do
     """
     if file is None:
         return load_run(run_name, epoch, discriminators)
-    net, metadata = load_generator(file)
+    net, metadata = weights.load_generator(file)
     found = metadata["direction"]
-    if direction and found not in (None, str(direction)):
-        raise InputError(f"--direction {direction}: {file} translates {found}; leave the option out")
-    if found is None and direction is None:
+    if asked and found not in (None, str(asked)):
+        raise InputError(f"--direction {asked}: {file} translates {found}; leave the option out")
+    if found is None and asked is None:
         say(f"{file}: does not say its direction; used as AtoB")
-    metadata["direction"] = found or str(direction or DIRECTIONS[0])
+    metadata["direction"] = found or str(asked or DIRECTIONS[0])
     return {Direction.named(metadata["direction"]).generator: net}, metadata
 
 
@@ -88,38 +71,30 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     returns: networks by name; metadata: size, dataset_name, data_root, epoch, step, of a checkpoint also loss_config
     raises:  InputError if there is no such run or epoch, or if its networks do not fit together
     """
-    folder = RUNS / run_name
+    folder = checkpoints.RUNS / run_name
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: no such run; runs found: {found_runs()}; train one with: python train.py --dataset_name NAME"
+            f"{folder}: no such run; runs found: {checkpoints.found_runs()}; train one with: python train.py --dataset_name NAME"
         )
-    networks: Networks = {}
-    metadata = {}
-    steps = set()
-    for direction in DIRECTIONS:
-        path = folder / f"{direction.generator}.safetensors"
-        if epoch == "latest" and not discriminators and path.is_file():
-            networks[direction.generator], metadata = load_generator(path)
-            if metadata["direction"] != str(direction):
-                raise InputError(f"{path}: its metadata says {metadata['direction']}, its name {direction}; rename it")
-            steps.add(str(metadata.get("step")))
-    interrupted = len(steps) > 1 and (folder / "latest.pt").is_file()
-    if interrupted:
-        say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
-    if interrupted or not networks:
+    files = [folder / f"{direction.generator}.safetensors" for direction in DIRECTIONS]
+    files = [file for file in files if file.is_file()]
+    if epoch != "latest" or discriminators or not files:
         return load_run_state(folder, epoch)
-    check_together(networks, folder, metadata["size"])
+    networks: Networks = {}
+    for file in files:
+        net, metadata = weights.load_generator(file)
+        networks[Direction.named(metadata["direction"]).generator] = net
+    check_together(networks, folder)
     return networks, metadata
 
 
 def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
     """Load all networks of a checkpoint, and metadata as load_run does; options newer than it have their defaults."""
-    state, path = load_checkpoint(folder, epoch, "--epoch")
-    networks = networks_of(state, path)
+    state, path = checkpoints.load_checkpoint(folder, epoch, "--epoch")
+    networks = checkpoints.networks_of(state, path)
     try:
         saved = state["args"]
-        names = [field.name for field in dataclasses.fields(LossConfig)]
-        loss_config = LossConfig(**{name: saved[name] for name in names if name in saved})
+        loss_config = LossConfig(**{name: saved.get(name, default) for name, default in vars(LossConfig()).items()})
         check_options(loss_config)
         metadata = {
             "size": [int(saved["img_height"]), int(saved["img_width"])],
@@ -129,16 +104,12 @@ def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
             "step": state["step"],
             "loss_config": loss_config,
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise unusable(path, error) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise checkpoints.unusable(path, error) from error
     if not any(direction.generator in networks for direction in DIRECTIONS):
         raise InputError(f"{path}: holds no generator; use another checkpoint")
-    check_together(networks, path, metadata["size"])
+    check_together(networks, path)
     return networks, metadata
-
-
-# ---------------------------------------------------------------------------------------------
-# Translating images
 
 
 @dataclass
@@ -154,16 +125,12 @@ class LoadedImage:
     def pixels(self) -> int:
         return self.image.width * self.image.height if self.image else 0
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        return self.network_input.size if self.image else None
-
-    @property
-    def batch_size(self) -> int:
-        """How many such images pass the networks together; a batch also keeps them at their own size."""
-        if not self.image:
-            return 1
-        return min(BATCH, BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
+    def joins(self, batch: Sequence["LoadedImage"]) -> bool:
+        """Whether it can pass the networks together with a batch, which also keeps the images at their own size."""
+        if not self.image or not batch[0].image or self.network_input.size != batch[0].network_input.size:
+            return False
+        most = min(BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
+        return len(batch) < min(BATCH, most)
 
 
 class Translator:
@@ -195,14 +162,14 @@ class Translator:
         self.output_size = output_size
         self.seconds = 0.0  # that the networks have taken so far
         self.directions = [direction for direction in DIRECTIONS if direction.generator in networks]
-        self.configs = [networks[direction.generator].config for direction in self.directions]
-        self.channels = self.configs[0].channels
-        self.smallest_side = max(config.smallest_side for config in self.configs)  # that all generators accept, in px
-        field = max(map(receptive_field, self.configs))
+        configs = [networks[direction.generator].config for direction in self.directions]
+        self.channels = configs[0].channels
+        self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
         if tile and tile < self.smallest_side:
             raise InputError(f"--tile {tile}: the networks need at least {self.smallest_side} px; take that or more")
-        if tile and tile < field:
-            needed = f"{field} px" if math.isfinite(field) else "the whole image"
+        receptive_field = max(map(tiles.receptive_field, configs))
+        if tile and tile < receptive_field:
+            needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
@@ -213,7 +180,7 @@ class Translator:
         return self.networks[direction.generator], self.networks.get(direction.reverse.generator)
 
     @torch.no_grad()
-    def __call__(self, net: Generator, images: Tensor) -> Tensor:
+    def __call__(self, net: Generator, x: Tensor) -> Tensor:
         """Run (N, C, H, W) in [-1, 1] through a network, in tiles where needed; returns float32 of the same shape."""
         start = time.perf_counter()
 
@@ -221,42 +188,44 @@ class Translator:
             with devices.autocast(self.device, self.precision):
                 return net(x.to(self.device)).float()
 
-        if self.tile and max(images.shape[-2:]) > self.tile:
-            outputs = torch.cat([translate_tiled(net, forward, image[None], self.tile) for image in images.cpu()])
+        if self.tile and max(x.shape[-2:]) > self.tile:
+            output = torch.cat([tiles.translate_tiled(net, forward, image[None], self.tile) for image in x.cpu()])
         else:
-            outputs = forward(images)
+            output = forward(x)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - start
-        return outputs
+        return output
 
     def load(self, path: Path) -> LoadedImage:
         """Read an image and resize it for the networks."""
         try:
-            image = read_image(path, self.channels)
-        except UnreadableImage as error:
+            image = images.read_image(path, self.channels)
+        except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        size = self.size if self.scale == "train" else None
-        height, width = size or (image.height, image.width)
-        if min(height, width) < self.smallest_side:
+        width, height = self.size[::-1] if self.size and self.scale == "train" else image.size
+        if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
-        return LoadedImage(path, image, resize_image(image, (width, height)))
+        return LoadedImage(path, image, images.resize_image(image, (width, height)))
 
 
 def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
     """Turn the output of a network, (C, H, W) in [-1, 1], into an image of (width, height)."""
-    return resize_image(tensor_to_image(x), size)
+    return images.resize_image(images.tensor_to_image(x), size)
 
 
-# ---------------------------------------------------------------------------------------------
-# Names of results
+@dataclass
+class Inputs:
+    """Image files of one domain, which are translated together."""
+
+    root: Path  # results have the names of their inputs relative to it
+    paths: Sequence[Path]
+    on_bad: str = "skip"  # or "stop" at an unreadable one
+    truths: dict[Path, Path] = field(default_factory=dict)  # by input: what it should become, where that is known
 
 
 def unique_name(name: Path, taken: set[str]) -> Path:
-    """Add .png to a name, and underscores while it is taken; adds the result to `taken`.
-
-    taken: names in lower case, because some file systems do not distinguish a from A
-    """
+    """Add .png to a name, and underscores while it is taken: some file systems do not distinguish a.png from A.png."""
     result = name.with_name(f"{name.name}.png")
     while str(result).lower() in taken:
         result = result.with_stem(f"{result.stem}_")
@@ -264,35 +233,26 @@ def unique_name(name: Path, taken: set[str]) -> Path:
     return result
 
 
-def plan_results(
-    direction: Direction, root: Path, paths: Sequence[Path], round_trip: bool, truths: Mapping[Path, Path]
-) -> dict[Path, Result]:
+def plan_results(direction: Direction, inputs: Inputs, round_trip: bool) -> dict[Path, gallery.Result]:
     """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix."""
     real, fake, truth, rec = gallery.result_folders(direction)
-    count = Counter(path.with_suffix("") for path in paths)
+    count = Counter(path.with_suffix("") for path in inputs.paths)
     taken: set[str] = set()
     results = {}
-    for path in paths:
+    for path in inputs.paths:
         stem = path.with_suffix("")
-        name = unique_name((stem if count[stem] == 1 else path).relative_to(root), taken)
-        folders = [real, fake]
-        if path in truths:
-            folders.append(truth)
-        if round_trip:
-            folders.append(rec)
-        results[path] = Result(path, name, {folder: Path(folder, name) for folder in folders}, truths.get(path))
+        name = unique_name((stem if count[stem] == 1 else path).relative_to(inputs.root), taken)
+        present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
+        files = {folder: Path(folder, name) for folder in present if present[folder]}
+        results[path] = gallery.Result(path, name, files, inputs.truths.get(path))
     return results
 
 
-# ---------------------------------------------------------------------------------------------
-# Folders: threads read ahead and write behind while batches pass through the networks
-
-
-def in_batches(images: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
+def in_batches(loaded: Iterable[LoadedImage]) -> Iterator[list[LoadedImage]]:
     """Group images of equal size into batches, in order; what cannot be translated is a batch of its own."""
     batch: list[LoadedImage] = []
-    for image in images:
-        if batch and (image.size != batch[0].size or len(batch) >= image.batch_size):
+    for image in loaded:
+        if batch and not image.joins(batch):
             yield batch
             batch = []
         batch.append(image)
@@ -316,19 +276,16 @@ def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[L
 
 
 def translate_images(
-    translator: Translator, generators: Sequence[Generator], images: Iterable[LoadedImage], bad: BadImages
+    translator: Translator, nets: Sequence[Generator], loaded: Iterable[LoadedImage], bad: images.BadImages
 ) -> Iterator[tuple[LoadedImage, list[Tensor]]]:
-    """Yield each image with the outputs of the networks, each of which gets the output of the one before.
-
-    outputs: (C, H, W) in [-1, 1]
-    """
-    for batch in in_batches(images):
+    """Yield each image with the outputs (C, H, W) of the networks, each of which gets the output of the one before."""
+    for batch in in_batches(loaded):
         if batch[0].reason:
             bad.note(batch[0].path, batch[0].reason)
             continue
-        x = torch.stack([image_to_tensor(image.network_input) for image in batch])
+        x = torch.stack([images.image_to_tensor(image.network_input) for image in batch])
         outputs = []
-        for net in generators:
+        for net in nets:
             x = translator(net, x)
             outputs.append(x.cpu())
         for i, image in enumerate(batch):
@@ -338,66 +295,48 @@ def translate_images(
 def translate_folder(
     translator: Translator,
     direction: Direction,
-    root: Path,
-    paths: Sequence[Path],
+    inputs: Inputs,
     output: Path,
-    on_bad: str = "skip",
     skip_existing: bool = False,
     round_trip: bool = True,
-    truths: Mapping[Path, Path] | None = None,
-) -> list[Result]:
+) -> list[gallery.Result]:
     """Translate images into the folders real_A, fake_B, ... of `output`; return the results that exist then.
 
-    root:       the folder that the results' names are relative to
-    on_bad:     "skip" or "stop" at an unreadable image
+    Threads read ahead and write behind while batches pass through the networks.
     round_trip: also translate back, if there is a network for it
-    truths:     by input, the image that it should become, to be shown beside the translation
     raises:     InputError if an input would be overwritten, or if no image can be translated
     """
-    gallery.refuse_inputs(output, paths)
+    gallery.refuse_inputs(output, inputs.paths)
     net, back = translator.generators(direction)
-    generators = [net, back] if back and round_trip else [net]
-    results = plan_results(direction, root, paths, len(generators) == 2, truths or {})
-    existing = {path for path in paths if skip_existing and gallery.is_complete(output, results[path])}
-    waiting = [path for path in paths if path not in existing]
-    bad = BadImages(root, len(paths), on_bad)
+    nets = [net, back] if back and round_trip else [net]
+    results = plan_results(direction, inputs, len(nets) == 2)
+    existing = {path for path in inputs.paths if skip_existing and gallery.is_complete(output, results[path])}
+    waiting = [path for path in inputs.paths if path not in existing]
+    bad = images.BadImages(inputs.root, len(inputs.paths), inputs.on_bad)
     written = []
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
         loaded, outputs = item
+        result = results[loaded.path]
+        image = loaded.image if translator.output_size == "input" else loaded.network_input
+        files = [image, *(output_image(x, image.size) for x in outputs)]
+        if result.truth:
+            files.insert(2, images.read_image(result.truth, translator.channels))
         written.append(loaded.path)
-        write_result(translator, output, results[loaded.path], loaded, outputs)
+        gallery.save_results(output, result, files)
         return loaded
 
     start = time.perf_counter()
-    before = translator.seconds
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             read = run_ahead(pool, translator.load, waiting)
-            with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as images:
-                for _ in run_ahead(pool, write, translate_images(translator, generators, images, bad)):
+            with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
+                for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
                     pass
     finally:  # also after Ctrl-C, so that the next test removes what this one wrote
         gallery.record(output, [file for path in written for file in results[path].files.values()])
     if not (written or existing):
-        raise InputError(f"{root}: no image could be translated (see above)")
-    seconds = time.perf_counter() - start
-    share = (translator.seconds - before) / seconds
+        raise InputError(f"{inputs.root}: no image could be translated (see above)")
     kept = f"; {len(existing)} existed already" if existing else ""
-    speed = f"{len(written) / seconds:.1f} a second, {share:.0%} of it in the networks"
-    say(f"{direction}: {counted(len(written), 'image')} in {seconds:.1f} s, {speed}{kept}")
+    say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
     return [result for path, result in results.items() if path in existing.union(written)]
-
-
-def write_result(
-    translator: Translator, output: Path, result: Result, loaded: LoadedImage, outputs: Sequence[Tensor]
-) -> None:
-    """Write an input, its translation and what else belongs to it; a truth that cannot be read is left out."""
-    image = loaded.image if translator.output_size == "input" else loaded.network_input
-    images = [image, *(output_image(x, image.size) for x in outputs)]
-    if result.truth:
-        try:
-            images.insert(2, read_image(result.truth, translator.channels))
-        except UnreadableImage:
-            result.files = {folder: file for folder, file in result.files.items() if not folder.startswith("truth_")}
-    gallery.save_results(output, result, images)

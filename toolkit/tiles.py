@@ -7,7 +7,7 @@ Tiles save memory, not time.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -18,8 +18,6 @@ from tqdm import tqdm
 from models import Generator, GeneratorConfig
 
 OVERLAP = 8  # tiles overlap by this fraction of their side
-PATCHES = 4  # patches along the side of a tile, at most
-BAR_DELAY = 3.0  # seconds before a progress bar appears
 Norm = nn.InstanceNorm2d | nn.GroupNorm  # layers with statistics of one image
 Tile = tuple[slice, slice]  # rows and columns
 
@@ -37,23 +35,15 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
     step = 2**net.config.downsamplings
     overlap = tile // OVERLAP
     tiles = find_tiles(image, tile, overlap, step)
-    batches = []
-    if norms:
-        side = max(tile // PATCHES, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
-        batches = sample_patches(image, side, (tile // side) ** 2, step)
+    # at most 4 patches along the side of a tile; fewer if they would be smaller than what a pixel depends on
+    side = max(tile // 4, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
+    batches = sample_patches(image, side, (tile // side) ** 2, step) if norms else []
     statistics = SharedStatistics(norms)
-    with tqdm(desc="tiles", total=len(batches) + len(tiles), unit="tile", leave=False, delay=BAR_DELAY) as bar:
-        for batch in batches:
-            statistics.add(translate, batch)
-            bar.update()
-
-        def translate_and_count(part: Tensor) -> Tensor:
-            output = translate(part)
-            bar.update()
-            return output
-
-        with replaced_forward(norms, statistics.normalise):
-            return blend_tiles(translate_and_count, image, tiles, overlap)
+    for batch in tqdm(batches, "statistics", unit="batch", leave=False, delay=3):
+        statistics.add(translate, batch)
+    with replaced_forward(norms, statistics.normalise):
+        bar = tqdm(tiles, "tiles", unit="tile", leave=False, delay=3)
+        return blend_tiles(translate, image, bar, overlap)
 
 
 def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
@@ -82,7 +72,7 @@ def fade(length: int, overlap: int) -> Tensor:
     return (torch.minimum(edge, edge.flip(0)) - overlap / 4).div(max(1, overlap / 2)).clamp(1e-3, 1)
 
 
-def blend_tiles(translate: Callable, images: Tensor, tiles: Sequence[Tile], overlap: int) -> Tensor:
+def blend_tiles(translate: Callable, images: Tensor, tiles: Iterable[Tile], overlap: int) -> Tensor:
     """Translate images (N, C, H, W) tile by tile, and blend the tiles where they overlap."""
     blended = torch.zeros_like(images)
     total = torch.zeros(images.shape[-2:])
