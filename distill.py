@@ -89,8 +89,7 @@ class DistillationConfig:
         return [direction for direction in DIRECTIONS if self.direction in ("both", str(direction))]
 
 
-# ---------------------------------------------------------------------------------------------
-# The objective
+# -- The objective ---------------------------------------------------------------------------------
 
 
 def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -149,8 +148,7 @@ class DistillationLoss:
         return loss, terms, translation
 
 
-# ---------------------------------------------------------------------------------------------
-# The teacher
+# -- The teacher -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -214,8 +212,7 @@ def choose_direction(distillation: DistillationConfig, given: Collection[str], t
     return distillation
 
 
-# ---------------------------------------------------------------------------------------------
-# The students
+# -- The students ----------------------------------------------------------------------------------
 
 
 def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
@@ -322,8 +319,7 @@ def make_model(
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- The command line ------------------------------------------------------------------------------
 
 FIXED_OPTIONS = (  # the same on resume
     *("student_residual", "student_ngf", "student_skips"),

@@ -24,8 +24,7 @@ GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can 
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
-# ---------------------------------------------------------------------------------------------
-# Domains and directions
+# -- Domains and directions ------------------------------------------------------------------------
 
 
 class Direction(NamedTuple):
@@ -56,8 +55,7 @@ class Direction(NamedTuple):
 DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
-# ---------------------------------------------------------------------------------------------
-# Configs: everything that is needed to rebuild a network. They are saved beside its weights
+# -- Configs: everything that is needed to rebuild a network. They are saved beside its weights ----
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,7 @@ class DiscriminatorConfig:
         return max((n for n in range(1, 32) if side // 2**n - 2 >= 1), default=0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Building blocks
+# -- Building blocks -------------------------------------------------------------------------------
 
 
 def norm_layer(norm: str, width: int) -> nn.Module:
@@ -214,8 +211,7 @@ class ResnetBlock(nn.Module):
         return x + self.body(x)  # (N, width, H, W)
 
 
-# ---------------------------------------------------------------------------------------------
-# Generators
+# -- Generators ------------------------------------------------------------------------------------
 
 
 def pad_to_multiple(x: Tensor, config: GeneratorConfig) -> Tensor:
@@ -430,8 +426,7 @@ Generator = ResnetGenerator | UnetVitGenerator
 Networks = dict[str, Any]  # by name: G_AB, G_BA, D_A, D_B; Any, since a compiled network has another class
 
 
-# ---------------------------------------------------------------------------------------------
-# Discriminators
+# -- Discriminators --------------------------------------------------------------------------------
 
 
 def patch_layers(config: DiscriminatorConfig) -> list[nn.Module]:
@@ -480,8 +475,7 @@ class Discriminator(nn.Module):
         return x.mean((2, 3), keepdim=True) if self.config.pool else x
 
 
-# ---------------------------------------------------------------------------------------------
-# Building
+# -- Building --------------------------------------------------------------------------------------
 
 
 def init_weights(net: nn.Module, init: str = "normal") -> None:

@@ -40,8 +40,7 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
+# -- The run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -325,8 +324,7 @@ class Run:
         say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Building a run
+# -- Building a run --------------------------------------------------------------------------------
 
 
 def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
@@ -429,8 +427,7 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- The command line ------------------------------------------------------------------------------
 
 VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
