@@ -44,7 +44,7 @@ class OptimConfig:
 
     num_epochs: int = option(200, "epochs in total", least=1)
     decay_epoch: int | None = option(
-        None, "from this epoch on, the learning rate decays linearly to 0 (default: half of --num_epochs)", least=0
+        None, "the learning rate decays to 0 from this epoch on (default: half of --num_epochs)", least=0
     )
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)

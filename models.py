@@ -103,9 +103,7 @@ class GeneratorConfig:
                     object.__setattr__(self, name, default)
         check_options(self)
         if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
-            raise ValueError(
-                f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}, the width of a token"
-            )
+            raise ValueError(f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}")
 
     @property
     def downsamplings(self) -> int:
@@ -139,12 +137,8 @@ class DiscriminatorConfig:
     discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=("patch", "pixel"))
     channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
     ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
-    n_layers: int = option(
-        3, "strided layers of the discriminators: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D"
-    )
-    max_mult: int = option(
-        8, "the discriminators' channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D"
-    )
+    n_layers: int = option(3, "strided layers: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D")
+    max_mult: int = option(8, "channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D")
     norm: str = field(default="instance", metadata={"choices": NORMS})  # the option is GeneratorConfig's
     pool: bool = option(False, "average the discriminators' output to one value per image", flag="pool_D")
 
@@ -533,8 +527,7 @@ def check_image_size(generator: GeneratorConfig, discriminator: DiscriminatorCon
     given = f"images of {width}x{height} px"
     if side < generator.smallest_side:
         raise InputError(
-            f"{given}: {generator.downsamplings} downsamplings need at least {generator.smallest_side} px a side; "
-            "raise --img_height and --img_width, or lower --n_downsampling"
+            f"{given}: the generator needs {generator.smallest_side} px; raise --img_height and --img_width"
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
