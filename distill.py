@@ -211,9 +211,11 @@ def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -
         skips = teacher.skips if distillation.student_skips is None else distillation.student_skips
         return dataclasses.replace(teacher, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
     if distillation.student_ngf:
-        raise InputError(f"--student_ngf: the width of a {teacher.generator} is fixed; leave it out")
+        raise InputError(
+            f"--student_ngf {distillation.student_ngf}: a {teacher.generator} has a fixed width; leave it out"
+        )
     if distillation.student_skips is not None:
-        raise InputError(f"--student_skips: the skip connections of a {teacher.generator} are fixed; leave it out")
+        raise InputError(f"--student_skips: a {teacher.generator} has fixed skip connections; leave it out")
     return dataclasses.replace(teacher, vit_blocks=distillation.student_residual)
 
 

@@ -284,8 +284,8 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"student_ngf": 32}, "--student_ngf: the width of a unet_vit is fixed; leave it out"),
-        ({"student_skips": False}, "--student_skips: the skip connections of a unet_vit are fixed; leave it out"),
+        ({"student_ngf": 32}, "--student_ngf 32: a unet_vit has a fixed width; leave it out"),
+        ({"student_skips": False}, "--student_skips: a unet_vit has fixed skip connections; leave it out"),
     ],
 )
 def test_the_student_of_a_unet_vit_can_only_have_fewer_blocks(student, message):

@@ -648,7 +648,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--device cuda:9", "--device cuda:9: "),
         ("--precision fp16", "--precision fp16: needs a CUDA GPU"),
         ("--compile", "--compile: no gain on cpu"),
-        ("--norm batch --micro_batch 1", "--micro_batch 1: with --norm batch"),
+        ("--norm batch --micro_batch 1", "--micro_batch 1: not with --norm batch"),
         ("--vit_blocks 2", "--vit_blocks: has no meaning for --generator resnet"),
         ("--log tensorboard", "--log tensorboard: the package tensorboard is missing; install it with: pip install"),
     ],
