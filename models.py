@@ -88,7 +88,7 @@ class GeneratorConfig:
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
     upsample: str = option("deconv", "transposed convolution, or resize + convolution", choices=("deconv", "resize"))
-    norm: str = option("instance", "instance_affine has a learned scale; group is for generators only", choices=NORMS)
+    norm: str = option("instance", "normalisation (affine: learned scale; group: generators only)", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
     vit_size: str = option("small", "unet_vit of the 64x64 study, or of UVCGAN", choices=tuple(VIT_SIZES))
