@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from datasets import spread
@@ -83,7 +82,7 @@ def first_names(paths: Sequence[Path]) -> str:
 
 
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
-    """Group the images with the same pixels, by their path in the data set; print the first groups and how many."""
+    """Group the images with the same pixels, by their path in the data set; print the first groups, and how many there are."""
     by_digest = defaultdict(list)
     for path, digest in digests.items():
         by_digest[digest].append(path)
@@ -95,8 +94,6 @@ def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
             leaks.append(paths)
     for paths in sorted(groups, key=lambda paths: paths not in leaks)[:NAMED]:
         say(f"  the same image: {' = '.join(map(str, paths))}")
-    if len(groups) > NAMED:
-        say(f"  and {len(groups) - NAMED} more")
     say(f"images that occur more than once: {len(groups)}; in train and also in test or val: {len(leaks)}")
     return groups
 
@@ -138,22 +135,16 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}{': ' if moved else ''}{first_names(moved)}")
 
 
-def sheet_cells(paths: Sequence[Path]) -> Tensor:
-    """Read up to SHEET_COLUMNS images as square cells, (SHEET_COLUMNS, 3, H, W) in [-1, 1]; the others are white."""
-    cells = torch.ones(SHEET_COLUMNS, 3, images.CELL, images.CELL)
-    for cell, path in zip(cells, paths, strict=False):
-        cell[:] = images.image_to_tensor(ImageOps.pad(images.read_image(path), cell.shape[1:], color="white"))
-    return cells
-
-
 def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:
     """Draw readable images by split, evenly spread: those of A on the left, of B on the right; at least one is needed."""
-    gap = torch.ones(1, 3, images.CELL, images.CELL)
     rows = []
     for kind, most in (("train", 16), ("val", 4), ("test", 8)):
-        chosen_A, chosen_B = (spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB")
-        for i in range(0, max(len(chosen_A), len(chosen_B)), SHEET_COLUMNS):
-            columns = slice(i, i + SHEET_COLUMNS)
-            cells = torch.cat([sheet_cells(chosen_A[columns]), gap, sheet_cells(chosen_B[columns])])
+        chosen = [spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB"]
+        for i in range(0, max(map(len, chosen)), SHEET_COLUMNS):
+            cells = torch.ones(2 * SHEET_COLUMNS + 1, 3, images.CELL, images.CELL)  # white; the middle remains a gap
+            for start, paths in ((0, chosen[0]), (SHEET_COLUMNS + 1, chosen[1])):
+                for column, path in enumerate(paths[i : i + SHEET_COLUMNS], start):
+                    image = ImageOps.pad(images.read_image(path), (images.CELL, images.CELL), color="white")
+                    cells[column] = images.image_to_tensor(image)
             rows.append((f"{kind}A | {kind}B", cells))
     return images.draw_grid(rows)
