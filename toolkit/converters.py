@@ -20,12 +20,6 @@ from toolkit.files import check_tensors, is_state_dict, read_archive
 from utils import InputError, one_line, say
 
 Convs = dict[str, tuple[int, int]]  # name → index in the long Sequential, index in a residual block (outside: -1)
-OTHER_NETWORKS = {  # by a tensor, as name and shape
-    r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
-    r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
-    r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
-    r"^net\.": "a network of UVCGAN",
-}
 
 
 def _conv_positions(net: Generator) -> list[tuple[str, list[int], list[int]]]:
@@ -105,7 +99,7 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         raise InputError(f"{path}: holds no tensors by name; expected the weights of one network")
     # DataParallel and torch.compile add these prefixes, sometimes both
     tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
-    convs = _find_convs(path, tensors)
+    convs = _find_convs(tensors)
     config = _infer_config(path, tensors, convs)
     net = meta_network(config)
     state = _fit_tensors(path, tensors, net, _match_convs(path, tensors, convs, net))
@@ -117,21 +111,13 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     return config, state, metadata
 
 
-def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
+def _find_convs(tensors: dict[str, Tensor]) -> Convs:
     """Find the convolutions of a ResNet generator, in order, whatever the names of the Sequential and of the blocks."""
     convs = {}
     for name, x in tensors.items():
         match = re.fullmatch(r"(\w+\.([0-9]{1,4})(?:\.\w+\.([0-9]{1,2}))?)\.weight", name)
         if match and x.dim() == 4:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
-    listing = [f"{one_line(name)[:80]} {tuple(tensors[name].shape)}" for name in sorted(tensors)]
-    found = [kind for tensor, kind in OTHER_NETWORKS.items() if re.search(tensor, "\n".join(listing), re.MULTILINE)]
-    if not convs:
-        found.append(f"an unknown layout ({', '.join(listing[:3])})")
-    if found:
-        raise InputError(
-            f"{path}: holds {found[0]}; expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
-        )
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 
@@ -139,8 +125,9 @@ def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> Gener
     """Infer the config of a ResNet generator from its convolutions; _match_convs then compares each of them with it."""
     shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
     if len(shapes) < 2 or len(shapes) % 2:
+        listing = ", ".join(f"{one_line(name)[:80]} {tuple(x.shape)}" for name, x in sorted(tensors.items())[:3])
         raise InputError(
-            f"{path}: {len(shapes)} convolutions outside of blocks; expected a first, a last, and as many upsampling as downsampling ones"
+            f"{path}: holds {len(shapes)} convolutions outside of blocks ({listing}, …); expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
         )
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:
