@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,12 +25,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from toolkit import files
-from utils import InputError, counted, say, warn
+from utils import InputError, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
-PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
-INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
+PHONE_READERS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "Pillow from 11.3 on"}
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
 LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
@@ -74,15 +72,6 @@ def formats() -> list[str]:
     return [*FORMATS, *sorted({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))]
 
 
-def missing_package(path: Path) -> str:
-    """Return the command that makes files of this suffix readable; "" if they are."""
-    kind = PHONE_FORMATS.get(path.suffix.lower(), "PNG")
-    return "" if kind in formats() else INSTALL[kind]
-
-
-warn_once = functools.cache(warn)  # however often a folder is listed
-
-
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
@@ -98,10 +87,7 @@ def list_images(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
-    skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
-    for hint, count in sorted(skipped.items()):
-        warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
-    return sorted((path for path in found if not missing_package(path)), key=natural_key)
+    return sorted(found, key=natural_key)
 
 
 def limit_pixels(pixels: float) -> None:
@@ -131,9 +117,9 @@ def unreadable_on_error(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # Pillow's plug-ins raise a dozen types on hostile files
-        command = missing_package(path)
-        reason = f"nothing installed reads {path.suffix}: {command}" if command else f"{type(error).__name__}: {error}"
-        raise UnreadableImage(reason) from error
+        reader = PHONE_READERS.get(path.suffix.lower())
+        hint = f"; {path.suffix} files need {reader}" if reader else ""
+        raise UnreadableImage(f"{type(error).__name__}: {error}{hint}") from error
 
 
 def open_image(path: Path) -> Image.Image:
@@ -247,15 +233,6 @@ def data_url(path: Path, most: tuple[int, int]) -> str:
         return ""
 
 
-def reduce_to_cell(x: Tensor) -> Tensor:
-    """Resize (N, C, H, W) to at most LARGEST_CELL px a side."""
-    factor = LARGEST_CELL / max(x.shape[-2:])
-    if factor >= 1:
-        return x
-    size = [max(1, round(side * factor)) for side in x.shape[-2:]]
-    return F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-
-
 def draw_file_grid(rows: Sequence[tuple[str, Sequence[Path]]]) -> Image.Image:
     """Draw labelled rows of image files, all at the size of the first."""
     size = read_image(rows[0][1][0]).size[::-1]
@@ -269,9 +246,13 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Draw labelled rows of images, (N, 3 or 1, H, W) in [-1, 1] of one size; each takes CELL to LARGEST_CELL px."""
     from torchvision.utils import make_grid  # here, because its import takes two seconds
 
-    cells = range_to_bytes(torch.cat([reduce_to_cell(x.float().cpu()) for _, x in rows]))
-    factor = max(1, CELL // max(cells.shape[-2:]))
-    cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    cells = torch.cat([x.float().cpu() for _, x in rows])
+    factor = LARGEST_CELL / max(cells.shape[-2:])
+    if factor < 1:
+        size = [max(1, round(side * factor)) for side in cells.shape[-2:]]
+        cells = F.interpolate(cells, size, mode="bicubic", antialias=True, align_corners=False)
+    enlarged = max(1, CELL // max(cells.shape[-2:]))
+    cells = range_to_bytes(cells).repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     cells = make_grid(cells.expand(-1, 3, -1, -1), nrow=len(rows[0][1]), padding=2, pad_value=255)
     grid = Image.fromarray(cells.permute(1, 2, 0).numpy())
     font = ImageFont.load_default(14)
