@@ -225,14 +225,6 @@ class TrainingData:
         self.loader = None
 
 
-@dataclass(frozen=True)
-class ReadingConfig:
-    """How image files are read by the commands that do not train."""
-
-    max_megapixels: float = MAX_MEGAPIXELS
-    on_bad_image: str = ON_BAD_IMAGE
-
-
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
     """Return the folder of a data set; raises InputError if it does not exist."""
     folder = data_root / dataset_name

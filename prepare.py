@@ -138,14 +138,14 @@ def download_dataset(args: Namespace) -> None:
 
 def _choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
     paths = images.list_images(source)
-    if not paths:
-        raise InputError(f"--{domain} {source}: no images there; expected {' '.join(sorted(images.SUFFIXES))} files")
     random.Random(f"{seed}-{domain}").shuffle(paths)
     bar = tqdm(paths, desc=f"reading {source.name}", leave=False)
     found = images.BadImages(source, len(paths)).read(bar, images.read_image)
     chosen = [path for path, _ in itertools.islice(found, max_images)]
     if len(chosen) < 2:
-        raise InputError(f"--{domain} {source}: {counted(len(chosen), 'readable image')}, expected at least 2")
+        raise InputError(
+            f"--{domain} {source}: {counted(len(chosen), 'readable image')}, expected at least 2 {' '.join(sorted(images.SUFFIXES))} files"
+        )
     return chosen
 
 

@@ -55,10 +55,12 @@ class TestOptions:
     skip_existing: bool = option(False, "remove nothing, and leave out images whose results exist")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
+    max_megapixels: float = datasets.MAX_MEGAPIXELS
+    on_bad_image: str = datasets.ON_BAD_IMAGE
 
 
 @dataclass(frozen=True)
-class TestConfig(TestOptions, datasets.ReadingConfig, DeviceConfig):
+class TestConfig(TestOptions, DeviceConfig):
     """All options of a test."""
 
 
@@ -66,7 +68,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = cli.Parser(prog="test.py", description=__doc__)
     cli.add_options(parser, "translation", TestOptions)
-    cli.add_options(parser, "image files", datasets.ReadingConfig)
     cli.add_options(parser, "speed", DeviceConfig)
     args = parser.parse_args(argv)
     pairs = (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name"))

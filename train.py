@@ -288,7 +288,7 @@ class Run:
                 signum = self.train()
             finally:
                 self.data.close()
-                self.monitor.close()
+                self.monitor.board.close()
         self.report_end(signum)
 
     def describe(self) -> None:

@@ -368,7 +368,7 @@ def test_a_monitor_leaves_logs_plots_grids_photos_and_a_page(tmp_path, capsys):
         run.add_measures(epoch, 3 * epoch, {"cycle_A": 0.25, "PSNR_B": 12.0})
     run.draw(model, 3, 10, False)
     run.write_page(3, 9, 0, 3, 3)
-    run.close()
+    run.board.close()
     grids = [f"epoch_000{i}.png" for i in (1, 2, 3, 4)]
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
         *("saved/losses.csv", "saved/measures.csv", "drawn/index.html", "drawn/losses.png"),
@@ -416,7 +416,7 @@ def test_logs_that_cannot_be_written_end_neither_the_page_nor_the_run(tmp_path, 
     run.log_losses(2, 40, 2e-4, {"loss_G": 1.0})
     run.add_measures(2, 40, {"cycle_A": 0.5})
     run.write_page(2, 40, 0, 4, 20)
-    run.close()
+    run.board.close()
     errors = capsys.readouterr().err
     assert "losses.csv" in errors
     assert "measures.csv" in errors
@@ -441,7 +441,7 @@ def test_tensorboard_gets_losses_rates_grids_photos_and_measures(tmp_path):
     run.log_losses(1, 3, 2e-4, {"loss_G": 1.5, "cycle_A": 0.5})
     run.draw(tiny_model(), 1, 3, True)
     run.add_measures(1, 3, {"cycle_A": 0.25})
-    run.close()
+    run.board.close()
     events = accumulator.EventAccumulator(str(tmp_path / "saved/tensorboard")).Reload()
     values = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
     assert values == pytest.approx({"lr": 2e-4, "losses/loss_G": 1.5, "losses/cycle_A": 0.5, "measures/cycle_A": 0.25})

@@ -166,9 +166,6 @@ class Monitor:
         if self.measures.path.exists():
             files.attempt(self.measures.save)
 
-    def close(self) -> None:
-        self.board.close()
-
     def log_losses(self, epoch: int, step: int, lr: float, means: dict[str, float]) -> None:
         """Add a row to losses.csv and reset the meter; epoch: the one that these steps belong to, from 1."""
         self.log.append({"epoch": epoch, "step": step, "lr": lr} | means)
