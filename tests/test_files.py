@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from toolkit import distributed, files, images
 from utils import InputError, one_line
 
-posix = pytest.mark.skipif(os.name == "nt", reason="locks, modes and links of POSIX")
+posix = pytest.mark.skipif(os.name == "nt", reason="locks and links of POSIX")
 
 
 @pytest.mark.parametrize("error", [OSError, ZeroDivisionError, KeyboardInterrupt, SystemExit, Dead])
@@ -72,17 +72,6 @@ def test_a_leftover_with_our_number_is_never_written_into(tmp_path):
     os.link(good, tmp_path / name)
     files.write_text(tmp_path / "x.txt", "other")
     assert good.read_text() == "good"
-
-
-@posix
-def test_others_may_read_what_is_written_as_far_as_the_user_allows(tmp_path):
-    before = os.umask(0o027)
-    try:
-        with files.atomic_write(tmp_path / "x") as temporary:
-            temporary.chmod(0o600)
-        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
-    finally:
-        os.umask(before)
 
 
 def test_threads_write_beside_each_other(tmp_path):

@@ -35,10 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process with our number; perhaps a link to a good file
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask wants it
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         replace(temporary, path)
@@ -91,7 +88,6 @@ def write_json(path: Path, value: object) -> None:
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name, without a copy where the file system can; `target` is replaced atomically."""
     with atomic_write(target) as temporary:
-        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
