@@ -136,17 +136,6 @@ def download_dataset(args: Namespace) -> None:
     say(f"{args.data_root / args.dataset_name}: {', '.join(found)}")
 
 
-def _choose_images(domain: str, source: Path, seed: int, max_images: int | None) -> list[Path]:
-    paths = images.list_images(source)
-    random.Random(f"{seed}-{domain}").shuffle(paths)
-    bar = tqdm(paths, desc=f"reading {source.name}", leave=False)
-    found = images.BadImages(source, len(paths)).read(bar, images.read_image)
-    chosen = [path for path, _ in itertools.islice(found, max_images)]
-    if len(chosen) < 2:
-        raise InputError(f"--{domain} {source}: {counted(len(chosen), 'readable image')}, expected at least 2 there")
-    return chosen
-
-
 def _copy_images(paths: Sequence[Path], source: Path, target: Path) -> None:
     target.mkdir()
     for path in tqdm(paths, desc=target.name, leave=False):
@@ -163,7 +152,15 @@ def split_dataset(args: Namespace) -> None:
         raise InputError(f"--A {args.A} and --B {args.B}: the same folder, or one in the other; expected two")
     with new_folder(args.data_root / args.dataset_name) as unfinished:
         for domain, source in {"A": args.A, "B": args.B}.items():
-            paths = _choose_images(domain, source, args.seed, args.max_images)
+            found = images.list_images(source)
+            random.Random(f"{args.seed}-{domain}").shuffle(found)
+            bar = tqdm(found, desc=f"reading {source.name}", leave=False)
+            readable = images.BadImages(source, len(found)).read(bar, images.read_image)
+            paths = [path for path, _ in itertools.islice(readable, args.max_images)]
+            if len(paths) < 2:
+                raise InputError(
+                    f"--{domain} {source}: {counted(len(paths), 'readable image')}, expected at least 2 there"
+                )
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             _copy_images(paths[:tests], source, unfinished / f"test{domain}")
             _copy_images(paths[tests:], source, unfinished / f"train{domain}")

@@ -292,10 +292,10 @@ MORE = "it contains more than a checkpoint does"
     [
         pytest.param(zip_bomb(), "it would unpack to more than its own size", id="zip bomb"),
         pytest.param(saved(nested(60, copies=2)), MORE, id="copies of copies"),
-        pytest.param(saved(nested(files.MOST_LEVELS + 1)), MORE, id="deep"),
+        pytest.param(saved(nested(101)), MORE, id="deep"),
         pytest.param(saved({"format": 10**300}), MORE, id="long number"),
         pytest.param(pickle.dumps({"format": 10**5000}), "", id="longer number"),
-        pytest.param(saved(list(range(files.MOST_VALUES))), MORE, id="many"),
+        pytest.param(saved(list(range(10**5))), MORE, id="many"),
         pytest.param(b"", "", id="empty"),
         pytest.param(b"x" * 1000, "", id="text"),
     ],

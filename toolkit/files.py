@@ -25,9 +25,6 @@ if os.name == "nt":
 else:
     import fcntl
 
-MOST_VALUES = 10**5  # in a torch file; the largest network has thousands
-MOST_LEVELS = 100  # of values in values; a state has six
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -152,7 +149,8 @@ def check_values(value: object) -> None:
     while waiting:
         x, level = waiting.pop()
         count += 1
-        if count > MOST_VALUES or level > MOST_LEVELS or (isinstance(x, int) and x.bit_length() > 128):
+        # the largest network has thousands of values, a state six levels
+        if count > 10**5 or level > 100 or (isinstance(x, int) and x.bit_length() > 128):
             raise ValueError("it contains more than a checkpoint does")
         inner = [*x.keys(), *x.values()] if isinstance(x, dict) else x
         if isinstance(inner, list | tuple | set):

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import torch
 from PIL import Image
 
 from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, write_json, write_page
-from toolkit.images import LARGEST_CELL, draw_file_grid, save_image
+from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image, save_image
 from utils import InputError, counted, domain_names, one_line, say
 
 LEGEND = {  # of the page
@@ -127,15 +128,18 @@ def is_complete(output: Path, result: Result) -> bool:
 
 
 def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> None:
-    """Write grid.png: up to six images of each direction, evenly spread, one column an image."""
+    """Write grid.png: up to six images of each direction, evenly spread, one column an image, all at the first one's size."""
     columns = min(6, *(len(translated) for translated in results.values()))
+    size = None
     rows = []
     for translated in results.values():
         chosen = translated[:: len(translated) // columns][:columns]
         for folder in chosen[0].files:
             if all(folder in result.files for result in chosen):
-                rows.append((folder, [output / small_file(output, result.files[folder]) for result in chosen]))
-    save_image(draw_file_grid(rows), output / GRID)
+                files = [output / small_file(output, result.files[folder]) for result in chosen]
+                size = size or read_image(files[0]).size[::-1]
+                rows.append((folder, torch.stack([load_image(file, size) for file in files])))
+    save_image(draw_grid(rows), output / GRID)
     record(output, [GRID])
 
 

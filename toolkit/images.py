@@ -233,15 +233,6 @@ def data_url(path: Path, most: tuple[int, int]) -> str:
         return ""
 
 
-def draw_file_grid(rows: Sequence[tuple[str, Sequence[Path]]]) -> Image.Image:
-    """Draw labelled rows of image files, all at the size of the first."""
-    size = read_image(rows[0][1][0]).size[::-1]
-    cells = []
-    for label, paths in rows:
-        cells.append((label, torch.stack([load_image(path, size) for path in paths])))
-    return draw_grid(cells)
-
-
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Draw labelled rows of images, (N, 3 or 1, H, W) in [-1, 1] of one size; each takes CELL to LARGEST_CELL px."""
     from torchvision.utils import make_grid  # here, because its import takes two seconds
