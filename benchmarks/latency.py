@@ -70,7 +70,7 @@ def main(argv=None):
             programs |= {(file, f"{name}, {side} px"): (run, image) for name, run in runs.items()}
     for (file, column), milliseconds in median_times(programs, args.turns).items():
         rows[file][column] = f"{milliseconds:.1f}"
-    bf16 = "in hardware" if devices.has_native_bf16(CPU) else "emulated"
+    bf16 = "in hardware" if devices.pick_precision("auto", CPU) == "bf16" else "emulated"
     print(f"milliseconds, {torch.get_num_threads()} CPU threads, batch 1, median of {args.turns}; bf16 is {bf16}")
     print("\n".join(markdown_table(list(rows.values()))))
 

@@ -41,7 +41,7 @@ def test_auto_precision_is_what_a_cpu_computes_natively(monkeypatch, supported, 
         monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
     assert devices.pick_precision("auto", CPU) == precision
     assert devices.pick_precision("fp32", CPU) == "fp32"
-    assert not devices.has_native_bf16(torch.device("mps"))
+    assert devices.pick_precision("auto", torch.device("mps")) == "fp32"
     with pytest.raises(InputError, match=f"--precision fp16: needs a CUDA GPU; expected on cpu: {precision}"):
         devices.pick_precision("fp16", CPU)
 

@@ -38,20 +38,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def has_native_bf16(device: torch.device) -> bool:
-    """Return whether the hardware computes bfloat16: CUDA from Ampere on, CPUs with avx512_bf16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so torch may not have them
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
-
-
 def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision auto for a device; raise InputError for fp16 without CUDA: no loss scaling, or no gain."""
-    best = "bf16" if has_native_bf16(device) else "fp32"
-    if device.type == "cuda" and best == "fp32" and torch.cuda.get_device_capability(device) >= (7, 0):
-        best = "fp16"  # tensor cores since Volta
-    if name == "fp16" and device.type != "cuda":
+    """Resolve --precision auto to what the hardware computes natively; raise InputError for fp16 without CUDA."""
+    best = "fp32"
+    if device.type == "cuda":
+        generation, _ = torch.cuda.get_device_capability(device)
+        if generation >= 7:  # Volta has tensor cores, Ampere also computes bfloat16
+            best = "bf16" if generation >= 8 else "fp16"
+    elif device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so torch may not have them
+        best = "bf16" if any(getattr(torch.cpu, name, bool)() for name in names) else "fp32"
+    if name == "fp16" and device.type != "cuda":  # no loss scaling, or no gain
         raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
     return best if name == "auto" else name
 
