@@ -321,7 +321,8 @@ class ImageCache:
         file = None
         if folder:
             facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            file = folder / f"{hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]}.uint8"
+            name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
+            file = folder / f"{name}.uint8"
         values = torch.frombuffer(_map_memory(file, total), dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
         self.pixels = values[start:].view(len(paths), *size, channels)

@@ -158,9 +158,7 @@ def split_dataset(args: Namespace) -> None:
             readable = images.BadImages(source, len(found)).read(bar, images.read_image)
             paths = [path for path, _ in itertools.islice(readable, args.max_images)]
             if len(paths) < 2:
-                raise InputError(
-                    f"--{domain} {source}: {counted(len(paths), 'readable image')}, expected at least 2 there"
-                )
+                raise InputError(f"--{domain} {source}: {counted(len(paths), 'readable image')}, expected at least 2")
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             _copy_images(paths[:tests], source, unfinished / f"test{domain}")
             _copy_images(paths[tests:], source, unfinished / f"train{domain}")
