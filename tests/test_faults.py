@@ -131,7 +131,7 @@ def test_a_run_survives_a_full_disk_and_ends_as_it_would_have(tiny, capsys):
 def test_a_disk_that_remains_full_is_exit_code_1_and_nothing_is_damaged(tiny, refused):
     run_tiny("--num_epochs", 1)
     before = {k: v for k, v in files_of(SAVED).items() if not k.endswith(("run.json", "losses.csv"))}
-    (SAVED / "losses.csv").write_text(",".join(["epoch", "step", "lr", *cyclegan.TERMS]) + "\n")
+    (SAVED / "losses.csv").write_text(",".join(["epoch", "step", "lr", *cyclegan.LOSSES, *cyclegan.TERMS]) + "\n")
     with full_disk(room=5000):
         error = refused(train.main, *RESUME, "--num_epochs", "3", code=1)
     assert error.startswith("error: the last save failed (saved_models/tiny/G_AB.safetensors: File too large); ")
