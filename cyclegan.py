@@ -44,7 +44,7 @@ class OptimConfig:
 
     num_epochs: int = option(200, "epochs in total", least=1)
     decay_epoch: int | None = option(
-        None, "from this epoch on, the learning rate decays linearly to 0 (default: half of --num_epochs)", least=0
+        None, "the learning rate decays to 0 from this epoch on (default: half of --num_epochs)", least=0
     )
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)
@@ -67,8 +67,7 @@ class OptimConfig:
         return 1 - max(0, epoch - self.first_decay_epoch) / max(1, decay_epochs)
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses, computed in float32 (or float64) even where the networks ran in half precision
+# -- Losses, computed in float32 (or float64) even where the networks ran in half precision --------
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -143,8 +142,7 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, target: float) ->
     return ((norms - target) / (target or 1.0)).square().mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# The objective
+# -- The objective ---------------------------------------------------------------------------------
 
 
 class Translation(NamedTuple):
@@ -212,8 +210,7 @@ def loss_names(config: LossConfig) -> tuple[str, ...]:
     return (*TERMS, "gp_A", "gp_B") if config.lambda_gp else TERMS
 
 
-# ---------------------------------------------------------------------------------------------
-# Using networks without training them
+# -- Using networks without training them ----------------------------------------------------------
 
 
 @contextmanager
@@ -240,8 +237,7 @@ def translate(net: nn.Module, images: Tensor, precision: str) -> Tensor:
         return net(images.to(device)).float()
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# -- The model -------------------------------------------------------------------------------------
 
 
 def make_adam(networks: Iterable[nn.Module], config: OptimConfig) -> torch.optim.Adam | None:

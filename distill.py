@@ -62,21 +62,14 @@ class DistillationConfig:
     """The teacher, the shape of its students, and what they learn from it."""
 
     teacher: str | None = option(
-        None,
-        "run, checkpoint or generator file (default: the run named --dataset_name)",
-        parse=run_or_file,
-        metavar="RUN_OR_FILE",
+        None, "run, checkpoint or generator file (default: --dataset_name)", parse=run_or_file, metavar="RUN_OR_FILE"
     )
-    direction: str = option(
-        "both",
-        "which generators get a student (of a single file: the one in it)",
-        choices=("both", *map(str, DIRECTIONS)),
-    )
+    direction: str = option("both", "which generators get a student", choices=("both", *map(str, DIRECTIONS)))
     student_residual: int = option(3, "blocks of the student", least=0, most=1000)
     student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
     student_skips: bool | None = option(None, "skip connections of a resnet student (default: as its teacher)")
     hidden_layers: list[int] | None = option(
-        None, "teacher block for each student block (default: auto; 1,4,8 for 9 → 3)", parse=block_list, metavar="I,J,…"
+        None, "teacher block for each student block (default: auto)", parse=block_list, metavar="I,J,…"
     )
     lambda_hidden: float = option(1.0, "weight of the distance between hidden states", least=0)
     lambda_output: float = option(10.0, "weight of the distance between images", least=0)
@@ -89,8 +82,7 @@ class DistillationConfig:
         return [direction for direction in DIRECTIONS if self.direction in ("both", str(direction))]
 
 
-# ---------------------------------------------------------------------------------------------
-# The objective
+# -- The objective ---------------------------------------------------------------------------------
 
 
 def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -149,8 +141,7 @@ class DistillationLoss:
         return loss, terms, translation
 
 
-# ---------------------------------------------------------------------------------------------
-# The teacher
+# -- The teacher -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -182,9 +173,7 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
     if (RUNS / name).is_dir() and not path.is_file():
         state, path = checkpoints.load_checkpoint(RUNS / name, "latest", f"--teacher {name}, epoch")
     if not path.is_file():
-        raise InputError(
-            f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}; train one with: python train.py"
-        )
+        raise InputError(f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}")
     if state or checkpoints.is_state(path):
         state = state or checkpoints.load_state(path)
         teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, metadata={})
@@ -208,14 +197,11 @@ def choose_direction(distillation: DistillationConfig, given: Collection[str], t
     for direction in distillation.directions:
         if direction not in present:
             found = ", ".join(map(str, present)) or "nothing"
-            raise InputError(
-                f"--teacher {teacher.path}: translates {found} only, not {direction}; give that --direction"
-            )
+            raise InputError(f"--teacher {teacher.path}: translates {found}, not {direction}; give that --direction")
     return distillation
 
 
-# ---------------------------------------------------------------------------------------------
-# The students
+# -- The students ----------------------------------------------------------------------------------
 
 
 def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
@@ -226,11 +212,10 @@ def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -
         return dataclasses.replace(teacher, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
     if distillation.student_ngf:
         raise InputError(
-            f"--student_ngf {distillation.student_ngf}: the width of a {teacher.generator} is fixed; leave it out"
+            f"--student_ngf {distillation.student_ngf}: a {teacher.generator} has a fixed width; leave it out"
         )
     if distillation.student_skips is not None:
-        flag = "--student_skips" if distillation.student_skips else "--no-student_skips"
-        raise InputError(f"{flag}: the skips of a {teacher.generator} are fixed; leave it out")
+        raise InputError(f"--student_skips: a {teacher.generator} has fixed skip connections; leave it out")
     return dataclasses.replace(teacher, vit_blocks=distillation.student_residual)
 
 
@@ -322,8 +307,7 @@ def make_model(
     return model
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- The command line ------------------------------------------------------------------------------
 
 FIXED_OPTIONS = (  # the same on resume
     *("student_residual", "student_ngf", "student_skips"),

@@ -24,8 +24,7 @@ GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can 
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
-# ---------------------------------------------------------------------------------------------
-# Domains and directions
+# -- Domains and directions ------------------------------------------------------------------------
 
 
 class Direction(NamedTuple):
@@ -56,8 +55,7 @@ class Direction(NamedTuple):
 DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
-# ---------------------------------------------------------------------------------------------
-# Configs: everything that is needed to rebuild a network. They are saved beside its weights
+# -- Configs: everything that is needed to rebuild a network. They are saved beside its weights ----
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class GeneratorConfig:
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
     upsample: str = option("deconv", "transposed convolution, or resize + convolution", choices=("deconv", "resize"))
-    norm: str = option("instance", "instance_affine has a learned scale; group is for generators only", choices=NORMS)
+    norm: str = option("instance", "normalisation (affine: learned scale; group: generators only)", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
     vit_size: str = option("small", "unet_vit of the 64x64 study, or of UVCGAN", choices=tuple(VIT_SIZES))
@@ -105,9 +103,7 @@ class GeneratorConfig:
                     object.__setattr__(self, name, default)
         check_options(self)
         if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
-            raise ValueError(
-                f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}, the width of a token"
-            )
+            raise ValueError(f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}")
 
     @property
     def downsamplings(self) -> int:
@@ -141,12 +137,8 @@ class DiscriminatorConfig:
     discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=("patch", "pixel"))
     channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
     ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
-    n_layers: int = option(
-        3, "strided layers of the discriminators: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D"
-    )
-    max_mult: int = option(
-        8, "the discriminators' channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D"
-    )
+    n_layers: int = option(3, "strided layers: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D")
+    max_mult: int = option(8, "channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D")
     norm: str = field(default="instance", metadata={"choices": NORMS})  # the option is GeneratorConfig's
     pool: bool = option(False, "average the discriminators' output to one value per image", flag="pool_D")
 
@@ -164,8 +156,7 @@ class DiscriminatorConfig:
         return max((n for n in range(1, 32) if side // 2**n - 2 >= 1), default=0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Building blocks
+# -- Building blocks -------------------------------------------------------------------------------
 
 
 def norm_layer(norm: str, width: int) -> nn.Module:
@@ -214,8 +205,7 @@ class ResnetBlock(nn.Module):
         return x + self.body(x)  # (N, width, H, W)
 
 
-# ---------------------------------------------------------------------------------------------
-# Generators
+# -- Generators ------------------------------------------------------------------------------------
 
 
 def pad_to_multiple(x: Tensor, config: GeneratorConfig) -> Tensor:
@@ -430,8 +420,7 @@ Generator = ResnetGenerator | UnetVitGenerator
 Networks = dict[str, Any]  # by name: G_AB, G_BA, D_A, D_B; Any, since a compiled network has another class
 
 
-# ---------------------------------------------------------------------------------------------
-# Discriminators
+# -- Discriminators --------------------------------------------------------------------------------
 
 
 def patch_layers(config: DiscriminatorConfig) -> list[nn.Module]:
@@ -480,8 +469,7 @@ class Discriminator(nn.Module):
         return x.mean((2, 3), keepdim=True) if self.config.pool else x
 
 
-# ---------------------------------------------------------------------------------------------
-# Building
+# -- Building --------------------------------------------------------------------------------------
 
 
 def init_weights(net: nn.Module, init: str = "normal") -> None:
@@ -539,8 +527,7 @@ def check_image_size(generator: GeneratorConfig, discriminator: DiscriminatorCon
     given = f"images of {width}x{height} px"
     if side < generator.smallest_side:
         raise InputError(
-            f"{given}: {generator.downsamplings} downsamplings need at least {generator.smallest_side} px a side; "
-            "raise --img_height and --img_width, or lower --n_downsampling"
+            f"{given}: the generator needs {generator.smallest_side} px; raise --img_height and --img_width"
         )
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)

@@ -40,8 +40,7 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
+# -- The run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -272,9 +271,7 @@ class Run:
             self.resume(state, checkpoint)
             evaluation_missing = self.lacks_evaluation(state)
             if self.epoch >= config.optim.num_epochs and not evaluation_missing:
-                say(
-                    f"nothing left to do: {self.epoch} of {config.optim.num_epochs} epochs are finished; raise --num_epochs"
-                )
+                say(f"nothing left to do: all {self.epoch} epochs are finished; raise --num_epochs to train longer")
                 return
         for folder in (self.saver.folder, self.monitor.images):
             folder.mkdir(parents=True, exist_ok=True)
@@ -313,7 +310,7 @@ class Run:
         name = self.config.run.run_name
         if max_over_ranks(bool(self.saver.save_error)):
             raise RunError(
-                f"{self.saver.save_error}; the last save failed, {self.saver.last_state()}; free disk space, then resume from it"
+                f"the last save failed ({self.saver.save_error}); {self.saver.last_state()}; free disk space"
             )
         if signum:
             again = command_line(f"{self.command}.py", "--run_name", name, "--start_from", "latest")
@@ -325,8 +322,7 @@ class Run:
         say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Building a run
+# -- Building a run --------------------------------------------------------------------------------
 
 
 def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
@@ -415,22 +411,19 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
         counts = [len(datasets.split_images(folder, f"train{domain}", data.max_images)) for domain in "AB"]
     steps = data.steps_per_epoch or math.ceil(max(counts) / data.batch_size)
     total = steps * config.optim.num_epochs
-    say(
-        f"{counts[0]} images in trainA, {counts[1]} in trainB; {counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
-    )
+    steps_in_words = f"{counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
+    say(f"{counts[0]} images in trainA, {counts[1]} in trainB; {steps_in_words}")
     noise = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
     times = [time.perf_counter()]
     for _ in range(4):
         model.step(noise, noise)["loss_G"].item()  # waits for the device
         times.append(time.perf_counter())
     pace = (times[4] - times[1]) / 3  # the first step is slower than the others
-    say(
-        f"{duration(pace)} a step of noise on {model.device} in {model.precision}: about {pace * total / 60:,.1f} minutes"
-    )
+    minutes = f"about {pace * total / 60:,.1f} minutes"
+    say(f"{duration(pace)} a step of noise on {model.device} in {model.precision}: {minutes}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
+# -- The command line ------------------------------------------------------------------------------
 
 VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
 RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
@@ -466,9 +459,7 @@ def refuse_contradictions(parser: cli.Parser, args: Namespace) -> None:
     """Refuse options of a new run together with --start_from."""
     for flag in ("overwrite", "init_from"):
         if flag in args.given and args.start_from != "0":
-            parser.error(
-                f"--{flag} contradicts --start_from {args.start_from}, which goes on with a run: give one of them"
-            )
+            parser.error(f"--{flag} contradicts --start_from {args.start_from}: give one of them")
 
 
 def check_args(args: Namespace, *more_weights: str) -> None:
@@ -479,21 +470,15 @@ def check_args(args: Namespace, *more_weights: str) -> None:
     if "gp_target" in args.given and not args.lambda_gp:
         raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
     if not any(getattr(args, name) for name in weights):
-        raise InputError(
-            f"--{', --'.join(weights)} are all 0: nothing is left to learn; give one of them a weight above 0"
-        )
+        raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
     if needed and not evaluated and (args.eval_interval or "best_by" in args.given):
-        raise InputError(
-            f"--best_by {args.best_by}: needs --eval_interval and {needed} among --eval_metrics; give them, or leave it out"
-        )
+        raise InputError(f"--best_by {args.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
     if args.best_by == "SSIM" and min(args.img_height, args.img_width) < 11:
         raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
     if args.log == "tensorboard":
         need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
     if args.decay_epoch is not None and args.decay_epoch > args.num_epochs:
-        raise InputError(
-            f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}; give a lower one"
-        )
+        raise InputError(f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}")
 
 
 def make_config(args: Namespace, **kinds: Any) -> TrainConfig:
@@ -522,9 +507,7 @@ def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
         for name, value in shape.items():
             wanted = getattr(generator, name)
             if name in known and wanted != value:
-                raise InputError(
-                    f"--init_from {path}: its network has {name} {value}, not {wanted}; leave the flag out"
-                )
+                raise InputError(f"--init_from {path}: has {name} {value}, not {wanted}; leave the flag out")
         generator = net.config
         known = known | shape.keys()  # a second file has to agree with the first
     discriminator = dataclasses.replace(config.discriminator, channels=generator.channels, norm=generator.norm)

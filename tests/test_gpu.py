@@ -22,7 +22,7 @@ import export
 import test as test_command
 import train
 from models import DIRECTIONS
-from toolkit import devices
+from toolkit import cli, devices
 from toolkit.logs import read_losses
 from toolkit.weights import load_generator
 from utils import InputError
@@ -263,14 +263,16 @@ def test_an_image_that_is_too_large_for_the_gpu_is_refused_in_one_line(trained, 
 
 
 def test_the_app_translates_and_compares(trained):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-app.txt")
     noise_image(3, (30, 20)).save("photo.png")
-    translator = app.open_run(app.parse_args(["--device", "cuda"]), "tiny")
+    config = cli.config_of(app.AppConfig, app.parse_args(["--device", "cuda"]))
+    translator = app.open_run(config, "tiny")
     image, fake, rec = app.translate_file(translator, DIRECTIONS[0], Path("photo.png"))
     assert image.size == fake.size == rec.size == (30, 20)
     [(_, caption)] = app.compare_runs({"tiny": translator}, DIRECTIONS[0], Path("photo.png"))
     assert " ms, " in caption
-    app.translate_batch(translator, DIRECTIONS[0], [Path("photo.png")], Path("out.zip"))
-    with zipfile.ZipFile("out.zip") as archive:
+    packed, _ = app.translate_to_zip(config, Path(), "tiny", "AtoB", "train", ["photo.png"])
+    with zipfile.ZipFile(packed) as archive:
         assert Image.open(io.BytesIO(archive.read("fake_B/photo.png"))).size == (30, 20)
 
 

@@ -86,7 +86,7 @@ def test_unset_sizes_of_a_unet_vit_are_those_of_its_name():
     ("n_layers", "size", "message"),
     [
         (5, (64, 64), "--n_layers_D 5: its output for images of 64x64 px would be empty; .* that fits is 4"),
-        (1, (5, 8), "images of 8x5 px: 2 downsamplings need at least 8 px a side"),
+        (1, (5, 8), "images of 8x5 px: the generator needs 8 px"),
     ],
 )
 def test_images_that_are_too_small_for_a_network_are_refused(n_layers, size, message):

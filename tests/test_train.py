@@ -278,9 +278,9 @@ def test_resume_takes_options_from_the_checkpoint_reports_changes_and_refuses_ot
     assert [row["lr"] for row in losses_of()] == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     for option, value, before in (("--ngf", "8", "4"), ("--norm", "batch", "instance"), ("--channels", "1", "3")):
         error = refused(train.main, *resume, option, value)
-        assert f"{option} {value}: the run in saved_models/tiny was started with {before}" in error
+        assert f"{option} {value}: the run in saved_models/tiny has {before}" in error
     train.main(RESUME)
-    assert "nothing left to do: 5 of 5 epochs" in capsys.readouterr().out
+    assert "nothing left to do: all 5 epochs" in capsys.readouterr().out
     assert state_of("tiny")["step"] == 5
 
 
@@ -604,7 +604,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         assert differences(state_of("whole")[key], state_of("parts")[key]) == [], key
     assert all(row["gp_A"] > 0 and row["gp_B"] > 0 for row in losses_of("whole"))
     error = refused(train.main, "--run_name", "whole", "--start_from", "latest", "--vit_blocks", "2")
-    assert "--vit_blocks 2: the run in saved_models/whole was started with 4" in error
+    assert "--vit_blocks 2: the run in saved_models/whole has 4" in error
     tested = test_command.main(["--run_name", "whole", "--metrics", "paired", "--scale", "native", *CPU])
     assert tested["AtoB"]["paired"]["model"]["PSNR"] > 0
     distill.main(["--teacher", "whole", "--student_residual", "2", "--num_epochs", "1", "--lambda_gp", "0", *CPU])
@@ -631,15 +631,15 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--channels 4", "--channels: invalid choice"),
         ("--lambda_id 5", "unrecognized arguments: --lambda_id 5"),
         ("@nothing.txt", "No such file or directory: 'nothing.txt'"),
-        ("--img_height 4 --img_width 4", "images of 4x4 px: 2 downsamplings need at least 8 px"),
+        ("--img_height 4 --img_width 4", "images of 4x4 px: the generator needs 8 px"),
         ("--n_layers_D 5", "--n_layers_D 5: its output for images of 16x16 px would be empty; the largest"),
         ("--n_layers_D 5", "--n_layers_D that fits is 2"),
         ("--img_height 5 --n_downsampling 0", "take --discriminator pixel"),
         ("--lambda_gan 0 --lambda_cycle 0 --lambda_identity 0", "--lambda_gan, --lambda_cycle, --lambda_identity are"),
         ("--gp_target 1", "--gp_target 1: has no effect without --lambda_gp"),
         ("--decay_epoch 201", "--decay_epoch 201: expected at most --num_epochs 200"),
-        ("--best_by PSNR", "--best_by PSNR: needs --eval_interval and paired"),
-        ("--best_by loss_G --eval_interval 1", "--best_by loss_G: needs --eval_interval and losses"),
+        ("--best_by PSNR", "--best_by PSNR: needs --eval_interval, and paired"),
+        ("--best_by loss_G --eval_interval 1", "--best_by loss_G: needs --eval_interval, and losses"),
         ("--best_by SSIM --eval_interval 1 --eval_metrics paired --img_width 10", "--best_by SSIM: its window"),
         ("--start_from 7", "--start_from 7: no saved_models/tiny/epoch_0007.pt"),
         ("--start_from latest --overwrite", "--overwrite contradicts --start_from latest"),
@@ -648,7 +648,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--device cuda:9", "--device cuda:9: "),
         ("--precision fp16", "--precision fp16: needs a CUDA GPU"),
         ("--compile", "--compile: no gain on cpu"),
-        ("--norm batch --micro_batch 1", "--micro_batch 1: with --norm batch"),
+        ("--norm batch --micro_batch 1", "--micro_batch 1: not with --norm batch"),
         ("--vit_blocks 2", "--vit_blocks: has no meaning for --generator resnet"),
         ("--log tensorboard", "--log tensorboard: the package tensorboard is missing; install it with: pip install"),
     ],
@@ -664,7 +664,7 @@ def test_wrong_options_are_refused_in_one_line_before_anything_is_written(tiny, 
     ("given", "message"),
     [
         ("--vit_heads 7", "--vit_heads 7: expected a divisor of 256"),
-        ("--vit_size uvcgan", "images of 16x16 px: 4 downsamplings need at least 32 px"),
+        ("--vit_size uvcgan", "images of 16x16 px: the generator needs 32 px"),
         ("--num_residual 9", "--num_residual: has no meaning for --generator unet_vit"),
     ],
 )
@@ -676,7 +676,7 @@ def test_options_that_a_unet_vit_does_not_have_are_refused(tiny, refused, given,
 def test_an_inherited_best_by_is_checked_like_a_given_one(tiny, refused):
     run_tiny("--num_epochs", 1, "--best_by", "PSNR", "--eval_interval", 1, "--eval_metrics", "paired")
     error = refused(train.main, *RESUME, "--num_epochs", "2", "--eval_metrics", "cycle")
-    assert "--best_by PSNR: needs --eval_interval and paired" in error
+    assert "--best_by PSNR: needs --eval_interval, and paired" in error
     train.main([*RESUME, "--num_epochs", "2", "--eval_interval", "0"])  # nothing is evaluated: it has no effect
 
 

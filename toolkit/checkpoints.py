@@ -113,7 +113,7 @@ def own_rank_state(state: dict) -> dict:
     if len(saved) == world_size():
         return saved[rank()]
     say(
-        f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the batches are the same, but new ranks start with empty image buffers and new random numbers, so the figures will differ from an unbroken run's"
+        f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the figures will differ from an unbroken run's"
     )
     own = saved[rank()] if rank() < len(saved) else {"buffers": None, "rng": rng_state()}
     return own | {"meter": first["meter"]}
@@ -239,6 +239,5 @@ def refuse_second_run(run_name: str, overwrite: bool) -> None:
     """Raise InputError if a run of this name exists, unless it may be overwritten."""
     found = files_of_run(run_name)
     if found and not overwrite:
-        raise InputError(
-            f"{found[0].parent} holds a run already; go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
-        )
+        remedy = "go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
+        raise InputError(f"{found[0].parent} holds a run already; {remedy}")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from datasets import spread
@@ -20,10 +19,7 @@ from toolkit import images
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message; the others are counted
-GREY_LEVELS = 6  # largest difference between the colours of a grey image, in means over 32x32 areas: JPEG adds some
-SMALL = 256  # px, the usual training size; a side is very small if it is below this and below half the median
 ELONGATED = 3  # ratio of the sides from which an image is hard to recognise once it is squeezed for training
-SHEET_IMAGES = {"train": 16, "val": 4, "test": 8}  # of each domain on the sheet, at most
 SHEET_COLUMNS = 4  # of each domain
 
 
@@ -40,7 +36,7 @@ def inspect_image(path: Path) -> ImageFacts:
     image = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
-    return ImageFacts(digest, image.size, bool(colours.max() <= GREY_LEVELS))
+    return ImageFacts(digest, image.size, bool(colours.max() <= 6))  # of 255, because JPEG adds some colour to grey
 
 
 def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
@@ -71,7 +67,7 @@ def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
     """Find the images of one split that a person should look at, by what is odd about them."""
     grey = [path for path, fact in facts.items() if fact.is_grey]
     sides = {path: sorted(fact.size) for path, fact in facts.items()}
-    limit = min(SMALL, statistics.median(shorter for shorter, _ in sides.values()) / 2)
+    limit = min(256, statistics.median(shorter for shorter, _ in sides.values()) / 2)  # 256 px: usual in training
     return {
         "grey among coloured ones": grey if 2 * len(grey) <= len(facts) else [],
         f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
@@ -86,7 +82,7 @@ def first_names(paths: Sequence[Path]) -> str:
 
 
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
-    """Group the images with the same pixels, by their path in the data set; print the first groups and how many."""
+    """Group the images with the same pixels, by their path in the data set; print the first groups, and how many there are."""
     by_digest = defaultdict(list)
     for path, digest in digests.items():
         by_digest[digest].append(path)
@@ -98,8 +94,6 @@ def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
             leaks.append(paths)
     for paths in sorted(groups, key=lambda paths: paths not in leaks)[:NAMED]:
         say(f"  the same image: {' = '.join(map(str, paths))}")
-    if len(groups) > NAMED:
-        say(f"  and {len(groups) - NAMED} more")
     say(f"images that occur more than once: {len(groups)}; in train and also in test or val: {len(leaks)}")
     return groups
 
@@ -115,15 +109,16 @@ def extra_copies(groups: Sequence[Sequence[Path]]) -> list[Path]:
 
 
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
-    """Move the extra copies to removed/, except links and what an image of the data set, one of `paths`, links to.
+    """Move the extra copies among `paths`, the images of the data set, to removed/.
 
-    raises: InputError, and moves nothing, if no image would be left in a split
+    raises: InputError, and moves nothing, if an image is a link, or if no image would be left in a split
     """
-    real = {path: (folder / path).resolve() for path in paths}
-    links = {path for path in paths if real[path] != folder.resolve() / path}
-    linked = {real[path] for path in links}
-    extra = extra_copies(groups)
-    moved = [path for path in extra if path not in links and real[path] not in linked]
+    links = [path for path in paths if (folder / path).resolve() != folder.resolve() / path]
+    if links:
+        raise InputError(
+            f"--remove_twins: links are not moved, such as {links[0]}; replace them by the files that they point to"
+        )
+    moved = extra_copies(groups)
     counts = Counter(path.parts[0] for path in paths)
     for split, count in Counter(path.parts[0] for path in moved).items():
         if count == counts[split]:
@@ -138,26 +133,18 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
         shutil.move(folder / path, target)
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}{': ' if moved else ''}{first_names(moved)}")
-    if len(moved) < len(extra):
-        say(f"duplicates that are links, or that links point to, and were not moved: {len(extra) - len(moved)}")
-
-
-def sheet_cells(paths: Sequence[Path]) -> Tensor:
-    """Read up to SHEET_COLUMNS images as square cells, (SHEET_COLUMNS, 3, H, W) in [-1, 1]; the others are white."""
-    cells = torch.ones(SHEET_COLUMNS, 3, images.CELL, images.CELL)
-    for cell, path in zip(cells, paths, strict=False):
-        cell[:] = images.image_to_tensor(ImageOps.pad(images.read_image(path), cell.shape[1:], color="white"))
-    return cells
 
 
 def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:
     """Draw readable images by split, evenly spread: those of A on the left, of B on the right; at least one is needed."""
-    gap = torch.ones(1, 3, images.CELL, images.CELL)
     rows = []
-    for kind, most in SHEET_IMAGES.items():
-        chosen_A, chosen_B = (spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB")
-        for i in range(0, max(len(chosen_A), len(chosen_B)), SHEET_COLUMNS):
-            columns = slice(i, i + SHEET_COLUMNS)
-            cells = torch.cat([sheet_cells(chosen_A[columns]), gap, sheet_cells(chosen_B[columns])])
+    for kind, most in (("train", 16), ("val", 4), ("test", 8)):
+        chosen = [spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB"]
+        for i in range(0, max(map(len, chosen)), SHEET_COLUMNS):
+            cells = torch.ones(2 * SHEET_COLUMNS + 1, 3, images.CELL, images.CELL)  # white; the middle remains a gap
+            for start, paths in ((0, chosen[0]), (SHEET_COLUMNS + 1, chosen[1])):
+                for column, path in enumerate(paths[i : i + SHEET_COLUMNS], start):
+                    image = ImageOps.pad(images.read_image(path), (images.CELL, images.CELL), color="white")
+                    cells[column] = images.image_to_tensor(image)
             rows.append((f"{kind}A | {kind}B", cells))
     return images.draw_grid(rows)

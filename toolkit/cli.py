@@ -190,7 +190,7 @@ def resume_args(
         if before[name] != now[name]:
             if name in fixed:
                 raise InputError(
-                    f"--{name} {now[name]}: the run in {path.parent} was started with {before[name]}; leave the flag out, or take another --run_name"
+                    f"--{name} {now[name]}: the run in {path.parent} has {before[name]}; leave the flag out"
                 )
             say(f"changed on resume: --{name} {before[name]} → {now[name]}")
     resumed = changed(args, **{name: value for name, value in old.items() if name not in args.given})

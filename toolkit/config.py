@@ -30,12 +30,8 @@ class InitConfig:
 class RunConfig:
     """Name, intervals and seed of a training run."""
 
-    start_from: str = option(
-        "0", "0: a new run; N: resume from epoch_N.pt; latest: resume from latest.pt", parse=epoch_name
-    )
-    run_name: str = option(
-        None, "folder in saved_models and generated_images (default: --dataset_name)", parse=folder_name
-    )
+    start_from: str = option("0", "0: a new run; N or latest: resume from epoch_N.pt or latest.pt", parse=epoch_name)
+    run_name: str = option(None, "name of the run and its folders (default: --dataset_name)", parse=folder_name)
     overwrite: bool = option(False, "delete an earlier run of this name")
     dry_run: bool = option(False, "print the configuration, parameters, images and minutes, and start nothing")
     sample_interval: int = option(200, "steps between sample grids; also after a minute and each epoch", least=1)

@@ -47,9 +47,7 @@ class Executor:
         self, networks: dict[str, nn.Module], config: ExecutorConfig, precision: str, norm: str, in_order: bool = False
     ):
         if norm == "batch" and config.micro_batch != "auto":
-            raise InputError(
-                f"--micro_batch {config.micro_batch}: with --norm batch the statistics would be those of a micro-batch; leave it out, or lower --batch_size"
-            )
+            raise InputError(f"--micro_batch {config.micro_batch}: not with --norm batch; lower --batch_size instead")
         self.device = next(networks["G_AB"].parameters()).device
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -121,9 +119,7 @@ def retry_in_micro_batches(compute_gradients: Callable) -> Callable:
             if executor.compiled:
                 torch.compiler.reset()  # CUDA graphs keep the memory that they were recorded with
             torch.cuda.empty_cache()
-            warn(
-                f"out of memory: from now on the batch of {len(real_A)} runs in micro-batches of {executor.micro_batch_size}"
-            )
+            warn(f"out of memory: the batch of {len(real_A)} now runs in micro-batches of {executor.micro_batch_size}")
             for domain, snapshot in snapshots.items():
                 model.buffers[domain].load_state_dict(snapshot, executor.device)
             set_rng_state(random_state)
