@@ -107,9 +107,8 @@ def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
 def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inputs:
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
-        is_file = config.input.is_file()
-        root = config.input.parent if is_file else config.input
-        paths = [config.input] if is_file else images.list_images(root)
+        root = config.input.parent if config.input.is_file() else config.input
+        paths = [config.input] if config.input.is_file() else images.list_images(root)
     else:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
@@ -140,9 +139,7 @@ def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inpu
             if names & set(wanted):
                 datasets.split_images(dataset, f"{split}{direction.target}")
         if "paired" in wanted and not found.truths:
-            raise InputError(
-                f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in test{direction.source}; leave it out for unpaired sets"
-            )
+            raise InputError(f"--metrics paired: no name is in both testA and testB of {dataset}; leave it out")
 
 
 @dataclass
@@ -158,17 +155,17 @@ class Scorer:
         scores = {str(direction): self.of_direction(direction, translated) for direction, translated in results.items()}
         if "losses" in self.config.metrics:
             reals = {domain: self.test_images(domain) for domain in "AB"}
-            networks = self.translator.networks
-            scores["losses"] = metrics.mean_losses(networks, reals, loss_config, self.translator.precision)
+            translator = self.translator
+            scores["losses"] = metrics.mean_losses(translator.networks, reals, loss_config, translator.precision)
         return scores
 
     def of_direction(self, direction: Direction, results: Sequence[Result]) -> dict:
         wanted = set(self.config.metrics)
         nets = self.translator.generators(direction)
-        sources = self.lazy_images([result.input for result in results])
+        inputs = [result.input for result in results]
+        sources = images.LazyImages(inputs, self.translator.size, self.translator.channels)
         targets = self.test_images(direction.target) if "identity" in wanted else {}
-        errors = wanted & {"cycle", "identity"}
-        scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, errors)
+        scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, wanted - {"paired"})
         if "spike" in wanted:
             scores["spike"] = metrics.mean_spike(nets[0], sources, self.translator.precision)
         if "paired" in wanted:
@@ -180,12 +177,13 @@ class Scorer:
     def distribution(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
         """Compare all translations with the test and with the training images of the target domain."""
         size = self.translator.size or (299, 299)  # Inception resizes to 299
-        fakes = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
+        files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
+        fakes = metrics.ImageFiles(files, size)
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
-            reals = self.readable(split)
-            tables[split] = metrics.fid_kid(fakes, reals, size, self.config.metrics, weights, self.translator.device)
+            reals = metrics.ImageFiles(self.readable(split), size)
+            tables[split] = metrics.fid_kid(fakes, reals, self.config.metrics, weights, self.translator.device)
         return tables
 
     def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
@@ -224,11 +222,9 @@ class Scorer:
             mean += (images.range_to_bytes(x) - mean) / count
         return mean.round().to(torch.uint8)
 
-    def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
-        return images.LazyImages(paths, self.translator.size, self.translator.channels)
-
     def test_images(self, domain: str) -> images.LazyImages:
-        return self.lazy_images(self.readable(f"test{domain}", self.config.num_test))
+        paths = self.readable(f"test{domain}", self.config.num_test)
+        return images.LazyImages(paths, self.translator.size, self.translator.channels)
 
     def readable(self, split: str, most: int | None = None) -> list[Path]:
         """List the images of a split that can be read to their end; the others are named."""
@@ -241,10 +237,9 @@ def score_lines(scores: dict) -> list[str]:
     """Lay out all scores as lines of text."""
     lines = []
     for name, values in scores.items():
-        tables = [value for value in values.values() if isinstance(value, dict)]
         figures = {metric: value for metric, value in values.items() if not isinstance(value, dict)}
-        if figures:
-            tables.insert(0, {"": figures})
+        tables = [{"": figures}] if figures else []
+        tables += [value for value in values.values() if isinstance(value, dict)]
         if tables:
             lines.append("losses on the test set" if name == "losses" else name)
         for table in tables:
@@ -287,8 +282,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if config.metrics:
         scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
         facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
-        facts |= {"scale": config.scale, "output_size": config.output_size}
-        facts["images"] = counts
+        facts |= {"scale": config.scale, "output_size": config.output_size, "images": counts}
         table = score_lines(scores)
         for line in table:
             say(line)

@@ -35,6 +35,7 @@ MARKS |= dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), " ↑")
 MARKS |= dict.fromkeys(("L1 to teacher", "cycle", "identity", "spike", "FID", "KID"), " ↓")
 MARKS |= dict.fromkeys(("parameters", "MMACs", "ms", "MB"), " ↓")
 
+Run = Callable[[Generator, Tensor], Tensor]  # translates (1, C, H, W) with a generator, into float32
 Images = Mapping[Path, Tensor]  # by name, (1, C, H, W) in [-1, 1]; accessed one by one, so that they may be read lazily
 
 
@@ -164,15 +165,10 @@ def mean_losses(
 
 
 def measure_direction(
-    run: Callable[[Generator, Tensor], Tensor],
-    nets: tuple[Generator, Generator | None],
-    sources: Images,
-    targets: Images,
-    wanted: Collection[str],
+    run: Run, nets: tuple[Generator, Generator | None], sources: Images, targets: Images, wanted: Collection[str]
 ) -> dict[str, float]:
     """Measure one direction on held-out images; those of the same name are pairs.
 
-    run:    translates (1, C, H, W) with a generator, into float32
     nets:   the generators of the direction and, if there is one, of the way back
     wanted: "cycle", if there is a way back, and "identity": mean absolute errors in [0, 2]; "paired": PSNR, SSIM, match@1
     """
@@ -213,8 +209,7 @@ def measure_nets(
     for direction in DIRECTIONS:
         source, target = direction
         G = nets[direction.generator]
-        both = (G, nets[direction.reverse.generator])
-        scores = measure_direction(run, both, reals[source], reals[target], wanted)
+        scores = measure_direction(run, (G, nets[direction.reverse.generator]), reals[source], reals[target], wanted)
         row |= {f"{name}_{source if name == 'cycle' else target}": value for name, value in scores.items()}
         if "spike" in wanted:
             row[f"spike_{target}"] = mean_spike(G, reals[source], precision)
@@ -310,16 +305,10 @@ class ImageFiles(Dataset):
 
 
 def fid_kid(
-    fakes: Sequence[Path],
-    reals: Sequence[Path],
-    size: tuple[int, int],
-    wanted: Sequence[str],
-    weights: Path | None,
-    device: torch.device,
+    fakes: ImageFiles, reals: ImageFiles, wanted: Sequence[str], weights: Path | None, device: torch.device
 ) -> dict[str, float]:
     """Return FID and KID of two sets of images, by torch-fidelity, with the numbers of images; 0 for equal sets.
 
-    size:    height and width that the images are resized to
     weights: of Inception (None: they are downloaded), checked by files.read_archive: torch-fidelity executes hostile ones
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
@@ -333,8 +322,8 @@ def fid_kid(
         warn(f"FID and KID of {len(fakes)} against {len(reals)} images are biased; compare equal numbers only")
     try:
         values = calculate_metrics(
-            input1=ImageFiles(fakes, size),
-            input2=ImageFiles(reals, size),
+            input1=fakes,
+            input2=reals,
             fid="fid" in wanted,
             kid="kid" in wanted,
             cuda=device.type == "cuda",
@@ -356,8 +345,8 @@ def fid_kid(
 
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures below their headings, with units and arrows to the better side, as lines of text."""
-    names = {name: name.removesuffix("_A").removesuffix("_B") for row in rows.values() for name in row}
-    headings = {name: name + MARKS.get(measure, "") for name, measure in names.items()}
+    names = [name for row in rows.values() for name in row]
+    headings = {name: name + MARKS.get(name.removesuffix("_A").removesuffix("_B"), "") for name in names}
     widths = {name: max(12, len(heading) + 2) for name, heading in headings.items()}
     margin = max(map(len, rows))
     lines = [" " * margin + "".join(f"{heading:>{widths[name]}}" for name, heading in headings.items())]
