@@ -97,7 +97,7 @@ def test_previous_replaces_a_damaged_latest_and_the_run_ends_the_same(tiny, caps
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     distill.load_teacher("tiny", DIRECTIONS[:1])
-    inference.load_run_state(SAVED, "latest")
+    inference.load_run("tiny", discriminators=True)
     assert len(lines_with("using saved_models/tiny/previous.pt", capsys.readouterr().err)) == 2
     with dies_in_step(1):  # before anything is saved: a good state must be left
         train.main(RESUME)
