@@ -383,13 +383,12 @@ def make_model(config: TrainConfig, networks: Networks, device: torch.device, **
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:
-    """Read the test images and the watched photos that the run shows while it trains."""
+    """Make the monitor, with the test images and the watched photos that it shows."""
     data = config.data
-    run = config.run
+    name = config.run.run_name
     samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image)
-    photos = load_watched(run.watch, data.size, data.channels, resumed="watch" not in config.given)
-    names = (run.run_name, data.dataset_name)
-    return Monitor(RUNS / run.run_name, IMAGES / run.run_name, names, samples, photos, draw_rows, terms)
+    photos = load_watched(config.run.watch, data.size, data.channels, resumed="watch" not in config.given)
+    return Monitor(RUNS / name, IMAGES / name, (name, data.dataset_name), samples, photos, draw_rows, terms)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:
@@ -425,11 +424,14 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
 
 # -- The command line ------------------------------------------------------------------------------
 
-VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
-RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
-GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
-DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
-FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
+OPTIONS_OF = {  # those that other generators do not have
+    "resnet": {"num_residual", "ngf", "n_downsampling", "skips"},
+    "unet_vit": {"vit_size", "vit_blocks", "vit_heads"},
+}
+DISCRIMINATOR_OPTIONS = {"discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"}
+FIXED_OPTIONS = {"generator", "upsample", "norm", "channels", "init", "freeze"}.union(  # the same on resume
+    DISCRIMINATOR_OPTIONS, *OPTIONS_OF.values()
+)
 SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
 NETWORK_CONFIGS = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig, "init": InitConfig}
 RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
@@ -449,7 +451,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
     refuse_contradictions(parser, args)
-    meaningless = args.given & set(VIT_OPTIONS if args.generator == "resnet" else RESNET_OPTIONS)
+    meaningless = args.given & set().union(*OPTIONS_OF.values()) - OPTIONS_OF[args.generator]
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
