@@ -139,10 +139,10 @@ def compare_runs(
         net, _ = translator.generators(direction)
         image, real = load_upload(translator, path)
         if max(real.shape[-2:]) <= TILE:
-            translator(net, real)  # warms up; tiles take long enough without
-        before = translator.seconds
-        fake = translator(net, real)
-        milliseconds = 1000 * (translator.seconds - before)
+            translator(net, real).cpu()  # warms up; tiles take long enough without
+        start = time.perf_counter()
+        fake = translator(net, real).cpu()
+        milliseconds = 1000 * (time.perf_counter() - start)
         millions = sum(weight.numel() for weight in net.parameters()) / 1e6
         caption = f"{name}: {milliseconds:.1f} ms, {millions:.2f} M weights"
         compared.append((output_image(fake[0], image.size), caption))

@@ -23,12 +23,13 @@ from toolkit.executor import Executor, ExecutorConfig, retry_in_micro_batches
 from utils import FakeImageBuffer, option
 
 GAN_LOSSES = ("lsgan", "bce", "hinge")
-TERMS = ("loss_G", "loss_D_A", "loss_D_B", "gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
+LOSSES = ("loss_G", "loss_D_A", "loss_D_B")
+TERMS = ("gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. The defaults are the paper's; the gradient penalty is not part of it."""
+    """The objective. The defaults are the paper's, which has an identity loss for paintings and no gradient penalty."""
 
     lambda_cycle: float = option(10.0, "weight of the cycle loss; 0 leaves it out", least=0)
     lambda_identity: float = option(5.0, "weight of the identity loss; 0 leaves it out", least=0)
@@ -165,10 +166,8 @@ def run_together(net: Any, first: Tensor, second: Tensor) -> Sequence[Tensor]:
 def generator_loss(
     networks: Networks, direction: Direction, real: Tensor, config: LossConfig, return_hidden: bool = False
 ) -> tuple[Tensor, dict[str, Tensor], Translation]:
-    """Compute the generators' objective for the images of one domain.
+    """Compute the generators' objective in one direction; the full objective is the sum over both.
 
-    The full objective is the sum over both directions. The directions share weights but not images, so a step can free the graph of
-    the first before it computes the second.
     networks: G_AB, G_BA, D_A, D_B
     real:     (N, C, H, W) in [-1, 1], of the direction's source domain
     returns:  loss (scalar), its unweighted terms by name, and the translation
@@ -177,25 +176,21 @@ def generator_loss(
     source, target = direction
     G = networks[direction.generator]
     G_back = networks[direction.reverse.generator]
+    gan, cycle, identity = f"gan_{source}{target}", f"cycle_{source}", f"identity_{source}"
+    weights = {gan: config.lambda_gan, cycle: config.lambda_cycle, identity: config.lambda_identity}
     terms = {}
-    loss = real.new_zeros(())
     fake, hidden = G(real, return_hidden=True) if return_hidden else (G(real), [])
     if config.lambda_gan:
-        terms[f"gan_{source}{target}"] = gan_loss_G(networks[f"D_{target}"](fake), config.gan_loss)
-        loss = loss + config.lambda_gan * terms[f"gan_{source}{target}"]
-    rec = idt = None
+        terms[gan] = gan_loss_G(networks[f"D_{target}"](fake), config.gan_loss)
     if config.lambda_cycle and config.lambda_identity:
         rec, idt = run_together(G_back, fake, real)
+        terms[cycle] = image_loss(rec, real)
+        terms[identity] = image_loss(idt, real)
     elif config.lambda_cycle:
-        rec = G_back(fake)
+        terms[cycle] = image_loss(G_back(fake), real)
     elif config.lambda_identity:
-        idt = G_back(real)
-    if rec is not None:
-        terms[f"cycle_{source}"] = image_loss(rec, real)
-        loss = loss + config.lambda_cycle * terms[f"cycle_{source}"]
-    if idt is not None:
-        terms[f"identity_{source}"] = image_loss(idt, real)
-        loss = loss + config.lambda_identity * terms[f"identity_{source}"]
+        terms[identity] = image_loss(G_back(real), real)
+    loss = sum((weights[name] * term for name, term in terms.items()), real.new_zeros(()))
     return loss, terms, Translation(fake, hidden)
 
 
@@ -207,7 +202,7 @@ def discriminator_loss(D: Any, real: Tensor, fake: Tensor, config: LossConfig) -
 
 def loss_names(config: LossConfig) -> tuple[str, ...]:
     """Return the loss columns of losses.csv; a step leaves out the terms that the config switches off."""
-    return (*TERMS, "gp_A", "gp_B") if config.lambda_gp else TERMS
+    return (*LOSSES, *TERMS, *(("gp_A", "gp_B") if config.lambda_gp else ()))
 
 
 # -- Using networks without training them ----------------------------------------------------------
@@ -304,6 +299,7 @@ class CycleGAN:
         for domain in "AB":
             self.buffers[domain] = FakeImageBuffer(optim_config.buffer_size, f"{seed}-buffer-{domain}{rank() or ''}")
         norm = networks["G_AB"].config.norm
+        # where random numbers are drawn or statistics change, the two directions must not run at the same time
         in_order = bool(loss_config.lambda_gp) or norm == "batch"
         self.executor = Executor(networks, executor_config or ExecutorConfig(), precision, norm, in_order)
 
@@ -333,6 +329,7 @@ class CycleGAN:
     def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
         """Take one training step: gradients of all networks, then one Adam step for G and one for D.
 
+        This equals a step of G before the gradients of D: D learns from images that were translated before the step of G.
         real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device
         finished_steps: number of steps before this one, for the warm-up of the EMA weights
         returns:        losses and their terms by name, scalars on the device
@@ -347,7 +344,11 @@ class CycleGAN:
 
     @retry_in_micro_batches
     def compute_gradients(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
-        """Compute the gradients of the generators, then of the discriminators; returns the losses by name."""
+        """Compute the gradients of the generators, then of the discriminators; returns the losses by name.
+
+        executor.backward calls a loss function for both directions, runs backward(), and returns the losses and the
+        translated images without their graphs.
+        """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
@@ -357,7 +358,7 @@ class CycleGAN:
         losses, (fake_B, fake_A) = self.executor.backward(self.loss_G, (A_to_B, real_A), (B_to_A, real_B))
         self.discriminators.requires_grad_("D" in self.optimizers)  # False where they are frozen
 
-        # discriminators: the translated images come from the buffers, which also return older ones
+        # discriminators: the translated images, perhaps in half precision, come from buffers that also return older ones
         if self.loss_config.lambda_gan:
             older_A = self.buffers["A"].exchange(fake_A.to(real_A.dtype))
             older_B = self.buffers["B"].exchange(fake_B.to(real_B.dtype))
@@ -367,6 +368,7 @@ class CycleGAN:
 
     def loss_G(self, direction: Direction, real: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the generators' loss in one direction, its terms, and the translated images."""
+        # executor.networks: compiled, if that was asked for
         loss, terms, translation = self.generator_loss(self.executor.networks, direction, real, self.loss_config)
         return loss, {"loss_G": loss, **terms}, translation.fake
 
@@ -422,6 +424,7 @@ class CycleGAN:
     def load_state_dict(self, state: dict) -> None:
         """Restore what state_dict returned. EMA weights that it lacks start as copies of the weights.
 
+        Learning rates and betas are those of the config. Without buffers (of a new rank) the present ones are kept.
         raises: an exception of any kind if the state belongs to other networks
         """
         for name, net in self.networks.items():
@@ -429,7 +432,7 @@ class CycleGAN:
         for name, net in self.ema.items():
             net.load_state_dict((state["ema"] or state["nets"])[name])
         self.adapters.load_state_dict(state.get("adapters") or {})
-        for name, optimizer in self.optimizers.items():  # learning rates and betas are the config's
+        for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optims"][name]["state"], "param_groups": groups})
             match_moments(optimizer)

@@ -5,8 +5,8 @@
     python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
-A student replaces its teacher in the CycleGAN objective, and is also trained to match its hidden states and images; the other
-networks continue from the teacher's run. The loop, the states and most options are those of train.py.
+A student replaces its teacher in the CycleGAN objective, and also learns to match its hidden states and images; the
+other networks continue from the teacher's run. The loop, the states and most options are those of train.py.
 source: elephantmipt/cycle-gan-distillation (the idea); Li et al. 2020, GAN Compression (1x1 adapters)
 """
 
@@ -32,7 +32,7 @@ import train
 from cyclegan import CycleGAN, LossConfig, Translation
 from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, report
-from toolkit.checkpoints import RUNS
+from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import TrainConfig
 from toolkit.images import limit_pixels
 from toolkit.inference import check_together
@@ -99,9 +99,9 @@ def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
-    """Return the teacher block that each student block imitates: evenly spread; 1, 4, 8 for 9 → 3."""
+    """Return the teacher block that each student block imitates: evenly spread, the last for the last."""
     if (teacher_blocks, student_blocks) == (9, 3):
-        return [1, 4, 8]
+        return [1, 4, 8]  # as in elephantmipt/cycle-gan-distillation
     if not teacher_blocks:
         return []
     return [max(0, round((i + 1) * teacher_blocks / student_blocks) - 1) for i in range(student_blocks)]
@@ -122,23 +122,29 @@ class DistillationLoss:
     ) -> tuple[Tensor, dict[str, Tensor], Translation]:
         """Add the terms output_XY and hidden_XY of the student that translates `real`."""
         name = direction.generator
-        if name not in self.teachers:
-            return cyclegan.generator_loss(networks, direction, real, config)
-        blocks = self.teacher_blocks[name]
+        blocks = self.teacher_blocks.get(name) if self.lambda_hidden else None
         loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(blocks))
+        if name not in self.teachers or not (blocks or self.lambda_output):
+            return loss, terms, translation
         with torch.no_grad():
             target, target_hidden = self.teachers[name](real, return_hidden=True)
-        output_term = f"output_{direction.source}{direction.target}"
-        terms[output_term] = cyclegan.image_loss(translation.fake, target)
-        loss = loss + self.lambda_output * terms[output_term]
+        if self.lambda_output:
+            output = f"output_{direction.source}{direction.target}"
+            terms[output] = cyclegan.image_loss(translation.fake, target)
+            loss = loss + self.lambda_output * terms[output]
         if blocks:
-            hidden = translation.hidden
+            states = translation.hidden
             if f"{name}_0" in self.adapters:
-                hidden = [self.adapters[f"{name}_{i}"](x) for i, x in enumerate(hidden)]
-            hidden_term = f"hidden_{direction.source}{direction.target}"
-            terms[hidden_term] = hidden_loss(hidden, [target_hidden[block] for block in blocks])
-            loss = loss + self.lambda_hidden * terms[hidden_term]
+                states = [self.adapters[f"{name}_{i}"](x) for i, x in enumerate(states)]
+            hidden = f"hidden_{direction.source}{direction.target}"
+            terms[hidden] = hidden_loss(states, [target_hidden[block] for block in blocks])
+            loss = loss + self.lambda_hidden * terms[hidden]
         return loss, terms, translation
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the terms that are added."""
+        return [f"{kind}_{name[2:]}" for name in self.teachers for kind in ("output", "hidden")]
 
 
 # -- The teacher -----------------------------------------------------------------------------------
@@ -242,26 +248,24 @@ def make_networks(config: TrainConfig, distillation: DistillationConfig, teacher
     networks: Networks = {}
     for direction in distillation.directions:
         net = teacher.networks[direction.generator]
-        networks[direction.generator] = make_student(
-            net, student_config(distillation, net.config), distillation.transfer
-        )
+        shape = student_config(distillation, net.config)
+        report.refuse_large(shape, net.config)
+        networks[direction.generator] = make_student(net, shape, distillation.transfer)
     config_G = teacher.networks[distillation.directions[0].generator].config
     config_D = DiscriminatorConfig(channels=config_G.channels)
     deepest = config_D.largest_n_layers(min(config.data.size))
     config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
-    for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        if name in networks:
-            continue
+    names = ("G_AB", "G_BA", "D_A", "D_B")
+    for name in names:
         if name in teacher.networks:
-            networks[name] = copy.deepcopy(teacher.networks[name])
-        elif name.startswith("G"):
-            networks[name] = models.build_generator(config_G)
-        else:
-            networks[name] = models.build_discriminator(config_D)
+            networks.setdefault(name, copy.deepcopy(teacher.networks[name]))
+        elif name not in networks:
+            is_generator = name.startswith("G")
+            networks[name] = models.build_generator(config_G) if is_generator else models.build_discriminator(config_D)
     for net in networks.values():
         net.requires_grad_(True).train()
     models.check_image_size(networks["G_AB"].config, networks["D_A"].config, *config.data.size)
-    return {name: networks[name] for name in ("G_AB", "G_BA", "D_A", "D_B")}
+    return {name: networks[name] for name in names}
 
 
 def make_adapters(teachers: Networks, students: Networks, teacher_blocks: dict[str, list[int]]) -> nn.ModuleDict:
@@ -282,8 +286,9 @@ def choose_blocks(distillation: DistillationConfig, teacher_blocks: int) -> list
     if blocks is None:
         return pair_blocks(teacher_blocks, distillation.student_residual)
     if len(blocks) != distillation.student_residual or max(blocks, default=0) >= teacher_blocks:
+        expected = f"{distillation.student_residual} teacher blocks from 0 to {teacher_blocks - 1}"
         raise InputError(
-            f"--hidden_layers {','.join(map(str, blocks))}: expected {distillation.student_residual} teacher blocks, one for each student block, from 0 to {teacher_blocks - 1}"
+            f"--hidden_layers {','.join(map(str, blocks))}: expected {expected}, one for each student block"
         )
     return blocks
 
@@ -370,33 +375,31 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     return cli.changed(args, **{**taken, "channels": channels})
 
 
-def resume(args: Namespace) -> tuple[Namespace, dict, Path]:
+def resume(args: Namespace) -> tuple[Namespace, Checkpoint]:
     """Read the state to resume from, and the options that were not given; options added since take their defaults."""
-    state, path = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
-    args = cli.resume_args(make_parser(), args, state.get("args"), path, FIXED_OPTIONS)
+    checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
+    args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
     for name, action in make_inherited_parser().options.items():
         if getattr(args, name) is None:
             setattr(args, name, action.default)
-    return args, state, path
+    return args, checkpoint
 
 
-def check_same_teacher(run_name: str, teacher: Teacher, state: dict, checkpoint: Path) -> None:
+def check_same_teacher(run_name: str, teacher: Teacher, checkpoint: Checkpoint) -> None:
     """Raise InputError if a resumed distillation would learn from another teacher than before."""
-    known = state.get("teacher")
+    known = checkpoint.state.get("teacher")
     if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
-        raise InputError(
-            f"{teacher.path}: not the teacher that {checkpoint} learnt from (its content changed); give that one, perhaps saved as an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
-        )
+        remedy = f"give that one, perhaps an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
+        raise InputError(f"{teacher.path}: not the teacher of {checkpoint.path} (its content changed); {remedy}")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, from the start or from a checkpoint; or compare an existing student with its teacher."""
     args = parse_args(argv)
-    state: dict[str, Any] | None = None
     checkpoint = None
     if args.start_from != "0":
-        args, state, checkpoint = resume(args)
+        args, checkpoint = resume(args)
     elif not (args.report or args.dry_run):
         checkpoints.refuse_second_run(args.run_name, args.overwrite)
     distillation = cli.config_of(DistillationConfig, args)
@@ -404,8 +407,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     distillation = choose_direction(distillation, args.given, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")
-    if checkpoint and state:
-        check_same_teacher(args.run_name, teacher, state, checkpoint)
+    if checkpoint:
+        check_same_teacher(args.run_name, teacher, checkpoint)
     else:
         args = inherit(cli.changed(args, direction=distillation.direction), teacher)
     train.check_args(args, "lambda_hidden", "lambda_output")
@@ -413,22 +416,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = devices.pick_device(config.device.device)
     if distillation.report:
         write_report(config, distillation, teacher, device)
-        return
-    if state is None:
-        for direction in distillation.directions:
-            teacher_config = teacher.networks[direction.generator].config
-            report.refuse_large(student_config(distillation, teacher_config), teacher_config)
-    if config.run.dry_run:
+    elif config.run.dry_run:
         train.dry_run(config, make_model(config, distillation, teacher, device))
-        return
-    names = [direction.generator for direction in distillation.directions]
+    else:
+        make_run(config, distillation, teacher, device).run(checkpoint)
+
+
+def make_run(
+    config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device
+) -> train.Run:
+    """Build the run that trains the students."""
     data = train.load_data(config, device)
     model = make_model(config, distillation, teacher, device)
-    terms = [f"{kind}_{name[2:]}" for name in names for kind in ("output", "hidden")]
-    draw_rows = functools.partial(cyclegan_rows, teachers={name: teacher.networks[name] for name in names})
-    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *terms], draw_rows)
+    loss: Any = model.generator_loss
+    draw_rows = functools.partial(cyclegan_rows, teachers=loss.teachers)
+    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *loss.names], draw_rows)
     origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
-    train.Run("distill", config, model, data, monitor, teacher=origin).run(state, checkpoint)
+    return train.Run("distill", config, model, data, monitor, teacher=origin)
 
 
 def write_report(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device) -> None:

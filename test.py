@@ -7,7 +7,6 @@ python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
-import functools
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,9 +108,8 @@ def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
 def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inputs:
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
-        is_file = config.input.is_file()
-        root = config.input.parent if is_file else config.input
-        paths = [config.input] if is_file else images.list_images(root)
+        root = config.input.parent if config.input.is_file() else config.input
+        paths = [config.input] if config.input.is_file() else images.list_images(root)
     else:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
@@ -142,19 +140,7 @@ def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inpu
             if names & set(wanted):
                 datasets.split_images(dataset, f"{split}{direction.target}")
         if "paired" in wanted and not found.truths:
-            raise no_truth(dataset, direction)
-
-
-def no_truth(dataset: Path, direction: Direction) -> InputError:
-    """Return the error for paired scores of unpaired images."""
-    return InputError(
-        f"--metrics paired: no image in {dataset}/test{direction.target} has the name of one in test{direction.source}; leave it out for unpaired sets"
-    )
-
-
-def load_bytes(path: Path, size: Any, channels: int = 3) -> Tensor:
-    """Read an image as uint8 (channels, H, W), resized to (height, width) as in training."""
-    return images.range_to_bytes(images.load_image(path, size, channels))
+            raise InputError(f"--metrics paired: no name is in both testA and testB of {dataset}; leave it out")
 
 
 @dataclass
@@ -170,22 +156,19 @@ class Scorer:
         scores = {str(direction): self.of_direction(direction, translated) for direction, translated in results.items()}
         if "losses" in self.config.metrics:
             reals = {domain: self.test_images(domain) for domain in "AB"}
-            networks = self.translator.networks
-            scores["losses"] = metrics.mean_losses(networks, reals, loss_config, self.translator.precision)
+            translator = self.translator
+            scores["losses"] = metrics.mean_losses(translator.networks, reals, loss_config, translator.precision)
         return scores
 
     def of_direction(self, direction: Direction, results: Sequence[Result]) -> dict:
         wanted = set(self.config.metrics)
-        net, back = self.translator.generators(direction)
-        there = functools.partial(self.translator, net)
-        way_back = functools.partial(self.translator, back) if back else None
-        sources = self.test_images(direction.source) if "cycle" in wanted else {}
+        nets = self.translator.generators(direction)
+        inputs = [result.input for result in results]
+        sources = images.LazyImages(inputs, self.translator.size, self.translator.channels)
         targets = self.test_images(direction.target) if "identity" in wanted else {}
-        errors = wanted & {"cycle", "identity"}
-        scores: dict[str, Any] = metrics.measure_direction(there, way_back, sources, targets, errors)
+        scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, wanted - {"paired"})
         if "spike" in wanted:
-            inputs = self.lazy_images([result.input for result in results])
-            scores["spike"] = metrics.mean_spike(net, inputs, self.translator.precision)
+            scores["spike"] = metrics.mean_spike(nets[0], sources, self.translator.precision)
         if "paired" in wanted:
             scores["paired"] = self.paired(direction, results)
         if wanted & {"fid", "kid"}:
@@ -194,48 +177,55 @@ class Scorer:
 
     def distribution(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
         """Compare all translations with the test and with the training images of the target domain."""
-        load = functools.partial(load_bytes, size=self.translator.size or (299, 299))  # Inception resizes to 299
-        fakes = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
+        size = self.translator.size or (299, 299)  # Inception resizes to 299
+        files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
+        fakes = metrics.ImageFiles(files, size)
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
-            reals = self.readable(split)
-            tables[split] = metrics.fid_kid(fakes, reals, load, self.config.metrics, weights, self.translator.device)
+            reals = metrics.ImageFiles(self.readable(split), size)
+            tables[split] = metrics.fid_kid(fakes, reals, self.config.metrics, weights, self.translator.device)
         return tables
 
     def paired(self, direction: Direction, results: Sequence[Result]) -> dict[str, dict]:
-        """Compare translations with their truths, in the files that were written, one at a time."""
+        """Compare translations and two baselines with the truths, in the files that were written, one at a time.
+
+        The baselines need no model: a copy of the input, and the mean of the training images of the target domain.
+        """
         real, fake, truth, _ = gallery.result_folders(direction)
         scored = [result.files for result in results if result.truth]
         if not scored:
-            raise no_truth(self.dataset, direction)
+            raise InputError("--metrics paired: no image that has a truth could be translated (see above)")
         if len(scored) < len(results):
             say(f"{direction}: {len(scored)} of {len(results)} images have a truth; paired scores are of these alone")
+        size = self.translator.size or self.written(scored[0][fake]).shape[-2:]
+        mean_image = self.mean_image(f"train{direction.target}", size)
 
-        def read(files: Mapping[str, Path]) -> tuple[Tensor, Tensor, Tensor]:
-            load = functools.partial(load_bytes, channels=self.translator.channels)
-            output = load(self.config.output / files[fake], None)
+        def read(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], Tensor]:
+            output = self.written(files[fake])
             size = output.shape[-2:]
-            return output, load(self.config.output / files[real], size), load(self.config.output / files[truth], size)
+            outputs = {"model": output, "copy": self.written(files[real], size), "mean image": mean_image}
+            return outputs, self.written(files[truth], size)
 
-        size = self.translator.size or read(scored[0])[0].shape[-2:]
-        return metrics.paired_table(map(read, scored), self.mean_image(f"train{direction.target}", size))
+        return metrics.paired_table(map(read, scored))
+
+    def written(self, file: Path, size: Any = None) -> Tensor:
+        """Read a result as uint8 (C, H, W), resized to (height, width) as in training."""
+        return images.range_to_bytes(images.load_image(self.config.output / file, size, self.translator.channels))
 
     def mean_image(self, split: str, size: Any) -> Tensor:
-        """Return the mean of a split's images: float64 (C, H, W) in [0, 255]."""
+        """Return the mean of a split's images: uint8 (C, *size)."""
         paths = datasets.split_images(self.dataset, split)
         channels = self.translator.channels
         mean = torch.zeros(channels, *size, dtype=torch.float64)
         read = images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image)
         for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
-        return mean
-
-    def lazy_images(self, paths: Sequence[Path]) -> images.LazyImages:
-        return images.LazyImages(paths, self.translator.size, self.translator.channels)
+        return mean.round().to(torch.uint8)
 
     def test_images(self, domain: str) -> images.LazyImages:
-        return self.lazy_images(self.readable(f"test{domain}", self.config.num_test))
+        paths = self.readable(f"test{domain}", self.config.num_test)
+        return images.LazyImages(paths, self.translator.size, self.translator.channels)
 
     def readable(self, split: str, most: int | None = None) -> list[Path]:
         """List the images of a split that can be read to their end; the others are named."""
@@ -248,15 +238,13 @@ def score_lines(scores: dict) -> list[str]:
     """Lay out all scores as lines of text."""
     lines = []
     for name, values in scores.items():
-        tables = [value for value in values.values() if isinstance(value, dict)]
         figures = {metric: value for metric, value in values.items() if not isinstance(value, dict)}
-        if figures:
-            tables.insert(0, {"": figures})
+        tables = [{"": figures}] if figures else []
+        tables += [value for value in values.values() if isinstance(value, dict)]
         if tables:
             lines.append("losses on the test set" if name == "losses" else name)
         for table in tables:
             lines += metrics.format_table(table)
-        lines += metrics.below_mean_image(values.get("paired", {}))
     return lines
 
 
@@ -295,8 +283,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if config.metrics:
         scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
         facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
-        facts |= {"scale": config.scale, "output_size": config.output_size}
-        facts["images"] = counts
+        facts |= {"scale": config.scale, "output_size": config.output_size, "images": counts}
         table = score_lines(scores)
         for line in table:
             say(line)

@@ -12,7 +12,6 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from tqdm import tqdm
 
 import datasets
 import models
-from cyclegan import TERMS, CycleGAN, LossConfig, OptimConfig, loss_names
+from cyclegan import LOSSES, CycleGAN, LossConfig, OptimConfig, loss_names
 from datasets import DataConfig, TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
-from toolkit.checkpoints import IMAGES, RUNS, CheckpointSaver
+from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import InitConfig, RunConfig, TrainConfig
 from toolkit.devices import DeviceConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
@@ -125,7 +124,7 @@ class Run:
             self.stop_if_not_finite(means)
             lr = self.config.optim.lr * self.config.optim.learning_rate_factor(self.epoch)
             self.monitor.log_losses(self.epoch + 1, self.step, lr, means)
-            bar.set_postfix({name: f"{means[name]:.3f}" for name in TERMS[:3] if name in means}, refresh=False)
+            bar.set_postfix({name: f"{means[name]:.3f}" for name in LOSSES if name in means}, refresh=False)
 
     def draw_and_save_if_due(self) -> None:
         """Between two steps of an epoch: draw the samples, update the page, save; drawing takes no random numbers."""
@@ -191,11 +190,12 @@ class Run:
             "range": [-1, 1],
         }
 
-    def resume(self, state: dict, path: Path) -> None:
+    def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a state, so that the next step is the one that would have followed.
 
         raises: InputError if it is not a state that `save` wrote
         """
+        state, path = checkpoint
         try:
             own = checkpoints.own_rank_state(state)
             self.model.load_state_dict({**state, **own})
@@ -242,11 +242,11 @@ class Run:
     @first_rank
     def measure(self) -> dict | None:
         """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
-        config = self.config.data
+        data_config = self.config.data
         model = self.model
         try:
             images = datasets.paired_images(
-                self.data.held_out, config.size, config.channels, config.on_bad_image, EVAL_IMAGES
+                self.data.held_out, data_config.size, data_config.channels, data_config.on_bad_image, EVAL_IMAGES
             )
             measures = self.config.run.eval_metrics
             return metrics.measure_nets(model.ema_networks, images, measures, model.loss_config, model.precision)
@@ -263,22 +263,22 @@ class Run:
 
     # -- from start to end --
 
-    def run(self, state: dict | None, checkpoint: Path | None) -> None:
-        """Start, or resume from a state, and train to the end; after a signal exit with 128 + its number."""
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        """Start, or resume from a checkpoint, and train to the end; after a signal exit with 128 + its number."""
         config = self.config
         evaluation_missing = False
-        if state and checkpoint:
-            self.resume(state, checkpoint)
-            evaluation_missing = self.lacks_evaluation(state)
+        if checkpoint:
+            self.resume(checkpoint)
+            evaluation_missing = self.lacks_evaluation(checkpoint.state)
             if self.epoch >= config.optim.num_epochs and not evaluation_missing:
                 say(f"nothing left to do: all {self.epoch} epochs are finished; raise --num_epochs to train longer")
                 return
         for folder in (self.saver.folder, self.monitor.images):
             folder.mkdir(parents=True, exist_ok=True)
         with files.sole_process(self.saver.folder, self.monitor.images):
-            self.saver.take_folder(config.run.overwrite, checkpoint)
+            self.saver.take_folder(config.run.overwrite, checkpoint and checkpoint.path)
             self.monitor.open(self.step, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
-            if state and config.run.best_by:
+            if checkpoint and config.run.best_by:
                 self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
             self.describe()
             if evaluation_missing:
@@ -383,13 +383,12 @@ def make_model(config: TrainConfig, networks: Networks, device: torch.device, **
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:
-    """Read the test images and the watched photos that the run shows while it trains."""
+    """Make the monitor, with the test images and the watched photos that it shows."""
     data = config.data
-    run = config.run
+    name = config.run.run_name
     samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image)
-    photos = load_watched(run.watch, data.size, data.channels, resumed="watch" not in config.given)
-    names = (run.run_name, data.dataset_name)
-    return Monitor(RUNS / run.run_name, IMAGES / run.run_name, names, samples, photos, draw_rows, terms)
+    photos = load_watched(config.run.watch, data.size, data.channels, resumed="watch" not in config.given)
+    return Monitor(RUNS / name, IMAGES / name, (name, data.dataset_name), samples, photos, draw_rows, terms)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:
@@ -425,11 +424,14 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
 
 # -- The command line ------------------------------------------------------------------------------
 
-VIT_OPTIONS = ("vit_size", "vit_blocks", "vit_heads")
-RESNET_OPTIONS = ("num_residual", "ngf", "n_downsampling", "skips")
-GENERATOR_OPTIONS = ("generator", *VIT_OPTIONS, *RESNET_OPTIONS, "upsample", "norm")
-DISCRIMINATOR_OPTIONS = ("discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D")
-FIXED_OPTIONS = (*GENERATOR_OPTIONS, *DISCRIMINATOR_OPTIONS, "channels", "init", "freeze")  # the same on resume
+OPTIONS_OF = {  # those that other generators do not have
+    "resnet": {"num_residual", "ngf", "n_downsampling", "skips"},
+    "unet_vit": {"vit_size", "vit_blocks", "vit_heads"},
+}
+DISCRIMINATOR_OPTIONS = {"discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"}
+FIXED_OPTIONS = {"generator", "upsample", "norm", "channels", "init", "freeze"}.union(  # the same on resume
+    DISCRIMINATOR_OPTIONS, *OPTIONS_OF.values()
+)
 SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
 NETWORK_CONFIGS = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig, "init": InitConfig}
 RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
@@ -449,7 +451,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
     refuse_contradictions(parser, args)
-    meaningless = args.given & set(VIT_OPTIONS if args.generator == "resnet" else RESNET_OPTIONS)
+    meaningless = args.given & set().union(*OPTIONS_OF.values()) - OPTIONS_OF[args.generator]
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
@@ -514,13 +516,13 @@ def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     return with_networks(config, generator, discriminator), networks
 
 
-def resume_networks(config: TrainConfig, state: dict, path: Path) -> TrainConfig:
+def resume_networks(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     """Return the config with the networks of a training state."""
     try:
-        generator = GeneratorConfig(**state["config"]["G_AB"])
-        discriminator = DiscriminatorConfig(**state["config"]["D_A"])
+        generator = GeneratorConfig(**checkpoint.state["config"]["G_AB"])
+        discriminator = DiscriminatorConfig(**checkpoint.state["config"]["D_A"])
     except (KeyError, TypeError, ValueError) as error:
-        raise checkpoints.unusable(path, error) from error
+        raise checkpoints.unusable(checkpoint.path, error) from error
     return with_networks(config, generator, discriminator)
 
 
@@ -528,17 +530,15 @@ def resume_networks(config: TrainConfig, state: dict, path: Path) -> TrainConfig
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, from the start or from a checkpoint."""
     args = parse_args(argv)
-    state: dict[str, Any] | None = None
     checkpoint = None
     pretrained: Networks = {}
     if args.start_from != "0":
-        folder = RUNS / args.run_name
-        state, checkpoint = checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train")
-        args = cli.resume_args(make_parser(), args, state.get("args"), checkpoint, FIXED_OPTIONS)
+        checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "train")
+        args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
     check_args(args)
     config = make_config(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS)
-    if state and checkpoint:
-        config = resume_networks(config, state, checkpoint)
+    if checkpoint:
+        config = resume_networks(config, checkpoint)
     else:
         if not config.run.dry_run:
             checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite)
@@ -550,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config, device)
     model = make_model(config, make_networks(config, pretrained), device)
     monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)
-    Run("train", config, model, data, monitor).run(state, checkpoint)
+    Run("train", config, model, data, monitor).run(checkpoint)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def saved(*argv):
 
 def resume(old, *argv, fixed=train.FIXED_OPTIONS):
     """The options of a resumed run, from those in its checkpoint and those on the command line."""
-    return cli.resume_args(train.make_parser(), parse_train(*argv), old, PATH, fixed)
+    return cli.resume_args(train.make_parser(), parse_train(*argv), ({"args": old}, PATH), fixed)
 
 
 def assert_one_line(error, text):

@@ -256,7 +256,7 @@ def test_another_student_and_a_teacher_that_has_changed_are_refused_on_resume(te
     shutil.copy(teacher / "latest.pt", teacher / "epoch_0001.pt")
     with (teacher / "latest.pt").open("ab") as file:
         file.write(b"\0")
-    assert "saved_models/tiny/latest.pt: not the teacher" in refused(distill.main, *resume)
+    assert "saved_models/tiny/latest.pt: not the teacher of" in refused(distill.main, *resume)
     distill.main([*resume, "--teacher", str(teacher / "epoch_0001.pt"), "--run_name", "tiny_student"])
     assert state_of("tiny_student")["epoch"] == 2
 

@@ -35,6 +35,11 @@ def held_out(seed, names, size=16):
     return {Path(name): torch.rand(1, 3, size, size, generator=generator) * 2 - 1 for name in names}
 
 
+def scores_of(outputs, targets):
+    """Paired scores of the outputs of one model."""
+    return metrics.paired_table(({"model": x}, y) for x, y in zip(outputs, targets, strict=True))["model"]
+
+
 # -- scores of images ------------------------------------------------------------------------
 
 
@@ -55,7 +60,7 @@ def test_psnr_and_levels_by_hand():
     output = target.clone()
     output[:, :8] += 7  # half of the pixels are off by 7 in every channel
     output[0, 8:, 0] += 11  # eight more by 11 in one channel
-    scores = metrics.paired_scores([output], [target])
+    scores = scores_of([output], [target])
     mse = (128 * 49 * 3 + 8 * 121) / 768
     assert scores["PSNR"] == pytest.approx(10 * math.log10(255**2 / mse))
     assert scores["RMSE"] == pytest.approx(math.sqrt(mse))
@@ -86,23 +91,18 @@ def test_match_at_1_is_what_distances_one_by_one_give(levels):
 def test_sizes_may_differ_between_images_and_from_the_truth():
     targets = [image(0, (3, 24, 20)), image(1, (3, 40, 32))]
     outputs = [image(2, (3, 12, 12)), targets[1]]
-    scores = metrics.paired_scores(outputs, targets)
-    assert scores["PSNR"] == pytest.approx((metrics.paired_scores(outputs[:1], targets[:1])["PSNR"] + 100) / 2)
+    scores = scores_of(outputs, targets)
+    assert scores["PSNR"] == pytest.approx((scores_of(outputs[:1], targets[:1])["PSNR"] + 100) / 2)
     assert scores["match@1"] in (0.5, 1)
 
 
-def test_a_table_has_the_baselines_beside_the_model():
+def test_a_table_has_each_output_beside_the_model():
     targets = [image(0), image(1)]
     inputs = [image(2), image(3)]
-    table = metrics.paired_table(zip(targets, inputs, targets, strict=True), torch.stack(targets).double().mean(0))
-    assert list(table) == ["model", "copy", "mean image"]
+    table = metrics.paired_table(({"model": y, "copy": x}, y) for x, y in zip(inputs, targets, strict=True))
+    assert list(table) == ["model", "copy"]
     assert table["model"]["PSNR"] == 100
-    assert table["copy"] == metrics.paired_scores(inputs, targets)
-    assert table["mean image"]["PSNR"] > table["copy"]["PSNR"]
-    assert metrics.below_mean_image(table) == metrics.below_mean_image({}) == []
-    table["model"]["PSNR"] = 9.87654
-    table["mean image"]["PSNR"] = 17.0
-    assert metrics.below_mean_image(table)[0].startswith("PSNR 9.88 dB is below 17 dB, that of the mean image")
+    assert table["copy"] == scores_of(inputs, targets)
 
 
 def test_a_table_tells_units_and_the_better_side_and_leaves_unknown_cells_empty():
@@ -168,39 +168,42 @@ def test_measures_of_a_direction_by_hand():
     def back(x):
         return 0.5 * x
 
-    row = metrics.measure_direction(there, back, sources, targets, ("cycle", "identity", "paired"))
+    def measure(nets, targets, *wanted):
+        return metrics.measure_direction(lambda net, x: net(x), nets, sources, targets, wanted)
+
+    row = measure((there, back), targets, "cycle", "identity", "paired")
     assert row["cycle"] == pytest.approx((abs(0.25 - 0.2) + abs(-0.05 + 0.4) + abs(0.15 - 0.0)) / 3)
     assert row["identity"] == pytest.approx(0.3)
     assert row["match@1"] == 1  # there(a) is the target a, there(b) the target b
     assert row["PSNR"] == 100
-    assert row["L1"] == 0
-    assert row.keys() >= {"RMSE", "SSIM", "within_5", "within_10"}
+    assert row.keys() == {"cycle", "identity", "PSNR", "SSIM", "match@1"}
     assert len(calls) == 6  # each source once, each target once
     calls.clear()
-    alone = metrics.measure_direction(there, None, sources, targets, ("cycle", "paired"))
+    alone = measure((there, None), targets, "cycle", "paired")
     assert alone.keys() == row.keys() - {"cycle", "identity"}
     assert len(calls) == 2  # the pairs alone
-    assert metrics.measure_direction(there, back, sources, {Path("z"): targets[Path("a")]}, ("paired",)) == {}
+    assert measure((there, back), {Path("z"): targets[Path("a")]}, "paired") == {}
 
 
 def test_pairs_are_scored_in_the_order_of_their_names(monkeypatch):
     """A set's order differs between two starts of Python, and with it the last bits of a mean."""
     reals = {Path(name): torch.full((1, 3, 8, 8), i / 10) for i, name in enumerate("hdbfacge")}
     seen = []
-    monkeypatch.setattr(metrics, "paired_scores", lambda *both: seen.extend(both) or {})
-    metrics.measure_direction(torch.clone, None, reals, reals, ("paired",))
+    table = metrics.paired_table
+    monkeypatch.setattr(metrics, "paired_table", lambda images: table(seen.append(pair) or pair for pair in images))
+    metrics.measure_direction(lambda _, x: x, (None, None), reals, reals, ("paired",))
     expected = [range_to_bytes(reals[Path(name)][0]) for name in "abcdefgh"]
-    for found in seen:
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert len(seen) == 2
+    for (outputs, target), truth in zip(seen, expected, strict=True):
+        assert torch.equal(outputs["model"], truth)
+        assert torch.equal(target, truth)
 
 
 def test_a_loop_that_takes_long_shows_a_bar_that_is_removed_afterwards(monkeypatch, capsys):
     x = held_out(0, "abc")
-    metrics.measure_direction(torch.neg, torch.neg, x, x, ("cycle", "identity"))
+    metrics.measure_direction(lambda net, x: net(x), (torch.neg, torch.neg), x, x, ("cycle", "identity"))
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(metrics, "BAR_DELAY", 0)
-    metrics.measure_direction(torch.neg, torch.neg, x, x, ("cycle", "identity"))
+    metrics.measure_direction(lambda net, x: net(x), (torch.neg, torch.neg), x, x, ("cycle", "identity"))
     shown = capsys.readouterr().err
     assert {"translating", "identity"} <= set(re.findall(r"\w+", shown))
     assert shown.endswith("\r")
@@ -222,7 +225,7 @@ def test_measures_of_networks_end_in_the_domain_that_is_judged():
         assert row[f"identity_{target}"] == pytest.approx(sum(errors).item() / 3)
         outputs = [range_to_bytes(translate(G, reals[source][Path(name)], "fp32")[0]) for name in "bc"]
         truths = [range_to_bytes(reals[target][Path(name)][0]) for name in "bc"]
-        assert row[f"PSNR_{target}"] == metrics.paired_scores(outputs, truths)["PSNR"]
+        assert row[f"PSNR_{target}"] == scores_of(outputs, truths)["PSNR"]
 
 
 def test_terms_of_the_losses_never_overwrite_a_measure_of_their_name():
@@ -289,7 +292,6 @@ def everything_about(nets):
         lambda nets, A, B: metrics.mean_losses(nets, {"A": A, "B": B}, LossConfig(lambda_gp=0.1), "fp32"),
         lambda nets, A, B: metrics.measure_nets(nets, {"A": A, "B": B}, metrics.MEASURES, LossConfig(), "fp32"),
         lambda nets, A, B: metrics.measure_nets(nets, {"A": A, "B": B}, metrics.MEASURES, LossConfig(), "bf16"),
-        lambda nets, A, B: metrics.generator_scores(nets["G_AB"], nets["G_BA"], A, B, metrics.MEASURES, "fp32"),
         lambda nets, A, B: metrics.generator_cost(nets["G_AB"], A[Path("a")], "fp32"),
         lambda nets, A, B: metrics.count_macs(nets["D_A"], 16, 16),
     ],
@@ -362,22 +364,19 @@ def test_spikes_of_both_generators_are_measured_on_held_out_images(changes, tiny
 # -- FID and KID -----------------------------------------------------------------------------
 
 
-def load_small(path):
-    return range_to_bytes(load_image(path, (32, 32)))
-
-
 def test_what_fid_needs_and_does_not_get_is_named_in_one_line(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
         noise_image(i).save(path)
-    given = (paths, paths, load_small, ["fid"])
+    folder = metrics.ImageFiles(paths, (32, 32))
+    given = (folder, folder, ["fid"])
     with pytest.raises(InputError, match=r"none\.pth"):
         metrics.fid_kid(*given, tmp_path / "none.pth", CPU)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"--inception_weights .*other\.pth: not the weights"):
+    with pytest.raises(InputError, match=r"weights of Inception from .*other\.pth "):
         metrics.fid_kid(*given, tmp_path / "other.pth", CPU)
     with pytest.raises(InputError, match="--metrics fid: 1 image on one side"):
-        metrics.fid_kid(paths[:1], paths, load_small, ["fid"], None, CPU)
+        metrics.fid_kid(metrics.ImageFiles(paths[:1], (32, 32)), folder, ["fid"], None, CPU)
 
 
 def test_weights_that_cannot_be_downloaded_name_the_option_for_a_file(tmp_path, monkeypatch):
@@ -385,8 +384,9 @@ def test_weights_that_cannot_be_downloaded_name_the_option_for_a_file(tmp_path, 
         raise OSError("no network")
 
     monkeypatch.setattr(pytest.importorskip("torch_fidelity"), "calculate_metrics", offline)
+    folder = metrics.ImageFiles([tmp_path] * 2, (32, 32))
     with pytest.raises(InputError, match=r"no network.*--inception_weights FILE"):
-        metrics.fid_kid([tmp_path] * 2, [tmp_path] * 2, load_small, ["kid"], None, CPU)
+        metrics.fid_kid(folder, folder, ["kid"], None, CPU)
 
 
 @pytest.mark.slow
@@ -401,7 +401,8 @@ def test_fid_of_a_folder_against_itself_is_zero_and_rises_with_blur(tmp_path, in
             photo = tensor_to_image(load_image(path, (64, 64)))
             side = 64 // (strength + 1)
             photo.resize((side, side)).resize((64, 64)).save(blurred[-1])
-        rows.append(metrics.fid_kid(blurred, paths, load_small, ["fid", "kid"], inception, CPU))
+        fakes = metrics.ImageFiles(blurred, (32, 32))
+        rows.append(metrics.fid_kid(fakes, metrics.ImageFiles(paths, (32, 32)), ["fid", "kid"], inception, CPU))
     assert "12 against 12 images are biased" in capsys.readouterr().err
     fids = [row["FID"] for row in rows]
     assert fids[0] == pytest.approx(0, abs=1e-3)

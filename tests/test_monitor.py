@@ -13,12 +13,14 @@ from breakage import FakeTime, full_disk
 from conftest import differences, make_dataset, noise_image, tiny_model, warnings_in
 from PIL import Image
 
-from cyclegan import TERMS
+from cyclegan import LossConfig, loss_names
 from toolkit import devices, monitor
 from toolkit.files import attempt
 from toolkit.logs import read_losses
 from toolkit.monitor import Monitor, cyclegan_rows, load_samples, load_watched
 from utils import InputError
+
+TERMS = loss_names(LossConfig())
 
 
 def opened(tmp_path, *photos, step=0, epochs=0, names=("tiny", "horse2zebra"), terms=TERMS, tensorboard=False):

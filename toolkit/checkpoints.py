@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,13 @@ from utils import InputError, counted, one_line, say, warn
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # raised when older code can no longer read a state
+
+
+class Checkpoint(NamedTuple):
+    """A training state, and the file that it was read from."""
+
+    state: dict
+    path: Path
 
 
 def load_state(path: Path, command: str | None = None) -> dict:
@@ -63,7 +70,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(path.stem[6:]): path for path in sorted(paths, key=lambda path: int(path.stem[6:])) if path.is_file()}
 
 
-def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> tuple[dict, Path]:
+def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> Checkpoint:
     """Read the state of an epoch ("latest", "best" or a number), which `flag` names; previous.pt for a bad latest.pt."""
     path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     previous = folder / "previous.pt"
@@ -73,7 +80,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
             found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
             listed = ", ".join(found) or "none, nothing was saved yet"
             raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
-        return load_state(path, command), path
+        return Checkpoint(load_state(path, command), path)
     except InputError as error:
         if epoch != "latest" or not previous.is_file():
             raise
@@ -82,7 +89,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
         except InputError:
             raise error from None
         warn(f"{error}; using {previous}, step {one_line(state.get('step'))[:40]}")
-        return state, previous
+        return Checkpoint(state, previous)
 
 
 def networks_of(state: dict, path: Path) -> Networks:

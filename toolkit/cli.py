@@ -180,10 +180,11 @@ def _as_typed(action: argparse.Action, value: Any) -> Any:
 
 
 def resume_args(
-    parser: Parser, args: argparse.Namespace, saved: Any, path: Path, fixed: Collection[str]
+    parser: Parser, args: argparse.Namespace, checkpoint: tuple[dict, Path], fixed: Collection[str]
 ) -> argparse.Namespace:
     """Take options that were not given from a training state, print those that change; raise InputError for fixed ones."""
-    old = saved_args(parser, saved, path, NEVER_INHERITED)
+    state, path = checkpoint
+    old = saved_args(parser, state.get("args"), path, NEVER_INHERITED)
     before = plain_args(argparse.Namespace(**old))
     now = plain_args(args)
     for name in sorted(args.given - NEVER_INHERITED):

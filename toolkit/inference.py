@@ -6,6 +6,7 @@ photos = Inputs(Path("photos"), list_images(Path("photos")))
 translate_folder(translator, Direction.named("AtoB"), photos, output=Path("zebras"))
 """
 
+import functools
 import math
 import time
 from collections import Counter, deque
@@ -20,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cyclegan import LossConfig
-from datasets import DataConfig
+from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, gallery, images, tiles, weights
 from utils import InputError, check_options, counted, say, warn
@@ -73,42 +73,32 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     """
     folder = checkpoints.RUNS / run_name
     if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such run; runs found: {checkpoints.found_runs()}; train one with: python train.py --dataset_name NAME"
-        )
-    files = [folder / f"{direction.generator}.safetensors" for direction in DIRECTIONS]
-    files = [file for file in files if file.is_file()]
-    if epoch != "latest" or discriminators or not files:
-        return load_run_state(folder, epoch)
+        raise InputError(f"{folder}: no such run; runs found: {checkpoints.found_runs()}; train one with train.py")
     networks: Networks = {}
-    for file in files:
-        net, metadata = weights.load_generator(file)
-        networks[Direction.named(metadata["direction"]).generator] = net
-    check_together(networks, folder)
-    return networks, metadata
-
-
-def load_run_state(folder: Path, epoch: str) -> tuple[Networks, dict]:
-    """Load all networks of a checkpoint, and metadata as load_run does; options newer than it have their defaults."""
+    if epoch == "latest" and not discriminators:
+        for file in sorted(folder.glob("G_??.safetensors")):
+            net, metadata = weights.load_generator(file)
+            networks[Direction.named(metadata["direction"]).generator] = net
+    if networks:
+        check_together(networks, folder)
+        return networks, metadata
     state, path = checkpoints.load_checkpoint(folder, epoch, "--epoch")
     networks = checkpoints.networks_of(state, path)
     try:
         saved = state["args"]
-        loss_config = LossConfig(**{name: saved.get(name, default) for name, default in vars(LossConfig()).items()})
-        check_options(loss_config)
         metadata = {
             "size": [int(saved["img_height"]), int(saved["img_width"])],
-            "dataset_name": saved.get("dataset_name", DataConfig.dataset_name),
-            "data_root": saved.get("data_root", str(DataConfig.data_root)),
+            "dataset_name": saved["dataset_name"],
+            "data_root": saved.get("data_root"),
             "epoch": state["epoch"],
             "step": state["step"],
-            "loss_config": loss_config,
+            "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
+        check_options(metadata["loss_config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
-    if not any(direction.generator in networks for direction in DIRECTIONS):
+    if not {"G_AB", "G_BA"} & networks.keys():
         raise InputError(f"{path}: holds no generator; use another checkpoint")
-    check_together(networks, path)
     return networks, metadata
 
 
@@ -133,44 +123,36 @@ class LoadedImage:
         return len(batch) < min(BATCH, most)
 
 
+@dataclass
 class Translator:
     """Networks in eval mode on a device, and the sizes at which images pass through them.
 
-    networks, metadata: as load_networks returns them
-    scale:          "train": resize images to the training size, if it is known; "native": keep their own size
-    tile:           translate larger images in overlapping tiles of so many px a side; None: whole
-    output_size:    "input": resize results to the size of their image; "net": keep the size of the networks' output
-    raises:         InputError for a device that does not exist, a precision that it lacks, and tiles that are too small
+    raises: InputError for a device that does not exist, a precision that it lacks, and tiles that are too small
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        metadata: dict,
-        device: str = "auto",
-        precision: str = "auto",
-        scale: str = "train",
-        tile: int | None = None,
-        output_size: str = "input",
-    ):
-        self.device = devices.pick_device(device)
-        self.precision = devices.pick_precision(precision, self.device)
-        self.networks = {name: net.eval().to(self.device) for name, net in networks.items()}
-        self.size = tuple(metadata["size"]) if metadata["size"] else None  # height and width of the training images
-        self.scale = scale
-        self.tile = tile
-        self.output_size = output_size
-        self.seconds = 0.0  # that the networks have taken so far
-        self.directions = [direction for direction in DIRECTIONS if direction.generator in networks]
-        configs = [networks[direction.generator].config for direction in self.directions]
+    networks: Networks
+    metadata: dict  # as load_networks returns it
+    device: Any = "auto"  # its name, then the torch.device
+    precision: str = "auto"
+    scale: str = "train"  # "train": resize images to the training size, if it is known; "native": keep their own size
+    tile: int | None = None  # translate larger images in overlapping tiles of so many px a side; None: whole
+    output_size: str = "input"  # of the results: that of their image, or "net": that of the networks' output
+
+    def __post_init__(self):
+        self.device = devices.pick_device(self.device)
+        self.precision = devices.pick_precision(self.precision, self.device)
+        self.networks = {name: net.eval().to(self.device) for name, net in self.networks.items()}
+        self.size = tuple(self.metadata["size"] or ()) or None  # height and width of the training images
+        self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
+        configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
-        if tile and tile < self.smallest_side:
-            raise InputError(f"--tile {tile}: the networks need at least {self.smallest_side} px; take that or more")
+        if self.tile and self.tile < self.smallest_side:
+            raise InputError(f"--tile {self.tile}: the networks need at least {self.smallest_side} px; take as many")
         receptive_field = max(map(tiles.receptive_field, configs))
-        if tile and tile < receptive_field:
+        if self.tile and self.tile < receptive_field:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
-            warn(f"--tile {tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
+            warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
         """Return the generator of a direction and, if there is one, that of the way back."""
@@ -179,23 +161,12 @@ class Translator:
             raise InputError(f"direction {direction}: these weights translate {present} only; choose that")
         return self.networks[direction.generator], self.networks.get(direction.reverse.generator)
 
-    @torch.no_grad()
     def __call__(self, net: Generator, x: Tensor) -> Tensor:
         """Run (N, C, H, W) in [-1, 1] through a network, in tiles where needed; returns float32 of the same shape."""
-        start = time.perf_counter()
-
-        def forward(x: Tensor) -> Tensor:
-            with devices.autocast(self.device, self.precision):
-                return net(x.to(self.device)).float()
-
+        run = functools.partial(translate, net, precision=self.precision)
         if self.tile and max(x.shape[-2:]) > self.tile:
-            output = torch.cat([tiles.translate_tiled(net, forward, image[None], self.tile) for image in x.cpu()])
-        else:
-            output = forward(x)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - start
-        return output
+            return torch.cat([tiles.translate_tiled(net, run, image[None], self.tile) for image in x.cpu()])
+        return run(x)
 
     def load(self, path: Path) -> LoadedImage:
         """Read an image and resize it for the networks."""
@@ -304,7 +275,7 @@ def translate_folder(
 
     Threads read ahead and write behind while batches pass through the networks.
     round_trip: also translate back, if there is a network for it
-    raises:     InputError if an input would be overwritten, or if no image can be translated
+    raises:     InputError if an input would be overwritten, and as BadImages.note does
     """
     gallery.refuse_inputs(output, inputs.paths)
     net, back = translator.generators(direction)
@@ -335,8 +306,6 @@ def translate_folder(
                     pass
     finally:  # also after Ctrl-C, so that the next test removes what this one wrote
         gallery.record(output, [file for path in written for file in results[path].files.values()])
-    if not (written or existing):
-        raise InputError(f"{inputs.root}: no image could be translated (see above)")
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
     return [result for path, result in results.items() if path in existing.union(written)]

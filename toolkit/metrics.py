@@ -22,7 +22,7 @@ from cyclegan import LossConfig, discriminator_loss, eval_mode, generator_loss, 
 from models import DIRECTIONS, Generator, Networks
 from toolkit.devices import autocast
 from toolkit.distributed import rank
-from toolkit.images import range_to_bytes
+from toolkit.images import load_image, range_to_bytes
 from utils import InputError, counted, warn
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # fast enough to be computed during training
@@ -35,7 +35,7 @@ MARKS |= dict.fromkeys(("SSIM", "match@1", "within_5", "within_10"), " ↑")
 MARKS |= dict.fromkeys(("L1 to teacher", "cycle", "identity", "spike", "FID", "KID"), " ↓")
 MARKS |= dict.fromkeys(("parameters", "MMACs", "ms", "MB"), " ↓")
 
-Translate = Callable[[Tensor], Tensor]  # (1, C, H, W) → the same in float32
+Run = Callable[[Generator, Tensor], Tensor]  # translates (1, C, H, W) with a generator, into float32
 Images = Mapping[Path, Tensor]  # by name, (1, C, H, W) in [-1, 1]; accessed one by one, so that they may be read lazily
 
 
@@ -104,8 +104,12 @@ def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
     return x[0].clamp(0, PEAK).round().to(torch.uint8)
 
 
-def _score_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str, dict[str, float]]:
-    """Return mean scores by name of output; images: outputs by name, the target; all are resized to the first output."""
+def paired_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str, dict[str, float]]:
+    """Score one or more outputs for each image against its target; returns mean scores by name of output.
+
+    images:  outputs by name, such as "model" and "copy", and the target, uint8 (C, H, W); all are resized to the first output
+    returns: L1, RMSE (8-bit levels), PSNR (dB), SSIM, the fractions within_5 and within_10 of pixels; match@1
+    """
     rows = defaultdict(list)
     small_outputs = defaultdict(list)
     small_targets: list[Tensor] = []  # at most 64 px a side, so that a folder of photos fits into memory
@@ -115,10 +119,10 @@ def _score_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str
             small_size = [max(1, round(side * factor)) for side in target.shape[-2:]]
         small_targets.append(_resize(target, small_size))
         size = next(iter(outputs.values())).shape[-2:]
+        y = _resize(target, size)
         for name, output in outputs.items():
             x = _resize(output, size)
             small_outputs[name].append(_resize(x, small_size))
-            y = _resize(target, size)
             difference = (x.double() - y.double()).abs()
             row = {"L1": difference.mean().item(), "RMSE": (difference**2).mean().sqrt().item()}
             row |= {"PSNR": psnr(x, y), "SSIM": ssim(x, y)}
@@ -126,24 +130,6 @@ def _score_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str
                 row[f"within_{most}"] = (difference.amax(0) <= most).double().mean().item()
             rows[name].append(row)
     return {name: mean_row(rows[name]) | {"match@1": match_at_1(small_outputs[name], small_targets)} for name in rows}
-
-
-def paired_scores(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> dict[str, float]:
-    """Score images, uint8 (C, H, W), against the targets of the same index, which are resized to the outputs.
-
-    returns: means of L1, RMSE (8-bit levels), PSNR (dB), SSIM, the fractions within_5 and within_10 of pixels; match@1
-    """
-    return _score_table(({"model": output}, target) for output, target in zip(outputs, targets, strict=True))["model"]
-
-
-def paired_table(triples: Iterable[tuple[Tensor, Tensor, Tensor]], mean_image: Tensor) -> dict[str, dict]:
-    """Score a model beside two baselines that need none: a copy of the input, and the mean image of the target domain.
-
-    triples:    output, input and target of each image, uint8 (C, H, W)
-    mean_image: of the training images, float (C, H, W) in [0, 255]
-    """
-    baseline = mean_image.round().to(torch.uint8)
-    return _score_table(({"model": y, "copy": x, "mean image": baseline}, target) for y, x, target in triples)
 
 
 def _with_bar(items: Collection, title: str) -> Iterable:
@@ -179,42 +165,35 @@ def mean_losses(
 
 
 def measure_direction(
-    there: Translate, back: Translate | None, sources: Images, targets: Images, wanted: Collection[str]
+    run: Run, nets: tuple[Generator, Generator | None], sources: Images, targets: Images, wanted: Collection[str]
 ) -> dict[str, float]:
     """Measure one direction on held-out images; those of the same name are pairs.
 
-    wanted: "cycle", if there is a way back, and "identity": mean absolute errors in [0, 2]; "paired": paired_scores
+    nets:   the generators of the direction and, if there is one, of the way back
+    wanted: "cycle", if there is a way back, and "identity": mean absolute errors in [0, 2]; "paired": PSNR, SSIM, match@1
     """
-    with_cycle = "cycle" in wanted and back is not None
+    net, back = nets
     pairs = sorted(sources.keys() & targets.keys()) if "paired" in wanted else []
+    with_cycle = back is not None and "cycle" in wanted
     cycles = []
     outputs = {}
     row = {}
     for name in _with_bar(list(sources) if with_cycle else pairs, "translating"):
         x = sources[name]
-        fake = there(x)
+        fake = run(net, x)
         if with_cycle:
-            cycles.append(mean_distance([(back(fake), x)]))
+            cycles.append(mean_distance([(run(back, fake), x)]))
         if pairs and name in targets:
             outputs[name] = range_to_bytes(fake[0]).cpu()
     if cycles:
         row["cycle"] = mean(cycles)
     if "identity" in wanted:
-        row["identity"] = mean_distance((there(y), y) for y in _with_bar(targets.values(), "identity"))
+        row["identity"] = mean_distance((run(net, y), y) for y in _with_bar(targets.values(), "identity"))
     if pairs:
-        truths = [range_to_bytes(targets[name][0]).cpu() for name in pairs]
-        row |= paired_scores([outputs[name] for name in pairs], truths)
+        scored = (({"model": outputs[name]}, range_to_bytes(targets[name][0]).cpu()) for name in pairs)
+        scores = paired_table(scored)["model"]
+        row |= {name: scores[name] for name in ("PSNR", "SSIM", "match@1")}
     return row
-
-
-def generator_scores(
-    G: Generator, G_back: Generator | None, sources: Images, targets: Images, wanted: Collection[str], precision: str
-) -> dict[str, float]:
-    """Measure a generator by measure_direction, on its device; of the paired scores PSNR, SSIM and match@1."""
-    there = functools.partial(translate, G, precision=precision)
-    back = functools.partial(translate, G_back, precision=precision) if G_back is not None else None
-    scores = measure_direction(there, back, sources, targets, wanted)
-    return {name: scores[name] for name in ("cycle", "identity", "PSNR", "SSIM", "match@1") if name in scores}
 
 
 def measure_nets(
@@ -226,11 +205,11 @@ def measure_nets(
              "identity" replace the loss terms of these names, which are means over fewer images
     """
     row = {}
+    run = functools.partial(translate, precision=precision)
     for direction in DIRECTIONS:
         source, target = direction
         G = nets[direction.generator]
-        back = nets[direction.reverse.generator]
-        scores = generator_scores(G, back, reals[source], reals[target], wanted, precision)
+        scores = measure_direction(run, (G, nets[direction.reverse.generator]), reals[source], reals[target], wanted)
         row |= {f"{name}_{source if name == 'cycle' else target}": value for name, value in scores.items()}
         if "spike" in wanted:
             row[f"spike_{target}"] = mean_spike(G, reals[source], precision)
@@ -313,29 +292,23 @@ def generator_cost(net: Generator, image: Tensor, precision: str, repeats: int =
 
 @dataclass
 class ImageFiles(Dataset):
-    """Image files as torch-fidelity wants them: uint8 (3, H, W), all of one size."""
+    """Image files as torch-fidelity wants them: uint8 (3, *size)."""
 
     paths: Sequence[Path]
-    load: Callable[[Path], Tensor]
+    size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.load(self.paths[i])
+        return range_to_bytes(load_image(self.paths[i], self.size))
 
 
 def fid_kid(
-    fakes: Sequence[Path],
-    reals: Sequence[Path],
-    load: Callable[[Path], Tensor],
-    wanted: Sequence[str],
-    weights: Path | None,
-    device: torch.device,
+    fakes: ImageFiles, reals: ImageFiles, wanted: Sequence[str], weights: Path | None, device: torch.device
 ) -> dict[str, float]:
     """Return FID and KID of two sets of images, by torch-fidelity, with the numbers of images; 0 for equal sets.
 
-    load:    path → uint8 (3, H, W), of one size
     weights: of Inception (None: they are downloaded), checked by files.read_archive: torch-fidelity executes hostile ones
     source:  Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401
     """
@@ -349,8 +322,8 @@ def fid_kid(
         warn(f"FID and KID of {len(fakes)} against {len(reals)} images are biased; compare equal numbers only")
     try:
         values = calculate_metrics(
-            input1=ImageFiles(fakes, load),
-            input2=ImageFiles(reals, load),
+            input1=fakes,
+            input2=reals,
             fid="fid" in wanted,
             kid="kid" in wanted,
             cuda=device.type == "cuda",
@@ -360,13 +333,11 @@ def fid_kid(
             verbose=False,
         )
     except (OSError, RuntimeError) as error:
-        if weights:
-            raise InputError(
-                f"--inception_weights {weights}: not the weights of torch-fidelity ({error!s:.100})"
-            ) from error
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and weights is None:  # not about the weights
             raise
-        raise InputError(f"{flag}: the weights cannot be downloaded ({error}); give --inception_weights FILE") from None
+        raise InputError(
+            f"{flag}: cannot load the weights of Inception from {weights or 'the internet'} ({error!s:.100}); give those of torch-fidelity as --inception_weights FILE"
+        ) from error
     names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
     row = {short: values[name] for name, short in names.items() if name in values}
     return row | {"translated": len(fakes), "real": len(reals)}
@@ -374,8 +345,8 @@ def fid_kid(
 
 def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
     """Lay out named rows of figures below their headings, with units and arrows to the better side, as lines of text."""
-    names = {name: name.removesuffix("_A").removesuffix("_B") for row in rows.values() for name in row}
-    headings = {name: name + MARKS.get(measure, "") for name, measure in names.items()}
+    names = [name for row in rows.values() for name in row]
+    headings = {name: name + MARKS.get(name.removesuffix("_A").removesuffix("_B"), "") for name in names}
     widths = {name: max(12, len(heading) + 2) for name, heading in headings.items()}
     margin = max(map(len, rows))
     lines = [" " * margin + "".join(f"{heading:>{widths[name]}}" for name, heading in headings.items())]
@@ -383,13 +354,3 @@ def format_table(rows: dict[str, dict[str, float]]) -> list[str]:
         cells = {name: f"{row[name]:.4g}" if name in row else "" for name in headings}
         lines.append(label.ljust(margin) + "".join(f"{cells[name]:>{widths[name]}}" for name in headings))
     return lines
-
-
-def below_mean_image(table: dict[str, dict[str, float]]) -> list[str]:
-    """Return a remark on a paired_table if its model scores below the mean image, which has no content at all."""
-    psnrs = {name: row["PSNR"] for name, row in table.items()}
-    if not psnrs or psnrs["model"] >= psnrs["mean image"]:
-        return []
-    return [
-        f"PSNR {psnrs['model']:.3g} dB is below {psnrs['mean image']:.3g} dB, that of the mean image: it has not learnt this yet"
-    ]

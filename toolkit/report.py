@@ -1,5 +1,6 @@
 """A student beside its teacher: their costs before training, and a report on their quality after it."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,23 +83,19 @@ class Report:
     def find_rows(self, direction: Direction) -> tuple[Rows, tuple[int, int]]:
         """Load what is compared; return it with the height and width that the student was trained at."""
         name = direction.generator
-        teacher = self.teachers[name]
         file = self.teacher_path.parent / f"{name}.safetensors"  # a training state also holds optimizers
         rows: Rows = {"teacher": (self.teachers, file if file.is_file() else self.teacher_path)}
         file = RUNS / self.run_name / f"{name}.safetensors"
         if not file.is_file():
-            raise InputError(
-                f"--report: no student in {file.parent}; distil one first, without --report, or name one with --run_name"
-            )
+            raise InputError(f"--report: no student in {file.parent}; distil one first, or name one with --run_name")
         nets, metadata = inference.load_run(self.run_name)
-        inference.check_together(nets | {"teacher": teacher}, f"--report: {self.run_name}")
         rows["student"] = (nets, file)
         file = RUNS / self.scratch_run / f"{name}.safetensors"
         if file.is_file() and self.scratch_run != self.run_name:
             nets, _ = inference.load_run(self.scratch_run)
-            inference.check_together(nets | {"teacher": teacher}, f"--report: {self.scratch_run}")
-            if nets[name].config != teacher.config:  # otherwise it is a copy of the teacher
+            if nets[name].config != self.teachers[name].config:  # otherwise it is a copy of the teacher
                 rows["scratch"] = (nets, file)
+        inference.check_together({label: nets[name] for label, (nets, _) in rows.items()}, "--report")
         return rows, tuple(metadata["size"])
 
 
@@ -106,15 +103,16 @@ def compare_generators(
     rows: Rows, direction: Direction, reals: metrics.Images, truths: metrics.Images, precision: str
 ) -> tuple[dict[str, dict], list[tuple[str, Tensor]]]:
     """Return figures of the generators of one direction by label, and labelled rows of at most 6 images."""
+    run = functools.partial(translate, precision=precision)
     table = {}
     shown = {f"real_{direction.source}": reals}
     for label, (nets, file) in rows.items():  # the first is "teacher"
         net = nets[direction.generator]
         back = nets.get(direction.reverse.generator)
         table[label] = metrics.generator_cost(net, next(iter(reals.values())), precision)
-        table[label] |= metrics.generator_scores(net, back, reals, truths, ("cycle", "paired"), precision)
+        table[label] |= metrics.measure_direction(run, (net, back), reals, truths, ("cycle", "paired"))
         table[label]["MB"] = file.stat().st_size / 1e6
-        shown[label] = {name: translate(net, x, precision).cpu() for name, x in reals.items()}
+        shown[label] = {name: run(net, x).cpu() for name, x in reals.items()}
         pairs = [(shown[label][name], shown["teacher"][name]) for name in reals]
         table[label]["L1 to teacher"] = metrics.mean_distance(pairs)
     chosen = list(reals)[:: max(1, len(reals) // 6)][:6]
