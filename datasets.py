@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from toolkit import images
+from toolkit import devices, images
 from toolkit.distributed import rank_slice
 from utils import InputError, counted, folder_name, option, say
 
@@ -318,12 +318,13 @@ class ImageCache:
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None):
         start = 8 * len(paths)
         total = start + len(paths) * math.prod(size) * channels
-        file = None
         if folder:
             facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
             name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
-            file = folder / f"{name}.uint8"
-        values = torch.frombuffer(_map_memory(file, total), dtype=torch.uint8)
+            memory = _map_file(folder / f"{name}.uint8", total)
+        else:
+            memory = mmap.mmap(-1, total)
+        values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
         self.pixels = values[start:].view(len(paths), *size, channels)
 
@@ -339,29 +340,33 @@ class ImageCache:
         self.checksums[i] = zlib.crc32(pixels) + 1
 
 
-def _map_memory(path: Path | None, size: int) -> mmap.mmap:
-    """Map memory that processes share, that of a file if there is a path; raises InputError if it does not fit."""
+def _map_file(path: Path, size: int) -> mmap.mmap:
+    """Map a file of `size` bytes, created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if path is None:
-            return mmap.mmap(-1, size)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             if hasattr(os, "posix_fallocate"):  # if the disk became full later, writing would end in a bus error
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
-        if path:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise InputError(
-            f"--cache: needs {size / 2**30:.1f} GiB in {path.parent if path else 'memory'} ({error.strerror}); lower --max_images, use --cache none, or another --data_root"
+            f"--cache disk: needs {size / 2**30:.1f} GiB in {path.parent} ({error.strerror}); lower --max_images, use --cache ram, or another --data_root"
         ) from error
 
 
 def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, ImageCache]:
-    """Open the caches of a data set by domain: none, in memory (ram), or in folder/.cache (disk)."""
+    """Open the caches of a data set by domain: none, in memory (ram), or in folder/.cache; InputError if they do not fit."""
     if kind == "none":
         return {}
+    total = sum(map(len, dataset.paths.values())) * math.prod(dataset.load_size) * dataset.channels
+    total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun says
+    free = devices.free_memory()
+    if kind == "ram" and total > free:
+        raise InputError(
+            f"--cache ram: needs {total / 2**30:.2f} GiB, and memory has {free / 2**30:.2f} GiB left; use --cache disk, or lower --max_images or --load_scale"
+        )
     where = folder / ".cache" if kind == "disk" else None
     return {
         domain: ImageCache(paths, dataset.load_size, dataset.channels, where) for domain, paths in dataset.paths.items()

@@ -1,6 +1,5 @@
 """Generator files of other projects. Their networks are built here as these projects build them."""
 
-import itertools
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -276,14 +275,7 @@ def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_bord
     assert difference[..., :2].mean() > 3 * inner
 
 
-def discriminator(n_layers):
-    """The convolutions of a PatchGAN of pytorch-CycleGAN-and-pix2pix."""
-    widths = [3, *(4 * 2**i for i in range(n_layers + 1)), 1]
-    shapes = [(after, before, 4, 4) for before, after in itertools.pairwise(widths)]
-    indices = [0, *range(2, 3 * n_layers + 3, 3)]
-    return {f"model.{i}.weight": torch.zeros(shape) for i, shape in zip(indices, shapes, strict=True)}
-
-
+DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torch.zeros(4)}
 NO_TENSORS = "holds no tensors by name"
 BATCH = foreign(norm="batch")
 AFFINE = foreign(norm="instance_affine")
@@ -292,23 +284,14 @@ AFFINE = foreign(norm="instance_affine")
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (
-            foreign() | {"model.7.filt": torch.zeros(4, 1, 3, 3)},
-            "model.7.filt, (4, 1, 3, 3), is not part of this network",
-        ),
-        (
-            {"model.model.0.weight": torch.zeros(4, 3, 4, 4)},
-            "(model.model.0.weight (4, 3, 4, 4), …); expected a ResNet",
-        ),
-        ({"net.modnet.weight": torch.zeros(4)}, "holds 0 convolutions outside of blocks (net.modnet.weight (4,), …)"),
-        (discriminator(3), "holds 5 convolutions outside of blocks"),
-        (discriminator(4), "model.0.weight is (4, 3, 4, 4); expected (4, 3, 7, 7) at position 1"),
-        ({name: torch.zeros(1) for name in "edcba"}, "(a (1,), b (1,), c (1,), …); expected a ResNet generator"),
-        ({"a\nb": torch.zeros(1)}, r"(a\nb (1,), …)"),
-        (
-            {"model.1.weight": torch.zeros(4, 3, 7, 7)},
-            "1 convolutions outside of blocks (model.1.weight (4, 3, 7, 7), …)",
-        ),
+        (foreign() | {"model.7.filt": torch.zeros(4, 1, 3, 3)}, "holds a CUT generator with antialiasing filters"),
+        ({"model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of pytorch-CycleGAN-and-pix2pix"),
+        ({"net.modnet.weight": torch.zeros(4)}, "holds a network of UVCGAN"),
+        (DISCRIMINATOR, "holds a discriminator; expected a ResNet generator"),
+        ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, "holds a discriminator"),
+        ({name: torch.zeros(1) for name in "edcba"}, "holds an unknown layout (a (1,), b (1,), c (1,))"),
+        ({"a\nb": torch.zeros(1)}, r"(a\nb (1,))"),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7)}, "1 convolutions outside of blocks; expected a"),
         (without(foreign(), "model.4.weight", "model.4.bias"), "5 convolutions outside of blocks"),
         (foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)}, "7 convolutions outside of blocks"),
         ({"format": 1, "nets": {}}, "holds a whole training state; give --run_name and --epoch"),

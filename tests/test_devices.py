@@ -1,5 +1,6 @@
-"""Devices, precision, seeds, and the choices by rule."""
+"""Devices, precision, memory, seeds, and the choices by rule."""
 
+import math
 import os
 import random
 
@@ -44,6 +45,12 @@ def test_auto_precision_is_what_a_cpu_computes_natively(monkeypatch, supported, 
     assert devices.pick_precision("auto", torch.device("mps")) == "fp32"
     with pytest.raises(InputError, match=f"--precision fp16: needs a CUDA GPU; expected on cpu: {precision}"):
         devices.pick_precision("fp16", CPU)
+
+
+def test_memory_is_infinite_where_the_system_does_not_tell(monkeypatch):
+    assert 2**20 < devices.free_memory() < math.inf
+    monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: "MemTotal: 7 kB\n")
+    assert devices.free_memory() == math.inf
 
 
 def numbers():

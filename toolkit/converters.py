@@ -8,7 +8,7 @@ built from this config. Each normalisation layer follows its convolution.
 import dataclasses
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,24 @@ from toolkit.files import check_tensors, is_state_dict, read_archive
 from utils import InputError, one_line, say
 
 Convs = dict[str, tuple[int, int]]  # name → index in the long Sequential, index in a residual block (outside: -1)
+OTHER_NETWORKS = {  # by a tensor, as name and shape
+    r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
+    r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
+    r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
+    r"^net\.": "a network of UVCGAN",
+}
 
 
-def _conv_positions(net: Generator) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield the convolutions of a generator in order, and where other projects have them.
+def _conv_positions(net: Generator) -> list[tuple[str, list[int], list[int]]]:
+    """Return the convolutions of a generator in order, and where other projects have them.
 
-    yields: our name, possible distances from the convolution before it in the long Sequential, possible indices in a
-            residual block (outside: -1); the first ones are those of pytorch-CycleGAN-and-pix2pix
-    source: junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator
+    returns: our name, possible distances from the convolution before it in the long Sequential, possible indices in a
+             residual block (outside: -1); the first ones are those of pytorch-CycleGAN-and-pix2pix
+    source:  junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator
     """
     # how many layers precede a convolution: padding; in "resize" an nn.Upsample and maybe padding
     preceding = {"stem": [1], "head": [1], "up": [0] if net.config.upsample == "deconv" else [1, 2]}
+    positions = []
     following = 0
     for name in (name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)):
         part = name.partition(".")[0]
@@ -40,7 +47,8 @@ def _conv_positions(net: Generator) -> Iterator[tuple[str, list[int], list[int]]
         if part == "blocks":
             inners = [5, 6] if name.endswith(".5") else [1]  # a dropout layer may shift the second convolution
             following = int(name.endswith(".5"))  # which ends the block
-        yield name, gaps, inners
+        positions.append((name, gaps, inners))
+    return positions
 
 
 def _next_layer(name: str) -> str:
@@ -58,11 +66,18 @@ def _tensor_names(state: Iterable[str], convs: dict[str, str]) -> dict[str, str]
 
 def to_junyanz(net: Generator) -> dict[str, Tensor]:
     """Return the state dict of a generator with the names of pytorch-CycleGAN-and-pix2pix, or raise InputError."""
-    config = net.config
-    is_plain = config.generator == "resnet" and config.upsample == "deconv" and not (config.norm_output or config.skips)
-    if not is_plain or config.norm in ("group", "none"):  # without a norm, that project has no biases
+    expected = {
+        "generator": ["resnet"],
+        "upsample": ["deconv"],
+        "norm": ["instance", "instance_affine", "batch"],  # without a norm, that project has no biases
+        "norm_output": [False],
+        "skips": [False],
+    }
+    found = {name: getattr(net.config, name) for name in expected}
+    obstacles = [f"{name} {value}" for name, value in found.items() if value not in expected[name]]
+    if obstacles:
         raise InputError(
-            f"generator {config.generator}, upsample {config.upsample}, norm {config.norm}, norm_output {config.norm_output}, skips {config.skips}: the junyanz layout cannot hold it; expected a resnet with deconv and an instance or batch norm, without norm_output and skips"
+            f"{', '.join(obstacles)}: the junyanz layout cannot hold it; expected a resnet with deconv and an instance or batch norm, without norm_output and skips"
         )
     convs = {}
     index = 0
@@ -90,7 +105,7 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         raise InputError(f"{path}: holds no tensors by name; expected the weights of one network")
     # DataParallel and torch.compile add these prefixes, sometimes both
     tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
-    convs = _find_convs(tensors)
+    convs = _find_convs(path, tensors)
     config = _infer_config(path, tensors, convs)
     net = meta_network(config)
     state = _fit_tensors(path, tensors, net, _match_convs(path, tensors, convs, net))
@@ -102,13 +117,21 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
     return config, state, metadata
 
 
-def _find_convs(tensors: dict[str, Tensor]) -> Convs:
+def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
     """Find the convolutions of a ResNet generator, in order, whatever the names of the Sequential and of the blocks."""
     convs = {}
     for name, x in tensors.items():
         match = re.fullmatch(r"(\w+\.([0-9]{1,4})(?:\.\w+\.([0-9]{1,2}))?)\.weight", name)
         if match and x.dim() == 4:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
+    listing = [f"{one_line(name)[:80]} {tuple(tensors[name].shape)}" for name in sorted(tensors)]
+    found = [kind for tensor, kind in OTHER_NETWORKS.items() if re.search(tensor, "\n".join(listing), re.MULTILINE)]
+    if not convs:
+        found.append(f"an unknown layout ({', '.join(listing[:3])})")
+    if found:
+        raise InputError(
+            f"{path}: holds {found[0]}; expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
+        )
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 
@@ -116,9 +139,8 @@ def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> Gener
     """Infer the config of a ResNet generator from its convolutions; _match_convs then compares each of them with it."""
     shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
     if len(shapes) < 2 or len(shapes) % 2:
-        listing = ", ".join(f"{one_line(name)[:80]} {tuple(x.shape)}" for name, x in sorted(tensors.items())[:3])
         raise InputError(
-            f"{path}: holds {len(shapes)} convolutions outside of blocks ({listing}, …); expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
+            f"{path}: {len(shapes)} convolutions outside of blocks; expected a first, a last, and as many upsampling as downsampling ones"
         )
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:

@@ -1,11 +1,14 @@
-"""Device, precision, seeds, and the state of random numbers."""
+"""Device, precision, memory, seeds, and the state of random numbers."""
 
+import math
 import os
 import platform
 import random
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -57,6 +60,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Run networks in half precision if `precision` says so; weights stay in float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def free_memory() -> float:
+    """Return the free main memory in bytes; infinity where the system does not tell."""
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text(encoding="utf-8")) if file.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

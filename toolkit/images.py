@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from toolkit import files
-from utils import InputError, say, warn
+from utils import InputError, counted, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
-PHONE_READERS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "Pillow from 11.3 on"}
+PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
+INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
 LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
@@ -72,6 +74,15 @@ def formats() -> list[str]:
     return [*FORMATS, *sorted({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))]
 
 
+def missing_package(path: Path) -> str:
+    """Return the command that makes files of this suffix readable; "" if they are."""
+    kind = PHONE_FORMATS.get(path.suffix.lower(), "PNG")
+    return "" if kind in formats() else INSTALL[kind]
+
+
+warn_once = functools.cache(warn)  # however often a folder is listed
+
+
 def natural_key(path: Path) -> list:
     """Sort key under which 2.png comes before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
@@ -87,7 +98,10 @@ def list_images(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
-    return sorted(found, key=natural_key)
+    skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
+    for hint, count in sorted(skipped.items()):
+        warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
+    return sorted((path for path in found if not missing_package(path)), key=natural_key)
 
 
 def limit_pixels(pixels: float) -> None:
@@ -117,9 +131,9 @@ def unreadable_on_error(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # Pillow's plug-ins raise a dozen types on hostile files
-        reader = PHONE_READERS.get(path.suffix.lower())
-        hint = f"; {path.suffix} files need {reader}" if reader else ""
-        raise UnreadableImage(f"{type(error).__name__}: {error}{hint}") from error
+        command = missing_package(path)
+        reason = f"nothing installed reads {path.suffix}: {command}" if command else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(reason) from error
 
 
 def open_image(path: Path) -> Image.Image:

@@ -8,7 +8,7 @@ Tiles save memory, not time.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -103,11 +103,21 @@ def receptive_field(config: GeneratorConfig) -> float:
     """Return the side in px of the square of the input that one output pixel depends on, without normalisation layers."""
     if config.generator == "unet_vit":
         return math.inf  # attention sees everything
-    grid = 2**config.n_downsampling  # px of the input for each px at the lowest resolution, along a side
-    # the 7x7 head and the upsampling layers, for the pixel that sees most, then two 3x3 convolutions per block
-    lowest = 2 + math.ceil(5 / grid) if config.upsample == "deconv" else 3 + math.ceil(4 / grid)
-    lowest += 4 * config.num_residual
-    return grid * lowest + grid - 1 + 6  # the downsampling layers and the 7x7 stem
+    sides = []
+    for pixel in range(2**config.n_downsampling):  # depends on the position relative to the downsampling
+        first, last = pixel - 3, pixel + 3  # the head's 7x7 convolution
+        for _ in range(config.n_downsampling):  # upsampling layers, backwards
+            first = (first if config.upsample == "deconv" else first - 1) // 2
+            last = (last + 1) // 2
+        first, last = first - 2 * config.num_residual, last + 2 * config.num_residual  # two 3x3 convolutions per block
+        for _ in range(config.n_downsampling):
+            first, last = 2 * first - 1, 2 * last + 1
+        sides.append(last - first + 7)  # the stem's 7x7 convolution
+    return max(sides)
+
+
+class AllNormsReached(Exception):
+    """Raised when a batch has passed the last norm: what the network would still compute is not needed."""
 
 
 class SharedStatistics:
@@ -117,11 +127,13 @@ class SharedStatistics:
         self.norms = norms
         self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), over the patches
         self.patches = 0
+        self.waiting = set()  # norms that the present batch has not reached
 
     def add(self, translate: Callable, batch: Tensor) -> None:
         """Add the statistics of a batch of patches (N, C, H, W), which are normalised as one image."""
+        self.waiting = set(self.norms)
         self.patches += len(batch)
-        with replaced_forward(self.norms, self._collect):
+        with replaced_forward(self.norms, self._collect), suppress(AllNormsReached):
             translate(batch)
 
     def _collect(self, norm: Norm, x: Tensor) -> Tensor:
@@ -135,6 +147,9 @@ class SharedStatistics:
         squares = rstd.float().view(len(x), -1).pow(-2) - norm.eps + mean.square()
         moments = torch.stack([mean.sum(0), squares.sum(0)])
         self.sums[norm] = self.sums[norm].add_(moments) if norm in self.sums else moments
+        self.waiting.discard(norm)
+        if not self.waiting:
+            raise AllNormsReached
         return normalise_by(norm, x, moments / len(x))
 
     def normalise(self, norm: Norm, x: Tensor) -> Tensor:
