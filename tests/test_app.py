@@ -173,7 +173,7 @@ def test_uploads_that_are_no_image_or_too_large_get_one_line(photo, monkeypatch)
         app.translate_file(opened(), A_TO_B, photo)
 
 
-@pytest.mark.parametrize(("scale", "passes"), [("native", 3 * 2), ("train", 2)])  # 3 x 2 tiles
+@pytest.mark.parametrize(("scale", "passes"), [("native", 2 + 3 * 2), ("train", 2)])  # statistics, tiles
 def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(monkeypatch, scale, passes):
     write_run()
     monkeypatch.setattr(app, "TILE", 32)
@@ -186,7 +186,7 @@ def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(m
     app.load_translator.cache_clear()
     assert image.size == (70, 40)
     assert float(caption.split()[1]) > 0
-    assert len(sizes) == passes  # with tiles, the pass for the statistics ends at the last norm
+    assert len(sizes) == passes
     assert 16 < max(sizes) <= 32
 
 

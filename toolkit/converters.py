@@ -8,7 +8,7 @@ built from this config. Each normalisation layer follows its convolution.
 import dataclasses
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ OTHER_NETWORKS = {  # by a tensor, as name and shape
 }
 
 
-def _conv_positions(net: Generator) -> list[tuple[str, list[int], list[int]]]:
-    """Return the convolutions of a generator in order, and where other projects have them.
+def _conv_positions(net: Generator) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield the convolutions of a generator in order, and where other projects have them.
 
-    returns: our name, possible distances from the convolution before it in the long Sequential, possible indices in a
-             residual block (outside: -1); the first ones are those of pytorch-CycleGAN-and-pix2pix
-    source:  junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator
+    yields: our name, possible distances from the convolution before it in the long Sequential, possible indices in a
+            residual block (outside: -1); the first ones are those of pytorch-CycleGAN-and-pix2pix
+    source: junyanz/pytorch-CycleGAN-and-pix2pix, models/networks.py, ResnetGenerator
     """
     # how many layers precede a convolution: padding; in "resize" an nn.Upsample and maybe padding
     preceding = {"stem": [1], "head": [1], "up": [0] if net.config.upsample == "deconv" else [1, 2]}
-    positions = []
     following = 0
     for name in (name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)):
         part = name.partition(".")[0]
@@ -47,8 +46,7 @@ def _conv_positions(net: Generator) -> list[tuple[str, list[int], list[int]]]:
         if part == "blocks":
             inners = [5, 6] if name.endswith(".5") else [1]  # a dropout layer may shift the second convolution
             following = int(name.endswith(".5"))  # which ends the block
-        positions.append((name, gaps, inners))
-    return positions
+        yield name, gaps, inners
 
 
 def _next_layer(name: str) -> str:

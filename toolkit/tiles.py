@@ -8,7 +8,7 @@ Tiles save memory, not time.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -116,10 +116,6 @@ def receptive_field(config: GeneratorConfig) -> float:
     return max(sides)
 
 
-class AllNormsReached(Exception):
-    """Raised when a batch has passed the last norm: what the network would still compute is not needed."""
-
-
 class SharedStatistics:
     """Mean and mean square of the inputs of each norm, per channel or group, over all patches of an image."""
 
@@ -127,13 +123,11 @@ class SharedStatistics:
         self.norms = norms
         self.sums: dict[nn.Module, Tensor] = {}  # (2, C or groups), over the patches
         self.patches = 0
-        self.waiting = set()  # norms that the present batch has not reached
 
     def add(self, translate: Callable, batch: Tensor) -> None:
         """Add the statistics of a batch of patches (N, C, H, W), which are normalised as one image."""
-        self.waiting = set(self.norms)
         self.patches += len(batch)
-        with replaced_forward(self.norms, self._collect), suppress(AllNormsReached):
+        with replaced_forward(self.norms, self._collect):
             translate(batch)
 
     def _collect(self, norm: Norm, x: Tensor) -> Tensor:
@@ -147,9 +141,6 @@ class SharedStatistics:
         squares = rstd.float().view(len(x), -1).pow(-2) - norm.eps + mean.square()
         moments = torch.stack([mean.sum(0), squares.sum(0)])
         self.sums[norm] = self.sums[norm].add_(moments) if norm in self.sums else moments
-        self.waiting.discard(norm)
-        if not self.waiting:
-            raise AllNormsReached
         return normalise_by(norm, x, moments / len(x))
 
     def normalise(self, norm: Norm, x: Tensor) -> Tensor:
