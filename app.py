@@ -267,9 +267,7 @@ def refuse_taken(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise InputError(
-            f"--host {host} --port {port}: {error.strerror}; expected an address of this machine and a free port"
-        ) from None
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; take a free port of this machine") from None
 
 
 @process.command

@@ -230,9 +230,8 @@ def find_dataset(data_root: Path, dataset_name: str) -> Path:
     folder = data_root / dataset_name
     if not folder.is_dir():
         found = ", ".join(sorted(path.name for path in data_root.glob("*") if path.is_dir())) or "none"
-        raise InputError(
-            f"{folder}: no such data set; found in {data_root}: {found}; give another --data_root, try --dataset_name {DEMO}, or make one with: python prepare.py split --A DIR --B DIR --dataset_name {dataset_name}"
-        )
+        remedy = f"give another --data_root, try --dataset_name {DEMO}, or make one with: python prepare.py split"
+        raise InputError(f"{folder}: no such data set; found in {data_root}: {found}; {remedy}")
     return folder
 
 
@@ -240,9 +239,7 @@ def split_images(folder: Path, split: str, max_images: int | None = None) -> lis
     """List the images of a split, such as trainA; raises InputError if it is missing or contains no image."""
     if not (folder / split).is_dir():
         found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
-        raise InputError(
-            f"{folder}: no {split}/ inside (found: {found}); rename the folders, or make the layout with: python prepare.py split --A DIR --B DIR --dataset_name NAME"
-        )
+        raise InputError(f"{folder}: no {split}/ inside (found: {found}); python prepare.py split makes the layout")
     paths = images.list_images(folder / split)
     if not paths:
         raise InputError(f"{folder / split}: no image inside; expected {' '.join(sorted(images.SUFFIXES))} files")
@@ -351,9 +348,7 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise InputError(
-            f"--cache disk: needs {size / 2**30:.1f} GiB in {path.parent} ({error.strerror}); lower --max_images, use --cache ram, or another --data_root"
-        ) from error
+        raise InputError(f"--cache disk: {size / 2**30:.1f} GiB: {error.strerror}; use --cache ram") from error
 
 
 def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, ImageCache]:
@@ -364,9 +359,7 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
     total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun says
     free = devices.free_memory()
     if kind == "ram" and total > free:
-        raise InputError(
-            f"--cache ram: needs {total / 2**30:.2f} GiB, and memory has {free / 2**30:.2f} GiB left; use --cache disk, or lower --max_images or --load_scale"
-        )
+        raise InputError(f"--cache ram: needs {total / 2**30:.2f} of {free / 2**30:.2f} GiB free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
         domain: ImageCache(paths, dataset.load_size, dataset.channels, where) for domain, paths in dataset.paths.items()

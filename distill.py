@@ -217,9 +217,7 @@ def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -
         skips = teacher.skips if distillation.student_skips is None else distillation.student_skips
         return dataclasses.replace(teacher, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
     if distillation.student_ngf:
-        raise InputError(
-            f"--student_ngf {distillation.student_ngf}: a {teacher.generator} has a fixed width; leave it out"
-        )
+        raise InputError(f"--student_ngf {distillation.student_ngf}: fixed for a {teacher.generator}; leave it out")
     if distillation.student_skips is not None:
         raise InputError(f"--student_skips: a {teacher.generator} has fixed skip connections; leave it out")
     return dataclasses.replace(teacher, vit_blocks=distillation.student_residual)
@@ -287,9 +285,7 @@ def choose_blocks(distillation: DistillationConfig, teacher_blocks: int) -> list
         return pair_blocks(teacher_blocks, distillation.student_residual)
     if len(blocks) != distillation.student_residual or max(blocks, default=0) >= teacher_blocks:
         expected = f"{distillation.student_residual} teacher blocks from 0 to {teacher_blocks - 1}"
-        raise InputError(
-            f"--hidden_layers {','.join(map(str, blocks))}: expected {expected}, one for each student block"
-        )
+        raise InputError(f"--hidden_layers {','.join(map(str, blocks))}: expected {expected}, one a student block")
     return blocks
 
 

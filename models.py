@@ -526,9 +526,7 @@ def check_image_size(generator: GeneratorConfig, discriminator: DiscriminatorCon
     side = min(height, width)
     given = f"images of {width}x{height} px"
     if side < generator.smallest_side:
-        raise InputError(
-            f"{given}: the generator needs {generator.smallest_side} px; raise --img_height and --img_width"
-        )
+        raise InputError(f"{given}: the generator needs {generator.smallest_side} px; raise --img_height, --img_width")
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
         remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"

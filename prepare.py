@@ -79,9 +79,8 @@ def fetch(url: str, part: Path) -> None:
         kept = part.stat().st_size if part.exists() else 0
         if kept and not code:
             raise RunError(f"{url}: broke off after {kept / 1e6:.1f} MB ({error}); run it again to continue") from error
-        raise InputError(
-            f"{url}: cannot be fetched ({error}); check the name and the connection, give a mirror with --url, or start without a download: python prepare.py draw {DEMO}"
-        ) from error
+        remedy = f"check the name, give a mirror with --url, or take no download: python prepare.py draw {DEMO}"
+        raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from error
 
 
 def unpack(archive: Path, folder: Path) -> dict[str, int]:

@@ -309,9 +309,7 @@ class Run:
         """
         name = self.config.run.run_name
         if max_over_ranks(bool(self.saver.save_error)):
-            raise RunError(
-                f"the last save failed ({self.saver.save_error}); {self.saver.last_state()}; free disk space"
-            )
+            raise RunError(f"the last save failed ({self.saver.save_error}); {self.saver.last_state()}; free space")
         if signum:
             again = command_line(f"{self.command}.py", "--run_name", name, "--start_from", "latest")
             say(f"stopped and saved after step {self.step}; go on with: {again}")

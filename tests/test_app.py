@@ -317,7 +317,7 @@ def test_an_address_that_cannot_be_used_is_refused_in_one_line(refused, free_por
         port = server.getsockname()[1]
         words = refused(app.main, "--port", port)
         assert f"--port {port}: Address already in use" in words
-        assert "expected an address of this machine and a free port" in words
+        assert "take a free port of this machine" in words
     assert "--host 203.0.113.7" in refused(app.main, "--host", "203.0.113.7", "--port", free_port)
     assert "--port" in refused(app.main, "--port", 70000)
     assert "--max_mb" in refused(app.main, "--max_mb", 0)

@@ -125,11 +125,11 @@ def test_a_data_set_with_links_is_refused_and_nothing_is_moved(tiny, refused):
     copy(tiny / "testB/0.png", tiny / "trainB/twin.png")
     (tiny / "testA/link.png").symlink_to("../trainA/0.png")
     before = contents(tiny)
-    assert "links are not moved, such as testA/link.png" in refused(prepare.main, "check", "tiny", "--remove_twins")
+    assert "does not move links such as testA/link.png" in refused(prepare.main, "check", "tiny", "--remove_twins")
     (tiny / "testA/link.png").unlink()
     (tiny / "trainA").rename("elsewhere")
     (tiny / "trainA").symlink_to(Path("elsewhere").absolute())
-    assert "links are not moved, such as trainA/0.png" in refused(prepare.main, "check", "tiny", "--remove_twins")
+    assert "does not move links such as trainA/0.png" in refused(prepare.main, "check", "tiny", "--remove_twins")
     (tiny / "trainA").unlink()
     Path("elsewhere").rename(tiny / "trainA")
     del before["testA/link.png"]
@@ -141,5 +141,5 @@ def test_no_split_is_emptied(tiny, refused):
         copy(path, tiny / "testB" / f"copy_{path.name}")
     before = contents(tiny)
     error = refused(prepare.main, "check", "tiny", "--remove_twins")
-    assert "all 4 images of trainB occur elsewhere, too; nothing is moved" in error
+    assert "all 4 images of trainB occur elsewhere; split them anew" in error
     assert contents(tiny) == before

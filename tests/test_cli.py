@@ -302,11 +302,11 @@ def test_changes_are_reported_and_those_that_networks_cannot_follow_refused(caps
         "changed on resume: --watch [] → ['a.jpg']",
     ]
     assert (resumed.batch_size, resumed.decay_epoch) == (2, 1)
-    message = "--ngf 8: the run in saved_models/tiny has 4; leave the flag out"
+    message = "--ngf 8: saved_models/tiny has 4; leave the flag out"
     with pytest.raises(InputError, match=message):
         resume(old, "--ngf", 8)
     for argv in ("--norm batch", "--freeze D", "--init xavier", "--pool_D", "--generator unet_vit", "--channels 1"):
-        with pytest.raises(InputError, match=rf"^{argv.split()[0]} .*the run in saved_models"):
+        with pytest.raises(InputError, match=rf"^{argv.split()[0]} .*saved_models"):
             resume(old, *argv.split())
     resume(old, "--ngf", 8, fixed=("lr",))  # of another command
 

@@ -291,7 +291,7 @@ AFFINE = foreign(norm="instance_affine")
         ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, "holds a discriminator"),
         ({name: torch.zeros(1) for name in "edcba"}, "holds an unknown layout (a (1,), b (1,), c (1,))"),
         ({"a\nb": torch.zeros(1)}, r"(a\nb (1,))"),
-        ({"model.1.weight": torch.zeros(4, 3, 7, 7)}, "1 convolutions outside of blocks; expected a"),
+        ({"model.1.weight": torch.zeros(4, 3, 7, 7)}, "1 convolutions outside of blocks; expected those of a ResNet"),
         (without(foreign(), "model.4.weight", "model.4.bias"), "5 convolutions outside of blocks"),
         (foreign() | {"model.9999.weight": torch.zeros(1, 1, 1, 1)}, "7 convolutions outside of blocks"),
         ({"format": 1, "nets": {}}, "holds a whole training state; give --run_name and --epoch"),

@@ -251,7 +251,7 @@ def test_another_student_and_a_teacher_that_has_changed_are_refused_on_resume(te
     distil("--direction", "BtoA")
     resume = [*COMMON, "--start_from", "latest", "--num_epochs", "2"]
     assert "--student_residual 2" in refused(distill.main, *resume, "--student_residual", "2")
-    assert "--student_skips True: the run in" in refused(distill.main, *resume, "--student_skips")
+    assert "--student_skips True: saved_models/" in refused(distill.main, *resume, "--student_skips")
     assert "a state of train.py" in refused(distill.main, *resume, "--run_name", "tiny")
     shutil.copy(teacher / "latest.pt", teacher / "epoch_0001.pt")
     with (teacher / "latest.pt").open("ab") as file:
@@ -284,7 +284,7 @@ def test_the_report_compares_teacher_student_and_scratch(teacher, capsys, refuse
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"student_ngf": 32}, "--student_ngf 32: a unet_vit has a fixed width; leave it out"),
+        ({"student_ngf": 32}, "--student_ngf 32: fixed for a unet_vit; leave it out"),
         ({"student_skips": False}, "--student_skips: a unet_vit has fixed skip connections; leave it out"),
     ],
 )

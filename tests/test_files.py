@@ -171,7 +171,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
         assert process.stdout.readline() == b"locked\n"
         (tmp_path / ".half.tmp").touch()
         for _ in range(2):
-            with pytest.raises(InputError, match=f"{tmp_path}: process {process.pid} is training there"):
+            with pytest.raises(InputError, match=f"{tmp_path}: process {process.pid} trains there"):
                 files.sole_process(tmp_path).__enter__()
         assert (tmp_path / ".half.tmp").exists()  # it is the other's
         process.send_signal(signal.SIGKILL)

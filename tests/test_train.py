@@ -278,7 +278,7 @@ def test_resume_takes_options_from_the_checkpoint_reports_changes_and_refuses_ot
     assert [row["lr"] for row in losses_of()] == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     for option, value, before in (("--ngf", "8", "4"), ("--norm", "batch", "instance"), ("--channels", "1", "3")):
         error = refused(train.main, *resume, option, value)
-        assert f"{option} {value}: the run in saved_models/tiny has {before}" in error
+        assert f"{option} {value}: saved_models/tiny has {before}" in error
     train.main(RESUME)
     assert "nothing left to do: all 5 epochs" in capsys.readouterr().out
     assert state_of("tiny")["step"] == 5
@@ -604,7 +604,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         assert differences(state_of("whole")[key], state_of("parts")[key]) == [], key
     assert all(row["gp_A"] > 0 and row["gp_B"] > 0 for row in losses_of("whole"))
     error = refused(train.main, "--run_name", "whole", "--start_from", "latest", "--vit_blocks", "2")
-    assert "--vit_blocks 2: the run in saved_models/whole has 4" in error
+    assert "--vit_blocks 2: saved_models/whole has 4" in error
     tested = test_command.main(["--run_name", "whole", "--metrics", "paired", "--scale", "native", *CPU])
     assert tested["AtoB"]["paired"]["model"]["PSNR"] > 0
     distill.main(["--teacher", "whole", "--student_residual", "2", "--num_epochs", "1", "--lambda_gp", "0", *CPU])

@@ -119,9 +119,7 @@ def own_rank_state(state: dict) -> dict:
     saved = [first, *state.get("other_ranks", [])]
     if len(saved) == world_size():
         return saved[rank()]
-    say(
-        f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the figures will differ from an unbroken run's"
-    )
+    say(f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the figures will differ a little")
     own = saved[rank()] if rank() < len(saved) else {"buffers": None, "rng": rng_state()}
     return own | {"meter": first["meter"]}
 

@@ -115,16 +115,12 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
     """
     links = [path for path in paths if (folder / path).resolve() != folder.resolve() / path]
     if links:
-        raise InputError(
-            f"--remove_twins: links are not moved, such as {links[0]}; replace them by the files that they point to"
-        )
+        raise InputError(f"--remove_twins: does not move links such as {links[0]}; replace them by their files")
     moved = extra_copies(groups)
     counts = Counter(path.parts[0] for path in paths)
     for split, count in Counter(path.parts[0] for path in moved).items():
         if count == counts[split]:
-            raise InputError(
-                f"--remove_twins: all {count} images of {split} occur elsewhere, too; nothing is moved; make splits of different images with: python prepare.py split"
-            )
+            raise InputError(f"--remove_twins: all {count} images of {split} occur elsewhere; split them anew")
     for path in moved:
         target = folder / "removed" / path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -190,9 +190,7 @@ def resume_args(
     for name in sorted(args.given - NEVER_INHERITED):
         if before[name] != now[name]:
             if name in fixed:
-                raise InputError(
-                    f"--{name} {now[name]}: the run in {path.parent} has {before[name]}; leave the flag out"
-                )
+                raise InputError(f"--{name} {now[name]}: {path.parent} has {before[name]}; leave the flag out")
             say(f"changed on resume: --{name} {before[name]} → {now[name]}")
     resumed = changed(args, **{name: value for name, value in old.items() if name not in args.given})
     if before["num_epochs"] != resumed.num_epochs:

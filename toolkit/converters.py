@@ -137,9 +137,7 @@ def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> Gener
     """Infer the config of a ResNet generator from its convolutions; _match_convs then compares each of them with it."""
     shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
     if len(shapes) < 2 or len(shapes) % 2:
-        raise InputError(
-            f"{path}: {len(shapes)} convolutions outside of blocks; expected a first, a last, and as many upsampling as downsampling ones"
-        )
+        raise InputError(f"{path}: {len(shapes)} convolutions outside of blocks; expected those of a ResNet generator")
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:
         return GeneratorConfig(

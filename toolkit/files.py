@@ -129,9 +129,7 @@ def sole_process(folder: Path, *others: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would keep a flock
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise InputError(
-                f"{folder}: process {file.read(20)} is training there; wait until it ends, stop it, or choose another --run_name"
-            ) from None
+            raise InputError(f"{folder}: process {file.read(20)} trains there; choose another --run_name") from None
         except OSError as error:
             warn(f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
         file.truncate(0)

@@ -44,9 +44,7 @@ def load_generator(path: str | Path) -> tuple[Generator, dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; expected the generator of a run, such as saved_models/NAME/G_AB.safetensors"
-        )
+        raise InputError(f"{path}: no such file; expected such as saved_models/NAME/G_AB.safetensors")
     with path.open("rb") as file:
         start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
     own = path.suffix == ".safetensors" or start[8:] == b"{"
