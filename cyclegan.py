@@ -44,9 +44,7 @@ class OptimConfig:
     """Adam and its schedule (section 4 of the paper), EMA weights, and the buffer of translated images."""
 
     num_epochs: int = option(200, "epochs in total", least=1)
-    decay_epoch: int | None = option(
-        None, "the learning rate decays to 0 from this epoch on (default: half of --num_epochs)", least=0
-    )
+    decay_epoch: int | None = option(None, "the rate decays to 0 from here on (default: half of the epochs)", least=0)
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)
     beta1: float = option(0.5, "Adam's decay of the first moment", least=0, most=0.999999)
@@ -324,10 +322,8 @@ class CycleGAN:
         """Run images (N, C, H, W) through a generator, by name, as testing does."""
         return translate(self.ema_networks[name], images, self.precision)
 
-    # -- one training step, sections 3 and 4 of the paper --
-
     def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
-        """Take one training step: gradients of all networks, then one Adam step for G and one for D.
+        """Take one training step (sections 3 and 4): gradients of all networks, then an Adam step for G and one for D.
 
         This equals a step of G before the gradients of D: D learns from images that were translated before the step of G.
         real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device

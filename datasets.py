@@ -35,9 +35,7 @@ from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
 MAX_MEGAPIXELS = option(178.0, "treat larger images as unreadable (protects the memory)", above=0, most=10**6)
-ON_BAD_IMAGE = option(
-    "skip", "skip: leave out up to 5% of a domain, naming each file; stop: end at the first", choices=("skip", "stop")
-)
+ON_BAD_IMAGE = option("skip", "skip unreadable images, up to 5% of a domain, or stop", choices=("skip", "stop"))
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,8 @@ class TrainingData:
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers
         self.loader: Any = make_loader(dataset, self.sampler, workers, pin_memory=device.type == "cuda")
-        say(
-            f"{folder}: {counted(self.counts['A'], 'image')} in trainA, {self.counts['B']} in trainB; {self.steps_per_epoch} steps of {config.batch_size} an epoch"
-        )
+        found = f"{counted(self.counts['A'], 'image')} in trainA, {self.counts['B']} in trainB"
+        say(f"{folder}: {found}; {self.steps_per_epoch} steps of {config.batch_size} an epoch")
 
     def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield real_A and real_B, (N, channels, H, W) in [-1, 1]; raises InputError if too many files are unreadable."""

@@ -68,9 +68,7 @@ class DistillationConfig:
     student_residual: int = option(3, "blocks of the student", least=0, most=1000)
     student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
     student_skips: bool | None = option(None, "skip connections of a resnet student (default: as its teacher)")
-    hidden_layers: list[int] | None = option(
-        None, "teacher block for each student block (default: auto)", parse=block_list, metavar="I,J,…"
-    )
+    hidden_layers: list[int] | None = option(None, "imitated blocks (default: auto)", parse=block_list, metavar="I,J,…")
     lambda_hidden: float = option(1.0, "weight of the distance between hidden states", least=0)
     lambda_output: float = option(10.0, "weight of the distance between images", least=0)
     transfer: bool = option(True, "start from the teacher's first and last layers")
@@ -158,10 +156,6 @@ class Teacher:
     args: Any  # of its training run; None for a single file
     path: Path
     metadata: dict  # of a single file: size (height, width) in px, dataset_name
-
-    @property
-    def is_single(self) -> bool:
-        return self.args is None
 
     def fingerprint(self) -> str:
         """Return a hash of the file: a resumed distillation must continue with the same teacher."""
@@ -310,10 +304,16 @@ def make_model(
 
 # -- The command line ------------------------------------------------------------------------------
 
-FIXED_OPTIONS = (  # the same on resume
-    *("student_residual", "student_ngf", "student_skips"),
-    *("direction", "hidden_layers", "transfer", "channels"),
-)
+# the same on resume
+FIXED_OPTIONS = {
+    "student_residual",
+    "student_ngf",
+    "student_skips",
+    "direction",
+    "hidden_layers",
+    "transfer",
+    "channels",
+}
 
 
 def make_parser() -> cli.Parser:
@@ -353,8 +353,8 @@ def teacher_name(teacher: str) -> str:
 
 def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     """Fill the options that were not given from the teacher's training, and say which."""
-    saved = {} if teacher.is_single else teacher.args
-    old = cli.saved_args(make_inherited_parser(), saved, teacher.path, quiet=teacher.is_single)
+    is_single = teacher.args is None
+    old = cli.saved_args(make_inherited_parser(), teacher.args or {}, teacher.path, quiet=is_single)
     if is_folder_name(teacher.metadata.get("dataset_name")):
         old["dataset_name"] = teacher.metadata["dataset_name"]
     if teacher.metadata.get("size"):
@@ -365,7 +365,7 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     if args.channels not in (None, channels):
         raise InputError(f"--channels {args.channels}: the teacher {teacher.path} has {channels}; leave the flag out")
     taken = {name: value for name, value in old.items() if name not in args.given}
-    source = "defaults, and what the file says of itself" if teacher.is_single else f"inherited from {teacher.path}"
+    source = "defaults, and what the file says of itself" if is_single else f"inherited from {teacher.path}"
     settings = (f"--{name} {value}" for name, value in sorted(taken.items()) if value is not None)
     say(f"{source}: {' '.join(settings)}")
     return cli.changed(args, **{**taken, "channels": channels})

@@ -142,9 +142,8 @@ def export_onnx(net: Generator, direction: Direction, metadata: dict, output: Pa
         temporary.write_bytes(model)
     image = torch.zeros(1, net.config.channels, height, width)
     speeds = [metrics.median_ms(functools.partial(program, image)) for program in (net, run)]
-    say(
-        f"one image of {width}x{height} px on {torch.get_num_threads()} CPU threads: PyTorch fp32 {speeds[0]:.4g} ms, onnxruntime {speeds[1]:.4g} ms"
-    )
+    setting = f"one image of {width}x{height} px on {torch.get_num_threads()} CPU threads"
+    say(f"{setting}: PyTorch fp32 {speeds[0]:.4g} ms, onnxruntime {speeds[1]:.4g} ms")
 
 
 @process.command

@@ -32,7 +32,7 @@ TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "l
 
 
 @dataclass(frozen=True)
-class TestOptions:
+class TestConfig(DeviceConfig):
     """Which networks translate which images, where the results go, and how they are scored.
 
     parse_args fills in run_name, scale, round_trip and output if they were not given.
@@ -58,16 +58,10 @@ class TestOptions:
     on_bad_image: str = datasets.ON_BAD_IMAGE
 
 
-@dataclass(frozen=True)
-class TestConfig(TestOptions, DeviceConfig):
-    """All options of a test."""
-
-
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = cli.Parser(prog="test.py", description=__doc__)
-    cli.add_options(parser, "translation", TestOptions)
-    cli.add_options(parser, "speed", DeviceConfig)
+    cli.add_options(parser, "test", TestConfig)
     args = parser.parse_args(argv)
     pairs = (("weights", "run_name"), ("weights", "epoch"), ("input", "metrics"), ("input", "dataset_name"))
     cli.refuse_both(parser, args, *pairs)
@@ -255,26 +249,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
     images.limit_pixels(1e6 * config.max_megapixels)
     if config.inception_weights:
         files.read_archive(config.inception_weights)  # torch-fidelity would execute code in a hostile file
-
     asked = Direction.named(config.direction) if config.direction in ("AtoB", "BtoA") else None
     networks, metadata = load_networks(config.weights, config.run_name, config.epoch, asked, "losses" in config.metrics)
     translator = Translator(
         networks, metadata, config.device, config.precision, config.scale, config.tile, config.output_size
     )
-
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config.metrics, networks, dataset, inputs)
     if not config.skip_existing:
         gallery.clear(config.output, [path for found in inputs.values() for path in found.paths])
-
     results = {}
     for direction, found in inputs.items():
         results[direction] = translate_folder(
             translator, direction, found, config.output, config.skip_existing, round_trip=config.round_trip
         )
-
     counts = {str(direction): len(translated) for direction, translated in results.items()}
     about = {name: metadata.get(name) for name in ("epoch", "step")}
     gallery.write_gallery(config.output, dataset_name, about, results, [])  # now, since scores may fail
@@ -288,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for line in table:
             say(line)
         gallery.write_gallery(config.output, dataset_name, about, results, table)
-        gallery.write_scores(config.output, facts | scores)
+        files.write_json(config.output / gallery.SCORES, facts | scores)
+        gallery.record(config.output, [gallery.SCORES])
     say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 

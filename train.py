@@ -36,7 +36,6 @@ from toolkit.weights import load_pair
 from utils import InputError, RunError, counted, need_package, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
-EVAL_IMAGES = 200  # of each domain, at most, in an evaluation
 
 
 # -- The run ---------------------------------------------------------------------------------------
@@ -157,9 +156,8 @@ class Run:
         images = self.data.paths_of_step((self.step_in_epoch or self.data.steps_per_epoch) - 1 - steps_ago)
         found = gather((bool(terms), steps_ago, terms, images))
         _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest of all ranks
-        raise RunError(
-            f"{', '.join(terms or wrong)} not finite at step {self.step - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}; try a smaller --lr or --precision fp32"
-        )
+        where = f"step {self.step - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}"
+        raise RunError(f"{', '.join(terms or wrong)} not finite at {where}; try a smaller --lr or --precision fp32")
 
     # -- saving and resuming --
 
@@ -242,11 +240,11 @@ class Run:
     @first_rank
     def measure(self) -> dict | None:
         """Return this epoch's row of measures.csv; None, with a warning, if the images cannot be read."""
-        data_config = self.config.data
+        config = self.config.data
         model = self.model
         try:
             images = datasets.paired_images(
-                self.data.held_out, data_config.size, data_config.channels, data_config.on_bad_image, EVAL_IMAGES
+                self.data.held_out, config.size, config.channels, config.on_bad_image, most=200
             )
             measures = self.config.run.eval_metrics
             return metrics.measure_nets(model.ema_networks, images, measures, model.loss_config, model.precision)

@@ -96,7 +96,7 @@ def test_a_lost_rank_is_one_line_that_says_how_to_continue(as_rank, monkeypatch)
 
     as_rank(1, 2)
     monkeypatch.setattr(dist, "all_reduce", lose)
-    for call in (lambda: distributed.average([torch.ones(1)]), distributed.barrier):
+    for call in (lambda: distributed.average([torch.ones(1)]), lambda: distributed.max_over_ranks(0)):
         with pytest.raises(RunError, match=r"lost another rank.*closed by peer.*--start_from latest") as error:
             call()
         assert len(str(error.value)) < 200
@@ -123,7 +123,7 @@ def test_only_the_first_rank_writes_files_and_prints_on_stdout(as_rank, capsys):
 def test_the_first_rank_runs_a_block_before_the_others(as_rank, monkeypatch, rank, expected):
     order = []
     as_rank(rank, 2)
-    monkeypatch.setattr(distributed, "barrier", lambda: order.append("meet"))
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda _: order.append("meet"))
     with distributed.first_rank_first():
         order.append("block")
     assert order == expected

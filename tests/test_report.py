@@ -18,13 +18,10 @@ from utils import InputError
 AtoB, BtoA = DIRECTIONS
 
 
-@pytest.mark.parametrize(
-    ("generator", "remedy"),
-    [("resnet", "take fewer than 9 blocks, or --student_ngf below 4"), ("unet_vit", "take fewer than 4 blocks")],
-)
-def test_a_student_as_large_as_its_teacher_is_refused(generator, remedy):
+@pytest.mark.parametrize("generator", ["resnet", "unet_vit"])
+def test_a_student_as_large_as_its_teacher_is_refused(generator):
     teacher = GeneratorConfig(generator, ngf=4)
-    with pytest.raises(InputError, match=f"{remedy}$"):
+    with pytest.raises(InputError, match="parameters is not smaller than its teacher of"):
         refuse_large(teacher, teacher)
     refuse_large(dataclasses.replace(teacher, num_residual=8, vit_blocks=3), teacher)
 

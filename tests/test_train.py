@@ -498,7 +498,7 @@ def test_best_pt_of_epochs_that_the_run_leaves_does_not_count(tiny, scores, caps
     run_tiny("--num_epochs", 3, *EVAL, "--best_by", "PSNR", "--checkpoint_interval", 1)
     assert state_of("tiny", "best.pt")["epoch"] == 3
     train.main([*RESUME[:2], "--start_from", "1"])
-    assert "best.pt: is not the best epoch of this run by PSNR" in capsys.readouterr().out
+    assert "best.pt: is not the best epoch of this run by PSNR" in capsys.readouterr().err
     best = state_of("tiny", "best.pt")
     assert (best["epoch"], best["best"]["score"]) == (2, 20.0)
 

@@ -1,8 +1,5 @@
 """Training states: saving, resuming, latest.pt and previous.pt, and refusing to overwrite a run.
 
-    state, path = load_checkpoint(RUNS / "horse2zebra", "latest", "--epoch")
-    networks = networks_of(state, path)
-
 A state holds everything that learns, counts or is random, so a resumed run takes the very step that would have followed.
 """
 
@@ -129,14 +126,14 @@ def best_score(folder: Path, saved: dict | None, best_by: str) -> dict | None:
     path = folder / "best.pt"
     if not path.is_file():
         return None
+    reason = f"{path}: is not the best epoch of this run by {best_by}"
     try:
         held = load_state(path).get("best")
+        if held and held == saved and held["metric"] == best_by:
+            return held
     except InputError as error:
-        warn(f"{error}; the next evaluation replaces it")
-        return None
-    if held and held == saved and held["metric"] == best_by:
-        return held
-    say(f"{path}: is not the best epoch of this run by {best_by}; the next evaluation replaces it")
+        reason = str(error)
+    warn(f"{reason}; the next evaluation replaces it")
     return None
 
 

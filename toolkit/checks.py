@@ -18,7 +18,7 @@ from datasets import spread
 from toolkit import images
 from utils import InputError, counted, say
 
-NAMED = 6  # paths in a message; the others are counted
+NAMED = 6  # paths in a message
 ELONGATED = 3  # ratio of the sides from which an image is hard to recognise once it is squeezed for training
 SHEET_COLUMNS = 4  # of each domain
 
@@ -58,7 +58,8 @@ def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
         return facts, f"{folder.name} holds no readable image"
     for description, odd in odd_images(facts).items():
         if odd:
-            say(f"  {len(odd)} {description}: {first_names([path.relative_to(folder.parent) for path in odd])}")
+            names = ", ".join(str(path.relative_to(folder.parent)) for path in odd[:NAMED])
+            say(f"  {len(odd)} {description}: {names}{', ...' if odd[NAMED:] else ''}")
     fault = f"{unreadable} of {len(paths)} images in {folder.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
     return facts, fault if unreadable > max(1, images.BAD_FRACTION * len(paths)) else ""
 
@@ -73,12 +74,6 @@ def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
         f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
         f"very elongated (over {ELONGATED}:1)": [path for path, (a, b) in sides.items() if b > ELONGATED * a],
     }
-
-
-def first_names(paths: Sequence[Path]) -> str:
-    """Name the first paths and count the others."""
-    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-    return ", ".join(map(str, paths[:NAMED])) + more
 
 
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
@@ -128,7 +123,7 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
         while target.exists():
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
         shutil.move(folder / path, target)
-    say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}{': ' if moved else ''}{first_names(moved)}")
+    say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}")
 
 
 def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from utils import InputError, in_range, range_in_words, say
 
-MOST = 10**7  # of an integer option without an upper limit
 REMOVED = {"--norm_output": "GeneratorConfig(norm_output=True) in Python (docs/experiments/norm_output.md)"}
 NEVER_INHERITED = frozenset({"start_from", "overwrite", "dry_run", "device", "run_name"})  # of one call alone
 
@@ -104,7 +103,7 @@ def _number_parser(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
     kind = next(kind for kind in (*typing.get_args(hint), hint) if kind in (int, float, Path, str))
     if kind in (Path, str):
         return kind
-    limits = {"most": MOST, **given} if kind is int else given
+    limits = {"most": 10**7, **given} if kind is int else given
     noun = "an integer" if kind is int else "a number"
 
     def parse(text: str) -> float:

@@ -11,6 +11,8 @@ from toolkit.executor import ExecutorConfig
 from toolkit.metrics import BEST_BY, MEASURES
 from utils import epoch_name, folder_name, option, some_of
 
+FREEZABLE = (*GENERATOR_PARTS, "D")  # parts of the generators, and the discriminators
+
 
 @dataclass(frozen=True)
 class InitConfig:
@@ -19,10 +21,7 @@ class InitConfig:
     init: str = option("normal", "initialisation of the weights", choices=INITS)
     init_from: list[Path] = option([], "generators to start from, one for each direction", nargs="+", metavar="FILE")
     freeze: list[str] = option(
-        [],
-        "parts that do not learn: parts of the generators, or D (default: none)",
-        parse=some_of((*GENERATOR_PARTS, "D")),
-        metavar=",".join((*GENERATOR_PARTS, "D")),
+        [], "parts that do not learn (default: none)", parse=some_of(FREEZABLE), metavar=",".join(FREEZABLE)
     )
 
 
@@ -39,10 +38,7 @@ class RunConfig:
     keep_checkpoints: int = option(0, "keep only the newest N epoch_NNNN.pt; 0: all", least=0)
     eval_interval: int = option(0, "epochs between evaluations on the val, else test images; 0: none", least=0)
     eval_metrics: list[str] = option(
-        ["cycle", "identity"],
-        "measures of an evaluation, written to measures.csv (default: cycle,identity)",
-        parse=some_of(MEASURES),
-        metavar=",".join(MEASURES),
+        ["cycle", "identity"], "(default: cycle,identity)", parse=some_of(MEASURES), metavar=",".join(MEASURES)
     )
     best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
     save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)

@@ -74,9 +74,8 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
     found = {name: getattr(net.config, name) for name in expected}
     obstacles = [f"{name} {value}" for name, value in found.items() if value not in expected[name]]
     if obstacles:
-        raise InputError(
-            f"{', '.join(obstacles)}: the junyanz layout cannot hold it; expected a resnet with deconv and an instance or batch norm, without norm_output and skips"
-        )
+        expected = "a resnet with deconv and an instance or batch norm, without norm_output and skips"
+        raise InputError(f"{', '.join(obstacles)}: the junyanz layout cannot hold it; expected {expected}")
     convs = {}
     index = 0
     for ours, gaps, inners in _conv_positions(net):
@@ -127,9 +126,8 @@ def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
     if not convs:
         found.append(f"an unknown layout ({', '.join(listing[:3])})")
     if found:
-        raise InputError(
-            f"{path}: holds {found[0]}; expected a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT without antialiasing or PyTorch-GAN"
-        )
+        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
+        raise InputError(f"{path}: holds {found[0]}; expected {expected}")
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 

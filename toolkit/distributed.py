@@ -43,7 +43,7 @@ def join_ranks() -> None:
 def leave_ranks() -> None:
     """Wait until all ranks are done, then leave the process group."""
     if dist.is_initialized():
-        barrier()
+        max_over_ranks(0)  # waits
         dist.destroy_process_group()
 
 
@@ -77,11 +77,6 @@ def max_over_ranks(number: int) -> int:
     return int(largest)
 
 
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    max_over_ranks(0)
-
-
 def gather(value: object) -> list:
     """Return the values of all ranks in order on the first rank, an empty list on the others."""
     if world_size() == 1:
@@ -106,10 +101,10 @@ def first_rank(function: Callable) -> Callable:
 def first_rank_first() -> Iterator[None]:
     """Run a block on the first rank before the others."""
     if rank() > 0:
-        barrier()
+        max_over_ranks(0)  # waits
     yield
     if rank() == 0:
-        barrier()
+        max_over_ranks(0)
 
 
 def rank_slice(batch_size: int) -> slice:

@@ -29,9 +29,7 @@ def parse_micro_batch(text: str) -> int | str:
 class ExecutorConfig:
     """How a batch is processed; the results are the same but for rounding."""
 
-    micro_batch: int | str = option(
-        "auto", "images processed at once; auto: the whole batch, less when memory runs out", parse=parse_micro_batch
-    )
+    micro_batch: int | str = option("auto", "images at once; auto: as many as fit into memory", parse=parse_micro_batch)
     compile: bool = option(False, "compile the networks into CUDA graphs; the first steps then take minutes")
 
 

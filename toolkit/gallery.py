@@ -1,9 +1,4 @@
-"""A folder of results: names of its folders, thumbnails, the record of what a test wrote, the grid and the page.
-
-clear(output, inputs)  # removes what the last test wrote there, and nothing else
-save_results(output, result, [image, fake])
-write_gallery(output, "horse2zebra", {"epoch": 200}, {direction: [result]}, table=[])
-"""
+"""A folder of results: names of its folders, thumbnails, the record of what a test wrote, the grid and the page."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,9 +166,3 @@ def write_gallery(
         directions.append((heading, legend, rows))
     write_page(output / PAGE, "gallery.html", title=title, table=list(table), directions=directions)
     record(output, [PAGE])
-
-
-def write_scores(output: Path, scores: dict) -> None:
-    """Write metrics.json."""
-    write_json(output / SCORES, scores)
-    record(output, [SCORES])

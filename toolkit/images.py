@@ -186,9 +186,8 @@ class BadImages:
             raise InputError(f"{path}: cannot be read ({reason}); replace it, or use --on_bad_image skip")
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
         if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total:
-            raise InputError(
-                f"{self.folder}: {len(self.found)} or more of {self.total} images are unreadable, more than {BAD_FRACTION:.0%}; repair or remove them"
-            )
+            counts = f"{len(self.found)} or more of {self.total}"
+            raise InputError(f"{self.folder}: {counts} images are unreadable; repair or remove them")
 
     def read(self, paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
         """Yield each path with what a function reads from it; note the unreadable ones."""

@@ -1,10 +1,4 @@
-"""Find networks, and translate images and folders with them.
-
-networks, metadata = load_networks(None, "horse2zebra")
-translator = Translator(networks, metadata)
-photos = Inputs(Path("photos"), list_images(Path("photos")))
-translate_folder(translator, Direction.named("AtoB"), photos, output=Path("zebras"))
-"""
+"""Find networks, and translate images and folders with them."""
 
 import functools
 import math

@@ -335,9 +335,8 @@ def fid_kid(
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and weights is None:  # not about the weights
             raise
-        raise InputError(
-            f"{flag}: cannot load the weights of Inception from {weights or 'the internet'} ({error!s:.100}); give those of torch-fidelity as --inception_weights FILE"
-        ) from error
+        source = f"the weights of Inception from {weights or 'the internet'} ({error!s:.100})"
+        raise InputError(f"{flag}: cannot load {source}; give --inception_weights FILE") from error
     names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
     row = {short: values[name] for name, short in names.items() if name in values}
     return row | {"translated": len(fakes), "real": len(reals)}

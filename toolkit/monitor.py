@@ -84,9 +84,8 @@ def warn_if_collapsed(rows: Rows) -> None:
     spread = {label: x.float().std(0, correction=0).mean() for label, x in rows}
     for source, target in DIRECTIONS:
         if spread[f"fake_{target}"] < 0.02 * spread[f"real_{source}"]:
-            warn(
-                f"G_{source}{target}: nearly the same output for every input; resume from an earlier epoch, with --start_from N, at a lower --lr"
-            )
+            remedy = "resume from an earlier epoch, with --start_from N, at a lower --lr"
+            warn(f"G_{source}{target}: nearly the same output for every input; {remedy}")
 
 
 class Clock:

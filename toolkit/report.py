@@ -22,9 +22,9 @@ def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
     """Raise InputError if a student has as many parameters as its teacher, or more."""
     own, theirs = (sum(p.numel() for p in meta_network(config).parameters()) for config in (student, teacher))
     if own >= theirs:
-        narrower = f", or --student_ngf below {teacher.ngf}" if teacher.generator == "resnet" else ""
+        given = f"--student_residual {student.blocks}: a student of {own:,} parameters"
         raise InputError(
-            f"--student_residual {student.blocks}: a student of {own:,} parameters is not smaller than its teacher of {theirs:,}; take fewer than {teacher.blocks} blocks{narrower}"
+            f"{given} is not smaller than its teacher of {theirs:,}; take fewer blocks or a lower --student_ngf"
         )
 
 
@@ -70,9 +70,8 @@ class Report:
                 for domain in direction
             )
             tables[name], grid = compare_generators(rows, direction, reals, truths, self.precision)
-            say(
-                f"{direction} at {size[1]}x{size[0]} px; milliseconds on {self.device}, {torch.get_num_threads()} threads, {self.precision}"
-            )
+            setting = f"{self.device}, {torch.get_num_threads()} threads, {self.precision}"
+            say(f"{direction} at {size[1]}x{size[0]} px; milliseconds on {setting}")
             for line in metrics.format_table(tables[name]):
                 say(line)
             images.save_image(images.draw_grid(grid), folder / f"report_{name}.png")

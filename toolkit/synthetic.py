@@ -1,8 +1,4 @@
-"""The demo set: the same landscape by day (A) and by night (B), drawn from a seed.
-
-draw_scene(7, "night").save("night.png")
-draw_dataset(Path("datasets"))  # as does: python prepare.py draw day2night
-"""
+"""The demo set: the same landscape by day (A) and by night (B), drawn from a seed."""
 
 import math
 import random

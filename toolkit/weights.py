@@ -2,7 +2,6 @@
 
 G_AB, metadata = load_generator("saved_models/horse2zebra/G_AB.safetensors")
 fake_B = G_AB(real_A)  # (N, C, H, W) in [-1, 1]
-save_generator("G_AB.safetensors", G_AB, {"direction": "AtoB", "size": [256, 256]})
 """
 
 import dataclasses
