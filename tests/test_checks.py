@@ -93,10 +93,7 @@ def test_duplicates_are_moved_those_in_train_before_those_in_test_and_none_is_lo
     moved = ("trainA/0.png", "trainA/again.png", "valA/copy.png", "testB/twin.png")
     expected = {f"removed/{name}" if name in moved else name: data for name, data in before.items()}
     assert contents(tiny) == expected
-    out = capsys.readouterr().out
-    assert "moved 4 images to datasets/tiny/removed" in out
-    for name in moved:
-        assert name in out.splitlines()[-1]
+    assert "moved 4 images to datasets/tiny/removed\n" in capsys.readouterr().out
     prepare.main(["check", "tiny", "--remove_twins"])
     assert "moved 0 images" in capsys.readouterr().out
     assert contents(tiny) == expected
