@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         args = inherit(cli.changed(args, direction=distillation.direction), teacher)
     train.check_args(args, "lambda_hidden", "lambda_output")
-    config = train.make_config(args, **train.SHARED_CONFIGS, **train.RUN_CONFIGS)
+    config = TrainConfig(**train.config_fields(args, **train.SHARED_CONFIGS, **train.RUN_CONFIGS))
     device = devices.pick_device(config.device.device)
     if distillation.report:
         write_report(config, distillation, teacher, device)

@@ -479,10 +479,10 @@ def check_args(args: Namespace, *more_weights: str) -> None:
         raise InputError(f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}")
 
 
-def make_config(args: Namespace, **kinds: Any) -> TrainConfig:
-    """Build the config of a run from the options of the given dataclasses, by their names in TrainConfig."""
+def config_fields(args: Namespace, **kinds: Any) -> dict[str, Any]:
+    """Return the fields of a TrainConfig: the options of the given dataclasses, by their names there."""
     configs = {name: cli.config_of(kind, args) for name, kind in kinds.items()}
-    return TrainConfig(flags=cli.plain_args(args), given=frozenset(args.given), **configs)
+    return {**configs, "flags": cli.plain_args(args), "given": frozenset(args.given)}
 
 
 def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> TrainConfig:
@@ -532,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "train")
         args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
     check_args(args)
-    config = make_config(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS)
+    config = TrainConfig(**config_fields(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS))
     if checkpoint:
         config = resume_networks(config, checkpoint)
     else:

@@ -38,7 +38,8 @@ def train_config(argv: Sequence[object]) -> TrainConfig:
     """The config of a new run with these flags of train.py."""
     args = train.parse_args([str(word) for word in argv])
     train.check_args(args)
-    config = train.make_config(args, **train.SHARED_CONFIGS, **train.NETWORK_CONFIGS, **train.RUN_CONFIGS)
+    kinds = train.SHARED_CONFIGS | train.NETWORK_CONFIGS | train.RUN_CONFIGS
+    config = TrainConfig(**train.config_fields(args, **kinds))
     config, _ = train.load_pretrained(config)
     return config
 
