@@ -373,7 +373,8 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
 
 def resume(args: Namespace) -> tuple[Namespace, Checkpoint]:
     """Read the state to resume from, and the options that were not given; options added since take their defaults."""
-    checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "distill")
+    folder = RUNS / args.run_name
+    checkpoint = Checkpoint(*checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill"))
     args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
     for name, action in make_inherited_parser().options.items():
         if getattr(args, name) is None:

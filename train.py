@@ -529,7 +529,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = None
     pretrained: Networks = {}
     if args.start_from != "0":
-        checkpoint = checkpoints.load_checkpoint(RUNS / args.run_name, args.start_from, "--start_from", "train")
+        folder = RUNS / args.run_name
+        checkpoint = Checkpoint(*checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train"))
         args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
     check_args(args)
     config = TrainConfig(**config_fields(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS))

@@ -67,7 +67,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(path.stem[6:]): path for path in sorted(paths, key=lambda path: int(path.stem[6:])) if path.is_file()}
 
 
-def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> Checkpoint:
+def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> tuple[dict, Path]:
     """Read the state of an epoch ("latest", "best" or a number), which `flag` names; previous.pt for a bad latest.pt."""
     path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     previous = folder / "previous.pt"
@@ -77,7 +77,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
             found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
             listed = ", ".join(found) or "none, nothing was saved yet"
             raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
-        return Checkpoint(load_state(path, command), path)
+        return load_state(path, command), path
     except InputError as error:
         if epoch != "latest" or not previous.is_file():
             raise
@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
         except InputError:
             raise error from None
         warn(f"{error}; using {previous}, step {one_line(state.get('step'))[:40]}")
-        return Checkpoint(state, previous)
+        return state, previous
 
 
 def networks_of(state: dict, path: Path) -> Networks:
