@@ -29,14 +29,14 @@ TERMS = ("gan_AB", "gan_BA", "cycle_A", "cycle_B", "identity_A", "identity_B")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. The defaults are the paper's, which has an identity loss for paintings and no gradient penalty."""
+    """The objective. The defaults are the paper's for paintings; for photos it has no identity loss."""
 
     lambda_cycle: float = option(10.0, "weight of the cycle loss; 0 leaves it out", least=0)
     lambda_identity: float = option(5.0, "weight of the identity loss; 0 leaves it out", least=0)
     lambda_gan: float = option(1.0, "weight of the adversarial loss; 0 skips the discriminators", least=0)
     gan_loss: str = option("lsgan", "form of the adversarial loss", choices=GAN_LOSSES)
     lambda_gp: float = option(0.0, "weight of the discriminators' gradient penalty; 0: none", least=0)
-    gp_target: float = option(100.0, "gradient norm it aims at; UVCGAN: .1, 100; UVCGAN2: .01, 0", least=0)
+    gp_target: float = option(100.0, "gradient norm it aims at; UVCGAN has weight .1, norm 100", least=0)
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,9 @@ def match_moments(optimizer: torch.optim.Optimizer) -> None:
             moments[name] = torch.empty_like(like, requires_grad=False).copy_(moments[name])  # with the same strides
 
 
+GeneratorLoss = Callable[[Networks, Direction, Tensor, LossConfig], tuple[Tensor, dict[str, Tensor], Translation]]
+
+
 class CycleGAN:
     """Two generators, two discriminators, and everything about them that learns or is random.
 
@@ -264,7 +267,7 @@ class CycleGAN:
     precision:       of the forward passes: fp32, bf16, fp16
     seed:            of the image buffers
     adapters:        further modules that learn with the generators; only a distillation has some
-    generator_loss:  the generators' objective in one direction; a distillation has its own
+    objective:       of the generators in one direction; a distillation has its own
     """
 
     def __init__(
@@ -277,12 +280,13 @@ class CycleGAN:
         precision: str = "fp32",
         seed: object = 0,
         adapters: nn.ModuleDict | None = None,
-        generator_loss: Callable = generator_loss,
+        objective: GeneratorLoss = generator_loss,
     ):
         self.networks = networks
         self.loss_config = loss_config
         self.optim_config = optim_config
-        self.generator_loss = generator_loss
+        self.objective = objective
+        self.finished_steps = 0
         self.precision = precision
         self.generators = nn.ModuleList([networks["G_AB"], networks["G_BA"]])
         self.discriminators = nn.ModuleList([networks["D_A"], networks["D_B"]])
@@ -322,12 +326,11 @@ class CycleGAN:
         """Run images (N, C, H, W) through a generator, by name, as testing does."""
         return translate(self.ema_networks[name], images, self.precision)
 
-    def step(self, real_A: Tensor, real_B: Tensor, finished_steps: int = 0) -> dict[str, Tensor]:
+    def step(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
         """Take one training step (sections 3 and 4): gradients of all networks, then an Adam step for G and one for D.
 
         This equals a step of G before the gradients of D: D learns from images that were translated before the step of G.
         real_A, real_B: (N, C, H, W) in [-1, 1], on the networks' device
-        finished_steps: number of steps before this one, for the warm-up of the EMA weights
         returns:        losses and their terms by name, scalars on the device
         """
         losses = self.compute_gradients(real_A, real_B)
@@ -335,7 +338,8 @@ class CycleGAN:
         for optimizer in self.optimizers.values():
             self.executor.scaler.step(optimizer)
         self.executor.scaler.update()
-        self.update_ema(finished_steps)
+        self.update_ema()
+        self.finished_steps += 1
         return losses
 
     @retry_in_micro_batches
@@ -365,7 +369,7 @@ class CycleGAN:
     def loss_G(self, direction: Direction, real: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the generators' loss in one direction, its terms, and the translated images."""
         # executor.networks: compiled, if that was asked for
-        loss, terms, translation = self.generator_loss(self.executor.networks, direction, real, self.loss_config)
+        loss, terms, translation = self.objective(self.executor.networks, direction, real, self.loss_config)
         return loss, {"loss_G": loss, **terms}, translation.fake
 
     def loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
@@ -374,7 +378,7 @@ class CycleGAN:
         name = f"D_{domain}"
         loss = discriminator_loss(self.executor.networks[name], real, fake, config)
         terms = {f"loss_{name}": loss}
-        if config.lambda_gp and "D" in self.optimizers:
+        if config.lambda_gp and "D" in self.optimizers:  # not frozen
             terms[f"gp_{domain}"] = gradient_penalty(self.networks[name], real, fake, config.gp_target)
             loss = loss + config.lambda_gp * terms[f"gp_{domain}"]
         return loss, terms, None
@@ -386,9 +390,9 @@ class CycleGAN:
         average([*(p.grad for p in weights if p.grad is not None), *statistics])
 
     @torch.no_grad()
-    def update_ema(self, finished_steps: int) -> None:
-        """Move the EMA weights towards the weights, faster during the first steps."""
-        weight = 1 - min(self.optim_config.ema, (1 + finished_steps) / (10 + finished_steps))
+    def update_ema(self) -> None:
+        """Move the EMA weights towards the weights; faster during the first steps, as TensorFlow's moving averages do."""
+        weight = 1 - min(self.optim_config.ema, (1 + self.finished_steps) / (10 + self.finished_steps))
         for name, ema in self.ema.items():
             net = self.networks[name]
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
@@ -410,12 +414,10 @@ class CycleGAN:
             "ema": {name: net.state_dict() for name, net in self.ema.items()} or None,
             "optims": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.executor.scaler.state_dict() or None,
-            **self.rank_state_dict(),
+            "step": self.finished_steps,
+            "buffers": {domain: buffer.state_dict() for domain, buffer in self.buffers.items()},  # of this rank
+            "rng": rng_state(),  # of this rank
         }
-
-    def rank_state_dict(self) -> dict:
-        """Return the part of the state that differs between the ranks of torchrun."""
-        return {"buffers": {x: buffer.state_dict() for x, buffer in self.buffers.items()}, "rng": rng_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what state_dict returned. EMA weights that it lacks start as copies of the weights.
@@ -437,4 +439,5 @@ class CycleGAN:
         for domain, buffer in self.buffers.items():
             if state["buffers"]:
                 buffer.load_state_dict(state["buffers"][domain], self.device)
+        self.finished_steps = int(state["step"])
         set_rng_state(state["rng"])

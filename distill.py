@@ -237,7 +237,7 @@ def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) ->
 def make_networks(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher) -> Networks:
     """Build students in place of their teachers; the other networks continue from the teacher's run, or are new."""
     devices.seed_everything(config.run.seed, config.run.deterministic)
-    networks: Networks = {}
+    networks = copy.deepcopy(teacher.networks)
     for direction in distillation.directions:
         net = teacher.networks[direction.generator]
         shape = student_config(distillation, net.config)
@@ -245,13 +245,11 @@ def make_networks(config: TrainConfig, distillation: DistillationConfig, teacher
         networks[direction.generator] = make_student(net, shape, distillation.transfer)
     config_G = teacher.networks[distillation.directions[0].generator].config
     config_D = DiscriminatorConfig(channels=config_G.channels)
-    deepest = config_D.largest_n_layers(min(config.data.size))
-    config_D = dataclasses.replace(config_D, n_layers=max(1, min(config_D.n_layers, deepest)))
+    n_layers = max(1, min(config_D.n_layers, config_D.largest_n_layers(min(config.data.size))))
+    config_D = dataclasses.replace(config_D, n_layers=n_layers)
     names = ("G_AB", "G_BA", "D_A", "D_B")
     for name in names:
-        if name in teacher.networks:
-            networks.setdefault(name, copy.deepcopy(teacher.networks[name]))
-        elif name not in networks:
+        if name not in networks:  # the teacher is a single generator
             is_generator = name.startswith("G")
             networks[name] = models.build_generator(config_G) if is_generator else models.build_discriminator(config_D)
     for net in networks.values():
@@ -294,8 +292,8 @@ def make_model(
     blocks = {name: choose_blocks(distillation, net.config.blocks) for name, net in teachers.items()}
     adapters = make_adapters(teachers, networks, blocks)
     loss = DistillationLoss(teachers, adapters, blocks, distillation.lambda_hidden, distillation.lambda_output)
-    model = train.make_model(config, networks, device, adapters=adapters, generator_loss=loss)
-    if config.run.start_from == "0":
+    model = train.make_model(config, networks, device, adapters=adapters, objective=loss)
+    if config.run.is_new:
         for name, net in teachers.items():
             costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
             say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
@@ -416,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif config.run.dry_run:
         train.dry_run(config, make_model(config, distillation, teacher, device))
     else:
-        make_run(config, distillation, teacher, device).run(checkpoint)
+        make_run(config, distillation, teacher, device).start(checkpoint)
 
 
 def make_run(
@@ -425,7 +423,7 @@ def make_run(
     """Build the run that trains the students."""
     data = train.load_data(config, device)
     model = make_model(config, distillation, teacher, device)
-    loss: Any = model.generator_loss
+    loss: Any = model.objective
     draw_rows = functools.partial(cyclegan_rows, teachers=loss.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *loss.names], draw_rows)
     origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}

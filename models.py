@@ -66,12 +66,12 @@ class VitSize:
     ffn: int  # width of the feed-forward layers
     blocks: int
     heads: int
-    full: bool  # UVCGAN's layers: two convolutions with normalisation at each resolution, and layer norms in each block
+    uvcgan_layers: bool  #  two convolutions with normalisation at each resolution, and layer norms in each block
 
 
 VIT_SIZES = {
-    "small": VitSize((64, 128, 256), ffn=1024, blocks=4, heads=4, full=False),
-    "uvcgan": VitSize((48, 48, 96, 192, 384), ffn=1536, blocks=12, heads=6, full=True),
+    "small": VitSize((64, 128, 256), ffn=1024, blocks=4, heads=4, uvcgan_layers=False),
+    "uvcgan": VitSize((48, 48, 96, 192, 384), ffn=1536, blocks=12, heads=6, uvcgan_layers=True),
 }
 
 
@@ -292,8 +292,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, width / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).flatten(2))  # (N, T, width)
 
@@ -306,7 +306,7 @@ class VitBlock(nn.Module):
 
     def __init__(self, width: int, size: VitSize, heads: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) if size.full else nn.Identity() for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if size.uvcgan_layers else nn.Identity() for _ in range(2))
         self.attention = Attention(width, heads)
         self.ffn = nn.Sequential(nn.Linear(width, size.ffn), nn.GELU(), nn.Linear(size.ffn, width))
         self.scale = nn.Parameter(torch.zeros(1))
@@ -364,7 +364,7 @@ class UnetVitGenerator(nn.Module):
         widths = size.widths
         norm = config.norm
         bias = norm != "batch"
-        if size.full:
+        if size.uvcgan_layers:
             conv = nn.Conv2d(config.channels, widths[0], 3, padding=1)
             self.stem = nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True))
             head = [nn.Conv2d(widths[0], config.channels, 1)]
@@ -384,7 +384,7 @@ class UnetVitGenerator(nn.Module):
         """Make the layers of one resolution: before and after its skip connection, downwards and upwards."""
         norm = self.config.norm
         upsample = self.config.upsample
-        if VIT_SIZES[self.config.vit_size].full:
+        if VIT_SIZES[self.config.vit_size].uvcgan_layers:
             down = [double_conv(thin, wide, wide, norm), nn.Conv2d(wide, wide, 2, stride=2)]
             up = [nn.Sequential(*upsample_layers(upsample, wide, wide, True)), double_conv(2 * wide, wide, thin, norm)]
         else:

@@ -33,10 +33,7 @@ TARGETS_OF_METRICS = {"train": {"paired", "fid", "kid"}, "test": {"identity", "l
 
 @dataclass(frozen=True)
 class TestConfig(DeviceConfig):
-    """Which networks translate which images, where the results go, and how they are scored.
-
-    parse_args fills in run_name, scale, round_trip and output if they were not given.
-    """
+    """Which networks translate which images, where the results go, how they are scored; parse_args fills in some."""
 
     run_name: str = option(None, "run in saved_models (default: --dataset_name)", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)

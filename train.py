@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import datasets
 import models
-from cyclegan import LOSSES, CycleGAN, LossConfig, OptimConfig, loss_names
+from cyclegan import LOSSES, CycleGAN, GeneratorLoss, LossConfig, OptimConfig, generator_loss, loss_names
 from datasets import DataConfig, TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
@@ -44,31 +44,41 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 class Run:
     """A training run: it owns the model, the data, the progress, the checkpoint saver and the monitor.
 
-    command: "train" or "distill", which have the same loop
-    facts:   extra entries of each saved state
+    command_name: "train" or "distill", which have the same loop
+    facts:        extra entries of each saved state
     """
 
     def __init__(
-        self, command: str, config: TrainConfig, model: CycleGAN, data: TrainingData, monitor: Monitor, **facts: object
+        self,
+        command_name: str,
+        config: TrainConfig,
+        model: CycleGAN,
+        data: TrainingData,
+        monitor: Monitor,
+        **facts: object,
     ):
-        self.command = command
+        self.command_name = command_name
         self.config = config
         self.model = model
         self.data = data
         self.monitor = monitor
-        self.facts = {"stage": command, "args": config.flags, **facts}
+        self.facts = {"stage": command_name, "args": config.flags, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
-            metadata | {"stage": command, "size": list(config.data.size)},
+            metadata | {"stage": command_name, "size": list(config.data.size)},
             checkpoint_interval=config.run.checkpoint_interval,
             keep_checkpoints=config.run.keep_checkpoints,
             save_minutes=config.run.save_minutes,
         )
         self.epoch = 0  # finished epochs
-        self.step = 0
         self.step_in_epoch = 0
         self.best: dict | None = None  # of best.pt: metric, score, epoch
+
+    @property
+    def step(self) -> int:
+        """Finished steps since the start of the run."""
+        return self.model.finished_steps
 
     @property
     def epoch_is_complete(self) -> bool:
@@ -76,7 +86,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Steps as the progress bar counts them; other than `step` if --steps_per_epoch changed on resume."""
+        """Steps on the progress bar; other than `step` if --steps_per_epoch changed on resume."""
         return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
 
     def train(self) -> int:
@@ -90,12 +100,11 @@ class Run:
                 self.model.set_learning_rate(self.config.optim.learning_rate_factor(self.epoch))
                 bar.set_description(f"epoch {self.epoch + 1}/{num_epochs}", refresh=False)
                 for real_A, real_B in self.data.batches(self.epoch, self.step_in_epoch, self.model.device):
-                    losses = self.model.step(real_A, real_B, self.step)
-                    self.step += 1
+                    losses = self.model.step(real_A, real_B)
                     self.step_in_epoch += 1
                     self.log(losses, bar)
                     signum = stop.agreed()
-                    if signum or self.epoch_is_complete:
+                    if signum or self.epoch_is_complete:  # saves and draws below
                         break
                     self.draw_and_save_if_due()
                 if self.epoch_is_complete:
@@ -111,7 +120,7 @@ class Run:
     # -- logging and drawing --
 
     def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
-        """Count the losses of a step; from time to time write their means to losses.csv and to the progress bar."""
+        """Count the losses of a step; every LOG_EVERY steps add their means to the log and to the progress bar."""
         self.monitor.meter.add(losses)
         bar.update()
         if self.monitor.clock.tick():
@@ -172,16 +181,14 @@ class Run:
         Not stored, since they follow from it: the learning rate (of the epoch) and the order of the batches (of seed and
         epoch).
         """
-        own = {**self.model.rank_state_dict(), "meter": self.monitor.meter.state_dict()}
-        first, *others = gather(own) or [own]
+        state = {**self.model.state_dict(), "meter": self.monitor.meter.state_dict()}
+        of_ranks = gather({name: state[name] for name in checkpoints.OF_RANK})
         return {
             **self.facts,
-            **self.model.state_dict(),
-            **first,
-            "other_ranks": others,
+            **state,
+            "other_ranks": of_ranks[1:],
             "config": {name: dataclasses.asdict(net.config) for name, net in self.model.networks.items()},
             "epoch": self.epoch,
-            "step": self.step,
             "step_in_epoch": self.step_in_epoch,
             "micro_batch_size": self.model.executor.micro_batch_size,
             "best": self.best,
@@ -200,7 +207,6 @@ class Run:
             self.model.executor.micro_batch_size = state["micro_batch_size"]
             self.monitor.meter.load_state_dict(own["meter"], self.model.device)
             self.epoch = int(state["epoch"])
-            self.step = int(state["step"])
             self.step_in_epoch = int(state["step_in_epoch"])
             self.best = state.get("best")
         except Exception as error:  # an edited file can raise anything
@@ -217,6 +223,7 @@ class Run:
     # -- evaluation --
 
     def evaluation_due(self) -> bool:
+        """Whether an epoch has just ended that --eval_interval selects."""
         epoch_ended = self.step_in_epoch == 0
         return bool(self.data.held_out) and epoch_ended and self.epoch % self.config.run.eval_interval == 0
 
@@ -254,14 +261,14 @@ class Run:
 
     def lacks_evaluation(self, state: dict) -> bool:
         """Return whether the run ended between a save and the evaluation that should have followed."""
-        run = self.config.run
-        unchanged = run.start_from == "latest" and state["args"].get("eval_interval") == run.eval_interval
+        options = self.config.run
+        unchanged = options.start_from == "latest" and state["args"].get("eval_interval") == options.eval_interval
         wanted = unchanged and self.evaluation_due()
         return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.step))))
 
     # -- from start to end --
 
-    def run(self, checkpoint: Checkpoint | None) -> None:
+    def start(self, checkpoint: Checkpoint | None) -> None:
         """Start, or resume from a checkpoint, and train to the end; after a signal exit with 128 + its number."""
         config = self.config
         evaluation_missing = False
@@ -293,9 +300,9 @@ class Run:
         """Write run.json, and print the number of parameters and where to look."""
         model = self.model
         parameters = count_parameters(model.networks)
-        facts: dict[str, Any] = {"flags": self.config.flags, "images": self.data.counts, "parameters": parameters}
-        facts |= {"device": str(model.device), "precision": model.precision, **devices.versions()}
-        files.write_json(self.saver.folder / "run.json", facts)
+        record: dict[str, Any] = {"flags": self.config.flags, "images": self.data.counts, "parameters": parameters}
+        record |= {"device": str(model.device), "precision": model.precision, **devices.versions()}
+        files.write_json(self.saver.folder / "run.json", record)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
         say(f"parameters: {numbers}; {model.device}, {model.precision}")
         say(f"watch {self.monitor.images}/index.html ; checkpoints go to {self.saver.folder}/")
@@ -309,7 +316,7 @@ class Run:
         if max_over_ranks(bool(self.saver.save_error)):
             raise RunError(f"the last save failed ({self.saver.save_error}); {self.saver.last_state()}; free space")
         if signum:
-            again = command_line(f"{self.command}.py", "--run_name", name, "--start_from", "latest")
+            again = command_line(f"{self.command_name}.py", "--run_name", name, "--start_from", "latest")
             say(f"stopped and saved after step {self.step}; go on with: {again}")
             leave_ranks()
             raise SystemExit(128 + signum)
@@ -349,21 +356,23 @@ def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
         say(f"{given}: these parts of the generators (D: the discriminators) do not learn")
         parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
         absent = ", ".join(sorted(set(frozen) - parts))
-        if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
+        if absent and config.run.is_new:  # older runs may have been started with such a flag
             raise InputError(f"{given}: the generators have no {absent}; leave it out")
         if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
             raise InputError(f"{given}: no part of the generators is left to learn")
     return networks
 
 
-def make_model(config: TrainConfig, networks: Networks, device: torch.device, **of_distillation: Any) -> CycleGAN:
-    """Put the networks on their device and build what trains them.
-
-    of_distillation: adapters and generator_loss of CycleGAN
-    """
+def make_model(
+    config: TrainConfig,
+    networks: Networks,
+    device: torch.device,
+    adapters: nn.ModuleDict | None = None,
+    objective: GeneratorLoss = generator_loss,
+) -> CycleGAN:
+    """Put the networks on their device and build what trains them; only a distillation has adapters."""
     devices.set_backend_flags(device, config.run.deterministic)
-    modules = [*networks.values(), of_distillation.get("adapters", nn.ModuleDict())]
-    for module in modules:
+    for module in (*networks.values(), adapters or nn.ModuleDict()):
         module.to(device)
     seed = config.run.seed
     torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
@@ -374,7 +383,8 @@ def make_model(config: TrainConfig, networks: Networks, device: torch.device, **
         executor_config=config.executor,
         precision=devices.pick_precision(config.device.precision, device),
         seed=seed,
-        **of_distillation,
+        adapters=adapters,
+        objective=objective,
     )
 
 
@@ -495,8 +505,8 @@ def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator
     )
 
 
-def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
-    """Read the generators of --init_from; their shape replaces the options that were not given."""
+def networks_of_new_run(config: TrainConfig) -> tuple[TrainConfig, Networks]:
+    """Return the config of a new run, and the generators of --init_from, whose shape replaces options not given."""
     networks = load_pair(config.init.init_from)
     generator = config.generator
     known = config.given
@@ -512,7 +522,7 @@ def load_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     return with_networks(config, generator, discriminator), networks
 
 
-def resume_networks(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+def networks_of_checkpoint(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     """Return the config with the networks of a training state."""
     try:
         generator = GeneratorConfig(**checkpoint.state["config"]["G_AB"])
@@ -535,11 +545,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_args(args)
     config = TrainConfig(**config_fields(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS))
     if checkpoint:
-        config = resume_networks(config, checkpoint)
+        config = networks_of_checkpoint(config, checkpoint)
     else:
         if not config.run.dry_run:
             checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite)
-        config, pretrained = load_pretrained(config)
+        config, pretrained = networks_of_new_run(config)
     device = devices.pick_device(config.device.device)
     if config.run.dry_run:
         dry_run(config, make_model(config, make_networks(config, pretrained), device))
@@ -547,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config, device)
     model = make_model(config, make_networks(config, pretrained), device)
     monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)
-    Run("train", config, model, data, monitor).run(checkpoint)
+    Run("train", config, model, data, monitor).start(checkpoint)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def train_config(argv: Sequence[object]) -> TrainConfig:
     train.check_args(args)
     kinds = train.SHARED_CONFIGS | train.NETWORK_CONFIGS | train.RUN_CONFIGS
     config = TrainConfig(**train.config_fields(args, **kinds))
-    config, _ = train.load_pretrained(config)
+    config, _ = train.networks_of_new_run(config)
     return config
 
 

@@ -81,7 +81,7 @@ class Ours:
         return True
 
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
-        self.model.step(real_A, real_B, finished_steps)
+        self.model.step(real_A, real_B)
 
 
 def train_and_score(

@@ -250,7 +250,7 @@ def test_a_step_returns_the_columns_of_losses_csv(config):
     ],
 )
 def test_every_weight_of_all_four_networks_learns(changes, monkeypatch):
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
     model = tiny_model(**changes)
     before = weights_of(model)
     for step in range(3):  # the scales of transformer blocks leave 0 in the first step, the weights behind them later
@@ -277,7 +277,7 @@ def test_a_step_equals_that_of_a_plain_implementation_over_20_steps_in_float64(m
 def test_the_same_seed_gives_the_same_steps():
     def train(seed):
         model = tiny_model(seed=seed, buffer_size=3, lambda_gp=0.1)
-        losses = [model.step(*batch(step), step) for step in range(3)]
+        losses = [model.step(*batch(step)) for step in range(3)]
         return losses, model.state_dict()
 
     assert differences(train(0), train(0)) == []
@@ -336,7 +336,7 @@ def test_ema_weights_follow_the_weights_by_the_documented_rule():
     model = tiny_model(ema=0.5)
     expected = {k: v.clone() for k, v in model.networks["G_AB"].state_dict().items()}
     for step in range(4):
-        model.step(*batch(step, 2), step)
+        model.step(*batch(step, 2))
         decay = min(0.5, (1 + step) / (10 + step))
         for name, value in model.networks["G_AB"].state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value
@@ -348,7 +348,7 @@ def test_ema_weights_follow_the_weights_by_the_documented_rule():
 def test_ema_networks_copy_running_statistics_have_no_gradient_and_are_used_to_translate():
     model = tiny_model(ema=0.9, norm="batch")
     for step in range(3):
-        model.step(*batch(step), step)
+        model.step(*batch(step))
     real_A = batch(0, 2)[0]
     for name, net in model.ema.items():
         assert not any(p.requires_grad for p in net.parameters())
@@ -385,7 +385,7 @@ def test_half_precision_learns_with_losses_and_weights_in_float32():
         loss, terms, translation = generator_loss(*args)
         return loss, terms, translation._replace(fake=translation.fake.bfloat16())
 
-    model = tiny_model(precision="bf16", lambda_gp=0.1, generator_loss=half)
+    model = tiny_model(precision="bf16", lambda_gp=0.1, objective=half)
     seen = []
     model.networks["D_A"].register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))
     losses = model.step(*batch(0))
@@ -412,7 +412,7 @@ def test_scaled_losses_give_the_same_steps_and_a_step_without_finite_gradients_i
         loss, terms, translation = generator_loss(*args)
         return loss * math.inf, terms, translation
 
-    scaled.generator_loss = overflows
+    scaled.objective = overflows
     scaled.step(*batch(0, 2, torch.float64))
     assert all(map(torch.equal, before, scaled.networks["G_AB"].parameters()))
     assert scaled.executor.scaler.get_scale() == 2.0**15
@@ -452,15 +452,15 @@ def test_a_model_continues_from_its_state_bit_for_bit(changes, monkeypatch):
     monkeypatch.setattr("toolkit.executor.autocast", lambda device, precision: torch.autocast("cpu", enabled=False))
     first = tiny_model(**changes)
     for step in range(3):
-        first.step(*batch(step), step)
+        first.step(*batch(step))
     state = through_a_file(first.state_dict())
-    expected = [first.step(*batch(step), step) for step in range(3, 6)]
+    expected = [first.step(*batch(step)) for step in range(3, 6)]
     after = through_a_file(first.state_dict())
     second = tiny_model(**changes, seed=7)
     assert differences(second.state_dict()["nets"], state["nets"])
     second.load_state_dict(state)
     assert differences(second.state_dict(), state) == []
-    found = [second.step(*batch(step), step) for step in range(3, 6)]
+    found = [second.step(*batch(step)) for step in range(3, 6)]
     assert differences(expected, found) == []
     assert differences(after, second.state_dict()) == []
 
@@ -472,7 +472,7 @@ def test_ema_can_be_switched_on_and_off_when_a_model_continues():
     averaged.load_state_dict(plain.state_dict())
     for name, net in averaged.ema.items():
         assert differences(net.state_dict(), plain.networks[name].state_dict()) == []
-    averaged.step(*batch(1), 1)
+    averaged.step(*batch(1))
     plain.load_state_dict(averaged.state_dict())
     assert differences(plain.state_dict()["nets"], averaged.state_dict()["nets"]) == []
     assert plain.state_dict()["ema"] is None

@@ -189,7 +189,7 @@ def learn(batch=4, **changes):
     for step in range(5):
         noise = torch.Generator().manual_seed(step)
         A, B = torch.rand(2, batch, 3, 16, 16, dtype=torch.float64, generator=noise) * 2 - 1
-        meter.add(model.step(A[own], B[own], step))
+        meter.add(model.step(A[own], B[own]))
     weights = {name: net.state_dict() for name, net in model.networks.items()}
     return {"losses": meter.means(), "weights": weights, "micro_batch_size": model.executor.micro_batch_size}
 
@@ -221,7 +221,7 @@ def test_when_one_of_two_ranks_runs_out_of_memory_both_still_learn_the_same():
             raise torch.OutOfMemoryError("injected")
         return generator_loss(networks, direction, real, config)
 
-    first, second = in_ranks(lambda: learn(generator_loss=loss), 2)
+    first, second = in_ranks(lambda: learn(objective=loss), 2)
     assert (first["micro_batch_size"], second["micro_batch_size"]) == (0, 1)
     assert differences(first["weights"], second["weights"]) == []
     assert largest_difference(learn(), first) < 1e-9

@@ -52,7 +52,7 @@ def test_micro_batch_is_auto_or_a_number_of_images():
     ],
 )
 def test_micro_batches_give_the_same_steps_as_the_whole_batch(changes, micro_batch, monkeypatch):
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
 
     def model(**more):
         networks = tiny_networks(**changes)
@@ -84,7 +84,7 @@ def test_the_graph_of_a_part_is_freed_before_the_next_one_is_computed(changes, p
         images.append(weakref.ref(translation.fake))
         return loss, terms, translation
 
-    tiny_model(generator_loss=watched, **changes).step(*batch(0))
+    tiny_model(objective=watched, **changes).step(*batch(0))
     assert len(images) == parts
 
 
@@ -114,7 +114,7 @@ def test_directions_at_the_same_time_give_bit_for_bit_the_results_of_one_after_t
     for threads in (2, 1):
         torch.set_num_threads(threads)
         model = tiny_model(ema=0.9, buffer_size=3)
-        losses = [model.step(*batch(step, 4), step) for step in range(20)]
+        losses = [model.step(*batch(step, 4)) for step in range(20)]
         found.append({"losses": losses, **model.state_dict()})
     assert differences(*found) == []
     assert at_once == [True] * 80
@@ -193,9 +193,9 @@ def loss_with_memory_for(most):
 
 
 def test_when_memory_runs_out_the_step_starts_over_with_smaller_micro_batches(capsys):
-    enough = double_model(buffer_size=4, generator_loss=loss_with_memory_for(8)[0])
+    enough = double_model(buffer_size=4, objective=loss_with_memory_for(8)[0])
     loss, sizes = loss_with_memory_for(3)
-    scarce = double_model(buffer_size=4, generator_loss=loss)
+    scarce = double_model(buffer_size=4, objective=loss)
     whole = five_steps(enough)
     torch.manual_seed(0)
     assert_close(whole, five_steps(scarce))
@@ -257,7 +257,7 @@ def test_wherever_memory_runs_out_the_step_is_that_of_smaller_micro_batches_from
 def test_out_of_memory_is_an_error_where_micro_batches_cannot_be_smaller(changes, most, sizes):
     """With a given --micro_batch, with a batch norm, and for one image."""
     loss, found = loss_with_memory_for(most)
-    model = tiny_model(**changes, generator_loss=loss)
+    model = tiny_model(**changes, objective=loss)
     before = weights_of(model)
     with pytest.raises(torch.OutOfMemoryError):
         model.step(*batch(0))
@@ -297,9 +297,9 @@ def test_compiled_networks_give_the_same_steps_and_release_their_graphs_when_mem
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append("begin"))
     monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
     loss = loss_with_memory_for(most)[0]
-    plain = five_steps(double_model(generator_loss=loss))
+    plain = five_steps(double_model(objective=loss))
     monkeypatch.setattr(executor, "compile_networks", lambda networks, _: {k: Compiled(v) for k, v in networks.items()})
-    model = double_model(compile=True, generator_loss=loss)
+    model = double_model(compile=True, objective=loss)
     assert_close(five_steps(model), plain)
     assert calls == ["begin", *(["reset", "begin"] if most == 4 else []), *["begin"] * 4]
     assert all(net.calls >= 10 for net in model.executor.compiled.values())
@@ -318,4 +318,4 @@ def test_images_that_the_next_run_of_a_graph_overwrites_are_copied():
         return loss, terms, translation
 
     whole = five_steps(double_model(micro_batch=3))
-    assert_close(whole, five_steps(double_model(micro_batch=3, generator_loss=overwriting)))
+    assert_close(whole, five_steps(double_model(micro_batch=3, objective=overwriting)))

@@ -49,8 +49,8 @@ SLOW = [
     [TINY_RESNET | {"norm": "instance_affine"}, *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW)],
 )
 def test_an_onnx_file_gives_what_pytorch_gives_at_any_size_and_batch(config, monkeypatch):
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
-    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 12), ffn=24, blocks=12, heads=6, full=True))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
+    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 12), ffn=24, blocks=12, heads=6, uvcgan_layers=True))
     net = write_generator(**config)
     assert export.main(["--weights", "G_AB.safetensors"]) == Path("G_AB.onnx")
     session = onnxruntime.InferenceSession("G_AB.onnx", providers=["CPUExecutionProvider"])

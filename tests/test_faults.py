@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step_and_images(tmp_path
             terms["cycle_A"] = terms["cycle_A"] * float("nan")
         return loss, terms, translation
 
-    monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, generator_loss=poisoned))
+    monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, objective=poisoned))
     error = refused(train.main, *START, "--num_epochs", "2", code=1)
     paths = [f"datasets/tiny/train{d}/{d}{i}.png" for d in "AB" for i in seen[d][6]]
     assert f"cycle_A not finite at step 7, images {' '.join(paths)}; nothing was saved yet" in error

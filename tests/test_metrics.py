@@ -120,8 +120,8 @@ def test_a_table_tells_units_and_the_better_side_and_leaves_unknown_cells_empty(
 @pytest.fixture
 def tiny_vits(monkeypatch):
     """The two named sizes with few channels."""
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
-    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 8, 12), ffn=24, blocks=12, heads=6, full=True))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
+    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 8, 12), ffn=24, blocks=12, heads=6, uvcgan_layers=True))
 
 
 @pytest.mark.parametrize(

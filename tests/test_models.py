@@ -35,8 +35,8 @@ def count(net):
 @pytest.fixture
 def tiny_vits(monkeypatch):
     """The two sizes of a UNet-ViT with few channels."""
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
-    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 8, 12), ffn=24, blocks=12, heads=6, full=True))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
+    monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 8, 12), ffn=24, blocks=12, heads=6, uvcgan_layers=True))
 
 
 # -- directions and configs ------------------------------------------------------------------

@@ -379,7 +379,7 @@ def tune(*argv):
 
 def test_init_from_starts_from_the_weights_of_files(tiny, files, monkeypatch, capsys):
     starts = []
-    monkeypatch.setattr(train.Run, "run", lambda self, *rest: starts.append(self.model.networks))
+    monkeypatch.setattr(train.Run, "start", lambda self, *rest: starts.append(self.model.networks))
     tune("--init_from", *files)
     for file in files:
         assert differences(starts[0][file.stem].state_dict(), weights_of(file)) == []
@@ -576,7 +576,7 @@ def scarce(monkeypatch):
                 raise torch.OutOfMemoryError
             return cyclegan.generator_loss(networks, direction, real, *rest)
 
-        monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, generator_loss=loss))
+        monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, objective=loss))
         return tried
 
     return limit
@@ -595,7 +595,7 @@ def test_the_size_of_micro_batches_is_kept_on_resume_and_one_image_has_to_fit(ti
 
 
 def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, monkeypatch, refused, capsys):
-    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, full=False))
+    monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
     given = [*VIT, "--lambda_gp", "0.1", "--ema", "0.9", *EVAL]
     train.main([*given, "--num_epochs", "3", "--run_name", "whole"])
     train.main([*given, "--num_epochs", "1", "--decay_epoch", "1", "--run_name", "parts"])

@@ -23,6 +23,7 @@ from utils import InputError, counted, one_line, say, warn
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # raised when older code can no longer read a state
+OF_RANK = ("buffers", "rng", "meter")  # entries of a state that differ between the ranks of torchrun
 
 
 class Checkpoint(NamedTuple):
@@ -112,7 +113,7 @@ def unusable(path: Path, error: Exception) -> InputError:
 
 def own_rank_state(state: dict) -> dict:
     """Return the part of a state that belongs to this rank: buffers, random state, meter."""
-    first = {name: state[name] for name in ("buffers", "rng", "meter")}
+    first = {name: state[name] for name in OF_RANK}
     saved = [first, *state.get("other_ranks", [])]
     if len(saved) == world_size():
         return saved[rank()]

@@ -47,6 +47,10 @@ class RunConfig:
     seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
     deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
 
+    @property
+    def is_new(self) -> bool:
+        return self.start_from == "0"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

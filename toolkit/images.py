@@ -1,8 +1,4 @@
-"""Image files ↔ tensors, the one pair of range helpers, grids, and the handling of unreadable files.
-
-x = load_image("photo.jpg", (256, 256))  # (3, 256, 256) in [-1, 1]
-save_image(tensor_to_image(x), Path("photo.png"))
-"""
+"""Image files ↔ tensors, the one pair of range helpers, grids, and the handling of unreadable files."""
 
 import base64
 import functools

@@ -1,9 +1,4 @@
-"""Translate a large image in overlapping tiles that share the statistics of their normalisation layers.
-
-fake = translate_tiled(net, net, image, tile=512)  # (1, C, H, W) → the same shape
-
-Tiles save memory, not time.
-"""
+"""Translate a large image in overlapping tiles that share the statistics of their norms: less memory, not less time."""
 
 import math
 import random
