@@ -346,8 +346,8 @@ class CycleGAN:
     def compute_gradients(self, real_A: Tensor, real_B: Tensor) -> dict[str, Tensor]:
         """Compute the gradients of the generators, then of the discriminators; returns the losses by name.
 
-        executor.backward calls a loss function for both directions, runs backward(), and returns the losses and the
-        translated images without their graphs.
+        executor.backward calls a loss function for both directions (on a CPU at once; in micro-batches and half precision
+        where configured), runs backward(), and returns the losses and the translated images without their graphs.
         """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
