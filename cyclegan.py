@@ -355,24 +355,24 @@ class CycleGAN:
         # generators: the loss passes through the discriminators, but their weights get no gradient
         self.discriminators.requires_grad_(False)
         A_to_B, B_to_A = DIRECTIONS
-        losses, (fake_B, fake_A) = self.executor.backward(self.loss_G, (A_to_B, real_A), (B_to_A, real_B))
+        losses, (fake_B, fake_A) = self.executor.backward(self.compute_loss_G, (A_to_B, real_A), (B_to_A, real_B))
         self.discriminators.requires_grad_("D" in self.optimizers)  # False where they are frozen
 
         # discriminators: the translated images, perhaps in half precision, come from buffers that also return older ones
         if self.loss_config.lambda_gan:
             older_A = self.buffers["A"].exchange(fake_A.to(real_A.dtype))
             older_B = self.buffers["B"].exchange(fake_B.to(real_B.dtype))
-            losses_D, _ = self.executor.backward(self.loss_D, ("A", real_A, older_A), ("B", real_B, older_B))
+            losses_D, _ = self.executor.backward(self.compute_loss_D, ("A", real_A, older_A), ("B", real_B, older_B))
             losses |= losses_D
         return losses
 
-    def loss_G(self, direction: Direction, real: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def compute_loss_G(self, direction: Direction, real: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the generators' loss in one direction, its terms, and the translated images."""
         # executor.networks: compiled, if that was asked for
         loss, terms, translation = self.objective(self.executor.networks, direction, real, self.loss_config)
         return loss, {"loss_G": loss, **terms}, translation.fake
 
-    def loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
+    def compute_loss_D(self, domain: str, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor], None]:
         """Return the loss of one discriminator, with its gradient penalty, and the terms."""
         config = self.loss_config
         name = f"D_{domain}"

@@ -2,7 +2,6 @@
 
     python distill.py --dataset_name horse2zebra
     python distill.py --teacher day2night --direction AtoB --student_residual 3 --student_ngf 16 --run_name thin
-    python distill.py --teacher day2night --no-transfer --run_name day2night_scratch
     python distill.py --teacher day2night --report
 
 A student replaces its teacher in the CycleGAN objective, and also learns to match its hidden states and images; the
@@ -33,7 +32,7 @@ from cyclegan import CycleGAN, LossConfig, Translation
 from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
-from toolkit.config import TrainConfig
+from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.images import limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
@@ -61,9 +60,7 @@ def block_list(text: str) -> list[int] | None:
 class DistillationConfig:
     """The teacher, the shape of its students, and what they learn from it."""
 
-    teacher: str | None = option(
-        None, "run, checkpoint or generator file (default: --dataset_name)", parse=run_or_file, metavar="RUN_OR_FILE"
-    )
+    teacher: str | None = option(None, "run, checkpoint or generator (default: --dataset_name)", parse=run_or_file)
     direction: str = option("both", "which generators get a student", choices=("both", *map(str, DIRECTIONS)))
     student_residual: int = option(3, "blocks of the student", least=0, most=1000)
     student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
@@ -204,37 +201,39 @@ def choose_direction(distillation: DistillationConfig, given: Collection[str], t
 # -- The students ----------------------------------------------------------------------------------
 
 
-def student_config(distillation: DistillationConfig, teacher: GeneratorConfig) -> GeneratorConfig:
+def student_config(distillation: DistillationConfig, teacher_config: GeneratorConfig) -> GeneratorConfig:
     """Return the teacher's config with the blocks, width and skip connections of the student."""
-    if teacher.generator == "resnet":
-        ngf = distillation.student_ngf or teacher.ngf
-        skips = teacher.skips if distillation.student_skips is None else distillation.student_skips
-        return dataclasses.replace(teacher, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
+    if teacher_config.generator == "resnet":
+        ngf = distillation.student_ngf or teacher_config.ngf
+        skips = teacher_config.skips if distillation.student_skips is None else distillation.student_skips
+        return dataclasses.replace(teacher_config, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
     if distillation.student_ngf:
-        raise InputError(f"--student_ngf {distillation.student_ngf}: fixed for a {teacher.generator}; leave it out")
+        raise InputError(
+            f"--student_ngf {distillation.student_ngf}: fixed for a {teacher_config.generator}; leave it out"
+        )
     if distillation.student_skips is not None:
-        raise InputError(f"--student_skips: a {teacher.generator} has fixed skip connections; leave it out")
-    return dataclasses.replace(teacher, vit_blocks=distillation.student_residual)
+        raise InputError(f"--student_skips: a {teacher_config.generator} has fixed skip connections; leave it out")
+    return dataclasses.replace(teacher_config, vit_blocks=distillation.student_residual)
 
 
-def make_student(teacher: Generator, config: GeneratorConfig, transfer: bool) -> Generator:
+def make_student(teacher_net: Generator, config: GeneratorConfig, transfer: bool) -> Generator:
     """Build a student; with transfer it starts from the teacher's layers of the same shape, except the blocks."""
     student = models.build_generator(config)
     if not transfer:
         return student
-    available = teacher.state_dict()
+    available = teacher_net.state_dict()
     copied = {}
     for name, value in student.state_dict().items():
         if not name.startswith("blocks.") and name in available and available[name].shape == value.shape:
             copied[name] = available[name]
     student.load_state_dict(copied, strict=False)  # the blocks keep their new weights
     incomplete = {name.split(".")[0] for name in available.keys() - copied.keys()}
-    complete = [part for part, _ in teacher.named_children() if part not in incomplete]
+    complete = [part for part, _ in teacher_net.named_children() if part not in incomplete]
     say(f"student takes from its teacher: {', '.join(complete) or 'no whole part: the widths differ'}")
     return student
 
 
-def make_networks(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher) -> Networks:
+def make_student_networks(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher) -> Networks:
     """Build students in place of their teachers; the other networks continue from the teacher's run, or are new."""
     devices.seed_everything(config.run.seed, config.run.deterministic)
     networks = copy.deepcopy(teacher.networks)
@@ -281,11 +280,11 @@ def choose_blocks(distillation: DistillationConfig, teacher_blocks: int) -> list
     return blocks
 
 
-def make_model(
+def make_student_model(
     config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device
 ) -> CycleGAN:
     """Build the students and what trains them, and print their cost next to that of their teachers."""
-    networks = make_networks(config, distillation, teacher)
+    networks = make_student_networks(config, distillation, teacher)
     teachers = {
         direction.generator: teacher.networks[direction.generator].to(device) for direction in distillation.directions
     }
@@ -293,7 +292,7 @@ def make_model(
     adapters = make_adapters(teachers, networks, blocks)
     loss = DistillationLoss(teachers, adapters, blocks, distillation.lambda_hidden, distillation.lambda_output)
     model = train.make_model(config, networks, device, adapters=adapters, objective=loss)
-    if config.run.is_new:
+    if config.run.start_from == "0":
         for name, net in teachers.items():
             costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
             say(f"student {name}, {networks[name].config.blocks} blocks: {costs}")
@@ -318,9 +317,9 @@ def make_parser() -> cli.Parser:
     """Declare all options of this command."""
     parser = cli.Parser(prog="distill.py", description=__doc__)
     cli.add_options(parser, "distillation", DistillationConfig)
-    for title, kind in train.SHARED_CONFIGS.items():
+    for title, kind in SHARED_CONFIGS.items():
         cli.add_options(parser, title, kind, inherited_from="the teacher's")
-    for title, kind in train.RUN_CONFIGS.items():
+    for title, kind in RUN_CONFIGS.items():
         cli.add_options(parser, title, kind)
     return parser
 
@@ -328,7 +327,7 @@ def make_parser() -> cli.Parser:
 def make_inherited_parser() -> cli.Parser:
     """Declare the options that a distillation takes from its teacher unless they are given, with their own defaults."""
     parser = cli.Parser()
-    for title, kind in train.SHARED_CONFIGS.items():
+    for title, kind in SHARED_CONFIGS.items():
         cli.add_options(parser, title, kind)
     return parser
 
@@ -339,7 +338,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.teacher = args.teacher or args.dataset_name or "horse2zebra"
     args.run_name = args.run_name or f"{teacher_name(args.teacher)}_{'student' if args.transfer else 'scratch'}"
-    train.refuse_contradictions(parser, args)
+    cli.refuse_contradictions(parser, args)
     return args
 
 
@@ -406,13 +405,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_same_teacher(args.run_name, teacher, checkpoint)
     else:
         args = inherit(cli.changed(args, direction=distillation.direction), teacher)
-    train.check_args(args, "lambda_hidden", "lambda_output")
-    config = TrainConfig(**train.config_fields(args, **train.SHARED_CONFIGS, **train.RUN_CONFIGS))
+    config = TrainConfig(**cli.config_fields(args, SHARED_CONFIGS | RUN_CONFIGS))
+    config.check(lambda_hidden=distillation.lambda_hidden, lambda_output=distillation.lambda_output)
     device = devices.pick_device(config.device.device)
     if distillation.report:
         write_report(config, distillation, teacher, device)
     elif config.run.dry_run:
-        train.dry_run(config, make_model(config, distillation, teacher, device))
+        train.dry_run(config, make_student_model(config, distillation, teacher, device))
     else:
         make_run(config, distillation, teacher, device).start(checkpoint)
 
@@ -422,7 +421,7 @@ def make_run(
 ) -> train.Run:
     """Build the run that trains the students."""
     data = train.load_data(config, device)
-    model = make_model(config, distillation, teacher, device)
+    model = make_student_model(config, distillation, teacher, device)
     loss: Any = model.objective
     draw_rows = functools.partial(cyclegan_rows, teachers=loss.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *loss.names], draw_rows)

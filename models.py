@@ -24,9 +24,6 @@ GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can 
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
 
-# -- Domains and directions ------------------------------------------------------------------------
-
-
 class Direction(NamedTuple):
     """One way to translate: from a source domain to a target domain, each "A" or "B"."""
 
@@ -273,7 +270,8 @@ class ResnetGenerator(nn.Module):
             x = downsample(x)  # (N, ngf * 2**i, H / 2**i, W / 2**i)
         for block in self.blocks:
             x = block(x)
-            hidden.append(x)
+            if return_hidden:
+                hidden.append(x)
         for i, upsample in enumerate(self.up):
             x = upsample(x)  # (N, ngf * 2**(n - 1 - i), 2 * H', 2 * W')
             if self.config.skips:
@@ -408,7 +406,8 @@ class UnetVitGenerator(nn.Module):
         tokens = self.position(x)  # (N, T, width) with T = H * W / 4**n
         for block in self.blocks:
             tokens = block(tokens)
-            hidden.append(tokens.transpose(1, 2).unflatten(2, sides))
+            if return_hidden:
+                hidden.append(tokens.transpose(1, 2).unflatten(2, sides))
         x = self.leave(tokens).transpose(1, 2).unflatten(2, sides)
         for upsample, body in self.up:  # ty: ignore[not-iterable]
             x = body(torch.cat([upsample(x), skips.pop()], dim=1))  # (N, widths[i], H / 2**i, W / 2**i)

@@ -1,7 +1,6 @@
 """Train a CycleGAN: two generators and two discriminators on unpaired images of two domains.
 
 python train.py @recipes/day2night.txt
-python train.py --dataset_name horse2zebra
 python train.py --dataset_name horse2zebra --start_from latest
 """
 
@@ -20,20 +19,18 @@ from tqdm import tqdm
 
 import datasets
 import models
-from cyclegan import LOSSES, CycleGAN, GeneratorLoss, LossConfig, OptimConfig, generator_loss, loss_names
-from datasets import DataConfig, TrainingData
+from cyclegan import LOSSES, CycleGAN, GeneratorLoss, generator_loss, loss_names
+from datasets import TrainingData
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
-from toolkit.config import InitConfig, RunConfig, TrainConfig
-from toolkit.devices import DeviceConfig
+from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
-from toolkit.executor import ExecutorConfig
 from toolkit.images import limit_pixels
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, duration, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.weights import load_pair
-from utils import InputError, RunError, counted, need_package, say, warn
+from utils import InputError, RunError, counted, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 
@@ -76,8 +73,8 @@ class Run:
         self.best: dict | None = None  # of best.pt: metric, score, epoch
 
     @property
-    def step(self) -> int:
-        """Finished steps since the start of the run."""
+    def finished_steps(self) -> int:
+        """Steps since the start of the run."""
         return self.model.finished_steps
 
     @property
@@ -85,15 +82,15 @@ class Run:
         return self.step_in_epoch == self.data.steps_per_epoch
 
     @property
-    def steps_done(self) -> int:
-        """Steps on the progress bar; other than `step` if --steps_per_epoch changed on resume."""
+    def bar_position(self) -> int:
+        """Steps on the progress bar; other than finished_steps if --steps_per_epoch changed on resume."""
         return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
 
     def train(self) -> int:
         """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
         num_epochs = self.config.optim.num_epochs
         total = num_epochs * self.data.steps_per_epoch
-        bar = tqdm(total=total, initial=self.steps_done, unit="step", disable=rank() > 0)
+        bar = tqdm(total=total, initial=self.bar_position, unit="step", disable=rank() > 0)
         signum = 0
         with StopRequest() as stop, bar:
             while self.epoch < num_epochs and not signum:
@@ -125,18 +122,18 @@ class Run:
         bar.update()
         if self.monitor.clock.tick():
             steps = self.data.steps_per_epoch
-            steps_left = self.config.optim.num_epochs * steps - self.steps_done
+            steps_left = self.config.optim.num_epochs * steps - self.bar_position
             say_duration(self.monitor.clock.pace, steps_left, steps, self.model.device)
         if self.monitor.meter.count == LOG_EVERY or self.epoch_is_complete:
             means = self.monitor.meter.means()  # waits for the device
             self.stop_if_not_finite(means)
             lr = self.config.optim.lr * self.config.optim.learning_rate_factor(self.epoch)
-            self.monitor.log_losses(self.epoch + 1, self.step, lr, means)
+            self.monitor.log_losses(self.epoch + 1, self.finished_steps, lr, means)
             bar.set_postfix({name: f"{means[name]:.3f}" for name in LOSSES if name in means}, refresh=False)
 
     def draw_and_save_if_due(self) -> None:
         """Between two steps of an epoch: draw the samples, update the page, save; drawing takes no random numbers."""
-        if self.step % self.config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
+        if self.finished_steps % self.config.run.sample_interval == 0 or self.monitor.clock.first_grid_due():
             self.draw()
         self.update_page()
         if max_over_ranks(self.saver.due()):
@@ -144,12 +141,12 @@ class Run:
 
     def draw(self) -> None:
         """Draw the sample grid and the watched photos."""
-        files.attempt(self.monitor.draw, self.model, self.epoch, self.step, self.step_in_epoch == 0)
+        files.attempt(self.monitor.draw, self.model, self.epoch, self.finished_steps, self.step_in_epoch == 0)
 
     def update_page(self, at_once: bool = False, stopped: bool = False) -> None:
         """Write losses.csv, its plot and the page; not too often, unless at_once."""
         if at_once or self.monitor.clock.page_due():
-            counts = (self.epoch, self.step, self.step_in_epoch, self.config.optim.num_epochs)
+            counts = (self.epoch, self.finished_steps, self.step_in_epoch, self.config.optim.num_epochs)
             files.attempt(self.monitor.write_page, *counts, self.data.steps_per_epoch, stopped)
 
     def stop_if_not_finite(self, means: dict[str, float]) -> None:
@@ -165,7 +162,7 @@ class Run:
         images = self.data.paths_of_step((self.step_in_epoch or self.data.steps_per_epoch) - 1 - steps_ago)
         found = gather((bool(terms), steps_ago, terms, images))
         _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest of all ranks
-        where = f"step {self.step - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}"
+        where = f"step {self.finished_steps - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}"
         raise RunError(f"{', '.join(terms or wrong)} not finite at {where}; try a smaller --lr or --precision fp32")
 
     # -- saving and resuming --
@@ -215,7 +212,7 @@ class Run:
             if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
-        say(f"resuming after epoch {self.epoch}, step {self.step} of {path}")
+        say(f"resuming after epoch {self.epoch}, step {self.finished_steps} of {path}")
         if self.step_in_epoch >= self.data.steps_per_epoch:
             self.step_in_epoch = self.data.steps_per_epoch
             say(f"an epoch now has only {self.step_in_epoch} steps, all of them done: it counts as finished")
@@ -242,7 +239,7 @@ class Run:
             if self.saver.save_error:
                 self.best = before  # best.pt is still the older one
         if row:  # last, so that a run that was killed before this evaluates again
-            self.monitor.add_measures(self.epoch, self.step, row)
+            self.monitor.add_measures(self.epoch, self.finished_steps, row)
 
     @first_rank
     def measure(self) -> dict | None:
@@ -264,7 +261,7 @@ class Run:
         options = self.config.run
         unchanged = options.start_from == "latest" and state["args"].get("eval_interval") == options.eval_interval
         wanted = unchanged and self.evaluation_due()
-        return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.step))))
+        return bool(max_over_ranks(bool(wanted and self.monitor.lacks_measures(self.finished_steps))))
 
     # -- from start to end --
 
@@ -282,7 +279,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         with files.sole_process(self.saver.folder, self.monitor.images):
             self.saver.take_folder(config.run.overwrite, checkpoint and checkpoint.path)
-            self.monitor.open(self.step, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0))
+            self.monitor.open(
+                self.finished_steps, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0)
+            )
             if checkpoint and config.run.best_by:
                 self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
             self.describe()
@@ -317,10 +316,10 @@ class Run:
             raise RunError(f"the last save failed ({self.saver.save_error}); {self.saver.last_state()}; free space")
         if signum:
             again = command_line(f"{self.command_name}.py", "--run_name", name, "--start_from", "latest")
-            say(f"stopped and saved after step {self.step}; go on with: {again}")
+            say(f"stopped and saved after step {self.finished_steps}; go on with: {again}")
             leave_ranks()
             raise SystemExit(128 + signum)
-        done = f"{counted(self.epoch, 'epoch')}, {counted(self.step, 'step')}"
+        done = f"{counted(self.epoch, 'epoch')}, {counted(self.finished_steps, 'step')}"
         grid = self.monitor.images / f"epoch_{self.epoch:04d}.png"
         say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
 
@@ -356,7 +355,7 @@ def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
         say(f"{given}: these parts of the generators (D: the discriminators) do not learn")
         parts = {"D"}.union(*(dict(networks[name].named_children()) for name in generators))
         absent = ", ".join(sorted(set(frozen) - parts))
-        if absent and config.run.is_new:  # older runs may have been started with such a flag
+        if absent and config.run.start_from == "0":  # older runs may have been started with such a flag
             raise InputError(f"{given}: the generators have no {absent}; leave it out")
         if not any(p.requires_grad for name in generators for p in networks[name].parameters()):
             raise InputError(f"{given}: no part of the generators is left to learn")
@@ -430,18 +429,6 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
 
 # -- The command line ------------------------------------------------------------------------------
 
-OPTIONS_OF = {  # those that other generators do not have
-    "resnet": {"num_residual", "ngf", "n_downsampling", "skips"},
-    "unet_vit": {"vit_size", "vit_blocks", "vit_heads"},
-}
-DISCRIMINATOR_OPTIONS = {"discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"}
-FIXED_OPTIONS = {"generator", "upsample", "norm", "channels", "init", "freeze"}.union(  # the same on resume
-    DISCRIMINATOR_OPTIONS, *OPTIONS_OF.values()
-)
-SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
-NETWORK_CONFIGS = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig, "init": InitConfig}
-RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
-
 
 def make_parser() -> cli.Parser:
     """Declare all options of this command."""
@@ -456,46 +443,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.run_name = args.run_name or args.dataset_name
-    refuse_contradictions(parser, args)
+    cli.refuse_contradictions(parser, args)
     meaningless = args.given & set().union(*OPTIONS_OF.values()) - OPTIONS_OF[args.generator]
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     return args
 
 
-def refuse_contradictions(parser: cli.Parser, args: Namespace) -> None:
-    """Refuse options of a new run together with --start_from."""
-    for flag in ("overwrite", "init_from"):
-        if flag in args.given and args.start_from != "0":
-            parser.error(f"--{flag} contradicts --start_from {args.start_from}: give one of them")
-
-
-def check_args(args: Namespace, *more_weights: str) -> None:
-    """Refuse options that need another one, given or inherited; more_weights: of further loss terms."""
-    weights = ("lambda_gan", "lambda_cycle", "lambda_identity", *more_weights)
-    needed = metrics.BEST_BY.get(args.best_by)
-    evaluated = args.eval_interval and needed in args.eval_metrics
-    if "gp_target" in args.given and not args.lambda_gp:
-        raise InputError(f"--gp_target {args.gp_target:g}: has no effect without --lambda_gp; give both or none")
-    if not any(getattr(args, name) for name in weights):
-        raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
-    if needed and not evaluated and (args.eval_interval or "best_by" in args.given):
-        raise InputError(f"--best_by {args.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
-    if args.best_by == "SSIM" and min(args.img_height, args.img_width) < 11:
-        raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
-    if args.log == "tensorboard":
-        need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
-    if args.decay_epoch is not None and args.decay_epoch > args.num_epochs:
-        raise InputError(f"--decay_epoch {args.decay_epoch}: expected at most --num_epochs {args.num_epochs}")
-
-
-def config_fields(args: Namespace, **kinds: Any) -> dict[str, Any]:
-    """Return the fields of a TrainConfig: the options of the given dataclasses, by their names there."""
-    configs = {name: cli.config_of(kind, args) for name, kind in kinds.items()}
-    return {**configs, "flags": cli.plain_args(args), "given": frozenset(args.given)}
-
-
-def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> TrainConfig:
+def with_network_configs(
+    config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig
+) -> TrainConfig:
     """Return the config with other networks; raises InputError if the images are too small for them."""
     models.check_image_size(generator, discriminator, *config.data.size)
     flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
@@ -505,7 +462,7 @@ def with_networks(config: TrainConfig, generator: GeneratorConfig, discriminator
     )
 
 
-def networks_of_new_run(config: TrainConfig) -> tuple[TrainConfig, Networks]:
+def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     """Return the config of a new run, and the generators of --init_from, whose shape replaces options not given."""
     networks = load_pair(config.init.init_from)
     generator = config.generator
@@ -519,17 +476,17 @@ def networks_of_new_run(config: TrainConfig) -> tuple[TrainConfig, Networks]:
         generator = net.config
         known = known | shape.keys()  # a second file has to agree with the first
     discriminator = dataclasses.replace(config.discriminator, channels=generator.channels, norm=generator.norm)
-    return with_networks(config, generator, discriminator), networks
+    return with_network_configs(config, generator, discriminator), networks
 
 
-def networks_of_checkpoint(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+def config_from_checkpoint(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     """Return the config with the networks of a training state."""
     try:
         generator = GeneratorConfig(**checkpoint.state["config"]["G_AB"])
         discriminator = DiscriminatorConfig(**checkpoint.state["config"]["D_A"])
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(checkpoint.path, error) from error
-    return with_networks(config, generator, discriminator)
+    return with_network_configs(config, generator, discriminator)
 
 
 @command
@@ -542,14 +499,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = RUNS / args.run_name
         checkpoint = Checkpoint(*checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "train"))
         args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
-    check_args(args)
-    config = TrainConfig(**config_fields(args, **SHARED_CONFIGS, **NETWORK_CONFIGS, **RUN_CONFIGS))
+    config = TrainConfig(**cli.config_fields(args, SHARED_CONFIGS | NETWORK_CONFIGS | RUN_CONFIGS))
+    config.check()
     if checkpoint:
-        config = networks_of_checkpoint(config, checkpoint)
+        config = config_from_checkpoint(config, checkpoint)
     else:
         if not config.run.dry_run:
             checkpoints.refuse_second_run(config.run.run_name, config.run.overwrite)
-        config, pretrained = networks_of_new_run(config)
+        config, pretrained = config_and_pretrained(config)
     device = devices.pick_device(config.device.device)
     if config.run.dry_run:
         dry_run(config, make_model(config, make_networks(config, pretrained), device))

@@ -9,8 +9,8 @@ import torch
 
 import train
 from cyclegan import CycleGAN
-from toolkit import devices
-from toolkit.config import TrainConfig
+from toolkit import cli, devices
+from toolkit.config import NETWORK_CONFIGS, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +37,9 @@ def expand(words: Iterable[str]) -> list[str]:
 def train_config(argv: Sequence[object]) -> TrainConfig:
     """The config of a new run with these flags of train.py."""
     args = train.parse_args([str(word) for word in argv])
-    train.check_args(args)
-    kinds = train.SHARED_CONFIGS | train.NETWORK_CONFIGS | train.RUN_CONFIGS
-    config = TrainConfig(**train.config_fields(args, **kinds))
-    config, _ = train.networks_of_new_run(config)
+    config = TrainConfig(**cli.config_fields(args, SHARED_CONFIGS | NETWORK_CONFIGS | RUN_CONFIGS))
+    config.check()
+    config, _ = train.config_and_pretrained(config)
     return config
 
 

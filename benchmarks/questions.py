@@ -38,17 +38,17 @@ WINDOW = 5  # rows of losses.csv in a running mean
 
 def train_or_resume(name):
     """Train a run, or what is left of it. There is no flag for a normalised output layer, so the config is replaced."""
-    config_fields = train.config_fields
+    config_fields = cli.config_fields
 
-    def with_norm(args, **kinds):
-        fields = config_fields(args, **kinds)
+    def with_norm(args, kinds):
+        fields = config_fields(args, kinds)
         generator = dataclasses.replace(fields["generator"], norm_output=name == "norm_output")
         return fields | {"generator": generator}
 
     argv = [*FLAGS.split(), "--run_name", name]
     if (RUNS / name / "latest.pt").is_file():
         argv = ["--run_name", name, "--start_from", "latest"]
-    with mock.patch.object(train, "config_fields", with_norm):
+    with mock.patch.object(cli, "config_fields", with_norm):
         train.main(argv)
 
 

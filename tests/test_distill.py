@@ -149,7 +149,7 @@ def test_a_student_starts_from_the_parts_of_its_teacher_that_have_the_same_shape
 def test_the_other_networks_continue_from_the_teachers_run(teacher):
     student = DistillationConfig(direction="BtoA", student_residual=1)
     config = SimpleNamespace(run=RunConfig(), data=DataConfig(img_height=16, img_width=16))
-    networks = distill.make_networks(config, student, distill.load_teacher("tiny", student.directions))
+    networks = distill.make_student_networks(config, student, distill.load_teacher("tiny", student.directions))
     state = state_of("tiny")["nets"]
     for name, net in networks.items():
         assert same(net.state_dict(), state[name]) == (name != "G_BA")

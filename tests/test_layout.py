@@ -17,6 +17,7 @@ import prepare
 import test as test_command
 import train
 from models import DiscriminatorConfig, GeneratorConfig
+from toolkit import config
 from toolkit.config import InitConfig
 from utils import InputError
 
@@ -193,7 +194,7 @@ def test_every_option_is_read_somewhere(name):
 
 
 def test_no_option_is_declared_twice():
-    shared = [flag for flag, _ in options_of(*train.SHARED_CONFIGS.values(), *train.RUN_CONFIGS.values())]
+    shared = [flag for flag, _ in options_of(*config.SHARED_CONFIGS.values(), *config.RUN_CONFIGS.values())]
     declared = shared + [flag for flag, _ in options_of(GeneratorConfig, DiscriminatorConfig, InitConfig)]
     assert len(declared) == len(set(declared))
     assert set(declared) == train.make_parser().options.keys()

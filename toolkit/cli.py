@@ -1,8 +1,4 @@
-"""The command line: options from dataclass fields, argument files, and how saved options come back.
-
-add_options(parser, "loss", LossConfig)
-config = config_of(LossConfig, parser.parse_args(["@recipes/day2night.txt", "--lr", "1e-4"]))
-"""
+"""The command line: options from dataclass fields, argument files, and how saved options come back."""
 
 import argparse
 import copy
@@ -127,6 +123,12 @@ def config_of(kind: Any, args: argparse.Namespace) -> Any:
         raise InputError(f"--{error}") from error
 
 
+def config_fields(args: argparse.Namespace, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a TrainConfig that the options of some dataclasses fill; kinds: the dataclasses by field."""
+    configs = {name: config_of(kind, args) for name, kind in kinds.items()}
+    return {**configs, "flags": plain_args(args), "given": frozenset(args.given)}
+
+
 def changed(args: argparse.Namespace, **values: object) -> argparse.Namespace:
     """Return a copy of the options in which some have other values."""
     return argparse.Namespace(**{**vars(args), **values})
@@ -142,6 +144,13 @@ def refuse_both(parser: Parser, args: argparse.Namespace, *pairs: tuple[str, str
     for one, other in pairs:
         if {one, other} <= args.given:
             parser.error(f"--{one} and --{other} contradict each other: give one of them")
+
+
+def refuse_contradictions(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse options of a new run together with --start_from."""
+    for flag in ("overwrite", "init_from"):
+        if flag in args.given and args.start_from != "0":
+            parser.error(f"--{flag} contradicts --start_from {args.start_from}: give one of them")
 
 
 def saved_args(

@@ -9,9 +9,16 @@ from models import GENERATOR_PARTS, INITS, DiscriminatorConfig, GeneratorConfig
 from toolkit.devices import DeviceConfig
 from toolkit.executor import ExecutorConfig
 from toolkit.metrics import BEST_BY, MEASURES
-from utils import epoch_name, folder_name, option, some_of
+from utils import InputError, epoch_name, folder_name, need_package, option, some_of
 
 FREEZABLE = (*GENERATOR_PARTS, "D")  # parts of the generators, and the discriminators
+OPTIONS_OF = {  # those that other generators do not have
+    "resnet": {"num_residual", "ngf", "n_downsampling", "skips"},
+    "unet_vit": {"vit_size", "vit_blocks", "vit_heads"},
+}
+# the same on resume: of both networks, of the discriminators, of the generators
+FIXED_OPTIONS = {"channels", "norm", "init", "freeze", "discriminator", "ndf", "n_layers_D", "max_mult_D", "pool_D"}
+FIXED_OPTIONS |= {"generator", "upsample", *OPTIONS_OF["resnet"], *OPTIONS_OF["unet_vit"]}
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,6 @@ class RunConfig:
     seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
     deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
 
-    @property
-    def is_new(self) -> bool:
-        return self.start_from == "0"
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -68,3 +71,31 @@ class TrainConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     init: InitConfig = field(default_factory=InitConfig)
+
+    def check(self, **more_weights: float) -> None:
+        """Raise InputError for options that need another one; more_weights: of further loss terms, by option."""
+        run = self.run
+        weights = {name: getattr(self.loss, name) for name in ("lambda_gan", "lambda_cycle", "lambda_identity")}
+        weights |= more_weights
+        needed = BEST_BY.get(run.best_by or "")
+        evaluated = run.eval_interval and needed in run.eval_metrics
+        if "gp_target" in self.given and not self.loss.lambda_gp:
+            raise InputError(
+                f"--gp_target {self.loss.gp_target:g}: has no effect without --lambda_gp; give both or none"
+            )
+        if not any(weights.values()):
+            raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
+        if needed and not evaluated and (run.eval_interval or "best_by" in self.given):
+            raise InputError(f"--best_by {run.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
+        if run.best_by == "SSIM" and min(self.data.size) < 11:
+            raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
+        if run.log == "tensorboard":
+            need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
+        if self.optim.first_decay_epoch > self.optim.num_epochs:
+            decay_epoch = self.optim.first_decay_epoch
+            raise InputError(f"--decay_epoch {decay_epoch}: expected at most --num_epochs {self.optim.num_epochs}")
+
+
+SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these
+NETWORK_CONFIGS = {"generator": GeneratorConfig, "discriminator": DiscriminatorConfig, "init": InitConfig}
+RUN_CONFIGS = {"run": RunConfig, "device": DeviceConfig, "executor": ExecutorConfig}
