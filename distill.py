@@ -93,13 +93,13 @@ def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return sum(losses) / len(hidden)
 
 
-def pair_blocks(teacher_blocks: int, student_blocks: int) -> list[int]:
+def pair_blocks(num_teacher_blocks: int, num_student_blocks: int) -> list[int]:
     """Return the teacher block that each student block imitates: evenly spread, the last for the last."""
-    if (teacher_blocks, student_blocks) == (9, 3):
+    if (num_teacher_blocks, num_student_blocks) == (9, 3):
         return [1, 4, 8]  # as in elephantmipt/cycle-gan-distillation
-    if not teacher_blocks:
+    if not num_teacher_blocks:
         return []
-    return [max(0, round((i + 1) * teacher_blocks / student_blocks) - 1) for i in range(student_blocks)]
+    return [max(0, round((i + 1) * num_teacher_blocks / num_student_blocks) - 1) for i in range(num_student_blocks)]
 
 
 @dataclass
@@ -117,9 +117,9 @@ class DistillationLoss:
     ) -> tuple[Tensor, dict[str, Tensor], Translation]:
         """Add the terms output_XY and hidden_XY of the student that translates `real`."""
         name = direction.generator
-        blocks = self.teacher_blocks.get(name) if self.lambda_hidden else None
-        loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(blocks))
-        if name not in self.teachers or not (blocks or self.lambda_output):
+        imitated = self.teacher_blocks.get(name) if self.lambda_hidden else None
+        loss, terms, translation = cyclegan.generator_loss(networks, direction, real, config, bool(imitated))
+        if name not in self.teachers or not (imitated or self.lambda_output):
             return loss, terms, translation
         with torch.no_grad():
             target, target_hidden = self.teachers[name](real, return_hidden=True)
@@ -127,12 +127,12 @@ class DistillationLoss:
             output = f"output_{direction.source}{direction.target}"
             terms[output] = cyclegan.image_loss(translation.fake, target)
             loss = loss + self.lambda_output * terms[output]
-        if blocks:
+        if imitated:
             states = translation.hidden
             if f"{name}_0" in self.adapters:
                 states = [self.adapters[f"{name}_{i}"](x) for i, x in enumerate(states)]
             hidden = f"hidden_{direction.source}{direction.target}"
-            terms[hidden] = hidden_loss(states, [target_hidden[block] for block in blocks])
+            terms[hidden] = hidden_loss(states, [target_hidden[block] for block in imitated])
             loss = loss + self.lambda_hidden * terms[hidden]
         return loss, terms, translation
 
@@ -269,13 +269,13 @@ def make_adapters(teachers: Networks, students: Networks, teacher_blocks: dict[s
     return adapters
 
 
-def choose_blocks(distillation: DistillationConfig, teacher_blocks: int) -> list[int]:
+def choose_blocks(distillation: DistillationConfig, num_teacher_blocks: int) -> list[int]:
     """Return the teacher block that each student block imitates; raises InputError for impossible --hidden_layers."""
     blocks = distillation.hidden_layers
     if blocks is None:
-        return pair_blocks(teacher_blocks, distillation.student_residual)
-    if len(blocks) != distillation.student_residual or max(blocks, default=0) >= teacher_blocks:
-        expected = f"{distillation.student_residual} teacher blocks from 0 to {teacher_blocks - 1}"
+        return pair_blocks(num_teacher_blocks, distillation.student_residual)
+    if len(blocks) != distillation.student_residual or max(blocks, default=0) >= num_teacher_blocks:
+        expected = f"{distillation.student_residual} teacher blocks from 0 to {num_teacher_blocks - 1}"
         raise InputError(f"--hidden_layers {','.join(map(str, blocks))}: expected {expected}, one a student block")
     return blocks
 
@@ -290,8 +290,8 @@ def make_student_model(
     }
     blocks = {name: choose_blocks(distillation, net.config.blocks) for name, net in teachers.items()}
     adapters = make_adapters(teachers, networks, blocks)
-    loss = DistillationLoss(teachers, adapters, blocks, distillation.lambda_hidden, distillation.lambda_output)
-    model = train.make_model(config, networks, device, adapters=adapters, objective=loss)
+    objective = DistillationLoss(teachers, adapters, blocks, distillation.lambda_hidden, distillation.lambda_output)
+    model = train.make_model(config, networks, device, adapters=adapters, objective=objective)
     if config.run.start_from == "0":
         for name, net in teachers.items():
             costs = report.compare_costs(networks[name], net, config.data.size, model.precision)
@@ -302,7 +302,7 @@ def make_student_model(
 # -- The command line ------------------------------------------------------------------------------
 
 # the same on resume
-FIXED_OPTIONS = {
+FIXED_STUDENT_OPTIONS = {
     "student_residual",
     "student_ngf",
     "student_skips",
@@ -368,11 +368,11 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     return cli.changed(args, **{**taken, "channels": channels})
 
 
-def resume(args: Namespace) -> tuple[Namespace, Checkpoint]:
+def resume_options(args: Namespace) -> tuple[Namespace, Checkpoint]:
     """Read the state to resume from, and the options that were not given; options added since take their defaults."""
     folder = RUNS / args.run_name
     checkpoint = Checkpoint(*checkpoints.load_checkpoint(folder, args.start_from, "--start_from", "distill"))
-    args = cli.resume_args(make_parser(), args, checkpoint, FIXED_OPTIONS)
+    args = cli.resume_args(make_parser(), args, checkpoint, FIXED_STUDENT_OPTIONS)
     for name, action in make_inherited_parser().options.items():
         if getattr(args, name) is None:
             setattr(args, name, action.default)
@@ -387,13 +387,11 @@ def check_same_teacher(run_name: str, teacher: Teacher, checkpoint: Checkpoint) 
         raise InputError(f"{teacher.path}: not the teacher of {checkpoint.path} (its content changed); {remedy}")
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Distil, from the start or from a checkpoint; or compare an existing student with its teacher."""
-    args = parse_args(argv)
+def read_configs(args: Namespace) -> tuple[TrainConfig, DistillationConfig, Teacher, Checkpoint | None]:
+    """Find the teacher and the checkpoint to resume from, and complete the options by theirs."""
     checkpoint = None
     if args.start_from != "0":
-        args, checkpoint = resume(args)
+        args, checkpoint = resume_options(args)
     elif not (args.report or args.dry_run):
         checkpoints.refuse_second_run(args.run_name, args.overwrite)
     distillation = cli.config_of(DistillationConfig, args)
@@ -407,6 +405,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = inherit(cli.changed(args, direction=distillation.direction), teacher)
     config = TrainConfig(**cli.config_fields(args, SHARED_CONFIGS | RUN_CONFIGS))
     config.check(lambda_hidden=distillation.lambda_hidden, lambda_output=distillation.lambda_output)
+    return config, distillation, teacher, checkpoint
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Distil, from the start or from a checkpoint; or compare an existing student with its teacher."""
+    config, distillation, teacher, checkpoint = read_configs(parse_args(argv))
     device = devices.pick_device(config.device.device)
     if distillation.report:
         write_report(config, distillation, teacher, device)
@@ -422,9 +427,9 @@ def make_run(
     """Build the run that trains the students."""
     data = train.load_data(config, device)
     model = make_student_model(config, distillation, teacher, device)
-    loss: Any = model.objective
-    draw_rows = functools.partial(cyclegan_rows, teachers=loss.teachers)
-    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *loss.names], draw_rows)
+    objective: Any = model.objective  # a DistillationLoss
+    draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
+    monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)
     origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
     return train.Run("distill", config, model, data, monitor, teacher=origin)
 

@@ -150,20 +150,28 @@ class Run:
             files.attempt(self.monitor.write_page, *counts, self.data.steps_per_epoch, stopped)
 
     def stop_if_not_finite(self, means: dict[str, float]) -> None:
-        """Raise RunError if a loss or a weight is not a finite number; the last state on disk is a good one."""
+        """Raise RunError if a loss or a weight is not a finite number; the last state on disk is a good one.
+
+        Either all ranks raise it or none: the means are over all ranks, and the weights are equal.
+        """
         wrong = []
         for name, net in self.model.networks.items():
             finite = [torch.isfinite(x).all() for x in net.state_dict().values()]
             if not torch.stack(finite).all():
                 wrong.append(f"a weight of {name}")
-        if not wrong and all(map(math.isfinite, means.values())):
-            return
+        if wrong or not all(map(math.isfinite, means.values())):
+            found = self.describe_not_finite(wrong)
+            raise RunError(f"{found}; {self.saver.last_state()}; try a smaller --lr or --precision fp32")
+
+    def describe_not_finite(self, wrong: list[str]) -> str:
+        """Name the losses that were not finite first, on any rank, with their step and images; without one: `wrong`."""
         terms, steps_ago = self.monitor.meter.first_not_finite()
-        images = self.data.paths_of_step((self.step_in_epoch or self.data.steps_per_epoch) - 1 - steps_ago)
+        last_step = (self.step_in_epoch or self.data.steps_per_epoch) - 1  # an epoch may have ended just now
+        images = self.data.paths_of_step(last_step - steps_ago)
         found = gather((bool(terms), steps_ago, terms, images))
-        _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest of all ranks
-        where = f"step {self.finished_steps - steps_ago}, images {' '.join(images)}; {self.saver.last_state()}"
-        raise RunError(f"{', '.join(terms or wrong)} not finite at {where}; try a smaller --lr or --precision fp32")
+        _, steps_ago, terms, images = max(found, default=(False, steps_ago, terms, images))  # the earliest one
+        step = self.finished_steps - steps_ago
+        return f"{', '.join(terms or wrong)} not finite at step {step}, images {' '.join(images)}"
 
     # -- saving and resuming --
 
@@ -256,7 +264,7 @@ class Run:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
             return None
 
-    def lacks_evaluation(self, state: dict) -> bool:
+    def skipped_evaluation(self, state: dict) -> bool:
         """Return whether the run ended between a save and the evaluation that should have followed."""
         options = self.config.run
         unchanged = options.start_from == "latest" and state["args"].get("eval_interval") == options.eval_interval
@@ -268,11 +276,11 @@ class Run:
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Start, or resume from a checkpoint, and train to the end; after a signal exit with 128 + its number."""
         config = self.config
-        evaluation_missing = False
+        evaluation_was_skipped = False
         if checkpoint:
             self.resume(checkpoint)
-            evaluation_missing = self.lacks_evaluation(checkpoint.state)
-            if self.epoch >= config.optim.num_epochs and not evaluation_missing:
+            evaluation_was_skipped = self.skipped_evaluation(checkpoint.state)
+            if self.epoch >= config.optim.num_epochs and not evaluation_was_skipped:
                 say(f"nothing left to do: all {self.epoch} epochs are finished; raise --num_epochs to train longer")
                 return
         for folder in (self.saver.folder, self.monitor.images):
@@ -285,7 +293,7 @@ class Run:
             if checkpoint and config.run.best_by:
                 self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
             self.describe()
-            if evaluation_missing:
+            if evaluation_was_skipped:
                 self.evaluate()
             self.update_page()
             try:

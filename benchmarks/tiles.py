@@ -31,7 +31,7 @@ SHOWN = 340  # px, side of each image of --image
 
 def translate_independent_tiles(net, translate, image, tile):
     """Translate in the same tiles, each normalised by its own statistics."""
-    overlap = tile // tiles.OVERLAP
+    overlap = tile // 8
     return tiles.blend_tiles(
         translate, image, tiles.find_tiles(image, tile, overlap, 2**net.config.downsamplings), overlap
     )

@@ -19,7 +19,6 @@ from toolkit import images
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message
-ELONGATED = 3  # ratio of the sides from which an image is hard to recognise once it is squeezed for training
 SHEET_COLUMNS = 4  # of each domain
 
 
@@ -72,7 +71,7 @@ def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
     return {
         "grey among coloured ones": grey if 2 * len(grey) <= len(facts) else [],
         f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
-        f"very elongated (over {ELONGATED}:1)": [path for path, (a, b) in sides.items() if b > ELONGATED * a],
+        "very elongated (over 3:1)": [path for path, (a, b) in sides.items() if b > 3 * a],  # squeezed in training
     }
 
 

@@ -91,9 +91,9 @@ class TrainConfig:
             raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
         if run.log == "tensorboard":
             need_package("tensorboard", "--log tensorboard", "pip install tensorboard")
-        if self.optim.first_decay_epoch > self.optim.num_epochs:
-            decay_epoch = self.optim.first_decay_epoch
-            raise InputError(f"--decay_epoch {decay_epoch}: expected at most --num_epochs {self.optim.num_epochs}")
+        optim = self.optim
+        if optim.first_decay_epoch > optim.num_epochs:
+            raise InputError(f"--decay_epoch {optim.decay_epoch}: expected at most --num_epochs {optim.num_epochs}")
 
 
 SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these

@@ -79,11 +79,6 @@ def missing_package(path: Path) -> str:
 warn_once = functools.cache(warn)  # however often a folder is listed
 
 
-def natural_key(path: Path) -> list:
-    """Sort key under which 2.png comes before 10.png."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-
-
 def list_images(folder: Path) -> list[Path]:
     """List all images below a folder, by their suffix, in natural order, without hidden files.
 
@@ -97,7 +92,9 @@ def list_images(folder: Path) -> list[Path]:
     skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
     for hint, count in sorted(skipped.items()):
         warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
-    return sorted((path for path in found if not missing_package(path)), key=natural_key)
+    readable = [path for path in found if not missing_package(path)]
+    # 2.png before 10.png
+    return sorted(readable, key=lambda path: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(path))])
 
 
 def limit_pixels(pixels: float) -> None:

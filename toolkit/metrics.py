@@ -1,7 +1,4 @@
-"""Scores of images, losses and scores of networks on held-out images, and what a network costs.
-
-Measuring never changes a network: not its weights, running statistics or modes.
-"""
+"""Scores of images and of networks, and what a network costs. Measuring never changes a network."""
 
 import functools
 import math

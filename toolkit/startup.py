@@ -1,8 +1,7 @@
-"""What must happen before torch is loaded. The first import of every command.
+"""The first import of every command: Ctrl-C during the imports, which take seconds, ends it without a traceback.
 
-Ctrl-C during the imports, which take seconds, ends a command without a traceback: the default action of SIGINT is
-restored here, and toolkit.process.command later turns the signal into KeyboardInterrupt again. A program that only
-imports a command, such as a test or a notebook, keeps its own handler.
+Later toolkit.process.command turns the signal into KeyboardInterrupt again. A program that only imports a command, such
+as a test or a notebook, keeps its own handler.
 """
 
 import signal

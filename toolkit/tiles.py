@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from models import Generator, GeneratorConfig
 
-OVERLAP = 8  # tiles overlap by this fraction of their side
 Norm = nn.InstanceNorm2d | nn.GroupNorm  # layers with statistics of one image
 Tile = tuple[slice, slice]  # rows and columns
 
@@ -28,7 +27,7 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
         return translate(image)
     norms = [module for module in net.modules() if isinstance(module, Norm)]
     step = 2**net.config.downsamplings
-    overlap = tile // OVERLAP
+    overlap = tile // 8  # of adjacent tiles
     tiles = find_tiles(image, tile, overlap, step)
     # at most 4 patches along the side of a tile; fewer if they would be smaller than what a pixel depends on
     side = max(tile // 4, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))

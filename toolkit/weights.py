@@ -1,8 +1,4 @@
-"""Generator files: the weights of a generator and the metadata that builds it, in one safetensors file.
-
-G_AB, metadata = load_generator("saved_models/horse2zebra/G_AB.safetensors")
-fake_B = G_AB(real_A)  # (N, C, H, W) in [-1, 1]
-"""
+"""Generator files: the weights of a generator and the metadata that builds it, in one safetensors file."""
 
 import dataclasses
 import json
