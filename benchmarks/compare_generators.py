@@ -82,7 +82,7 @@ def seconds_per_step(args):
         for variant, model in models.items():
             real_A, real_B = torch.rand(2, 1, 3, SIDE, SIDE, device=model.device) * 2 - 1
             start = time.perf_counter()
-            losses = model.step(real_A, real_B, turn)
+            losses = model.step(real_A, real_B)
             losses["loss_G"].item()  # waits for the device
             if turn > 1:  # the first steps include set-up
                 times[variant].append(time.perf_counter() - start)

@@ -193,7 +193,7 @@ def print_pace(warm: int, timed: int, megabytes: float | None, flags: list[str])
     for i in range(warm + timed):
         if i == warm:
             start = time.perf_counter()
-        float(model.step(*reals, i + 1)["loss_G"])  # waits for the device
+        float(model.step(*reals)["loss_G"])  # waits for the device
     found = {"seconds": (time.perf_counter() - start) / timed, "loss_G": first}
     found["MB"] = round(torch.cuda.max_memory_allocated(device) / 1e6) if device.type == "cuda" else 0
     found["micro_batch"] = model.executor.micro_batch_size or data.batch_size

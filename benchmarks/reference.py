@@ -59,7 +59,7 @@ class Reference:
     def start_epoch(self, epoch: int) -> bool:
         return True  # at a constant learning rate
 
-    def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
+    def step(self, real_A: torch.Tensor, real_B: torch.Tensor) -> None:
         self.plain.step(real_A, real_B)
 
 
@@ -80,7 +80,7 @@ class Ours:
         self.model.set_learning_rate(self.config.learning_rate_factor(epoch))
         return True
 
-    def step(self, real_A: torch.Tensor, real_B: torch.Tensor, finished_steps: int) -> None:
+    def step(self, real_A: torch.Tensor, real_B: torch.Tensor) -> None:
         self.model.step(real_A, real_B)
 
 
@@ -95,7 +95,7 @@ def train_and_score(
     while trained < limit and learner.start_epoch(epoch):
         start = time.perf_counter()
         for real_A, real_B in data.batches(epoch, 0, learner.device):
-            learner.step(real_A, real_B, steps)
+            learner.step(real_A, real_B)
             steps += 1
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
