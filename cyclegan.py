@@ -44,7 +44,7 @@ class OptimConfig:
     """Adam and its schedule (section 4 of the paper), EMA weights, and the buffer of translated images."""
 
     num_epochs: int = option(200, "epochs in total", least=1)
-    decay_epoch: int | None = option(None, "the rate decays to 0 from here on (default: half of the epochs)", least=0)
+    decay_epoch: int | None = option(None, "epoch from which the rates decay to 0 (default: the middle)", least=0)
     lr: float = option(2e-4, "learning rate of Adam", above=0)
     lr_D: float | None = option(None, "learning rate of the discriminators (default: --lr; TTUR: 4 times)", above=0)
     beta1: float = option(0.5, "Adam's decay of the first moment", least=0, most=0.999999)
@@ -67,8 +67,6 @@ class OptimConfig:
 
 
 # -- Losses, computed in float32 (or float64) even where the networks ran in half precision --------
-
-
 def to_float(x: Tensor) -> Tensor:
     """Convert half precision to float32; float64 is preserved."""
     return x if x.dtype == torch.float64 else x.float()
@@ -142,8 +140,6 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, target: float) ->
 
 
 # -- The objective ---------------------------------------------------------------------------------
-
-
 class Translation(NamedTuple):
     """Output of a generator, which distillation compares with its teacher's."""
 
@@ -204,8 +200,6 @@ def loss_names(config: LossConfig) -> tuple[str, ...]:
 
 
 # -- Using networks without training them ----------------------------------------------------------
-
-
 @contextmanager
 def eval_mode(*networks: nn.Module) -> Iterator[None]:
     """Switch off gradients and put all layers into eval mode, so that running statistics do not change.
@@ -231,8 +225,6 @@ def translate(net: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 # -- The model -------------------------------------------------------------------------------------
-
-
 def make_adam(networks: Iterable[nn.Module], config: OptimConfig) -> torch.optim.Adam | None:
     """Make one optimiser for all weights of some networks that learn; None if all are frozen."""
     weights = [p for net in networks for p in net.parameters() if p.requires_grad]

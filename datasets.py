@@ -35,7 +35,9 @@ from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
 MAX_MEGAPIXELS = option(178.0, "treat larger images as unreadable (protects the memory)", above=0, most=10**6)
-ON_BAD_IMAGE = option("skip", "skip unreadable images, up to 5% of a domain, or stop", choices=("skip", "stop"))
+ON_BAD_IMAGE = option(
+    "skip", "at an unreadable image: skip it (up to 5% of a domain), or stop", choices=("skip", "stop")
+)
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,7 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
     total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun says
     free = devices.free_memory()
     if kind == "ram" and total > free:
-        raise InputError(f"--cache ram: needs {total / 2**30:.2f} of {free / 2**30:.2f} GiB free; use --cache disk")
+        raise InputError(f"--cache ram: needs {total / 2**30:.2f} GiB, {free / 2**30:.2f} are free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
         domain: ImageCache(paths, dataset.load_size, dataset.channels, where) for domain, paths in dataset.paths.items()

@@ -65,7 +65,7 @@ class DistillationConfig:
     student_residual: int = option(3, "blocks of the student", least=0, most=1000)
     student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
     student_skips: bool | None = option(None, "skip connections of a resnet student (default: as its teacher)")
-    hidden_layers: list[int] | None = option(None, "imitated blocks (default: auto)", parse=block_list, metavar="I,J,…")
+    hidden_layers: list[int] | None = option(None, "teacher block per student block (default: auto)", parse=block_list)
     lambda_hidden: float = option(1.0, "weight of the distance between hidden states", least=0)
     lambda_output: float = option(10.0, "weight of the distance between images", least=0)
     transfer: bool = option(True, "start from the teacher's first and last layers")
@@ -78,8 +78,6 @@ class DistillationConfig:
 
 
 # -- The objective ---------------------------------------------------------------------------------
-
-
 def hidden_loss(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean squared error between the hidden states of a student and of its teacher, averaged over the pairs.
 
@@ -143,8 +141,6 @@ class DistillationLoss:
 
 
 # -- The teacher -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Teacher:
     """Frozen networks by name, and where they come from."""
@@ -199,8 +195,6 @@ def choose_direction(distillation: DistillationConfig, given: Collection[str], t
 
 
 # -- The students ----------------------------------------------------------------------------------
-
-
 def student_config(distillation: DistillationConfig, teacher_config: GeneratorConfig) -> GeneratorConfig:
     """Return the teacher's config with the blocks, width and skip connections of the student."""
     if teacher_config.generator == "resnet":

@@ -38,7 +38,7 @@ class ExportOptions:
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
     weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
     direction: str | None = option(None, "which generator (default: AtoB, or the file's)", choices=("AtoB", "BtoA"))
-    to: str = option("onnx", "an ONNX model, or weights with the names of junyanz's", choices=("onnx", "junyanz"))
+    to: str = option("onnx", "an ONNX model, or weights for pytorch-CycleGAN-and-pix2pix", choices=("onnx", "junyanz"))
     output: Path | None = option(None, "file to write (default: beside the weights)", metavar="FILE")
 
 

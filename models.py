@@ -53,8 +53,6 @@ DIRECTIONS = (Direction("A", "B"), Direction("B", "A"))
 
 
 # -- Configs: everything that is needed to rebuild a network. They are saved beside its weights ----
-
-
 @dataclass(frozen=True)
 class VitSize:
     """The sizes of a UNet-ViT that have no option of their own."""
@@ -154,8 +152,6 @@ class DiscriminatorConfig:
 
 
 # -- Building blocks -------------------------------------------------------------------------------
-
-
 def norm_layer(norm: str, width: int) -> nn.Module:
     """Make the normalisation layer that follows a convolution with `width` output channels.
 
@@ -203,8 +199,6 @@ class ResnetBlock(nn.Module):
 
 
 # -- Generators ------------------------------------------------------------------------------------
-
-
 def pad_to_multiple(x: Tensor, config: GeneratorConfig) -> Tensor:
     """Extend (N, C, H, W) by reflection until the downsampling divides H and W.
 
@@ -420,8 +414,6 @@ Networks = dict[str, Any]  # by name: G_AB, G_BA, D_A, D_B; Any, since a compile
 
 
 # -- Discriminators --------------------------------------------------------------------------------
-
-
 def patch_layers(config: DiscriminatorConfig) -> list[nn.Module]:
     """PatchGAN: strided 4x4 convolutions over overlapping patches (Isola et al. 2017, arXiv:1611.07004)."""
     bias = config.norm != "batch"
@@ -469,8 +461,6 @@ class Discriminator(nn.Module):
 
 
 # -- Building --------------------------------------------------------------------------------------
-
-
 def init_weights(net: nn.Module, init: str = "normal") -> None:
     """Initialise the weights of every convolution by `init`, biases to 0, batch norms to N(1, 0.02).
 

@@ -54,7 +54,7 @@ class _SplitOptions:
 @dataclass(frozen=True)
 class _CheckOptions:
     sheet: bool = option(False, "also draw images of A beside images of B: generated_images/NAME/check.png")
-    remove_twins: bool = option(False, "move duplicates to removed/ in the data set, those in train before test")
+    remove_twins: bool = option(False, "move all but one of each duplicate to removed/, train before test; no links")
     max_megapixels: float = MAX_MEGAPIXELS
 
 
@@ -157,7 +157,9 @@ def split_dataset(args: Namespace) -> None:
             readable = images.BadImages(source, len(found)).read(bar, images.read_image)
             paths = [path for path, _ in itertools.islice(readable, args.max_images)]
             if len(paths) < 2:
-                raise InputError(f"--{domain} {source}: {counted(len(paths), 'readable image')}, expected at least 2")
+                raise InputError(
+                    f"--{domain} {source}: {counted(len(paths), 'readable image')}; expected a folder with 2 or more"
+                )
             tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
             _copy_images(paths[:tests], source, unfinished / f"test{domain}")
             _copy_images(paths[tests:], source, unfinished / f"train{domain}")
@@ -214,7 +216,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     check.add_argument("dataset_name", type=new_name)
     add_options(check, "settings", _CheckOptions)
     for sub_parser in (draw, download, split, check):
-        sub_parser.add_argument("--data_root", type=Path, default="datasets", help="parent folder (default: datasets)")
+        sub_parser.add_argument(
+            "--data_root", type=Path, default="datasets", help="folder of the data sets (default: datasets)"
+        )
     return parser.parse_args(argv)
 
 

@@ -42,7 +42,9 @@ class TestConfig(DeviceConfig):
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
     input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
-    direction: str | None = option(None, "(default: both; with --input one)", choices=("both", "AtoB", "BtoA"))
+    direction: str | None = option(
+        None, "which way (default: both; with --input one)", choices=("both", "AtoB", "BtoA")
+    )
     round_trip: bool = option(None, "also translate back (default: data sets yes, --input no)")
     scale: str = option(None, "resize to the training size, or not (default: train)", choices=("train", "native"))
     tile: int | None = option(None, "native scale in tiles of N px a side (default: whole)", least=16, most=2**16)
@@ -80,7 +82,8 @@ def choose_directions(config: TestConfig, asked: Direction | None, translator: T
         translator.generators(asked)  # raises if there is none
         return [asked]
     if config.input and config.direction is None:
-        say(f"--input {config.input}: translated {translator.directions[0]}; --direction chooses another")
+        other = "; --direction chooses the other way" if translator.directions[1:] else ""
+        say(f"--input {config.input}: translates {translator.directions[0]}{other}")
         return translator.directions[:1]
     return translator.directions
 
@@ -110,12 +113,9 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     if config.input:
         return Inputs(root, paths, config.on_bad_image)
     target = dataset / f"test{direction.target}"
-    targets = images.list_images(target)
-    named = {datasets.pair_name(path, target): path for path in targets}
+    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
     truths = {path: named.get(datasets.pair_name(path, root)) for path in paths}
-    bad = images.BadImages(target, len(targets), config.on_bad_image)
-    whole = {truth for truth, _ in bad.read(filter(None, truths.values()), images.read_image)}
-    return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth in whole})
+    return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
 
 
 def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:

@@ -36,8 +36,6 @@ LOG_EVERY = 20  # steps between two rows of losses.csv
 
 
 # -- The run ---------------------------------------------------------------------------------------
-
-
 class Run:
     """A training run: it owns the model, the data, the progress, the checkpoint saver and the monitor.
 
@@ -81,16 +79,12 @@ class Run:
     def epoch_is_complete(self) -> bool:
         return self.step_in_epoch == self.data.steps_per_epoch
 
-    @property
-    def bar_position(self) -> int:
-        """Steps on the progress bar; other than finished_steps if --steps_per_epoch changed on resume."""
-        return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
-
     def train(self) -> int:
         """Train the remaining epochs; returns the number of the signal that stopped it, or 0. The state is saved."""
         num_epochs = self.config.optim.num_epochs
-        total = num_epochs * self.data.steps_per_epoch
-        bar = tqdm(total=total, initial=self.bar_position, unit="step", disable=rank() > 0)
+        steps = self.data.steps_per_epoch
+        done = self.epoch * steps + self.step_in_epoch  # not finished_steps: --steps_per_epoch may have changed
+        bar = tqdm(total=num_epochs * steps, initial=done, unit="step", disable=rank() > 0)
         signum = 0
         with StopRequest() as stop, bar:
             while self.epoch < num_epochs and not signum:
@@ -122,7 +116,7 @@ class Run:
         bar.update()
         if self.monitor.clock.tick():
             steps = self.data.steps_per_epoch
-            steps_left = self.config.optim.num_epochs * steps - self.bar_position
+            steps_left = self.config.optim.num_epochs * steps - bar.n
             say_duration(self.monitor.clock.pace, steps_left, steps, self.model.device)
         if self.monitor.meter.count == LOG_EVERY or self.epoch_is_complete:
             means = self.monitor.meter.means()  # waits for the device
@@ -333,8 +327,6 @@ class Run:
 
 
 # -- Building a run --------------------------------------------------------------------------------
-
-
 def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     """Load the data set; the demo set is drawn if it does not exist."""
     name = config.data.dataset_name
@@ -436,8 +428,6 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
 
 
 # -- The command line ------------------------------------------------------------------------------
-
-
 def make_parser() -> cli.Parser:
     """Declare all options of this command."""
     parser = cli.Parser(prog="train.py", description=__doc__)

@@ -301,7 +301,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny, monkeypatch
     monkeypatch.setattr(datasets, "ImageCache", lambda *_: None)
     datasets.open_caches("ram", large_dataset(tiny, 1000), tiny)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"--cache ram: needs 0\.37 of 0\.25 GiB.*--cache disk"):
+    with pytest.raises(InputError, match=r"--cache ram: needs 0\.37 GiB, 0\.25 .*--cache disk"):
         datasets.open_caches("ram", large_dataset(tiny, 1000), tiny)
 
 

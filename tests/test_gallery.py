@@ -90,13 +90,17 @@ def test_links_do_not_hide_that_an_input_is_among_the_results(tmp_path):
 
 
 @pytest.mark.parametrize("side", [20, 300])
-def test_a_result_is_complete_once_it_is_saved_and_a_large_one_has_a_thumbnail(tmp_path, side):
+def test_a_result_is_complete_once_it_is_saved_whole_and_a_large_one_has_a_thumbnail(tmp_path, side):
     file = Path("fake_B/a.png")
     result = gallery.Result(Path("a.png"), Path("a.png"), {"fake_B": file})
     assert not gallery.is_complete(tmp_path, result)
     gallery.save_results(tmp_path, result, [noise_image(0, (side, side))])
     assert gallery.is_complete(tmp_path, result)
     assert (tmp_path / gallery.thumbnail(file)).is_file() == (side > 256)
+    data = (tmp_path / file).read_bytes()
+    for size in (len(data) // 2, len(data) - 1, 3, 0):
+        (tmp_path / file).write_bytes(data[:size])
+        assert not gallery.is_complete(tmp_path, result)
 
 
 def test_a_thumbnail_is_small_and_removed_for_an_image_that_needs_none(tmp_path):

@@ -271,9 +271,12 @@ def test_bad_images_are_named_once_and_stop_above_five_percent(tmp_path, capsys)
         small.note(tmp_path / "two.png", "torn")
 
 
-@pytest.mark.parametrize(("total", "on_bad"), [(100, "stop"), (1, "skip")])
-def test_the_first_bad_image_stops_if_it_is_the_only_one_or_was_to_stop(tmp_path, total, on_bad):
-    with pytest.raises(InputError, match=r"x\.png.*--on_bad_image"):
+@pytest.mark.parametrize(
+    ("total", "on_bad", "remedy"),
+    [(100, "stop", "replace it, or use --on_bad_image skip"), (1, "skip", "replace it"), (1, "stop", "replace it")],
+)
+def test_the_first_bad_image_stops_if_it_is_the_only_one_or_was_to_stop(tmp_path, total, on_bad, remedy):
+    with pytest.raises(InputError, match=rf"x\.png: cannot be read \(torn\); {remedy}$"):
         images.BadImages(tmp_path, total, on_bad).note(tmp_path / "x.png", "torn")
 
 

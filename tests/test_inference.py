@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image, tiny_networks
+from conftest import differences, noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
@@ -13,6 +13,7 @@ from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, inference
 from toolkit.images import list_images, load_image, range_to_bytes
 from toolkit.inference import Inputs, LoadedImage, Translator, translate_folder
+from toolkit.weights import load_generator, save_generator
 from utils import InputError
 
 A_TO_B, B_TO_A = DIRECTIONS
@@ -57,6 +58,27 @@ def test_a_pair_of_files_with_other_channels_is_refused():
     save_pair(G_AB=tiny_networks(channels=1)["G_AB"], G_BA=tiny_networks()["G_BA"])
     with pytest.raises(InputError, match=r"saved_models/pair: .*channels"):
         inference.load_run("pair")
+
+
+def test_generator_files_of_two_saves_give_way_to_the_state(capsys):
+    model = save_run()
+    other = Path("saved_models/tiny/G_BA.safetensors")
+    save_generator(other, model.networks["G_BA"], {**load_generator(other)[1], "step": 2})
+    assert "loss_config" in inference.load_run("tiny")[1]
+    assert "saved_models/tiny: its generator files are of different steps" in capsys.readouterr().out
+
+
+def test_only_files_of_a_run_are_its_generators_and_their_names_are_true():
+    save_run()
+    folder = Path("saved_models/tiny")
+    backup = generator()
+    save_generator(folder / "G_v1.safetensors", backup, {**load_generator(folder / "G_AB.safetensors")[1], "step": 1})
+    networks, metadata = inference.load_run("tiny")
+    assert metadata["step"] == 4
+    assert differences(networks["G_AB"].state_dict(), backup.state_dict())
+    (folder / "G_AB.safetensors").replace(folder / "G_BA.safetensors")
+    with pytest.raises(InputError, match=r"G_BA\.safetensors: its metadata says AtoB, its name BtoA; rename it"):
+        inference.load_run("tiny")
 
 
 def test_a_state_has_the_loss_weights_that_it_was_trained_with():

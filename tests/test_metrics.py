@@ -385,7 +385,7 @@ def test_weights_that_cannot_be_downloaded_name_the_option_for_a_file(tmp_path, 
 
     monkeypatch.setattr(pytest.importorskip("torch_fidelity"), "calculate_metrics", offline)
     folder = metrics.ImageFiles([tmp_path] * 2, (32, 32))
-    with pytest.raises(InputError, match=r"no network.*--inception_weights FILE"):
+    with pytest.raises(InputError, match=r"no network.*--inception_weights"):
         metrics.fid_kid(folder, folder, ["kid"], None, CPU)
 
 

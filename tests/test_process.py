@@ -47,6 +47,7 @@ def raising(error):
         (OSError(errno.EDQUOT, "Disk quota exceeded", "x.pt"), 1, "x.pt: Disk quota exceeded"),
         (MemoryError(), 1, "out of memory; lower --batch_size"),
         (torch.OutOfMemoryError("CUDA"), 1, "out of memory; lower --batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower --batch_size"),
         (RuntimeError("DataLoader worker (pid 7) is killed.\nmore"), 1, "(DataLoader worker (pid 7) is killed.); is"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],

@@ -154,7 +154,7 @@ def test_photos_are_translated_one_way_and_not_back_unless_that_is_wanted(run, c
         return {path.name for path in OUTPUT.iterdir() if path.is_dir()}
 
     assert folders() == {"real_A", "fake_B"}
-    assert "translated AtoB; --direction chooses another" in capsys.readouterr().out
+    assert "translates AtoB; --direction chooses the other way" in capsys.readouterr().out
     assert folders("--round_trip", "--direction", "BtoA") == {"real_B", "fake_A", "rec_B"}
     assert folders("--direction", "both") == {"real_A", "fake_B", "real_B", "fake_A"}
     run("--no-round_trip", "--output", "plain")
@@ -618,10 +618,11 @@ def test_the_page_shows_thumbnails_that_lead_to_the_full_images(run):
     assert page.count("<img") == 4
 
 
-def test_the_page_names_the_domains_and_shows_the_truth(run):
+def test_the_page_names_the_domains_and_shows_the_truth(run, capsys):
     Path("datasets/tiny").rename("datasets/horse2zebra")
     Path("datasets/horse2zebra/testB/1.png").write_bytes(b"torn")
     run("--dataset_name", "horse2zebra", "--direction", "AtoB")
+    assert "horse2zebra/testB/1.png: neither shown nor scored" in capsys.readouterr().err
     page = (OUTPUT / "index.html").read_text()
     assert "<h2>horse → zebra: 3 images</h2>" in page
     assert "<h1>tiny, epoch 2, step 4</h1>" in page

@@ -117,7 +117,8 @@ def own_rank_state(state: dict) -> dict:
     saved = [first, *state.get("other_ranks", [])]
     if len(saved) == world_size():
         return saved[rank()]
-    say(f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: the figures will differ a little")
+    effect = "new ranks have new image buffers and random numbers, so the figures will differ"
+    say(f"saved by {counted(len(saved), 'rank')}, resumed with {world_size()}: {effect}")
     own = saved[rank()] if rank() < len(saved) else {"buffers": None, "rng": rng_state()}
     return own | {"meter": first["meter"]}
 

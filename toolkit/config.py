@@ -45,7 +45,10 @@ class RunConfig:
     keep_checkpoints: int = option(0, "keep only the newest N epoch_NNNN.pt; 0: all", least=0)
     eval_interval: int = option(0, "epochs between evaluations on the val, else test images; 0: none", least=0)
     eval_metrics: list[str] = option(
-        ["cycle", "identity"], "(default: cycle,identity)", parse=some_of(MEASURES), metavar=",".join(MEASURES)
+        ["cycle", "identity"],
+        "what to measure (default: cycle,identity)",
+        parse=some_of(MEASURES),
+        metavar=",".join(MEASURES),
     )
     best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
     save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)

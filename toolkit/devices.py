@@ -21,7 +21,9 @@ class DeviceConfig:
     """Where and how precisely to compute."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("auto", "auto: half where the hardware has it", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = option(
+        "auto", "auto: half precision if the hardware has it", choices=("auto", "fp32", "bf16", "fp16")
+    )
 
 
 def pick_device(name: str) -> torch.device:

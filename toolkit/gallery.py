@@ -118,12 +118,13 @@ def small_file(output: Path, file: Path) -> Path:
 
 
 def is_complete(output: Path, result: Result) -> bool:
-    """Whether all files of a result exist; none is ever cut off, because they are written atomically."""
-    return all((output / file).is_file() for file in result.files.values())
+    """Whether all files of a result exist, whole: a copy of a folder may have been cut off."""
+    files = [output / file for file in result.files.values()]
+    return all(file.is_file() and file.read_bytes().endswith(b"IEND\xaeB`\x82") for file in files)  # the end of a PNG
 
 
 def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> None:
-    """Write grid.png: up to six images of each direction, evenly spread, one column an image, all at the first one's size."""
+    """Write grid.png: up to six images of each direction, one column an image, all at the size of the first."""
     columns = min(6, *(len(translated) for translated in results.values()))
     size = None
     rows = []

@@ -171,12 +171,13 @@ class BadImages:
     found: set[Path] = field(default_factory=set)
 
     def note(self, path: Path, reason: object) -> None:
-        """Name an unreadable image; raises InputError at the last, or after more than BAD_FRACTION and one."""
+        """Name an unreadable image; raises InputError with "stop", or if all or more than BAD_FRACTION are unreadable."""
         if path in self.found:
             return
         self.found.add(path)
         if self.total == 1 or self.on_bad == "stop":
-            raise InputError(f"{path}: cannot be read ({reason}); replace it, or use --on_bad_image skip")
+            remedy = ", or use --on_bad_image skip" if self.total > 1 else ""
+            raise InputError(f"{path}: cannot be read ({reason}); replace it{remedy}")
         say(f"skipped, unreadable ({len(self.found)} of {self.total}): {path} ({reason})", file=sys.stderr)
         if len(self.found) > max(1, BAD_FRACTION * self.total) or len(self.found) == self.total:
             counts = f"{len(self.found)} or more of {self.total}"

@@ -43,7 +43,7 @@ def load_networks(
 ) -> tuple[Networks, dict]:
     """Load the generator of a file or, without one, the networks of a run; returns them by name, and metadata.
 
-    asked:  the direction to translate, which a file that does not say its own is used for
+    asked:  the direction to translate; a file that does not say its own is used for it
     raises: InputError if the file is for the other direction, and as load_generator and load_run do
     """
     if file is None:
@@ -69,11 +69,18 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; runs found: {checkpoints.found_runs()}; train one with train.py")
     networks: Networks = {}
-    if epoch == "latest" and not discriminators:
-        for file in sorted(folder.glob("G_??.safetensors")):
-            net, metadata = weights.load_generator(file)
-            networks[Direction.named(metadata["direction"]).generator] = net
-    if networks:
+    steps = set()
+    for direction in DIRECTIONS:
+        file = folder / f"{direction.generator}.safetensors"
+        if epoch == "latest" and not discriminators and file.is_file():
+            networks[direction.generator], metadata = weights.load_generator(file)
+            steps.add(str(metadata.get("step")))
+            if metadata["direction"] != str(direction):
+                raise InputError(f"{file}: its metadata says {metadata['direction']}, its name {direction}; rename it")
+    interrupted = len(steps) > 1 and (folder / "latest.pt").is_file()
+    if interrupted:
+        say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
+    elif networks:
         check_together(networks, folder)
         return networks, metadata
     state, path = checkpoints.load_checkpoint(folder, epoch, "--epoch")
@@ -110,9 +117,10 @@ class LoadedImage:
         return self.image.width * self.image.height if self.image else 0
 
     def joins(self, batch: Sequence["LoadedImage"]) -> bool:
-        """Whether it can pass the networks together with a batch, which also keeps the images at their own size."""
+        """Whether it can pass the networks together with a batch."""
         if not self.image or not batch[0].image or self.network_input.size != batch[0].network_input.size:
             return False
+        # a batch also keeps the images at their own size
         most = min(BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
         return len(batch) < min(BATCH, most)
 
@@ -286,7 +294,12 @@ def translate_folder(
         image = loaded.image if translator.output_size == "input" else loaded.network_input
         files = [image, *(output_image(x, image.size) for x in outputs)]
         if result.truth:
-            files.insert(2, images.read_image(result.truth, translator.channels))
+            try:
+                files.insert(2, images.read_image(result.truth, translator.channels))
+            except images.UnreadableImage as error:
+                warn(f"{result.truth}: neither shown nor scored ({error})")
+                result.files.pop(gallery.result_folders(direction)[2])
+                result.truth = None
         written.append(loaded.path)
         gallery.save_results(output, result, files)
         return loaded

@@ -330,10 +330,10 @@ def fid_kid(
             verbose=False,
         )
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and weights is None:  # not about the weights
-            raise
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and weights is None):
+            raise  # not about the weights
         source = f"the weights of Inception from {weights or 'the internet'} ({error!s:.100})"
-        raise InputError(f"{flag}: cannot load {source}; give --inception_weights FILE") from error
+        raise InputError(f"{flag}: cannot load {source}; give another file with --inception_weights") from error
     names = {"frechet_inception_distance": "FID", "kernel_inception_distance_mean": "KID"}
     row = {short: values[name] for name, short in names.items() if name in values}
     return row | {"translated": len(fakes), "real": len(reals)}

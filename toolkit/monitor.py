@@ -26,7 +26,7 @@ Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in 
 
 
 def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
-    """Read up to 6 held-out images, evenly spread, of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
+    """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
     split = held_out_split(dataset)
     samples = []
     for domain in "AB":
@@ -133,7 +133,9 @@ def say_duration(pace: float, steps_left: int, steps_per_epoch: int, device: tor
 
 def command_line(script: str, *arguments: str) -> str:
     """Return a shell command that runs a script of this project from the user's current folder."""
-    return shlex.join(["python", os.path.relpath(Path(__file__).resolve().parents[1] / script), *arguments])
+    path = Path(__file__).resolve().parents[1] / script
+    here = path.parent == Path.cwd()  # a relative path from elsewhere may lead to another drive
+    return shlex.join(["python", script if here else str(path), *arguments])
 
 
 @dataclass

@@ -25,7 +25,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
         file = error.filename or "output"
         return code, f"{file}: {error.strerror or error}; check the path, its rights and the space left"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):  # on a CPU
         return 1, "out of memory; lower --batch_size, or --img_height and --img_width; when testing, use --tile 512"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"

@@ -23,9 +23,7 @@ def refuse_large(student: GeneratorConfig, teacher: GeneratorConfig) -> None:
     own, theirs = (sum(p.numel() for p in meta_network(config).parameters()) for config in (student, teacher))
     if own >= theirs:
         given = f"--student_residual {student.blocks}: a student of {own:,} parameters"
-        raise InputError(
-            f"{given} is not smaller than its teacher of {theirs:,}; take fewer blocks or a lower --student_ngf"
-        )
+        raise InputError(f"{given} is not smaller than its teacher of {theirs:,}; take fewer blocks")
 
 
 def compare_costs(student: Generator, teacher: Generator, size: tuple[int, int], precision: str) -> str:
