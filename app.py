@@ -216,7 +216,9 @@ def translate_to_zip(
                 errors.append(one_line(error))
                 continue
             fake = output_image(translator(net, real)[0], image.size)
-            with archive.open(f"fake_{chosen.target}/{unique_name(Path(path.stem), taken)}", "w") as file:
+            name = unique_name(Path(path.stem), taken.__contains__)
+            taken.add(str(name).lower())
+            with archive.open(f"fake_{chosen.target}/{name}", "w") as file:
                 fake.save(file, format="PNG")
         if not taken:
             raise InputError(errors[0] if errors else "no file given; drop some images first")

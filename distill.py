@@ -14,7 +14,6 @@ import toolkit.startup  # noqa: F401, I001  (must come before torch)
 import copy
 import dataclasses
 import functools
-import hashlib
 from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from models import DIRECTIONS, Direction, DiscriminatorConfig, Generator, Genera
 from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
+from toolkit.files import sha256
 from toolkit.images import limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
@@ -149,10 +149,6 @@ class Teacher:
     args: Any  # of its training run; None for a single file
     path: Path
     metadata: dict  # of a single file: size (height, width) in px, dataset_name
-
-    def fingerprint(self) -> str:
-        """Return a hash of the file: a resumed distillation must continue with the same teacher."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
@@ -374,9 +370,9 @@ def resume_options(args: Namespace) -> tuple[Namespace, Checkpoint]:
 
 
 def check_same_teacher(run_name: str, teacher: Teacher, checkpoint: Checkpoint) -> None:
-    """Raise InputError if a resumed distillation would learn from another teacher than before."""
+    """Raise InputError if a resumed distillation would learn from another teacher than before: a file of other contents."""
     known = checkpoint.state.get("teacher")
-    if not isinstance(known, dict) or known.get("sha256") != teacher.fingerprint():
+    if not isinstance(known, dict) or known.get("sha256") != sha256(teacher.path):
         remedy = f"give that one, perhaps an epoch_NNNN.pt, with --teacher FILE --run_name {run_name}"
         raise InputError(f"{teacher.path}: not the teacher of {checkpoint.path} (its content changed); {remedy}")
 
@@ -424,7 +420,7 @@ def make_run(
     objective: Any = model.objective  # a DistillationLoss
     draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)
-    origin = {"path": str(teacher.path), "sha256": teacher.fingerprint()}
+    origin = {"path": str(teacher.path), "sha256": sha256(teacher.path)}
     return train.Run("distill", config, model, data, monitor, teacher=origin)
 
 

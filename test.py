@@ -23,7 +23,7 @@ from toolkit import cli, files, gallery, images, metrics, process
 from toolkit.checkpoints import IMAGES
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
-from toolkit.inference import Inputs, Translator, load_networks, translate_folder
+from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
 from utils import InputError, counted, epoch_name, folder_name, is_folder_name, need_package, option, say, some_of
 
 METRICS = metrics.MEASURES + ("fid", "kid")
@@ -49,8 +49,10 @@ class TestConfig(DeviceConfig):
     scale: str = option(None, "resize to the training size, or not (default: train)", choices=("train", "native"))
     tile: int | None = option(None, "native scale in tiles of N px a side (default: whole)", least=16, most=2**16)
     output_size: str = option("input", "size of the results: the input's or the network's", choices=("input", "net"))
-    output: Path = option(None, "folder for the results (default: generated_images/RUN/test)", metavar="DIR")
-    skip_existing: bool = option(False, "remove nothing, and leave out images whose results exist")
+    output: Path = option(
+        None, "folder for the results (default: generated_images/RUN/test or translated)", metavar="DIR"
+    )
+    skip_existing: bool = option(False, "keep earlier results, and leave out images that have just these already")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
     max_megapixels: float = datasets.MAX_MEGAPIXELS
@@ -69,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.tile and args.scale == "train":
         parser.error("--tile: cuts images at their own size, and --scale train resizes them; leave one of them out")
     args.run_name = args.weights.stem if args.weights else args.run_name or args.dataset_name or "horse2zebra"
-    args.output = args.output or IMAGES / args.run_name / "test"
+    args.output = args.output or IMAGES / args.run_name / ("translated" if args.input else "test")
     args.scale = args.scale or ("native" if args.tile else "train")
     if args.round_trip is None:
         args.round_trip = args.input is None
@@ -116,6 +118,15 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
     truths = {path: named.get(datasets.pair_name(path, root)) for path in paths}
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
+
+
+def plan(
+    config: TestConfig, translator: Translator, direction: Direction, inputs: Inputs, folder: gallery.ResultFolder
+) -> list[Result]:
+    """Return the results that the inputs of a direction will have; photos never replace the results of others."""
+    _, back = translator.generators(direction)
+    others = folder.inputs(direction) if config.input else {}
+    return plan_results(direction, inputs, config.round_trip and back is not None, others)
 
 
 def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
@@ -255,28 +266,27 @@ def main(argv: Sequence[str] | None = None) -> dict:
     directions = choose_directions(config, asked, translator)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config.metrics, networks, dataset, inputs)
-    if not config.skip_existing:
-        gallery.clear(config.output, [path for found in inputs.values() for path in found.paths])
-    results = {}
-    for direction, found in inputs.items():
-        results[direction] = translate_folder(
-            translator, direction, found, config.output, config.skip_existing, round_trip=config.round_trip
-        )
-    counts = {str(direction): len(translated) for direction, translated in results.items()}
-    about = {name: metadata.get(name) for name in ("epoch", "step")}
-    gallery.write_gallery(config.output, dataset_name, about, results, [])  # now, since scores may fail
-    gallery.write_grid(config.output, results)
-    scores = {}
-    if config.metrics:
-        scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
-        facts = {"network": str(config.weights or config.run_name), "dataset_name": dataset_name} | about
-        facts |= {"scale": config.scale, "output_size": config.output_size, "images": counts}
-        table = score_lines(scores)
-        for line in table:
-            say(line)
-        gallery.write_gallery(config.output, dataset_name, about, results, table)
-        files.write_json(config.output / gallery.SCORES, facts | scores)
-        gallery.record(config.output, [gallery.SCORES])
+    name = str(config.weights or config.run_name)
+    folder = gallery.ResultFolder(config.output, {"network": name} | translator.settings())
+    planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}
+    keep = config.skip_existing or config.input is not None  # results of photos add up
+    with folder.written(planned.values(), keep, bool(config.metrics)):
+        results = {
+            direction: translate_folder(translator, direction, found, planned[direction], folder, config.skip_existing)
+            for direction, found in inputs.items()
+        }
+        gallery.write_gallery(folder, dataset_name, [])  # now, since scores may fail
+        gallery.write_grid(folder.path, results)
+        counts = {str(direction): len(translated) for direction, translated in results.items()}
+        scores = {}
+        if config.metrics:
+            scores = Scorer(config, translator, dataset).scores(results, metadata.get("loss_config", LossConfig()))
+            table = score_lines(scores)
+            for line in table:
+                say(line)
+            gallery.write_gallery(folder, dataset_name, table)
+            facts = folder.settings | {"dataset_name": dataset_name, "images": counts}
+            files.write_json(folder.path / gallery.SCORES, facts | scores)
     say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 

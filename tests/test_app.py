@@ -141,7 +141,7 @@ def test_a_photo_is_translated_as_test_py_does_it(photo, scale):
     argv = ["--run_name", "tiny", "--input", "photo.png", "--direction", "BtoA", "--round_trip", "--scale", scale]
     test_command.main([*argv, *EXACT])
     for image, folder in zip(shown, ("real_B", "fake_A", "rec_B"), strict=True):
-        written = Image.open(f"generated_images/tiny/test/{folder}/photo.png")
+        written = Image.open(f"generated_images/tiny/translated/{folder}/photo.png")
         assert image.size == (30, 20)
         assert np.array_equal(pixels(image), pixels(written))
     other = "native" if scale == "train" else "train"

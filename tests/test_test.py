@@ -29,6 +29,7 @@ ROOT = Path(test_command.__file__).parent
 EXAMPLES = ROOT / "examples"
 STATE = Path("saved_models/tiny/latest.pt")
 OUTPUT = Path("generated_images/tiny/test")
+PHOTOS = Path("generated_images/tiny/translated")  # results of --input
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,8 @@ def test_a_translation_is_what_the_generator_gives_at_the_chosen_size(run, direc
     for name in ("wide.png", "smallest.png"):
         with torch.no_grad():
             expected = range_to_bytes(net(load_image(Path("photos", name), size)[None])[0]).permute(1, 2, 0)
-        assert np.array_equal(numbers(OUTPUT / f"fake_{direction.target}" / name), expected.numpy())
-    assert not (OUTPUT / f"fake_{direction.source}").exists()
+        assert np.array_equal(numbers(PHOTOS / f"fake_{direction.target}" / name), expected.numpy())
+    assert not (PHOTOS / f"fake_{direction.source}").exists()
 
 
 def test_any_epoch_can_be_tested(run):
@@ -139,7 +140,7 @@ def test_one_file_of_weights_and_one_image_are_enough(run):
     shutil.rmtree("saved_models")
     save_noise(".", "cat.photo.jpg", size=(30, 40))
     call("--weights", "student.safetensors", "--input", "cat.photo.jpg")
-    output = Path("generated_images/student/test")
+    output = Path("generated_images/student/translated")
     assert files_in(output) >= {"real_B/cat.photo.png", "fake_A/cat.photo.png"}
     assert opened(output / "fake_A/cat.photo.png").size == (30, 40)
     assert not (output / "rec_B").exists()
@@ -149,9 +150,9 @@ def test_photos_are_translated_one_way_and_not_back_unless_that_is_wanted(run, c
     save_noise(".", "a.png")
 
     def folders(*argv):
-        shutil.rmtree(OUTPUT, ignore_errors=True)
+        shutil.rmtree(PHOTOS, ignore_errors=True)
         run("--input", "a.png", *argv)
-        return {path.name for path in OUTPUT.iterdir() if path.is_dir()}
+        return {path.name for path in PHOTOS.iterdir() if path.is_dir()}
 
     assert folders() == {"real_A", "fake_B"}
     assert "translates AtoB; --direction chooses the other way" in capsys.readouterr().out
@@ -188,7 +189,7 @@ def test_grey_networks_take_colour_images():
     save_generator(Path("grey.safetensors"), net, {"direction": "AtoB", "size": [16, 16], "run_name": "../../x"})
     save_noise(".", "cat.png")
     call("--weights", "grey.safetensors", "--input", "cat.png")
-    assert opened("generated_images/grey/test/fake_B/cat.png").mode == "L"  # the run_name in a file is not used
+    assert opened("generated_images/grey/translated/fake_B/cat.png").mode == "L"  # the run_name in a file is not used
 
 
 def test_weights_of_another_project_translate_at_the_images_own_size(run, capsys):
@@ -566,24 +567,53 @@ def test_a_test_removes_what_the_one_before_wrote_and_nothing_else(run, capsys):
     run("--num_test", 1, "--direction", "AtoB", "--no-round_trip")
     results = {"real_A/0.png", "fake_B/0.png", "truth_B/0.png"}
     assert files_in(OUTPUT) == {"grid.png", "index.html", gallery.RECORD, "fake_B/mine.png"} | results
-    assert set(gallery.read_record(OUTPUT)) == {"grid.png", "index.html"} | results
+    assert set(gallery.read_record(OUTPUT)[0]) == {"grid.png", "index.html"} | results
     assert "removed 27 files of the last test" in capsys.readouterr().out
     (OUTPUT / "metrics.json").write_text('{"accuracy": 0.93}')  # somebody else's
     run()
     assert (OUTPUT / "metrics.json").read_text() == '{"accuracy": 0.93}'
 
 
-def test_an_input_among_the_results_is_refused(run, refused):
+def test_an_input_that_the_test_would_change_is_refused(run, refused):
     run("--direction", "AtoB")
+    shutil.copytree(OUTPUT / "fake_B", "copy/fake_B")
     before = {path: path.read_bytes() for path in OUTPUT.rglob("*") if path.is_file()}
     argv = ["--run_name", "tiny", "--direction", "BtoA", "--input"]
-    for path in (OUTPUT, OUTPUT / "fake_B"):
-        words = refused(test_command.main, *argv, path)
-        assert f"--output {OUTPUT}: would remove or overwrite the input {OUTPUT}" in words
+    for path in (OUTPUT / "real_A", OUTPUT / "real_A/1.png"):
+        words = refused(test_command.main, *argv, path, "--round_trip", "--direction", "AtoB", "--output", OUTPUT)
+        assert f"--output {OUTPUT}: would remove or overwrite {OUTPUT / 'real_A'}" in words
+    words = refused(test_command.main, *argv, "copy/fake_B", "--output", "copy", "--direction", "AtoB")
+    assert "--output copy: fake_B/0.png is there, and not written by test.py; choose another folder" in words
     Path("file").write_text("mine")
     assert "file" in refused(test_command.main, *argv, OUTPUT / "fake_B", "--output", "file")
     assert {path: path.read_bytes() for path in before} == before
     assert Path("file").read_text() == "mine"
+
+
+def test_translations_can_be_translated_back_beside_their_inputs(run):
+    save_noise(".", "a.png")
+    run("--input", "a.png", "--direction", "AtoB")
+    run("--input", PHOTOS / "fake_B/a.png", "--direction", "BtoA")
+    assert files_in(PHOTOS) >= {"real_A/a.png", "fake_B/a.png", "real_B/a.png", "fake_A/a.png"}
+
+
+def test_photos_add_up_beside_the_results_of_the_data_set(run, capsys):
+    run("--num_test", 1)
+    tested = files_in(OUTPUT)
+    save_noise("one", "a.png")
+    save_noise("two", "A.png", "b.png", size=(9, 12))
+    for path in ("one/a.png", "two", "one/a.png"):
+        run("--input", path, "--direction", "AtoB")
+    assert "removed" not in capsys.readouterr().out
+    assert files_in(OUTPUT) == tested
+    assert sorted(path.name for path in (PHOTOS / "fake_B").iterdir()) == ["A_.png", "a.png", "b.png"]
+    assert opened(PHOTOS / "fake_B/A_.png").size == (9, 12)
+    page = (PHOTOS / "index.html").read_text()
+    assert page.count("<h2>") == 1
+    assert "3 images</h2>" in page
+    run("--num_test", 1, "--direction", "AtoB", "--no-round_trip")
+    assert len(list((PHOTOS / "fake_B").iterdir())) == 3
+    assert not (OUTPUT / "fake_A").exists()  # nor any other empty folder
 
 
 def test_with_skip_existing_only_what_is_missing_is_written(run, capsys):
@@ -602,19 +632,59 @@ def test_with_skip_existing_only_what_is_missing_is_written(run, capsys):
     assert changed - {"fake_B/0.png"} == {"real_A/0.png", "rec_A/0.png", "truth_B/0.png"}
     assert path.read_bytes() == content
     assert (OUTPUT / "index.html").read_text().count("<figure>") == 24
-    assert files_in(OUTPUT) - set(gallery.read_record(OUTPUT)) == {gallery.RECORD, "fake_B/mine.png"}
+    assert files_in(OUTPUT) - set(gallery.read_record(OUTPUT)[0]) == {gallery.RECORD, "fake_B/mine.png"}
+
+
+def change_input(content):
+    noise_image(content, (20, 18)).save("datasets/tiny/testA/0.png")
+
+
+CHANGES = {  # each makes results of before worthless: of how many of the three images
+    "epoch": (["--epoch", "1"], None, 3),
+    "scale": (["--scale", "native"], None, 3),
+    "output_size": (["--output_size", "net"], None, 3),
+    "precision": (["--precision", "bf16"], None, 3),
+    "input": ([], change_input, 1),
+    "nothing": ([], None, 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_results_of_another_network_setting_or_input_are_made_again(run, capsys, change):
+    argv, act, count = CHANGES[change]
+    argv = ["--direction", "AtoB", "--metrics", "paired", *argv]
+    run("--direction", "AtoB", "--output", "x", "--metrics", "paired")
+    if act:
+        act("changed")
+    capsys.readouterr()
+    scores = test_command.main(["--run_name", "tiny", *FP32, *argv, "--output", "x", "--skip_existing"])
+    assert f"AtoB: {count} image" in capsys.readouterr().out
+    assert scores == test_command.main(["--run_name", "tiny", *FP32, *argv, "--output", "fresh"])
+    for name in ("0.png", "2.png"):
+        assert np.array_equal(numbers(f"x/fake_B/{name}"), numbers(f"fresh/fake_B/{name}"))
+    assert strict_json("x/metrics.json") == strict_json("fresh/metrics.json")
+
+
+def test_a_run_of_another_name_is_another_network_and_old_scores_go(run):
+    shutil.copytree("saved_models/tiny", "saved_models/two")
+    run("--direction", "AtoB", "--output", "x", "--metrics", "paired")
+    call("--run_name", "two", "--direction", "AtoB", "--output", "x", "--num_test", 1, "--skip_existing")
+    assert not Path("x/metrics.json").exists()
+    page = Path("x/index.html").read_text()
+    assert "<h1>two, epoch 2, step 4</h1>" in page
+    assert "2 images of an earlier test: tiny, epoch 2, step 4; scale train, output_size input</h2>" in page
 
 
 def test_the_page_shows_thumbnails_that_lead_to_the_full_images(run):
     save_noise("in", "large.png", size=(600, 300))
     save_noise("in", "small.png")
     run("--input", "in")
-    page = (OUTPUT / "index.html").read_text()
+    page = (PHOTOS / "index.html").read_text()
     for folder in ("real_A", "fake_B"):
         assert f'href="{folder}/large.png"><img loading="lazy" src="thumbnails/{folder}/large.jpg"' in page
-        assert opened(OUTPUT / "thumbnails" / folder / "large.jpg").size == (256, 128)
+        assert opened(PHOTOS / "thumbnails" / folder / "large.jpg").size == (256, 128)
         assert f'src="{folder}/small.png"' in page
-        assert opened(OUTPUT / folder / "large.png").size == (600, 300)
+        assert opened(PHOTOS / folder / "large.png").size == (600, 300)
     assert page.count("<img") == 4
 
 
@@ -637,7 +707,7 @@ def test_one_large_photo_does_not_make_a_large_grid(run):
     save_noise("in", "0.png", size=(1500, 400))
     save_noise("in", "1.png", "2.png", "3.png", size=(30, 40))
     run("--input", "in", "--direction", "AtoB")
-    grid = opened(OUTPUT / "grid.png")
+    grid = opened(PHOTOS / "grid.png")
     assert 4 * 256 < grid.width < 4 * 300
     assert 2 * 68 < grid.height < 2 * 80
 
@@ -647,7 +717,7 @@ def test_of_many_images_the_grid_shows_six_that_are_evenly_spread(run):
     for i in range(13):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(f"in/{i}.png")
     run("--input", "in", "--direction", "AtoB")
-    middle = numbers(OUTPUT / "grid.png")[60, :, :]
+    middle = numbers(PHOTOS / "grid.png")[60, :, :]
     shown = {red for red, green, blue in map(tuple, middle) if green == blue == 0 and red % 40 == 0}
     assert shown >= {40, 80, 120, 160, 200}
     assert len(shown) == 6

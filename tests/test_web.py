@@ -187,7 +187,7 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
         argv = ["--weights", "G_AB.safetensors", "--input", f"{name}.png", "--device", "cpu", "--precision", "fp32"]
         test_command.main(argv)
         assert choose(page, "#image", f"{name}.png").startswith("translated in ")
-        wanted = Image.open(f"generated_images/G_AB/test/fake_B/{name}.png")
+        wanted = Image.open(f"generated_images/G_AB/translated/fake_B/{name}.png")
         output = download(page)[0]
         assert output.size == wanted.size
         assert mean_difference(output, wanted.convert("RGB")) < 0.3

@@ -3,14 +3,15 @@
 Every file is written under a temporary name, flushed, synced, then renamed: a crash leaves the old file or the new one.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def write_json(path: Path, value: object) -> None:
     """Write readable JSON atomically; paths become text, numbers that are not finite become null."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
     write_text(path, json.dumps(plain, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hash of a file's contents in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def remove_files(paths: Iterable[Path]) -> int:
+    """Remove those files that exist, and the folders that are empty then; return the number of files."""
+    found = [path for path in paths if path.is_file() or path.is_symlink()]
+    for path in found:
+        path.unlink()
+    for folder in sorted({path.parent for path in found}, reverse=True):
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+    return len(found)
 
 
 def link_file(source: Path, target: Path) -> None:

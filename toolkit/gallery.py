@@ -1,7 +1,10 @@
 """A folder of results: names of its folders, thumbnails, the record of what a test wrote, the grid and the page."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -10,7 +13,7 @@ import torch
 from PIL import Image
 
 from models import DIRECTIONS, Direction
-from toolkit.files import atomic_write, write_json, write_page
+from toolkit.files import atomic_write, remove_files, sha256, write_json, write_page
 from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image, save_image
 from utils import InputError, counted, domain_names, one_line, say
 
@@ -20,7 +23,7 @@ LEGEND = {  # of the page
     "truth": "the image of the same name among those of {}",
     "rec": "the translation, translated back to {}",
 }
-RECORD = ".written.json"  # names the files that the last test wrote
+RECORD = ".written.json"  # what test.py wrote in the folder, and from what
 PAGE = "index.html"
 GRID = "grid.png"
 SCORES = "metrics.json"
@@ -43,55 +46,129 @@ def result_folders(direction: Direction) -> tuple[str, str, str, str]:
     return f"real_{source}", f"fake_{target}", f"truth_{target}", f"rec_{source}"
 
 
-OWN_NAMES = (*result_folders(DIRECTIONS[0]), *result_folders(DIRECTIONS[1]), THUMBNAILS, PAGE, GRID, SCORES)
+DIRECTION_OF = {folder: direction for direction in DIRECTIONS for folder in result_folders(direction)}
+OWN_NAMES = (*DIRECTION_OF, THUMBNAILS, PAGE, GRID, SCORES)
 
 
-def read_record(output: Path) -> list[str]:
-    """Return the names of the files that the last test wrote; none if their record is missing or damaged."""
-    try:
-        names = list(json.loads((output / RECORD).read_text(encoding="utf-8"))["files"])
-        return [name for name in names if Path(name).parts[0] in OWN_NAMES and ".." not in Path(name).parts]
-    except (OSError, ValueError, TypeError, LookupError):
-        return []
+def thumbnail(file: Path) -> Path:
+    """Return where the thumbnail of a file is, if the file is large enough to have one."""
+    return Path(THUMBNAILS, file).with_suffix(".jpg")
 
 
-def record(output: Path, names: Iterable[Path | str]) -> None:
-    """Add to the record those files that exist, and their thumbnails."""
-    found = set(read_record(output))
-    for name in map(Path, names):
-        found |= {path.as_posix() for path in (name, thumbnail(name)) if (output / path).is_file()}
-    if found:
-        write_json(output / RECORD, {"files": sorted(found)})
+def read_record(output: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return what the record of a folder holds, nothing if it is missing or damaged: files by name, settings by key.
 
-
-def clear(output: Path, inputs: Iterable[Path]) -> None:
-    """Remove the files that the last test wrote; files that are not in its record are kept.
-
-    raises: InputError as refuse_inputs does; nothing is removed then
+    Of a result it holds hashes of the file, of its input and truth, and the key of the settings; other entries are empty.
     """
-    refuse_inputs(output, inputs)
-    found = [output / name for name in read_record(output) if (output / name).is_file()]
-    for path in found:
-        path.unlink()
-    (output / RECORD).unlink(missing_ok=True)
-    if found:
-        say(f"{output}: removed {counted(len(found), 'file')} of the last test; --output DIR would keep them")
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        files = record["files"]
+        if "settings" not in record:  # older ones only have the names
+            files = {name: {} for name in files}
+        settings = {key: dict(value) for key, value in record.get("settings", {}).items()}
+        own = {name: dict(entry) for name, entry in files.items() if Path(name).parts[0] in OWN_NAMES}
+        return {name: entry for name, entry in own.items() if not {"..", "\0"} & {*Path(name).parts, *name}}, settings
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return {}, {}
 
 
-def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
-    """Raise InputError for an input where results are removed or written."""
-    own = {(output / name).resolve() for name in OWN_NAMES}
-    for path in inputs:
-        real = path.resolve()
-        if own & {real, *real.parents}:
-            raise InputError(f"--output {output}: would remove or overwrite the input {path}; choose another folder")
+class ResultFolder:
+    """A folder of results, with a record of what test.py wrote there, from which inputs, networks and settings.
 
+    What the record does not name is somebody's own: it is never replaced or removed. Results are reused, shown and scored
+    only as what the record says they are.
+    """
 
-def save_results(output: Path, result: Result, images: Sequence[Image.Image]) -> None:
-    """Write the images of a result in the order of its files; a file that exists therefore has its thumbnail."""
-    for file, image in zip(result.files.values(), images, strict=True):
-        save_thumbnail(image, output / thumbnail(file))
-        save_image(image, output / file)
+    def __init__(self, path: Path, settings: dict):
+        """settings: of this test: the networks with their hashes, sizes, precision; plain values."""
+        self.path = path
+        self.settings = settings
+        self.files, self.known_settings = read_record(path)
+        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @contextmanager
+    def written(self, planned: Iterable[Sequence[Result]], keep: bool, with_scores: bool) -> Iterator[None]:
+        """Take the names of all files that a test writes in the block, and remove what earlier tests left.
+
+        keep:   only their page and scores, which the results of this test outdate
+        raises: InputError, before anything changes, if a file of such a name is not in the record, or is an input
+        """
+        results = [result for of_direction in planned for result in of_direction]
+        paths = [path for result in results for file in result.files.values() for path in (file, thumbnail(file))]
+        names = [path.as_posix() for path in paths] + [PAGE, GRID] + [SCORES] * with_scores
+        removed = [name for name in self.files if not keep or name in (PAGE, GRID, SCORES)]
+        for name in names:
+            if name not in self.files and os.path.lexists(self.path / name):
+                taken = f"{name} is there, and not written by test.py"
+                raise InputError(f"--output {self.path}: {taken}; choose another folder, or move it away")
+        changed = {(self.path / name).resolve() for name in (*names, *removed)}
+        for path in [path for result in results for path in (result.input, result.truth) if path]:
+            if path.resolve() in changed:
+                raise InputError(f"--output {self.path}: would remove or overwrite {path}; choose another folder")
+        count = remove_files([self.path / name for name in removed])
+        if count and not keep:
+            say(f"{self.path}: removed {counted(count, 'file')} of the last test; --output DIR would keep them")
+        self.path.mkdir(parents=True, exist_ok=True)
+        kept = {name: entry for name, entry in self.files.items() if name not in removed}
+        self.files = {name: {} for name in names} | kept
+        self.known_settings[self.key] = self.settings
+        self.write_record()
+        try:
+            yield
+        finally:  # also after Ctrl-C
+            self.files = {name: entry for name, entry in self.files.items() if (self.path / name).is_file()}
+            self.write_record()
+
+    def write_record(self) -> None:
+        """Write the record, without settings that no file has."""
+        files = dict(self.files)  # threads may add to it
+        used = {entry.get("settings") for entry in files.values()}
+        settings = {key: value for key, value in self.known_settings.items() if key in used}
+        write_json(self.path / RECORD, {"settings": settings, "files": files})
+
+    def origin(self, result: Result) -> dict:
+        """Return what the files of a result are made from: hashes of input and truth, and the key of the settings."""
+        truth = sha256(result.truth) if result.truth else None
+        return {"settings": self.key, "input": sha256(result.input), "truth": truth}
+
+    def has(self, result: Result) -> bool:
+        """Whether all files of a result are there, made from just this and not changed since."""
+        origin = self.origin(result)
+        for name in map(Path.as_posix, result.files.values()):
+            entry = self.files.get(name)
+            if not entry or not (self.path / name).is_file() or entry != origin | {"sha256": sha256(self.path / name)}:
+                return False
+        return True
+
+    def inputs(self, direction: Direction) -> dict[str, str]:
+        """Return the hashes of the inputs of a direction's results by their names in lower case."""
+        fake = result_folders(direction)[1]
+        found = {}
+        for name, entry in self.files.items():
+            folder, *rest = Path(name).parts
+            if folder == fake and "input" in entry:
+                found[str(Path(*rest)).lower()] = entry["input"]
+        return found
+
+    def save(self, result: Result, images: Sequence[Image.Image]) -> None:
+        """Write the images of a result in the order of its files."""
+        origin = self.origin(result)
+        for file, image in zip(result.files.values(), images, strict=True):
+            save_thumbnail(image, self.path / thumbnail(file))
+            save_image(image, self.path / file)
+            self.files[file.as_posix()] = origin | {"sha256": sha256(self.path / file)}
+
+    def results(self) -> dict[tuple[str, Direction], list[Result]]:
+        """Return all results of the record by key of their settings and by direction, those of this test first."""
+        found: dict[tuple[str, Direction], dict[Path, Result]] = {(self.key, direction): {} for direction in DIRECTIONS}
+        for file, entry in self.files.items():
+            folder, *rest = Path(file).parts
+            key = str(entry.get("settings"))
+            if rest and key in self.known_settings and folder in DIRECTION_OF:
+                group = found.setdefault((key, DIRECTION_OF[folder]), {})
+                result = group.setdefault(Path(*rest), Result(Path(), Path(*rest), {}))
+                result.files[folder] = Path(file)
+        return {group: list(results.values()) for group, results in found.items() if results}
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> None:
@@ -106,21 +183,10 @@ def save_thumbnail(image: Image.Image, path: Path) -> None:
         small.save(temporary, format="JPEG", quality=88, subsampling=0)
 
 
-def thumbnail(file: Path) -> Path:
-    """Return where the thumbnail of a file is, if the file is large enough to have one."""
-    return Path(THUMBNAILS, file).with_suffix(".jpg")
-
-
 def small_file(output: Path, file: Path) -> Path:
     """Return the thumbnail of a file or, if it has none, the file itself."""
     small = thumbnail(file)
     return small if (output / small).is_file() else file
-
-
-def is_complete(output: Path, result: Result) -> bool:
-    """Whether all files of a result exist, whole: a copy of a folder may have been cut off."""
-    files = [output / file for file in result.files.values()]
-    return all(file.is_file() and file.read_bytes().endswith(b"IEND\xaeB`\x82") for file in files)  # the end of a PNG
 
 
 def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> None:
@@ -136,34 +202,40 @@ def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> N
                 size = size or read_image(files[0]).size[::-1]
                 rows.append((folder, torch.stack([load_image(file, size) for file in files])))
     save_image(draw_grid(rows), output / GRID)
-    record(output, [GRID])
 
 
 def _url(file: Path) -> str:
     return quote(file.as_posix(), errors="surrogateescape")
 
 
-def write_gallery(
-    output: Path, dataset_name: str, about: dict, results: Mapping[Direction, Sequence[Result]], table: Sequence[str]
-) -> None:
+def _title(settings: Mapping) -> str:
+    """Name the networks of a test, with their epoch and step where they are known."""
+    known = [f"{name} {settings[name]}" for name in ("epoch", "step") if settings.get(name) is not None]
+    return one_line(", ".join([str(settings.get("network")), *known]))
+
+
+def write_gallery(folder: ResultFolder, dataset_name: str, table: Sequence[str]) -> None:
     """Write index.html, which shows each input beside its results; a click opens the file.
 
-    about: epoch and step of the networks, where they are known
     table: the scores, as lines of text
     """
     names = dict(zip("AB", domain_names(dataset_name), strict=True))
-    known = [f"{name} {value}" for name, value in about.items() if value is not None]
-    title = ", ".join([one_line(output.parent.name), *known])
     directions = []
-    for (source, target), translated in results.items():
-        folders = dict.fromkeys(folder for result in translated for folder in result.files)
-        legend = [(folder, LEGEND[folder[:-2]].format(names[folder[-1]])) for folder in folders]
+    for (key, (source, target)), translated in folder.results().items():
+        folders = dict.fromkeys(name for result in translated for name in result.files)
+        legend = [(name, LEGEND[name[:-2]].format(names[name[-1]])) for name in folders]
         rows = []
         for result in translated:
             files = result.files.items()
-            figures = [(folder, _url(file), _url(small_file(output, file))) for folder, file in files]
+            figures = [(name, _url(file), _url(small_file(folder.path, file))) for name, file in files]
             rows.append((one_line(result.name), figures))
         heading = f"{names[source]} → {names[target]}: {counted(len(rows), 'image')}"
+        if key != folder.key:
+            settings = folder.known_settings[key]
+            sizes = ", ".join(
+                f"{name} {settings[name]}" for name in ("scale", "tile", "output_size") if settings.get(name)
+            )
+            heading += f" of an earlier test: {_title(settings)}; {one_line(sizes)}"
         directions.append((heading, legend, rows))
-    write_page(output / PAGE, "gallery.html", title=title, table=list(table), directions=directions)
-    record(output, [PAGE])
+    title = _title(folder.settings)
+    write_page(folder.path / PAGE, "gallery.html", title=title, table=list(table), directions=directions)

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
-from toolkit import checkpoints, devices, gallery, images, tiles, weights
+from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
 from utils import InputError, check_options, counted, say, warn
 
 BATCH = 16  # images in a batch, at most
 BATCH_PIXELS = 2**20  # pixels in a batch, at most; a larger image is a batch of its own
 QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be written, at most
 THREADS = 4  # that read and write images
+RECORD_SECONDS = 60  # between writes of the record of results
 
 
 def check_together(networks: Networks, what: object) -> None:
@@ -156,6 +157,14 @@ class Translator:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
+    def settings(self) -> dict:
+        """Return, as plain values, all that a translation depends on besides its image."""
+        networks = {str(d): weights.network_hash(self.networks[d.generator]) for d in self.directions}
+        known = {name: self.metadata.get(name) for name in ("epoch", "step")}
+        whole = {name: value if isinstance(value, int) else None for name, value in known.items()}  # a stranger's file
+        sizes = {"size": self.size, "scale": self.scale, "tile": self.tile, "output_size": self.output_size}
+        return whole | sizes | {"precision": self.precision, "networks": networks}
+
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
         """Return the generator of a direction and, if there is one, that of the way back."""
         if direction not in self.directions:
@@ -197,27 +206,36 @@ class Inputs:
     truths: dict[Path, Path] = field(default_factory=dict)  # by input: what it should become, where that is known
 
 
-def unique_name(name: Path, taken: set[str]) -> Path:
+def unique_name(name: Path, is_taken: Callable[[str], bool]) -> Path:
     """Add .png to a name, and underscores while it is taken: some file systems do not distinguish a.png from A.png."""
     result = name.with_name(f"{name.name}.png")
-    while str(result).lower() in taken:
+    while is_taken(str(result).lower()):
         result = result.with_stem(f"{result.stem}_")
-    taken.add(str(result).lower())
     return result
 
 
-def plan_results(direction: Direction, inputs: Inputs, round_trip: bool) -> dict[Path, gallery.Result]:
-    """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix."""
+def plan_results(
+    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str]
+) -> list[gallery.Result]:
+    """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix.
+
+    others: hashes of inputs by the lower-case names of their results, which only the same input may replace
+    """
     real, fake, truth, rec = gallery.result_folders(direction)
     count = Counter(path.with_suffix("") for path in inputs.paths)
     taken: set[str] = set()
-    results = {}
+    results = []
     for path in inputs.paths:
+
+        def is_taken(name: str, path: Path = path) -> bool:
+            return name in taken or (name in others and others[name] != files.sha256(path))
+
         stem = path.with_suffix("")
-        name = unique_name((stem if count[stem] == 1 else path).relative_to(inputs.root), taken)
+        name = unique_name((stem if count[stem] == 1 else path).relative_to(inputs.root), is_taken)
+        taken.add(str(name).lower())
         present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
-        files = {folder: Path(folder, name) for folder in present if present[folder]}
-        results[path] = gallery.Result(path, name, files, inputs.truths.get(path))
+        paths = {folder: Path(folder, name) for folder in present if present[folder]}
+        results.append(gallery.Result(path, name, paths, inputs.truths.get(path)))
     return results
 
 
@@ -269,50 +287,49 @@ def translate_folder(
     translator: Translator,
     direction: Direction,
     inputs: Inputs,
-    output: Path,
+    results: Sequence[gallery.Result],
+    folder: gallery.ResultFolder,
     skip_existing: bool = False,
-    round_trip: bool = True,
 ) -> list[gallery.Result]:
-    """Translate images into the folders real_A, fake_B, ... of `output`; return the results that exist then.
+    """Write the results of plan_results, of which the folder has the names; return those that exist then.
 
     Threads read ahead and write behind while batches pass through the networks.
-    round_trip: also translate back, if there is a network for it
-    raises:     InputError if an input would be overwritten, and as BadImages.note does
+    skip_existing: leave out results that the folder already has, made from just these inputs, networks and settings
+    raises:        as BadImages.note does
     """
-    gallery.refuse_inputs(output, inputs.paths)
+    _, _, truth, rec = gallery.result_folders(direction)
     net, back = translator.generators(direction)
-    nets = [net, back] if back and round_trip else [net]
-    results = plan_results(direction, inputs, len(nets) == 2)
-    existing = {path for path in inputs.paths if skip_existing and gallery.is_complete(output, results[path])}
-    waiting = [path for path in inputs.paths if path not in existing]
+    nets = [net, back] if back and any(rec in result.files for result in results) else [net]
+    existing = {result.input for result in results if skip_existing and folder.has(result)}
+    waiting = {result.input: result for result in results if result.input not in existing}
     bad = images.BadImages(inputs.root, len(inputs.paths), inputs.on_bad)
-    written = []
+    written = set()
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
         loaded, outputs = item
-        result = results[loaded.path]
+        result = waiting[loaded.path]
         image = loaded.image if translator.output_size == "input" else loaded.network_input
-        files = [image, *(output_image(x, image.size) for x in outputs)]
+        shown = [image, *(output_image(x, image.size) for x in outputs)]
         if result.truth:
             try:
-                files.insert(2, images.read_image(result.truth, translator.channels))
+                shown.insert(2, images.read_image(result.truth, translator.channels))
             except images.UnreadableImage as error:
                 warn(f"{result.truth}: neither shown nor scored ({error})")
-                result.files.pop(gallery.result_folders(direction)[2])
+                result.files.pop(truth)
                 result.truth = None
-        written.append(loaded.path)
-        gallery.save_results(output, result, files)
+        folder.save(result, shown)
+        written.add(loaded.path)
         return loaded
 
     start = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            read = run_ahead(pool, translator.load, waiting)
-            with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
-                for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
-                    pass
-    finally:  # also after Ctrl-C, so that the next test removes what this one wrote
-        gallery.record(output, [file for path in written for file in results[path].files.values()])
+    recorded = start
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = run_ahead(pool, translator.load, waiting)
+        with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
+            for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
+                if time.perf_counter() - recorded > RECORD_SECONDS:  # for --skip_existing after a power cut
+                    folder.write_record()
+                    recorded = time.perf_counter()
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
-    return [result for path, result in results.items() if path in existing.union(written)]
+    return [result for result in results if result.input in existing.union(written)]

@@ -1,6 +1,7 @@
 """Generator files: the weights of a generator and the metadata that builds it, in one safetensors file."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ from toolkit.files import atomic_write, check_tensors
 from utils import InputError, one_line, say
 
 METADATA_KEY = "recipe"  # the name of the entry in the file; older files have it too
+
+
+def network_hash(net: Generator) -> str:
+    """Return a hash of the config and the weights of a generator."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    return hashlib.sha256(repr(net.config).encode() + save(tensors)).hexdigest()
 
 
 def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
