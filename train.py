@@ -68,7 +68,7 @@ class Run:
         )
         self.epoch = 0  # finished epochs
         self.step_in_epoch = 0
-        self.best: dict | None = None  # of best.pt: metric, score, epoch
+        self.best: dict | None = None  # of best.pt: metric, score, epoch, split
 
     @property
     def finished_steps(self) -> int:
@@ -236,7 +236,7 @@ class Run:
         before = self.best
         better = score is not None and (before is None or metrics.is_better(str(best_by), score, before["score"]))
         if max_over_ranks(better):  # only the first rank has a score
-            self.best = {"metric": best_by, "score": score, "epoch": self.epoch}
+            self.best = {"metric": best_by, "score": score, "epoch": self.epoch, "split": self.held_out_split}
             self.save(best=True)
             if self.saver.save_error:
                 self.best = before  # best.pt is still the older one
@@ -257,6 +257,26 @@ class Run:
         except (InputError, OSError) as error:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
             return None
+
+    @property
+    def held_out_split(self) -> str:
+        """Name of the split that is evaluated; "" without evaluations."""
+        return self.data.held_out["A"].name[:-1] if self.data.held_out else ""
+
+    def best_so_far(self, args: dict) -> dict | None:
+        """Return the best of the state that is resumed, with its options, if later scores compare with it."""
+        best_by = self.config.run.best_by
+        if self.best:
+            losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
+            now = {name: self.config.flags[name] for name in ("dataset_name", "img_height", "img_width", *losses)}
+            changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
+            split = self.best.get("split", self.held_out_split)
+            if self.held_out_split not in (split, ""):
+                changed.append(f"split {split}")
+            if changed:
+                say(f"changed: {', '.join(changed)}; scores before do not compare, so the best epoch is sought anew")
+                return None
+        return checkpoints.best_score(self.saver.folder, self.best, best_by) if best_by else self.best
 
     def skipped_evaluation(self, state: dict) -> bool:
         """Return whether the run ended between a save and the evaluation that should have followed."""
@@ -280,21 +300,22 @@ class Run:
         for folder in (self.saver.folder, self.monitor.images):
             folder.mkdir(parents=True, exist_ok=True)
         with files.sole_process(self.saver.folder, self.monitor.images):
-            self.saver.take_folder(config.run.overwrite, checkpoint and checkpoint.path)
-            self.monitor.open(
-                self.finished_steps, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0)
-            )
-            if checkpoint and config.run.best_by:
-                self.best = checkpoints.best_score(self.saver.folder, self.best, config.run.best_by)
-            self.describe()
-            if evaluation_was_skipped:
-                self.evaluate()
-            self.update_page()
             try:
+                self.saver.take_folder(config.run.overwrite, checkpoint and checkpoint.path)
+                self.monitor.open(
+                    self.finished_steps, config.run.log == "tensorboard", self.epoch + (self.step_in_epoch > 0)
+                )
+                if checkpoint:
+                    self.best = self.best_so_far(checkpoint.state["args"])
+                self.describe()
+                if evaluation_was_skipped:
+                    self.evaluate()
+                self.update_page()
                 signum = self.train()
             finally:
                 self.data.close()
                 self.monitor.board.close()
+                checkpoints.settle_overwriting(config.run.run_name)
         self.report_end(signum)
 
     def describe(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from breakage import Dead, before_steps, dies_in_step, full_disk, stops_in_step
-from conftest import TINY, differences, make_dataset
+from conftest import TINY, differences, make_dataset, noise_image
 from edits import FUZZ
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ from tiny_runs import run_tiny, state_of
 
 import distill
 import train
-from toolkit import devices
+from toolkit import checkpoints, devices
 from toolkit.checkpoints import IMAGES, RUNS, load_checkpoint, load_state, save_latest, save_state
 from toolkit.files import write_text
 from toolkit.logs import read_losses
@@ -182,15 +182,65 @@ def test_translations_of_a_weights_file_with_the_name_of_a_run_are_kept(tiny):
     assert image.read_bytes() == b"a translation"
 
 
-def test_overwrite_keeps_the_earlier_states_until_the_new_run_has_one(tiny):
-    run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
-    kept = {name: (SAVED / name).read_bytes() for name in ("latest.pt", "epoch_0001.pt", "epoch_0002.pt")}
-    with dies_in_step(3):
-        run_tiny("--num_epochs", 1, "--overwrite", "--seed", 1)
-    assert {name: (SAVED / name).read_bytes() for name in kept} == kept
+def snapshot():
+    """The contents of all files of a run, without the lock."""
+    files = [path for folder in (SAVED, DRAWN) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_dies_before_its_first_save_leaves_the_one_it_would_replace(tiny, step):
+    noise_image(1).save("cat.png")
+    run_tiny("--num_epochs", 2, "--checkpoint_interval", 1, "--watch", "cat.png", "--eval_interval", 1)
+    before = snapshot()
+    assert f"{DRAWN}/watch/cat/epoch_0002.png" in before
+    with dies_in_step(step):
+        run_tiny("--num_epochs", 1, "--overwrite", "--seed", 1, "--sample_interval", 1)
+    assert snapshot() == before
+
+
+def test_overwrite_removes_the_earlier_run_at_the_first_save_and_nothing_else(tiny):
+    noise_image(1).save("cat.png")
+    run_tiny("--num_epochs", 2, "--checkpoint_interval", 1, "--watch", "cat.png")
+    mine = [
+        SAVED / "tensorboard/mine.txt",
+        DRAWN / "watch/cat/mine.png",
+        DRAWN / "test/fake_B/a.png",
+        DRAWN / "mine.txt",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     run_tiny("--num_epochs", 1, "--overwrite", "--seed", 1, "--checkpoint_interval", 1)
     assert {path.name for path in SAVED.glob("*.pt")} == {"latest.pt", "epoch_0001.pt"}
     assert state_of("tiny", "epoch_0001.pt")["args"]["seed"] == 1
+    assert [path.name for path in DRAWN.glob("epoch*.png")] == ["epoch_0001.png"]
+    assert [path.name for path in (DRAWN / "watch/cat").iterdir()] == ["mine.png"]
+    assert all(path.read_text() == "mine" for path in mine)
+    assert not [*SAVED.rglob("overwritten"), *DRAWN.rglob("overwritten")]
+
+
+@pytest.mark.parametrize("killed", ["before the first save", "while files are moved", "after the first save"])
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_one_of_them(tiny, refused, killed):
+    run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
+    before = snapshot()
+    if killed == "while files are moved":
+        for name in ("latest.pt", "losses.csv"):
+            os.renames(SAVED / name, SAVED / "overwritten" / name)
+    else:
+        checkpoints.set_aside("tiny")
+        (SAVED / "losses.csv").write_text("of the new run")
+        (DRAWN / "epoch_0001.png").write_text("of the new run")
+    if killed == "after the first save":
+        (SAVED / "latest.pt").write_bytes(before["saved_models/tiny/latest.pt"])
+        train.main([*RESUME, "--num_epochs", "2"])  # nothing left to do
+        assert snapshot().keys() == {f"{SAVED}/{name}" for name in ("latest.pt", "losses.csv")} | {
+            f"{DRAWN}/epoch_0001.png"
+        }
+    else:
+        assert "holds a run already" in refused(train.main, *START)
+        train.main([*RESUME, "--num_epochs", "2"])
+        assert snapshot() == before
 
 
 def test_overwrite_deletes_nothing_before_the_new_run_can_be_written(tiny, refused):

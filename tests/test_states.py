@@ -134,6 +134,12 @@ def score_of(best_by, row):
     return sum(values) / len(values)
 
 
+def are_comparable(options, before):
+    """Whether the scores of two trainings are of one measure."""
+    weights = [o.get("lambda_gp", 0.0) for o in (options, before)]
+    return options["best_by"] == before["best_by"] and (options["best_by"] != "loss_G" or weights[0] == weights[1])
+
+
 def learning_rate(epoch, options):
     """The learning rate of the epoch that follows `epoch` finished ones."""
     last = options["num_epochs"]
@@ -309,7 +315,7 @@ class Commands(RuleBasedStateMachine):
         if more is not None:
             changes = {"num_epochs": max(1, saved.epoch + more), **changes}
         options = inherited(saved.options) | changes
-        scores = saved.scores if options["best_by"] == saved.options["best_by"] else {}
+        scores = saved.scores if are_comparable(options, saved.options) else {}
         kept = scores if self.has_best_of(scores, options["best_by"]) else {}
         refused = path is None or is_refused(options, changes)
         late = epoch == "latest" and self.lacks_measures(saved, options)

@@ -22,7 +22,7 @@ import test as test_command
 import train
 from models import DIRECTIONS, VIT_SIZES, VitSize
 from toolkit import cli, logs, metrics, monitor, synthetic
-from toolkit.checkpoints import load_state, networks_of
+from toolkit.checkpoints import load_state, networks_of, save_state
 from toolkit.converters import to_junyanz
 from toolkit.logs import read_losses
 from toolkit.weights import load_generator
@@ -462,7 +462,7 @@ def test_an_evaluation_writes_a_row_and_keeps_the_best_epoch(tiny, scores):
     assert names <= rows[0].keys()
     best = state_of("tiny", "best.pt")
     assert best["epoch"] == 2
-    assert best["best"] == {"metric": "PSNR", "score": 18.0, "epoch": 2}
+    assert best["best"] == {"metric": "PSNR", "score": 18.0, "epoch": 2, "split": "test"}
     tested = test_command.main(["--dataset_name", "tiny", "--epoch", "best", "--metrics", "cycle", *CPU])
     assert tested["AtoB"]["cycle"] == pytest.approx(rows[1]["cycle_A"], rel=1e-4)
 
@@ -501,6 +501,35 @@ def test_best_pt_of_epochs_that_the_run_leaves_does_not_count(tiny, scores, caps
     assert "best.pt: is not the best epoch of this run by PSNR" in capsys.readouterr().err
     best = state_of("tiny", "best.pt")
     assert (best["epoch"], best["best"]["score"]) == (2, 20.0)
+
+
+def add_val_split(dataset):
+    for domain in "AB":
+        shutil.copytree(dataset / f"test{domain}", dataset / f"val{domain}")
+
+
+@pytest.mark.parametrize(
+    ("best_by", "changes", "act", "named"),
+    [
+        ("loss_G", ["--lambda_cycle", 20], None, "--lambda_cycle"),
+        ("cycle", ["--img_height", 20], None, "--img_height"),
+        ("cycle", [], add_val_split, "split test"),
+        ("cycle", ["--lambda_cycle", 20], None, None),
+    ],
+)
+def test_the_best_epoch_is_sought_anew_where_scores_do_not_compare(tiny, capsys, best_by, changes, act, named):
+    run_tiny("--num_epochs", 1, "--eval_interval", 1, "--eval_metrics", "losses,cycle", "--best_by", best_by)
+    state = load_state(SAVED / "latest.pt")
+    state["best"]["score"] = 0.0  # that nothing reaches
+    for name in ("latest", "best"):
+        save_state(SAVED / f"{name}.pt", state)
+    if act:
+        act(tiny)
+    train.main([*RESUME, *map(str, changes), "--num_epochs", "2", "--eval_interval", "0"])  # even if not evaluated now
+    train.main([*RESUME, "--num_epochs", "3", "--eval_interval", "1"])
+    out = capsys.readouterr().out
+    assert f"changed: {named}; scores before do not compare" in out if named else "not compare" not in out
+    assert state_of("tiny", "best.pt")["epoch"] == (3 if named else 1)
 
 
 @pytest.mark.parametrize("epochs", [2, 3])

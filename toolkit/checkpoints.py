@@ -3,6 +3,7 @@
 A state holds everything that learns, counts or is random, so a resumed run takes the very step that would have followed.
 """
 
+import os
 import re
 import shutil
 import time
@@ -16,13 +17,15 @@ import torch
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks, build_discriminator, build_generator
 from toolkit.devices import rng_state
 from toolkit.distributed import first_rank, first_rank_first, rank, world_size
-from toolkit.files import atomic_write, attempt, link_file, read_archive, replace
+from toolkit.files import atomic_write, attempt, link_file, read_archive, remove_files, replace, sole_process
 from toolkit.weights import save_generator
 from utils import InputError, counted, one_line, say, warn
 
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # raised when older code can no longer read a state
+ASIDE = "overwritten"  # sub-folders for the files of a run until the run that replaces it is saved
+COMPLETE = ".complete"  # marks that all files are there
 OF_RANK = ("buffers", "rng", "meter")  # entries of a state that differ between the ranks of torchrun
 
 
@@ -70,6 +73,9 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> tuple[dict, Path]:
     """Read the state of an epoch ("latest", "best" or a number), which `flag` names; previous.pt for a bad latest.pt."""
+    if flag == "--start_from" and (folder / ASIDE).is_dir():  # a run was killed before its first save
+        with first_rank_first(), sole_process(folder):
+            settle_overwriting(folder.name)
     path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     previous = folder / "previous.pt"
     try:
@@ -171,22 +177,16 @@ class CheckpointSaver:
     checkpoint_interval: int = 10  # epochs
     keep_checkpoints: int = 0
     save_minutes: float = 10.0
-    overwritten: list[Path] = field(default_factory=list)  # states that the first save of this run removes
     saved_at: float = field(default_factory=time.monotonic)  # time of the last attempt, s
     save_error: str = ""  # why the last save failed
 
     def take_folder(self, overwrite: bool, checkpoint: Path | None) -> None:
         """Prepare the folder, which this process has locked, for a run that starts or resumes from a checkpoint."""
         with first_rank_first():
+            settle_overwriting(self.folder.name)
             if rank() == 0 and checkpoint is None:
                 refuse_second_run(self.folder.name, overwrite)  # again, now that no other process can start one
-                for path in files_of_run(self.folder.name):
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    elif path.suffix not in (".pt", ".safetensors"):
-                        path.unlink()
-                self.overwritten = [self.folder / "previous.pt", self.folder / "best.pt"]
-                self.overwritten += numbered_checkpoints(self.folder).values()
+                set_aside(self.folder.name)
             elif rank() == 0 and checkpoint and checkpoint.name == "previous.pt":
                 link_file(checkpoint, self.folder / "latest.pt")  # so that the next save does not keep the damaged one
 
@@ -212,9 +212,7 @@ class CheckpointSaver:
         if is_numbered:
             also.append(self.folder / f"epoch_{epoch:04d}.pt")
         save_latest(self.folder, state, also)
-        for path in {*self.overwritten} - {*also}:
-            path.unlink(missing_ok=True)
-        self.overwritten = []
+        settle_overwriting(self.folder.name)
         if is_numbered and self.keep_checkpoints:
             kept = [path for number, path in numbered_checkpoints(self.folder).items() if number <= epoch]
             for path in kept[: -self.keep_checkpoints]:
@@ -222,21 +220,21 @@ class CheckpointSaver:
 
     def last_state(self) -> str:
         """Say from where a run that ends badly can be resumed."""
-        path = self.folder / "latest.pt"  # of an overwritten run, until the first save
-        return f"the last good state is {path}" if path.exists() and not self.overwritten else "nothing was saved yet"
+        path = self.folder / "latest.pt"
+        return f"the last good state is {path}" if path.exists() else "nothing was saved yet"
 
 
 def files_of_run(run_name: str) -> list[Path]:
-    """List what an earlier run left under this name; files that no run writes are not listed."""
+    """List the files that training wrote under this name; those of anybody else are not listed."""
     folder = RUNS / run_name
     images = IMAGES / run_name
     names = "latest.pt previous.pt best.pt G_AB.safetensors G_BA.safetensors run.json losses.csv measures.csv"
     found = [folder / name for name in names.split()]
-    found += [*numbered_checkpoints(folder).values(), folder / "tensorboard"]
-    found += [images / name for name in ("index.html", "losses.png", "watch", "test")]
-    found += [path for path in images.glob("epoch_*.png") if path.stem[6:].isdecimal()]
-    left = [path for path in found if path.exists()]
-    return [] if left == [images / "test"] else left  # test.py --weights writes that without any run
+    found += [*numbered_checkpoints(folder).values(), *folder.glob("tensorboard/events.out.tfevents.*")]
+    found += [images / "index.html", images / "losses.png"]
+    grids = (*images.glob("epoch_*.png"), *images.glob("watch/*/epoch_*.png"))
+    found += [path for path in grids if path.stem[6:].isdecimal()]
+    return [path for path in found if path.is_file()]
 
 
 def refuse_second_run(run_name: str, overwrite: bool) -> None:
@@ -245,3 +243,31 @@ def refuse_second_run(run_name: str, overwrite: bool) -> None:
     if found and not overwrite:
         remedy = "go on with --start_from latest, choose another --run_name, or delete it with --overwrite"
         raise InputError(f"{found[0].parent} holds a run already; {remedy}")
+
+
+def set_aside(run_name: str) -> None:
+    """Move the files of a run into sub-folders, until the new run of that name is saved."""
+    found = files_of_run(run_name)
+    for path in found:
+        folder = RUNS / run_name if RUNS in path.parents else IMAGES / run_name
+        os.renames(path, folder / ASIDE / path.relative_to(folder))
+    if found:
+        (RUNS / run_name / ASIDE).mkdir(exist_ok=True)
+        (RUNS / run_name / ASIDE / COMPLETE).touch()
+
+
+@first_rank
+def settle_overwriting(run_name: str) -> None:
+    """Remove the files that were set aside if the new run was saved, else bring them back; the folder must be locked."""
+    folders = (RUNS / run_name, IMAGES / run_name)
+    complete = folders[0] / ASIDE / COMPLETE
+    if not (complete.is_file() and (folders[0] / "latest.pt").is_file()):
+        if complete.is_file():  # all that is not in the sub-folders is of the new run
+            for folder in folders:
+                remove_files([path for path in files_of_run(run_name) if folder in path.parents], folder)
+            complete.unlink()
+        for folder in folders:
+            for path in [path for path in (folder / ASIDE).rglob("*") if path.is_file()]:
+                os.renames(path, folder / path.relative_to(folder / ASIDE))
+    for folder in folders:
+        shutil.rmtree(folder / ASIDE, ignore_errors=True)

@@ -88,14 +88,14 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def remove_files(paths: Iterable[Path]) -> int:
-    """Remove those files that exist, and the folders that are empty then; return the number of files."""
+def remove_files(paths: Iterable[Path], root: Path) -> int:
+    """Remove those files that exist, and folders below `root` that are empty then; return the number of files."""
     found = [path for path in paths if path.is_file() or path.is_symlink()]
     for path in found:
         path.unlink()
-    for folder in sorted({path.parent for path in found}, reverse=True):
         with suppress(OSError):  # not empty
-            folder.rmdir()
+            for folder in path.relative_to(root).parents[:-1]:
+                (root / folder).rmdir()
     return len(found)
 
 

@@ -105,7 +105,7 @@ class ResultFolder:
         for path in [path for result in results for path in (result.input, result.truth) if path]:
             if path.resolve() in changed:
                 raise InputError(f"--output {self.path}: would remove or overwrite {path}; choose another folder")
-        count = remove_files([self.path / name for name in removed])
+        count = remove_files([self.path / name for name in removed], self.path)
         if count and not keep:
             say(f"{self.path}: removed {counted(count, 'file')} of the last test; --output DIR would keep them")
         self.path.mkdir(parents=True, exist_ok=True)
