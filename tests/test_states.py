@@ -26,12 +26,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tiny_runs import save_run
 
 import distill
 import export
 import test as test_command
 import train
 from toolkit.checkpoints import RUNS, load_state
+from toolkit.gallery import RECORD
 from toolkit.logs import read_losses
 from toolkit.metrics import BEST_BY
 from toolkit.weights import load_generator
@@ -451,6 +453,115 @@ class Commands(RuleBasedStateMachine):
 
 
 # ---------------------------------------------------------------------------------------------
+# A folder of results
+
+
+OUTPUT = Path("out")
+SCORED = ("paired", "cycle")
+TESTS = st.fixed_dictionaries(
+    {"run_name": st.sampled_from(["one", "two"]), "epoch": st.sampled_from(["1", "2"])},
+    optional={
+        "direction": st.sampled_from(["AtoB", "BtoA"]),
+        "scale": st.just("native"),
+        "output_size": st.just("net"),
+        "num_test": st.sampled_from([1, 2]),
+        "metrics": st.sampled_from(SCORED),
+    },
+)
+PLACES = ("fake_B/0.png", "thumbnails/real_A/0.jpg", "metrics.json", "grid.png", "rec_B/2.png", "fake_B/mine.png")
+
+
+class Results(RuleBasedStateMachine):
+    """Two runs that are tested into one folder, where other people's files lie too."""
+
+    def __init__(self):
+        super().__init__()
+        self.home = Path.cwd()
+        self.folder = tempfile.mkdtemp(dir=self.home)
+        os.chdir(self.folder)
+        make_dataset(Path("datasets/tiny"), (2, 2, 3, 3), (18, 16))
+        save_run("one")
+        save_run("two", seed=1)
+        self.foreign: dict[Path, str] = {}  # somebody else's files
+        self.fresh: dict[str, Path] = {}  # folders of tests that found nothing, by what they depend on
+
+    def teardown(self):
+        os.chdir(self.home)
+        shutil.rmtree(self.folder)
+
+    def fresh_folder(self, argv):
+        """The folder that a test leaves where there was none."""
+        inputs = [digest(path) for path in sorted(Path("datasets").rglob("test*/*.png"))]
+        key = str((argv, inputs))
+        if key not in self.fresh:
+            self.fresh[key] = Path(f"fresh{len(self.fresh)}")
+            assert exit_code(test_command.main, *argv, "--output", self.fresh[key]) == 0
+        return self.fresh[key]
+
+    def files(self):
+        paths = [path for path in OUTPUT.rglob("*") if path.is_file() and path.name != RECORD]
+        return {path.relative_to(OUTPUT): digest(path) for path in paths}
+
+    @rule(options=TESTS, skip=st.booleans())
+    def test(self, options, skip):
+        argv = [*command_line(options), *CPU]
+        fresh = self.fresh_folder(argv)
+        own = {path.relative_to(fresh): digest(path) for path in fresh.rglob("*") if path.is_file()}
+        own.pop(Path(RECORD))
+        before = self.files()
+        thumbnails = {Path("thumbnails", path).with_suffix(".jpg") for path in own}
+        code = exit_code(test_command.main, *argv, "--output", OUTPUT, *["--skip_existing"] * skip)
+        if self.foreign.keys() & (own.keys() | thumbnails):
+            assert code == 2
+            assert self.files() == before
+            return
+        assert code == 0
+        found = self.files()
+        pages = {Path("index.html"), Path("grid.png")} if skip else set()  # the page also shows what was kept
+        assert {path: found.get(path) for path in own if path not in pages} == {
+            path: value for path, value in own.items() if path not in pages
+        }
+        earlier = before.keys() - own.keys() - self.foreign.keys()
+        outdated = {path for path in earlier if path.name == "metrics.json"}
+        assert found.keys() - own.keys() - self.foreign.keys() == (earlier - outdated if skip else set())
+        title = f"<h1>{options['run_name']}, epoch {options['epoch']}, step {2 * int(options['epoch'])}</h1>"
+        assert title in (OUTPUT / "index.html").read_text(encoding="utf-8")
+
+    @rule(number=st.integers(0, 2), domain=st.sampled_from("AB"), seed=st.integers(0, 1))
+    def change_image(self, number, domain, seed):
+        noise_image(f"new {seed}", (18, 16)).save(f"datasets/tiny/test{domain}/{number}.png")
+
+    @rule(place=st.sampled_from(PLACES))
+    def put_or_take_away_somebody_elses_file(self, place):
+        path = OUTPUT / place
+        if Path(place) in self.foreign:
+            del self.foreign[Path(place)]
+            path.unlink()
+        elif not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("mine")
+            self.foreign[Path(place)] = digest(path)
+
+    @rule(data=st.data(), way=st.sampled_from(["delete", "halve", "junk", "swap"]))
+    def damage(self, data, way):
+        paths = [OUTPUT / path for path in sorted(self.files().keys() - self.foreign.keys()) if path.suffix == ".png"]
+        if not paths:
+            return
+        path = data.draw(st.sampled_from(paths))
+        if way == "swap":
+            shutil.copyfile(data.draw(st.sampled_from(paths)), f"{path}.copy")
+            Path(f"{path}.copy").replace(path)
+        elif way == "delete":
+            path.unlink()
+        else:
+            damage_file(path, way)
+
+    @invariant()
+    def other_files_are_as_they_were(self):
+        assert {path: digest(OUTPUT / path) for path in self.foreign} == self.foreign
+
+
+# ---------------------------------------------------------------------------------------------
 # Running it
 
 USUAL = settings(
@@ -475,6 +586,17 @@ def fast(no_plots, monkeypatch):
 @pytest.mark.usefixtures("fast")
 def test_commands_in_any_order_leave_consistent_files():
     run_state_machine_as_test(Commands, settings=USUAL)
+
+
+@pytest.mark.usefixtures("fast")
+def test_tests_in_any_order_leave_only_results_of_the_last_one():
+    run_state_machine_as_test(Results, settings=settings(USUAL, max_examples=8, stateful_step_count=6))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast")
+def test_many_tests_in_any_order_leave_only_results_of_the_last_one():
+    run_state_machine_as_test(Results, settings=settings(USUAL, max_examples=150, stateful_step_count=10))
 
 
 @pytest.mark.slow
