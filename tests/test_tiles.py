@@ -23,15 +23,20 @@ def generator(init="normal", ngf=4, num_residual=1, **config):
 # -- positions and blending ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("length", "tile", "step"), [(100, 32, 1), (64, 64, 4), (65, 64, 4), (40, 64, 4), (1000, 96, 4), (17, 16, 4)]
-)
-def test_tiles_cover_a_side_and_overlap(length, tile, step):
-    spans = tile_spans(length, tile, tile // 8, step)
-    assert (spans[0].start, spans[-1].stop) == (0, length)
-    assert all(a.stop - b.start >= tile // 8 for a, b in pairwise(spans))
-    assert all(span.start % step == 0 for span in spans)
-    assert all(min(length, 2 * step) <= span.stop - span.start < tile + step for span in spans)
+@pytest.mark.parametrize("every", [331, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("downsamplings", range(5))
+def test_tiles_cover_a_side_and_overlap(downsamplings, every):
+    step = 2**downsamplings
+    for tile in range(max(16, 2 * step), 513):
+        overlap = tile // 8
+        for length in {16, tile - 1, *range(tile, 4097, every), *range(tile + 1, tile + step + 2), 4096}:
+            spans = tile_spans(length, tile, overlap, step)
+            sides = [span.stop - span.start for span in spans]
+            assert (spans[0].start, spans[-1].stop) == (0, length), (tile, length)
+            assert min((a.stop - b.start for a, b in pairwise(spans)), default=overlap) >= overlap, (tile, length)
+            assert not any(span.start % step for span in spans), (tile, length)
+            assert min(length, 2 * step) <= min(sides), (tile, length)
+            assert max(sides) < tile + step, (tile, length)
 
 
 def test_tiles_are_no_larger_than_needed():
@@ -43,6 +48,12 @@ def test_tiles_are_no_larger_than_needed():
 def test_blending_preserves_what_does_not_depend_on_tiles():
     images = torch.rand(2, 3, 50, 131) * 2 - 1
     assert torch.allclose(blend_tiles(lambda x: x * 2, images, find_tiles(images, 32, 8), 8), images * 2, atol=1e-6)
+
+
+def test_tiles_with_gaps_are_not_blended():
+    gap = [(slice(0, 8), slice(0, 19)), (slice(0, 8), slice(20, 40))]
+    with pytest.raises(AssertionError, match="cover"):
+        blend_tiles(lambda x: x, torch.rand(1, 3, 8, 40), gap, 2)
 
 
 @pytest.mark.parametrize("downsamplings", range(5))
@@ -112,12 +123,26 @@ def lopsided_image():
     return image
 
 
-def test_tiles_equal_the_whole_where_there_is_no_norm():
-    net = generator("kaiming", n_downsampling=1, norm="none")
-    image = torch.rand(1, 3, 120, 100) * 2 - 1
+@pytest.mark.parametrize(("downsamplings", "tile", "overlap"), [(0, 60, 24), (1, 80, 32), (2, 100, 48), (3, 150, 72)])
+def test_tiles_equal_the_whole_where_there_is_no_norm(downsamplings, tile, overlap):
+    net = generator("kaiming", n_downsampling=downsamplings, norm="none")
+    image = torch.rand(1, 3, 120, 200) * 2 - 1
     whole = net(image)
-    tiled = blend_tiles(net, image, find_tiles(image, 80, 32, 2), 32)
+    tiled = blend_tiles(net, image, find_tiles(image, tile, overlap, 2**downsamplings), overlap)
     assert (whole - tiled).abs().mean() < 0.005 * whole.abs().mean()  # a tile's border is padded by reflection
+
+
+@pytest.mark.parametrize(
+    ("downsamplings", "blocks", "tile", "size"),
+    [(0, 1, 16, (40, 100)), (1, 1, 17, (50, 90)), (2, 3, 19, (24, 1000)), (3, 1, 55, (60, 333)), (4, 0, 94, (94, 592))],
+)
+def test_small_tiles_equal_the_whole_where_no_pixel_depends_on_its_neighbours(downsamplings, blocks, tile, size):
+    net = generator(num_residual=blocks, n_downsampling=downsamplings, upsample="resize", norm="none")
+    for kernel in (weight for weight in net.parameters() if weight.dim() == 4):
+        middle = kernel.shape[-1] // 2
+        nn.init.zeros_(kernel)[:, :, middle, middle] = 1 / kernel.shape[1]
+    image = torch.rand(1, 3, *size)
+    assert torch.allclose(translate_tiled(net, net, image, tile), net(image), atol=1e-5)
 
 
 def test_all_tiles_are_normalised_alike_so_that_a_flat_one_does_not_stand_out():

@@ -41,13 +41,17 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
 
 
 def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
-    """Divide a side into evenly spaced tiles, no longer than needed, that overlap by at least `overlap` px."""
+    """Divide a side into evenly spaced tiles, no longer than needed, that overlap by at least `overlap` px.
+
+    step: tiles start at its multiples, so that downsampling samples the same pixels as in the whole image;
+          at most tile - overlap, as for every tile that a generator accepts
+    """
     if length <= tile:
         return [slice(0, length)]
-    count = math.ceil((length - overlap) / (tile - overlap))
+    farthest = (tile - overlap) // step * step  # from one start to the next
+    count = 1 + math.ceil((length - tile) / farthest)
     shortest = max(4, 2 * step)  # that a generator accepts
     side = min(tile, max(shortest, math.ceil((length + (count - 1) * (overlap + step)) / count)))
-    # at multiples of step, so that downsampling samples the same pixels as in the whole image
     starts = [i * (length - side) // (count - 1) // step * step for i in range(count)]
     return [slice(start, start + side) for start in starts[:-1]] + [slice(starts[-1], length)]
 
@@ -75,6 +79,7 @@ def blend_tiles(translate: Callable, images: Tensor, tiles: Iterable[Tile], over
         weights = torch.outer(fade(part.shape[2], overlap), fade(part.shape[3], overlap))
         blended[..., rows, columns] += weights * translate(part).cpu()
         total[rows, columns] += weights
+    assert total.all(), "tiles do not cover the image; the pixels between them would be black"
     return blended.div_(total)
 
 
