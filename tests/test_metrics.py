@@ -352,6 +352,25 @@ def test_a_spike_is_the_share_of_the_farthest_pixel_in_a_map():
     assert metrics.mean_spike(net, images, "fp32") == pytest.approx((1 + farthest + 0) / 3, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("colour", [(-1.0, -1.0, -1.0), (1.0, 1.0, 1.0), (0.3, -0.17, 0.77)])
+def test_a_flat_image_has_no_spike_but_where_borders_differ(colour, precision):
+    image = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    stem_only = tiny_networks(num_residual=0, n_downsampling=0)["G_AB"]
+    assert metrics.mean_spike(stem_only, {Path("a"): image}, precision) == 0
+    zero_padded = tiny_networks(norm="none", init="kaiming")["G_AB"]
+    assert 0 < metrics.mean_spike(zero_padded, {Path("a"): image}, precision) <= 1
+
+
+@pytest.mark.parametrize(("height", "precision", "spike"), [(0.2, "fp32", 1), (0.2, "bf16", 1), (0.003, "bf16", 0)])
+def test_one_pixel_of_a_map_is_a_spike_unless_it_is_only_rounding(height, precision, spike):
+    net = Copies()
+    nn.init.zeros_(net.body.bias)
+    image = torch.full((1, 1, 64, 64), 0.75)
+    image[..., 20, 30] += height  # the next number of bfloat16 is 0.7539
+    assert metrics.mean_spike(net, {Path("a"): image}, precision) == pytest.approx(spike, abs=1e-3)
+
+
 @pytest.mark.parametrize("changes", [{"skips": True}, {"generator": "unet_vit"}, {"norm": "none"}])
 def test_spikes_of_both_generators_are_measured_on_held_out_images(changes, tiny_vits):
     nets = tiny_networks(**changes)

@@ -232,15 +232,19 @@ def mean_spike(G: Generator, images: Images, precision: str) -> float:
 
     The spike of a map is the distance of its farthest pixel from the mean, in standard deviations, divided by the largest
     possible value, sqrt(pixels - 1). At 1 one pixel has all the variance: it circumvents the instance normalisation that
-    follows, and leaves a blob in the image (Karras et al. 2020, arXiv:1912.04958, section 2).
+    follows, and leaves a blob in the image (Karras et al. 2020, arXiv:1912.04958, section 2). A flat map has none.
     """
     of_layers: list[Tensor] = []
 
     def measure_layer(layer: nn.Module, inputs: tuple, x: Tensor) -> None:
+        rounding = torch.finfo(x.dtype).eps
         x = x.float().flatten(2)  # (1, C, H * W)
+        # by the range: a mean is rounded, and a standard deviation hides one pixel among many
+        flat = x.amax(2) - x.amin(2) <= rounding * x.abs().amax(2)
         farthest = (x - x.mean(2, keepdim=True)).abs().amax(2)
         largest = x.std(2, correction=0) * math.sqrt(x.shape[2] - 1)
-        of_layers.append((farthest / largest.clamp_min(1e-12)).amax())
+        spike = (farthest / largest.clamp_min(1e-12)).clamp(max=1)
+        of_layers.append(spike.masked_fill(flat, 0).amax())
 
     spikes = []
     with ExitStack() as hooks:
