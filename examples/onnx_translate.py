@@ -36,13 +36,19 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """Read an image as RGB or greyscale, rotated as its EXIF orientation says.
+    """Read an image as RGB or greyscale, rotated as its EXIF orientation says, transparency over white.
 
-    raises: ValueError if it cannot be read
+    raises: ValueError if it cannot be read, or if it has 16 or 32 bits, which test.py scales to 8
     """
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
+            image = ImageOps.exif_transpose(file)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits or use test.py")
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB" if channels == 3 else "L")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; expected an image") from error
     except Exception as error:  # Pillow has a dozen kinds of errors for damaged files

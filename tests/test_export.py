@@ -14,6 +14,7 @@ import export
 import test as test_command
 from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
 from toolkit.converters import to_junyanz
+from toolkit.images import read_image
 from toolkit.weights import load_generator, save_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -120,6 +121,26 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
 
 
 @pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGBA", {}),
+        ("LA", {}),
+        ("L", {"transparency": 2}),
+        ("P", {"transparency": bytes(range(256))}),
+        ("RGB", {"transparency": (1, 2, 3)}),
+        ("1", {}),
+    ],
+)
+def test_the_example_reads_images_as_test_py_does(mode, options):
+    write_identity("net.onnx", channels=3, size=None)
+    photo = noise_image(3, (30, 20), "RGBA")
+    photo.putpixel((4, 5), (1, 2, 3, 255))
+    (photo if "A" in mode else photo.convert("RGB")).convert(mode).save("photo.png", **options)
+    assert translate_onnx("net.onnx", "photo.png", "output.png") == 0
+    assert Image.open("output.png").tobytes() == read_image(Path("photo.png")).tobytes()
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("", "usage: python examples/onnx_translate.py MODEL.onnx IMAGE RESULT.png"),
@@ -130,6 +151,8 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
         ("grey.onnx photo.png output.png", "photo.png: grey.onnx cannot translate 30x20 px ("),
         ("net.onnx none.png output.png", "none.png: no such file; expected an image"),
         ("net.onnx torn.png output.png", "torn.png: cannot be read"),
+        ("net.onnx deep.png output.png", "deep.png: cannot be read (its mode is I;16; convert it to 8 bits"),
+        ("net.onnx float.tif output.png", "float.tif: cannot be read (its mode is F; convert it to 8 bits"),
         ("net.onnx photo.png none/output.png", "none/output.png: cannot be written"),
         ("net.onnx photo.png output.what", "output.what: cannot be written"),
     ],
@@ -140,6 +163,8 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
     for name, values in {**facts, "grey": {"channels": 1, "size": None}}.items():
         write_identity(f"{name}.onnx", **values)
     noise_image(3, (30, 20)).save("photo.png")
+    for name, mode in {"deep.png": "I;16", "float.tif": "F"}.items():
+        Image.new(mode, (30, 20)).save(name)
     Path("torn.png").write_bytes(Path("photo.png").read_bytes()[:500])
     assert translate_onnx(*argv.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
