@@ -394,7 +394,11 @@ def read_configs(args: Namespace) -> tuple[TrainConfig, DistillationConfig, Teac
     else:
         args = inherit(cli.changed(args, direction=distillation.direction), teacher)
     config = TrainConfig(**cli.config_fields(args, SHARED_CONFIGS | RUN_CONFIGS))
-    config.check(lambda_hidden=distillation.lambda_hidden, lambda_output=distillation.lambda_output)
+    distances = {"lambda_output": distillation.lambda_output}
+    teacher_blocks = [teacher.networks[direction.generator].config.blocks for direction in distillation.directions]
+    if min(distillation.student_residual, *teacher_blocks):  # without blocks there are no hidden states to match
+        distances["lambda_hidden"] = distillation.lambda_hidden
+    config.check(**distances)
     return config, distillation, teacher, checkpoint
 
 

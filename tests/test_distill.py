@@ -31,6 +31,7 @@ from utils import InputError, one_line
 A_TO_B, B_TO_A = DIRECTIONS
 STUDENT = Path("saved_models/tiny_student")
 COMMON = ["--dataset_name", "tiny", "--device", "cpu", "--precision", "fp32"]
+NOTHING_ELSE = "--lambda_gan 0 --lambda_cycle 0 --lambda_identity 0 --lambda_output 0".split()  # than hidden states
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
@@ -185,6 +186,11 @@ def test_students_inherit_the_options_of_the_teachers_run_and_learn_in_both_dire
     assert (teacher / "latest.pt").read_bytes() == before
 
 
+def test_a_student_with_blocks_can_learn_from_hidden_states_alone(teacher):
+    distil("--steps_per_epoch", 1, *NOTHING_ELSE)
+    assert read_losses(STUDENT / "losses.csv")[0]["hidden_AB"] > 0
+
+
 def test_the_generators_of_a_teacher_can_differ_in_their_blocks(teacher):
     distil("--direction", "AtoB", "--student_residual", 2, "--run_name", "half")  # its G_BA keeps 3 blocks
     distil("--teacher", "half", "--student_residual", 1, "--student_ngf", 2, "--run_name", "both")
@@ -308,6 +314,7 @@ def test_the_student_of_a_unet_vit_can_only_have_fewer_blocks(student, message):
         (["--hidden_layers", "x"], "--hidden_layers: given 'x'"),
         (["--channels", "1"], "--channels 1: the teacher saved_models/tiny/latest.pt has 3"),
         (["--student_residual", "1", "--img_height", "4"], "images of 16x4 px: the generator needs 8 px"),
+        (["--student_residual", "0", *NOTHING_ELSE], "--lambda_output are all 0: nothing is left to learn"),
         (["--start_from", "latest"], "--start_from latest: no saved_models/tiny_student/latest.pt"),
         (["--start_from", "latest", "--overwrite"], "--overwrite contradicts --start_from latest"),
     ],
