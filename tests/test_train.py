@@ -666,6 +666,8 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--img_height 5 --n_downsampling 0", "take --discriminator pixel"),
         ("--lambda_gan 0 --lambda_cycle 0 --lambda_identity 0", "--lambda_gan, --lambda_cycle, --lambda_identity are"),
         ("--gp_target 1", "--gp_target 1: has no effect without --lambda_gp"),
+        ("--lambda_gan 0 --lambda_gp 0.1", "--lambda_gp 0.1: has no effect while the discriminators do not learn"),
+        ("--freeze D --lambda_gp 0.1", "--lambda_gp 0.1: has no effect while the discriminators do not learn"),
         ("--decay_epoch 201", "--decay_epoch 201: expected at most --num_epochs 200"),
         ("--best_by PSNR", "--best_by PSNR: needs --eval_interval, and paired"),
         ("--best_by loss_G --eval_interval 1", "--best_by loss_G: needs --eval_interval, and losses"),
@@ -707,6 +709,14 @@ def test_an_inherited_best_by_is_checked_like_a_given_one(tiny, refused):
     error = refused(train.main, *RESUME, "--num_epochs", "2", "--eval_metrics", "cycle")
     assert "--best_by PSNR: needs --eval_interval, and paired" in error
     train.main([*RESUME, "--num_epochs", "2", "--eval_interval", "0"])  # nothing is evaluated: it has no effect
+
+
+def test_an_inherited_gradient_penalty_waits_while_the_discriminators_are_skipped(tiny, refused):
+    run_tiny("--num_epochs", 1, "--lambda_gp", 0.1)
+    skip = [*RESUME, "--num_epochs", "2", "--lambda_gan", "0"]
+    assert "--lambda_gp 0.2: has no effect" in refused(train.main, *skip, "--lambda_gp", "0.2")
+    train.main(skip)
+    assert state_of("tiny")["args"]["lambda_gp"] == 0.1
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_line(tiny, refused):

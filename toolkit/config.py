@@ -86,6 +86,11 @@ class TrainConfig:
             raise InputError(
                 f"--gp_target {self.loss.gp_target:g}: has no effect without --lambda_gp; give both or none"
             )
+        learns_D = self.loss.lambda_gan and "D" not in self.init.freeze
+        if "lambda_gp" in self.given and self.loss.lambda_gp and not learns_D:
+            raise InputError(
+                f"--lambda_gp {self.loss.lambda_gp:g}: has no effect while the discriminators do not learn; leave it out"
+            )
         if not any(weights.values()):
             raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
         if needed and not evaluated and (run.eval_interval or "best_by" in self.given):
