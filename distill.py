@@ -243,7 +243,9 @@ def make_student_networks(config: TrainConfig, distillation: DistillationConfig,
             networks[name] = models.build_generator(config_G) if is_generator else models.build_discriminator(config_D)
     for net in networks.values():
         net.requires_grad_(True).train()
-    models.check_image_size(networks["G_AB"].config, networks["D_A"].config, *config.data.size)
+    models.check_image_size(
+        networks["G_AB"].config, networks["D_A"].config, *config.data.size, discriminator_is_fixed=True
+    )
     return {name: networks[name] for name in names}
 
 

@@ -510,12 +510,21 @@ def freeze(networks: Networks, parts: Collection[str]) -> None:
             module.train(part not in parts)
 
 
-def check_image_size(generator: GeneratorConfig, discriminator: DiscriminatorConfig, height: int, width: int) -> None:
+def check_image_size(
+    generator: GeneratorConfig,
+    discriminator: DiscriminatorConfig,
+    height: int,
+    width: int,
+    discriminator_is_fixed: bool = False,
+) -> None:
     """Raise InputError if images of (height, width) px are too small for a network, with the option that would fit."""
     side = min(height, width)
     given = f"images of {width}x{height} px"
     if side < generator.smallest_side:
         raise InputError(f"{given}: the generator needs {generator.smallest_side} px; raise --img_height, --img_width")
+    if discriminator.map_side(side) < 1 and discriminator_is_fixed:
+        least = 3 * 2**discriminator.n_layers  # for a map_side of 1
+        raise InputError(f"{given}: the discriminators need {least} px; raise --img_height, --img_width")
     if discriminator.map_side(side) < 1:
         most = discriminator.largest_n_layers(side)
         remedy = f"the largest --n_layers_D that fits is {most}" if most else "take --discriminator pixel"

@@ -473,7 +473,8 @@ def with_network_configs(
     config: TrainConfig, generator: GeneratorConfig, discriminator: DiscriminatorConfig
 ) -> TrainConfig:
     """Return the config with other networks; raises InputError if the images are too small for them."""
-    models.check_image_size(generator, discriminator, *config.data.size)
+    is_resumed = config.run.start_from != "0"
+    models.check_image_size(generator, discriminator, *config.data.size, discriminator_is_fixed=is_resumed)
     flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
     data = dataclasses.replace(config.data, channels=generator.channels)
     return dataclasses.replace(

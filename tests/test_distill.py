@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, differences, make_dataset, tiny_networks
-from tiny_runs import run_tiny, state_of
+from tiny_runs import run_tiny, save_pair, state_of
 from tiny_steps import batch
 from torch import nn
 
@@ -324,3 +324,10 @@ def test_wrong_options_are_refused_in_one_line(teacher, refused, options, messag
     assert message in error
     assert one_line(error) == error
     assert not STUDENT.exists()
+
+
+def test_images_that_are_too_small_for_the_discriminators_are_refused_without_flags_of_train(tiny, refused):
+    save_pair("flat", G_AB=build_generator(GeneratorConfig(ngf=4, num_residual=2, n_downsampling=0)))
+    small = ["--student_residual", 1, "--img_height", 4, "--img_width", 4, *COMMON]
+    error = refused(distill.main, "--teacher", "saved_models/flat/G_AB.safetensors", *small)
+    assert error == "error: images of 4x4 px: the discriminators need 6 px; raise --img_height, --img_width"

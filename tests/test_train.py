@@ -719,6 +719,12 @@ def test_an_inherited_gradient_penalty_waits_while_the_discriminators_are_skippe
     assert state_of("tiny")["args"]["lambda_gp"] == 0.1
 
 
+def test_a_resumed_run_is_not_told_to_change_its_discriminators(tiny, refused):
+    run_tiny("--num_epochs", 1, "--n_downsampling", 0)
+    error = refused(train.main, *RESUME, "--img_height", "4")
+    assert error == "error: images of 16x4 px: the discriminators need 6 px; raise --img_height, --img_width"
+
+
 def test_a_file_in_the_place_of_a_folder_is_one_line(tiny, refused):
     Path("saved_models").write_text("a file")
     assert "saved_models" in refused(train.main, *START)
