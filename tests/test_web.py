@@ -51,7 +51,7 @@ def serving(server):
     server.server_close()
 
 
-def test_the_page_is_served_to_this_machine_alone_with_isolating_headers_and_mime_types(tmp_path, monkeypatch):
+def test_the_page_is_served_to_this_machine_alone_with_isolating_headers_and_mime_types(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mimetypes.guess_type", lambda *a, **k: ("text/plain", None))  # as some Windows registries say
     types = {"page.js": "text/javascript", "runtime.mjs": "text/javascript", "runtime.wasm": "application/wasm"}
     for name in types:
@@ -65,8 +65,10 @@ def test_the_page_is_served_to_this_machine_alone_with_isolating_headers_and_mim
                 assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
                 assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
                 assert response.headers["Content-Security-Policy"] == "connect-src 'self'"
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(home + "model.onnx")
+        for missing in ("model.onnx", "%00", "%ED%A0%80"):  # a file name has neither zero bytes nor surrogates
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(home + missing)
+    assert len(capsys.readouterr().err.splitlines()) == 3  # no traceback
 
 
 @pytest.mark.parametrize("port", ["http", "70000", "taken"])

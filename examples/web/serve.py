@@ -8,6 +8,7 @@ import functools
 import http.server
 import sys
 from pathlib import Path
+from typing import Any
 
 PORT = 8000
 HEADERS = {
@@ -32,6 +33,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
+
+    def send_head(self) -> Any:
+        try:
+            return super().send_head()
+        except ValueError:  # no file has such a name: it has a zero byte, or is no valid UTF-8
+            self.send_error(404, "File not found")
+            return None
 
     def log_request(self, *words: object) -> None:
         """Do not log successful requests."""
