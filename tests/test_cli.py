@@ -316,7 +316,9 @@ def test_a_decay_epoch_that_was_not_given_follows_num_epochs():
         return cli.config_of(OptimConfig, resume(old, *argv)).first_decay_epoch
 
     assert first_decay_epoch(saved("--num_epochs", 100), "--num_epochs", 400) == 200
-    old = saved("--num_epochs", 101) | {"decay_epoch": 50}  # as older versions filled it in
+    assert first_decay_epoch(saved("--num_epochs", 100, "--decay_epoch", 50), "--num_epochs", 400) == 50
+    old = saved("--num_epochs", 101) | {"decay_epoch": 50}
+    del old["dry_run"]  # as versions before that option filled it in
     assert first_decay_epoch(old, "--num_epochs", 20) == 10
     assert first_decay_epoch(old) == 50
     assert first_decay_epoch(saved("--num_epochs", 100, "--decay_epoch", 30), "--num_epochs", 400) == 30

@@ -160,12 +160,6 @@ def is_refused(options, given):
     return "watch" in given and not Path(given["watch"]).exists()
 
 
-def inherited(options):
-    """The options of a state as a resumed run takes them: a decay from half of the epochs on is the default."""
-    is_default = options["decay_epoch"] == options["num_epochs"] // 2
-    return {**options, "decay_epoch": None if is_default else options["decay_epoch"]}
-
-
 def command_line(options):
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
@@ -316,7 +310,7 @@ class Commands(RuleBasedStateMachine):
         saved = self.known[digest(path)] if path else Saved()
         if more is not None:
             changes = {"num_epochs": max(1, saved.epoch + more), **changes}
-        options = inherited(saved.options) | changes
+        options = saved.options | changes
         scores = saved.scores if are_comparable(options, saved.options) else {}
         kept = scores if self.has_best_of(scores, options["best_by"]) else {}
         refused = path is None or is_refused(options, changes)

@@ -163,8 +163,9 @@ def saved_args(
         for name in values.keys() & saved.keys():
             values[name] = _as_typed(parser.options[name], saved[name])
         num_epochs = values.get("num_epochs")  # None where a student inherits it from its teacher
-        if num_epochs is not None and values.get("decay_epoch") == num_epochs // 2:
-            values["decay_epoch"] = None  # the default: it changes with --num_epochs
+        # A default is saved as None, except by the first versions, which filled it in and had no --dry_run.
+        if "dry_run" not in saved and num_epochs is not None and values.get("decay_epoch") == num_epochs // 2:
+            values["decay_epoch"] = None  # it changes with --num_epochs
     except Exception as error:  # an edited file can raise anything
         raise InputError(f"{path}: its flags cannot be read ({str(error)[:160]}); use another checkpoint") from error
     if newer and not quiet:
