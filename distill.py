@@ -230,6 +230,8 @@ def make_student_networks(config: TrainConfig, distillation: DistillationConfig,
     for direction in distillation.directions:
         net = teacher.networks[direction.generator]
         shape = student_config(distillation, net.config)
+        if distillation.student_skips and not net.config.downsamplings and config.run.start_from == "0":
+            raise InputError("--student_skips: has no effect without downsampling layers; leave it out")
         report.refuse_large(shape, net.config)
         networks[direction.generator] = make_student(net, shape, distillation.transfer)
     config_G = teacher.networks[distillation.directions[0].generator].config

@@ -331,3 +331,10 @@ def test_images_that_are_too_small_for_the_discriminators_are_refused_without_fl
     small = ["--student_residual", 1, "--img_height", 4, "--img_width", 4, *COMMON]
     error = refused(distill.main, "--teacher", "saved_models/flat/G_AB.safetensors", *small)
     assert error == "error: images of 4x4 px: the discriminators need 6 px; raise --img_height, --img_width"
+
+
+def test_skip_connections_of_a_student_without_downsampling_are_refused(tiny, refused):
+    save_pair("flat", G_AB=build_generator(GeneratorConfig(ngf=4, num_residual=2, n_downsampling=0)))
+    small = ["--student_residual", 1, "--student_skips", *COMMON]
+    error = refused(distill.main, "--teacher", "saved_models/flat/G_AB.safetensors", *small)
+    assert "--student_skips: has no effect without downsampling layers; leave it out" in error

@@ -681,6 +681,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--compile", "--compile: no gain on cpu"),
         ("--norm batch --micro_batch 1", "--micro_batch 1: not with --norm batch"),
         ("--vit_blocks 2", "--vit_blocks: has no meaning for --generator resnet"),
+        ("--n_downsampling 0 --skips", "--skips: has no effect with --n_downsampling 0; leave it out"),
         ("--log tensorboard", "--log tensorboard: the package tensorboard is missing; install it with: pip install"),
     ],
 )
