@@ -99,6 +99,21 @@ def test_duplicates_are_moved_those_in_train_before_those_in_test_and_none_is_lo
     assert contents(tiny) == expected
 
 
+def test_held_out_images_whose_partner_was_moved_are_named(tiny, capsys):
+    copy(tiny / "trainA/0.png", tiny / "trainA/1.png")  # training needs no pairs
+    copy(tiny / "testA/0.png", tiny / "testA/1.png", tiny / "valA/2.png")
+    noise_image("valA").save(tiny / "valA/3.png")
+    copy(tiny / "trainB/1.png", tiny / "valB/2.png", tiny / "valB/3.png")
+    copy(tiny / "testB/0.png", tiny / "testB/5.png")  # without a partner from the start
+    prepare.main(["check", "tiny", "--remove_twins"])
+    out = capsys.readouterr().out
+    assert contents(tiny).keys() >= {"testB/1.png", "removed/testA/1.png", "removed/valA/2.png", "removed/valB/3.png"}
+    message = "  3 images whose partner of the same name was moved: valA/3.png, valB/2.png, testB/1.png; "
+    assert f"{message}of a paired set, move these too\n" in out
+    prepare.main(["check", "tiny", "--remove_twins"])
+    assert "partner" not in capsys.readouterr().out
+
+
 def test_a_name_that_is_taken_in_removed_is_not_replaced(tiny):
     copy(tiny / "trainA/0.png", tiny / "trainA/twin.png")
     (tiny / "removed/trainA").mkdir(parents=True)

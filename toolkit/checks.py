@@ -102,6 +102,14 @@ def extra_copies(groups: Sequence[Sequence[Path]]) -> list[Path]:
     return extra
 
 
+def left_without_partner(paths: Collection[Path], moved: Collection[Path]) -> list[Path]:
+    """List the val and test images that remain, whose partner of the same name in the other domain is moved."""
+    partners = {"valA": "valB", "valB": "valA", "testA": "testB", "testB": "testA"}
+    remaining = [path for path in paths if path not in moved and path.parts[0] in partners]
+    gone = {path.with_suffix("") for path in moved} - {path.with_suffix("") for path in remaining}
+    return [path for path in remaining if Path(partners[path.parts[0]], *path.with_suffix("").parts[1:]) in gone]
+
+
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
     """Move the extra copies among `paths`, the images of the data set, to removed/.
 
@@ -123,6 +131,11 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
         shutil.move(folder / path, target)
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}")
+    left = left_without_partner(paths, set(moved))
+    if left:  # these would have no truth in paired scores
+        names = ", ".join(map(str, left[:NAMED])) + (", ..." if left[NAMED:] else "")
+        found = f"{counted(len(left), 'image')} whose partner of the same name was moved: {names}"
+        say(f"  {found}; of a paired set, move these too")
 
 
 def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:
