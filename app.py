@@ -37,7 +37,6 @@ from toolkit.inference import Translator, load_networks, output_image, unique_na
 from utils import InputError, existing_or_new_path, need_package, one_line, option, say
 
 NO_RUN = "No run in saved_models yet; try --weights examples/horse2zebra.safetensors, or train one with make demo, or python train.py --dataset_name NAME, then reload the page"
-TILE = 512  # px a side; at its own size a larger image is translated in tiles, to limit memory
 CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* also small images */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds are at its end */
@@ -72,9 +71,7 @@ def find_runs(generator: str = "G_??") -> list[str]:
 def load_translator(config: AppConfig, run_name: str, scale: str, times: tuple[int, ...]) -> Translator:
     """Load networks as test.py does; `times` are those of their files, so that a run in training is loaded again."""
     networks, metadata = load_networks(config.weights, run_name)
-    metadata["size"] = metadata["size"] or [256, 256]  # the paper's, for a file that does not say its own
-    tile = TILE if scale == "native" else None
-    return Translator(networks, metadata, config.device, config.precision, scale, tile)
+    return Translator(networks, metadata, config.device, config.precision, scale)
 
 
 def open_run(config: AppConfig, run_name: str | None, scale: str = "train") -> Translator:
@@ -138,7 +135,7 @@ def compare_runs(
     for name, translator in translators.items():
         net, _ = translator.generators(direction)
         image, real = load_upload(translator, path)
-        if max(real.shape[-2:]) <= TILE:
+        if not translator.tile_for(*real.shape[-2:]):
             translator(net, real).cpu()  # warms up; tiles take long enough without
         start = time.perf_counter()
         fake = translator(net, real).cpu()

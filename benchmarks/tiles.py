@@ -32,9 +32,7 @@ SHOWN = 340  # px, side of each image of --image
 def translate_independent_tiles(net, translate, image, tile):
     """Translate in the same tiles, each normalised by its own statistics."""
     overlap = tile // 8
-    return tiles.blend_tiles(
-        translate, image, tiles.find_tiles(image, tile, overlap, 2**net.config.downsamplings), overlap
-    )
+    return tiles.blend_tiles(translate, image, tile, overlap, 2**net.config.downsamplings)
 
 
 def save_side_by_side(outputs, path):

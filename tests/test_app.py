@@ -24,7 +24,7 @@ from PIL import Image
 import app
 import test as test_command
 from models import DIRECTIONS, Direction, GeneratorConfig, build_generator
-from toolkit import cli, images
+from toolkit import cli, images, inference
 from toolkit.converters import to_junyanz
 from toolkit.weights import save_generator
 from utils import InputError
@@ -176,7 +176,8 @@ def test_uploads_that_are_no_image_or_too_large_get_one_line(photo, monkeypatch)
 @pytest.mark.parametrize(("scale", "passes"), [("native", 2 + 3 * 2), ("train", 2)])  # statistics, tiles
 def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(monkeypatch, scale, passes):
     write_run()
-    monkeypatch.setattr(app, "TILE", 32)
+    monkeypatch.setattr(inference, "TILE", 32)
+    monkeypatch.setattr(inference, "WHOLE_BYTES", 1e5)
     app.load_translator.cache_clear()
     noise_image(1, (70, 40)).save("large.png")
     translator = opened(scale=scale)

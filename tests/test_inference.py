@@ -10,8 +10,8 @@ from PIL import Image
 from tiny_runs import save_pair, save_run
 
 from models import DIRECTIONS, GeneratorConfig, build_generator
-from toolkit import gallery, inference
-from toolkit.images import list_images, load_image, range_to_bytes
+from toolkit import gallery, inference, tiles
+from toolkit.images import image_to_bytes, list_images, load_image, range_to_bytes
 from toolkit.inference import Inputs, LoadedImage, Translator, plan_results, translate_folder
 from toolkit.weights import load_generator, save_generator
 from utils import InputError
@@ -110,6 +110,58 @@ def test_tiles_are_as_large_as_all_networks_need(capsys):
     assert capsys.readouterr().err == ""  # a pixel depends on 13 px
     translator(generator(generator="unet_vit", vit_blocks=0), tile=16)
     assert "warning: --tile 16: a pixel depends on the whole image" in capsys.readouterr().err
+
+
+def test_only_an_image_that_would_take_much_memory_is_cut_into_tiles(monkeypatch, capsys):
+    ours = translator(scale="native")
+    per_pixel = ours.bytes_per_pixel
+    side = 100
+    monkeypatch.setattr(inference, "WHOLE_BYTES", per_pixel * side**2)
+    monkeypatch.setattr(inference, "TILE", 32)
+    sides = []
+    ours.networks["G_AB"].register_forward_hook(lambda net, inputs, output: sides.append(max(output.shape[-2:])))
+    for name, size in (("whole", (side, side)), ("large", (side + 1, side)), ("larger", (side + 4, side))):
+        noise_image(name, size).save(f"{name}.png")
+        sides.clear()
+        loaded = ours.load(Path(f"{name}.png"))
+        output = ours(ours.networks["G_AB"], image_to_bytes(loaded.network_input)[None])
+        assert output.shape[-2:] == size[::-1]
+        assert max(sides) == side if name == "whole" else max(sides) < 32 + 4  # of the downsampling
+    assert capsys.readouterr().out.count("large.png: would take about 0.0 GB; in tiles of 32 px about 0.0 GB") == 1
+
+
+def test_an_image_that_is_too_large_even_for_tiles_is_left_out_unless_tiles_are_asked_for(monkeypatch):
+    monkeypatch.setattr(inference, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(inference, "TILED_BYTES", 0)
+    noise_image(1, (60, 70)).save("a.png")
+    reason = translator(scale="native").load(Path("a.png")).reason
+    assert reason == "60x70 px: needs about 0.0 GB even in tiles; --tile 512 translates it all the same"
+    assert translator(scale="native", tile=32).load(Path("a.png")).reason is None
+
+
+def test_what_a_user_may_not_expect_is_said_once(capsys):
+    for i in range(2):
+        noise_image(i, (50, 20)).save(f"{i}.png")
+    for size, scale in ((None, "train"), ((16, 16), "train"), ((16, 16), "native"), ((30, 30), "train")):
+        ours = translator(size=size, scale=scale)
+        for i in range(2):
+            ours.load(Path(f"{i}.png"))
+    assert capsys.readouterr().out.splitlines() == [
+        "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images",
+        "0.png: translated at 16x16 px, then enlarged to 50x20 px; --tile 512 for detail",
+    ]
+
+
+@pytest.mark.parametrize("config", [{}, {"norm": "batch", "skips": True, "upsample": "resize"}, {"n_downsampling": 0}])
+def test_memory_is_that_of_the_largest_layer_twice(config):
+    layers = []
+    net = generator(**config)
+    for layer in net.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda _, inputs, output: layers.append(inputs[0].nbytes + output.nbytes))
+    side = 64
+    net(torch.zeros(1, 3, side, side))
+    assert tiles.bytes_per_pixel(net) * side**2 == 2 * max(layers)
 
 
 # -- folders ---------------------------------------------------------------------------------

@@ -192,16 +192,18 @@ def test_grey_networks_take_colour_images():
     assert opened("generated_images/grey/translated/fake_B/cat.png").mode == "L"  # the run_name in a file is not used
 
 
-def test_weights_of_another_project_translate_at_the_images_own_size(run, capsys):
+def test_weights_of_another_project_translate_at_256_px_unless_asked_otherwise(run, capsys):
     net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
     torch.save(to_junyanz(net), "9_net_G.pth")
     argv = ["--weights", "9_net_G.pth", "--dataset_name", "tiny"]
-    call(*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--output", "there")
+    call(*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--scale", "native", "--output", "there")
     run("--direction", "BtoA", "--scale", "native", "--output", "here")
     assert np.array_equal(numbers("there/fake_A/0.png"), numbers("here/fake_A/0.png"))
-    call(*argv, "--num_test", "1")
-    assert "used as AtoB" in capsys.readouterr().out
-    assert Path("generated_images/9_net_G/test/fake_B/0.png").is_file()
+    call(*argv, "--num_test", "1", "--output_size", "net")
+    out = capsys.readouterr().out
+    assert "used as AtoB" in out
+    assert "do not say their training size: 256x256 px is assumed" in out
+    assert opened("generated_images/9_net_G/test/fake_B/0.png").size == (256, 256)
 
 
 def test_a_metric_whose_package_is_missing_is_refused_with_the_command(tiny, refused, monkeypatch):

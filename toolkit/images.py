@@ -41,18 +41,25 @@ def bytes_to_range(x: Tensor) -> Tensor:
 
 def range_to_bytes(x: Tensor) -> Tensor:
     """Clamp to [-1, 1], because -1.01 would wrap to 255, and round to uint8 in [0, 255], any shape."""
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if x.dim() > 2 and x.numel() > 2**24:  # part by part, and in place: copies of large images fill the memory
+        return torch.stack([range_to_bytes(part) for part in x])
+    return x.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
+def image_to_bytes(image: Image.Image) -> Tensor:
+    """Convert an RGB or L image to uint8 (3 or 1, H, W)."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) or (H, W)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB or L image to (3 or 1, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) or (H, W)
-    return bytes_to_range(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+    return bytes_to_range(image_to_bytes(image))
 
 
 def tensor_to_image(x: Tensor) -> Image.Image:
-    """Convert (3 or 1, H, W) in [-1, 1] to an RGB or L image."""
-    pixels = range_to_bytes(x).cpu().permute(1, 2, 0).numpy()
+    """Convert (3 or 1, H, W), in [-1, 1] or uint8, to an RGB or L image."""
+    pixels = (x if x.dtype == torch.uint8 else range_to_bytes(x)).cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 

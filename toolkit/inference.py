@@ -1,6 +1,5 @@
 """Find networks, and translate images and folders with them."""
 
-import functools
 import math
 import time
 from collections import Counter, deque
@@ -24,6 +23,10 @@ BATCH = 16  # images in a batch, at most
 BATCH_PIXELS = 2**20  # pixels in a batch, at most; a larger image is a batch of its own
 QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be written, at most
 THREADS = 4  # that read and write images
+TILE = 512  # px a side, where whole images would take too much memory
+WHOLE_BYTES = 2e9  # that a generator may take for a whole image
+TILED_BYTES = 3e9  # that an image may take in tiles, with its results
+BYTES_PER_TILED_PIXEL = 25  # of an image and its results: 12 as float32, the others as 8-bit copies
 RECORD_SECONDS = 60  # between writes of the record of results
 
 
@@ -138,20 +141,28 @@ class Translator:
     device: Any = "auto"  # its name, then the torch.device
     precision: str = "auto"
     scale: str = "train"  # "train": resize images to the training size, if it is known; "native": keep their own size
-    tile: int | None = None  # translate larger images in overlapping tiles of so many px a side; None: whole
+    tile: int | None = None  # translate larger images in overlapping tiles of so many px a side; None: those too large
     output_size: str = "input"  # of the results: that of their image, or "net": that of the networks' output
+    said: set[str] = field(default_factory=set, init=False)  # kinds of hints that were given
 
     def __post_init__(self):
         self.device = devices.pick_device(self.device)
         self.precision = devices.pick_precision(self.precision, self.device)
         self.networks = {name: net.eval().to(self.device) for name, net in self.networks.items()}
-        self.size = tuple(self.metadata["size"] or ()) or None  # height and width of the training images
+        if self.metadata["size"] is None and self.scale == "train":
+            say(
+                "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images"
+            )
+        self.size: tuple[int, int] = tuple(self.metadata["size"] or (256, 256))  # of the training images; the paper's
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
         if self.tile and self.tile < self.smallest_side:
             raise InputError(f"--tile {self.tile}: the networks need at least {self.smallest_side} px; take as many")
+        largest = max(self.size) if self.scale == "train" else math.inf  # side of an image, in px
+        nets = [self.networks[direction.generator] for direction in self.directions]
+        self.bytes_per_pixel = max(map(tiles.bytes_per_pixel, nets)) if largest > TILE else 0.0
         receptive_field = max(map(tiles.receptive_field, configs))
         if self.tile and self.tile < receptive_field:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
@@ -173,11 +184,20 @@ class Translator:
         return self.networks[direction.generator], self.networks.get(direction.reverse.generator)
 
     def __call__(self, net: Generator, x: Tensor) -> Tensor:
-        """Run (N, C, H, W) in [-1, 1] through a network, in tiles where needed; returns float32 of the same shape."""
-        run = functools.partial(translate, net, precision=self.precision)
-        if self.tile and max(x.shape[-2:]) > self.tile:
-            return torch.cat([tiles.translate_tiled(net, run, image[None], self.tile) for image in x.cpu()])
+        """Run (N, C, H, W), in [-1, 1] or uint8, through a network, in tiles where needed; returns float32 of that shape."""
+
+        def run(x: Tensor) -> Tensor:
+            x = images.bytes_to_range(x) if x.dtype == torch.uint8 else x
+            return translate(net, x, precision=self.precision)
+
+        tile = self.tile_for(*x.shape[-2:])
+        if tile and max(x.shape[-2:]) > tile:
+            return torch.cat([tiles.translate_tiled(net, run, image[None], tile) for image in x.cpu()])
         return run(x)
+
+    def tile_for(self, height: int, width: int) -> int | None:
+        """Return the side of the tiles of an image; None if it is translated whole."""
+        return self.tile or (TILE if self.bytes_per_pixel * height * width > WHOLE_BYTES else None)
 
     def load(self, path: Path) -> LoadedImage:
         """Read an image and resize it for the networks."""
@@ -185,14 +205,33 @@ class Translator:
             image = images.read_image(path, self.channels)
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = self.size[::-1] if self.size and self.scale == "train" else image.size
+        width, height = self.size[::-1] if self.scale == "train" else image.size
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
+        if self.tile is None and self.tile_for(height, width):
+            pixels = height * width
+            needed = self.bytes_per_pixel * TILE**2 + BYTES_PER_TILED_PIXEL * pixels
+            if needed > TILED_BYTES:
+                reason = f"needs about {needed / 1e9:.1f} GB even in tiles; --tile {TILE} translates it all the same"
+                return LoadedImage(path, reason=f"{width}x{height} px: {reason}")
+            whole = f"{self.bytes_per_pixel * pixels / 1e9:.1f} GB"
+            self.say_once(
+                "tiled", f"{path}: would take about {whole}; in tiles of {TILE} px about {needed / 1e9:.1f} GB"
+            )
+        elif self.output_size == "input" and max(image.size) > 2 * max(width, height):
+            enlarged = f"translated at {width}x{height} px, then enlarged to {image.width}x{image.height} px"
+            self.say_once("enlarged", f"{path}: {enlarged}; --tile {TILE} for detail")
         return LoadedImage(path, image, images.resize_image(image, (width, height)))
+
+    def say_once(self, kind: str, text: str) -> None:
+        """Print a hint, of each kind only the first."""
+        if kind not in self.said:
+            self.said.add(kind)
+            say(text)
 
 
 def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Turn the output of a network, (C, H, W) in [-1, 1], into an image of (width, height)."""
+    """Turn the output of a network, (C, H, W) in [-1, 1] or uint8, into an image of (width, height)."""
     return images.resize_image(images.tensor_to_image(x), size)
 
 
@@ -269,16 +308,16 @@ def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[L
 def translate_images(
     translator: Translator, nets: Sequence[Generator], loaded: Iterable[LoadedImage], bad: images.BadImages
 ) -> Iterator[tuple[LoadedImage, list[Tensor]]]:
-    """Yield each image with the outputs (C, H, W) of the networks, each of which gets the output of the one before."""
+    """Yield each image with the outputs, uint8 (C, H, W), of the networks, each of which gets what the one before put out."""
     for batch in in_batches(loaded):
         if batch[0].reason:
             bad.note(batch[0].path, batch[0].reason)
             continue
-        x = torch.stack([images.image_to_tensor(image.network_input) for image in batch])
+        x = torch.stack([images.image_to_bytes(image.network_input) for image in batch])
         outputs = []
         for net in nets:
             x = translator(net, x)
-            outputs.append(x.cpu())
+            outputs.append(images.range_to_bytes(x).cpu())
         for i, image in enumerate(batch):
             yield image, [output[i] for output in outputs]
 

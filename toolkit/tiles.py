@@ -1,9 +1,10 @@
 """Translate a large image in overlapping tiles that share the statistics of their norms: less memory, not less time."""
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from tqdm import tqdm
 from models import Generator, GeneratorConfig
 
 Norm = nn.InstanceNorm2d | nn.GroupNorm  # layers with statistics of one image
-Tile = tuple[slice, slice]  # rows and columns
 
 
 def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
@@ -28,7 +28,6 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
     norms = [module for module in net.modules() if isinstance(module, Norm)]
     step = 2**net.config.downsamplings
     overlap = tile // 8  # of adjacent tiles
-    tiles = find_tiles(image, tile, overlap, step)
     # at most 4 patches along the side of a tile; fewer if they would be smaller than what a pixel depends on
     side = max(tile // 4, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
     batches = sample_patches(image, side, (tile // side) ** 2, step) if norms else []
@@ -36,8 +35,7 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
     for batch in tqdm(batches, "statistics", unit="batch", leave=False, delay=3):
         statistics.add(translate, batch)
     with replaced_forward(norms, statistics.normalise):
-        bar = tqdm(tiles, "tiles", unit="tile", leave=False, delay=3)
-        return blend_tiles(translate, image, bar, overlap)
+        return blend_tiles(translate, image, tile, overlap, step)
 
 
 def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slice]:
@@ -56,13 +54,6 @@ def tile_spans(length: int, tile: int, overlap: int, step: int = 1) -> list[slic
     return [slice(start, start + side) for start in starts[:-1]] + [slice(starts[-1], length)]
 
 
-def find_tiles(images: Tensor, tile: int, overlap: int, step: int = 1) -> list[Tile]:
-    """Divide images (N, C, H, W) into tiles, as tile_spans does for each side."""
-    rows = tile_spans(images.shape[2], tile, overlap, step)
-    columns = tile_spans(images.shape[3], tile, overlap, step)
-    return [(row, column) for row in rows for column in columns]
-
-
 def fade(length: int, overlap: int) -> Tensor:
     """Return the weights along the side of a tile: from 0 to 1 over the middle half of the overlap."""
     edge = torch.arange(length) + 0.5
@@ -70,17 +61,26 @@ def fade(length: int, overlap: int) -> Tensor:
     return (torch.minimum(edge, edge.flip(0)) - overlap / 4).div(max(1, overlap / 2)).clamp(1e-3, 1)
 
 
-def blend_tiles(translate: Callable, images: Tensor, tiles: Iterable[Tile], overlap: int) -> Tensor:
-    """Translate images (N, C, H, W) tile by tile, and blend the tiles where they overlap."""
-    blended = torch.zeros_like(images)
-    total = torch.zeros(images.shape[-2:])
-    for rows, columns in tiles:
-        part = images[..., rows, columns]
-        weights = torch.outer(fade(part.shape[2], overlap), fade(part.shape[3], overlap))
-        blended[..., rows, columns] += weights * translate(part).cpu()
-        total[rows, columns] += weights
+def axis_weights(spans: Sequence[slice], overlap: int) -> list[Tensor]:
+    """Return the weights of tiles along one side of an image; they add up to 1 at every pixel."""
+    fades = [fade(span.stop - span.start, overlap) for span in spans]
+    total = torch.zeros(spans[-1].stop)
+    for span, weights in zip(spans, fades, strict=True):
+        total[span] += weights
     assert total.all(), "tiles do not cover the image; the pixels between them would be black"
-    return blended.div_(total)
+    return [weights / total[span] for span, weights in zip(spans, fades, strict=True)]
+
+
+def blend_tiles(translate: Callable, images: Tensor, tile: int, overlap: int, step: int = 1) -> Tensor:
+    """Translate images (N, C, H, W) in tiles of tile_spans for each side, and blend the tiles where they overlap."""
+    rows, columns = (tile_spans(length, tile, overlap, step) for length in images.shape[-2:])
+    weighted_rows, weighted_columns = (list(zip(x, axis_weights(x, overlap), strict=True)) for x in (rows, columns))
+    blended = torch.zeros(images.shape)
+    tiles = list(itertools.product(weighted_rows, weighted_columns))
+    for (row, row_weights), (column, column_weights) in tqdm(tiles, "tiles", unit="tile", leave=False, delay=3):
+        weights = torch.outer(row_weights, column_weights)
+        blended[..., row, column] += weights * translate(images[..., row, column]).cpu()
+    return blended
 
 
 def sample_patches(image: Tensor, side: int, batch_size: int, step: int) -> list[Tensor]:
@@ -96,6 +96,25 @@ def sample_patches(image: Tensor, side: int, batch_size: int, step: int) -> list
     random.Random(0).shuffle(patches)  # in order, every n-th patch could be from the same column
     count = math.ceil(len(patches) / batch_size)
     return [torch.cat(patches[i::count]) for i in range(count)]
+
+
+def bytes_per_pixel(net: Generator) -> float:
+    """Estimate the memory that a generator needs per pixel of an image, in float32: twice that of its largest layer.
+
+    Measured on a CPU, images of 1.5 million pixels: 1.3 to 1.9 times what the largest layer reads and writes.
+    """
+    side = max(64, 4 * net.config.smallest_side)
+    floats = []
+
+    def measure_layer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        floats.append(sum(x.numel() for x in inputs) + output.numel())
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in net.modules():
+            if not list(layer.children()):
+                hooks.enter_context(layer.register_forward_hook(measure_layer))
+        net(next(net.parameters()).new_zeros(1, net.config.channels, side, side))
+    return 2 * 4 * max(floats) / side**2
 
 
 def receptive_field(config: GeneratorConfig) -> float:
