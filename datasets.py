@@ -12,6 +12,7 @@ for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("c
 
 import functools
 import hashlib
+import json
 import math
 import mmap
 import os
@@ -19,6 +20,7 @@ import random
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import utils
 from toolkit import devices, images
 from toolkit.distributed import rank_slice
 from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
+DOMAINS = "domains.json"  # in a data set: the names of A and B, as prepare.py split found them
 MAX_MEGAPIXELS = option(178.0, "treat larger images as unreadable (protects the memory)", above=0, most=10**6)
 ON_BAD_IMAGE = option(
     "skip", "at an unreadable image: skip it (up to 5% of a domain), or stop", choices=("skip", "stop")
@@ -232,6 +236,14 @@ def find_dataset(data_root: Path, dataset_name: str) -> Path:
         remedy = f"give another --data_root, try --dataset_name {DEMO}, or make one with: python prepare.py split"
         raise InputError(f"{folder}: no such data set; found in {data_root}: {found}; {remedy}")
     return folder
+
+
+def domain_names(folder: Path) -> tuple[str, str]:
+    """Return the names of the domains of a data set, as prepare.py split has recorded them or as its name tells."""
+    recorded = None
+    with suppress(OSError, ValueError):
+        recorded = json.loads((folder / DOMAINS).read_text(encoding="utf-8"))
+    return utils.domain_names(folder.name, recorded)
 
 
 def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:

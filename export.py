@@ -25,7 +25,7 @@ from toolkit import cli, converters, metrics, process
 from toolkit.checkpoints import RUNS
 from toolkit.files import atomic_write
 from toolkit.inference import load_networks
-from utils import InputError, RunError, epoch_name, folder_name, need_package, option, say
+from utils import InputError, RunError, domain_names, epoch_name, folder_name, need_package, option, say
 
 TOLERANCE = 1e-3  # largest difference between the outputs of PyTorch and onnxruntime, which are in [-1, 1]
 
@@ -96,6 +96,7 @@ def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
         )
     facts: dict[str, Any] = {"range": [-1, 1], "channels": net.config.channels}
     facts |= {"smallest_side": net.config.smallest_side, "direction": str(direction)}
+    facts["domains"] = domain_names(str(metadata.get("dataset_name")), metadata.get("domains"))
     facts |= {name: metadata.get(name) for name in ("size", "dataset_name", "run_name", "epoch", "step")}
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})

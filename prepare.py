@@ -24,10 +24,10 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from datasets import DEMO, MAX_MEGAPIXELS, find_dataset, split_images
+from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, find_dataset, split_images
 from toolkit import checks, images
 from toolkit.cli import Parser, add_options, argument_type
-from toolkit.files import new_folder
+from toolkit.files import new_folder, write_json
 from toolkit.process import command
 from toolkit.synthetic import draw_dataset
 from utils import InputError, RunError, counted, existing_or_new_path, folder_name, one_line, option, say
@@ -165,6 +165,8 @@ def split_dataset(args: Namespace) -> None:
             _copy_images(paths[tests:], source, unfinished / f"train{domain}")
             trains = counted(len(paths) - tests, "image")
             say(f"{args.dataset_name}: {trains} in train{domain}, {tests} in test{domain}")
+        if folder_A.name != folder_B.name:
+            write_json(unfinished / DOMAINS, [folder_A.name, folder_B.name])
 
 
 def check_dataset(args: Namespace) -> None:

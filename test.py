@@ -24,7 +24,18 @@ from toolkit.checkpoints import IMAGES
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
 from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
-from utils import InputError, counted, epoch_name, folder_name, is_folder_name, need_package, option, say, some_of
+from utils import (
+    InputError,
+    counted,
+    domain_names,
+    epoch_name,
+    folder_name,
+    is_folder_name,
+    need_package,
+    option,
+    say,
+    some_of,
+)
 
 METRICS = metrics.MEASURES + ("fid", "kid")
 NETWORKS_OF_METRICS = {"losses": {"G_AB", "G_BA", "D_A", "D_B"}, "cycle": {"G_AB", "G_BA"}}
@@ -99,6 +110,13 @@ def choose_dataset(config: TestConfig, metadata: dict) -> tuple[str, Path]:
         return name, Path()  # no data set is read
     recorded = None if config.weights else metadata.get("data_root")
     return name, datasets.find_dataset(config.data_root or Path(str(recorded or "datasets")), name)
+
+
+def name_domains(dataset_name: str, dataset: Path, metadata: dict) -> tuple[str, str]:
+    """Return the names of A and B: those of the networks, unless they were trained on another data set."""
+    if metadata.get("domains") and dataset_name == metadata.get("dataset_name"):
+        return domain_names(dataset_name, metadata["domains"])
+    return datasets.domain_names(dataset) if dataset.name else domain_names(dataset_name)
 
 
 def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inputs:
@@ -269,14 +287,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     name = str(config.weights or config.run_name)
     folder = gallery.ResultFolder(config.output, {"network": name} | translator.settings())
     planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}
+    domains = name_domains(dataset_name, dataset, metadata)
     keep = config.skip_existing or config.input is not None  # results of photos add up
     with folder.written(planned.values(), keep, bool(config.metrics)):
         results = {
             direction: translate_folder(translator, direction, found, planned[direction], folder, config.skip_existing)
             for direction, found in inputs.items()
         }
-        gallery.write_gallery(folder, dataset_name, [])  # now, since scores may fail
-        gallery.write_grid(folder.path, results)
+        gallery.write_gallery(folder, domains, [])  # now, since scores may fail
+        gallery.write_grid(folder.path, domains, results)
         counts = {str(direction): len(translated) for direction, translated in results.items()}
         scores = {}
         if config.metrics:
@@ -284,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             table = score_lines(scores)
             for line in table:
                 say(line)
-            gallery.write_gallery(folder, dataset_name, table)
+            gallery.write_gallery(folder, domains, table)
             facts = folder.settings | {"dataset_name": dataset_name, "images": counts}
             files.write_json(folder.path / gallery.SCORES, facts | scores)
     say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")

@@ -57,11 +57,12 @@ class Run:
         self.model = model
         self.data = data
         self.monitor = monitor
-        self.facts = {"stage": command_name, "args": config.flags, **facts}
+        domains = list(monitor.domains)
+        self.facts = {"stage": command_name, "args": config.flags, "domains": domains, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
-            metadata | {"stage": command_name, "size": list(config.data.size)},
+            metadata | {"stage": command_name, "size": list(config.data.size), "domains": domains},
             checkpoint_interval=config.run.checkpoint_interval,
             keep_checkpoints=config.run.keep_checkpoints,
             save_minutes=config.run.save_minutes,
@@ -413,8 +414,9 @@ def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable)
     data = config.data
     name = config.run.run_name
     samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image)
+    domains = datasets.domain_names(data.data_root / data.dataset_name)
     photos = load_watched(config.run.watch, data.size, data.channels, resumed="watch" not in config.given)
-    return Monitor(RUNS / name, IMAGES / name, (name, data.dataset_name), samples, photos, draw_rows, terms)
+    return Monitor(RUNS / name, IMAGES / name, name, domains, samples, photos, draw_rows, terms)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:

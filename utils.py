@@ -34,10 +34,18 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def domain_names(dataset_name: str) -> tuple[str, str]:
-    """Return the names of the domains of a data set: horse and zebra for horse2zebra, otherwise A and B."""
+def domain_names(dataset_name: str, recorded: object = None) -> tuple[str, str]:
+    """Return the names of the domains: two that were recorded, else those in the data set's (horse2zebra), else A and B."""
+    if isinstance(recorded, list) and len(recorded) == 2 and all(isinstance(name, str) and name for name in recorded):
+        return one_line(recorded[0])[:30], one_line(recorded[1])[:30]
     parts = re.split(r"(?<=[^\W\d_])2(?=[^\W\d_])", dataset_name)  # a 2 between letters: not that of photos2 or v2.1
     return (parts[0], parts[1]) if len(parts) == 2 else ("A", "B")
+
+
+def with_domain(label: str, domains: tuple[str, str]) -> str:
+    """Add the name of a domain to a label that ends with its letter: real_A: horse."""
+    name = dict(zip("AB", domains, strict=True)).get(label[-1], label[-1])
+    return label if name == label[-1] else f"{label}: {name}"
 
 
 def say(text: object, file: TextIO | None = None) -> None:

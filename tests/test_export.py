@@ -63,6 +63,7 @@ def test_an_onnx_file_gives_what_pytorch_gives_at_any_size_and_batch(config, mon
             assert np.abs(output - net(images).numpy()).max() < 1e-4
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     expected = {"range": [-1, 1], "direction": "AtoB", "size": [20, 24], "channels": net.config.channels}
+    expected["domains"] = ["A", "B"]
     assert {name: facts[name] for name in expected} == expected
 
 

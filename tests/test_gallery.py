@@ -99,7 +99,7 @@ def test_a_damaged_record_removes_nothing(tmp_path, text, photo):
     leave(tmp_path, "fake_B/a.png")
     (tmp_path / gallery.RECORD).write_text(text)
     with written(tmp_path) as folder:
-        gallery.write_gallery(folder, "tiny", [])
+        gallery.write_gallery(folder, ("A", "B"), [])
     with (
         pytest.raises(InputError, match=r"fake_B/a\.png is there, and not written by test\.py"),
         written(tmp_path, result_of(photo)),
@@ -198,7 +198,7 @@ def test_results_that_are_kept_are_shown_as_what_they_are(tmp_path, photo):
     for number in (1, 2):
         with written(tmp_path, result_of(photo, f"{number}.png"), keep=True, epoch=number) as folder:
             folder.save(result_of(photo, f"{number}.png"), [noise_image(number)])
-            gallery.write_gallery(folder, "day2night", [])
+            gallery.write_gallery(folder, ("day", "night"), [])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<h1>tiny, epoch 2, step 4</h1>" in page
     assert page.index("<h2>day → night: 1 image</h2>") < page.index(
@@ -235,7 +235,7 @@ def test_the_page_escapes_names_and_links_to_files(tmp_path, photo):
     result = gallery.Result(photo, name, {"real_A": Path("real_A", name)})
     with written(tmp_path, result, epoch=3, step=None, network="<i>") as folder:
         folder.save(result, [noise_image(1)])
-        gallery.write_gallery(folder, "day2night", ["<b> 1"])
+        gallery.write_gallery(folder, ("day", "night"), ["<b> 1"])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<h1>&lt;i&gt;, epoch 3</h1>" in page
     assert "<h2>day → night: 1 image</h2>" in page

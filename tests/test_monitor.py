@@ -23,14 +23,14 @@ from utils import InputError
 TERMS = loss_names(LossConfig())
 
 
-def opened(tmp_path, *photos, step=0, epochs=0, names=("tiny", "horse2zebra"), terms=TERMS, tensorboard=False):
+def opened(tmp_path, *photos, step=0, epochs=0, names=("tiny", ("horse", "zebra")), terms=TERMS, tensorboard=False):
     """A monitor whose run starts, or is resumed after a step."""
     folders = (tmp_path / "saved", tmp_path / "drawn")
     for folder in folders:
         folder.mkdir(exist_ok=True)
     samples = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     watched = {name: torch.rand(1, 3, 16, 20) * 2 - 1 for name in photos}
-    run = Monitor(*folders, names, tuple(samples), watched, cyclegan_rows, terms)
+    run = Monitor(*folders, *names, tuple(samples), watched, cyclegan_rows, terms)
     run.open(step, tensorboard, epochs)
     return run
 
@@ -278,7 +278,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_page_shows_any_name_as_text_and_links_to_its_file(tmp_path, name):
-    run = opened(tmp_path, epochs=1, names=(name, "tiny"))
+    run = opened(tmp_path, epochs=1, names=(name, ("A", "B")))
     folder = run.images / "watch" / name
     write_grids(folder, [1])
     page = page_of(run, facts=name)

@@ -16,6 +16,7 @@ import pytest
 from conftest import noise_image
 
 import prepare
+from datasets import domain_names
 from toolkit import images, synthetic
 from toolkit.images import list_images, read_image
 
@@ -313,6 +314,7 @@ def test_split_makes_the_layout_from_two_folders(tmp_path):
     for domain, source in (("A", "faces"), ("B", "drawings")):
         copied = {p.read_bytes() for part in ("train", "test") for p in list_images(root / f"{part}{domain}")}
         assert copied == {p.read_bytes() for p in list_images(tmp_path / source)}  # nothing lost, nothing in both
+    assert domain_names(root) == ("faces", "drawings")
 
 
 @pytest.mark.parametrize(("seed", "names"), [("0", ["8.png", "1.png", "9.png"]), ("4", ["4.png", "3.png", "5.png"])])

@@ -195,6 +195,20 @@ def test_the_printed_commands_test_and_resume_the_run_wherever_its_images_are(tm
     assert state_of("my run")["epoch"] == 2
 
 
+def test_the_names_of_the_domains_are_those_of_the_data_set_wherever_they_are_shown(tiny):
+    (tiny / "domains.json").write_text('["dogs", "cats"]')
+    run_tiny("--num_epochs", 1, "--checkpoint_interval", 1)
+    assert "tiny: dogs ↔ cats" in (DRAWN / "index.html").read_text(encoding="utf-8")
+    assert load_generator(SAVED / "G_AB.safetensors")[1]["domains"] == ["dogs", "cats"]
+    (tiny / "domains.json").unlink()
+    for epoch in ("latest", "1"):
+        test_command.main(["--run_name", "tiny", "--epoch", epoch, *CPU])
+        assert "<h2>dogs → cats: 2 images</h2>" in (DRAWN / "test/index.html").read_text(encoding="utf-8")
+    make_dataset(tiny.parent / "horse2zebra")
+    test_command.main(["--run_name", "tiny", "--dataset_name", "horse2zebra", *CPU])
+    assert "<h2>horse → zebra: 2 images</h2>" in (DRAWN / "test/index.html").read_text(encoding="utf-8")
+
+
 def test_tensorboard_logs_all_starts_of_a_run_and_a_new_run_deletes_the_log(tiny):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_tiny("--num_epochs", 1, "--log", "tensorboard")

@@ -40,6 +40,9 @@ def test_counted_is_a_number_with_its_noun():
 )
 def test_the_name_of_a_data_set_may_name_its_domains(dataset_name, names):
     assert domain_names(dataset_name) == names
+    assert domain_names(dataset_name, ["dogs", "cats\n"]) == ("dogs", "cats\\n")
+    for damaged in ([], ["dogs"], ["dogs", 3], ["dogs", ""], "ab", {"A": "dogs", "B": "cats"}):
+        assert domain_names(dataset_name, damaged) == names
 
 
 def test_a_missing_package_is_an_error_with_the_command_that_installs_it():

@@ -173,7 +173,7 @@ class CheckpointSaver:
     """Writes the files of a run: latest.pt, previous.pt, best.pt, epoch_NNNN.pt and the generators."""
 
     folder: Path
-    metadata: dict  # of the generator files: stage, run_name, dataset_name, data_root, size
+    metadata: dict  # of the generator files: stage, run_name, dataset_name, data_root, domains, size
     checkpoint_interval: int = 10  # epochs
     keep_checkpoints: int = 0
     save_minutes: float = 10.0

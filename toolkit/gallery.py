@@ -15,7 +15,7 @@ from PIL import Image
 from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, remove_files, sha256, write_json, write_page
 from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image, save_image
-from utils import InputError, counted, domain_names, one_line, say
+from utils import InputError, counted, one_line, say, with_domain
 
 LEGEND = {  # of the page
     "real": "{} as it was given",
@@ -189,7 +189,7 @@ def small_file(output: Path, file: Path) -> Path:
     return small if (output / small).is_file() else file
 
 
-def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> None:
+def write_grid(output: Path, domains: tuple[str, str], results: Mapping[Direction, Sequence[Result]]) -> None:
     """Write grid.png: up to six images of each direction, one column an image, all at the size of the first."""
     columns = min(6, *(len(translated) for translated in results.values()))
     size = None
@@ -200,7 +200,7 @@ def write_grid(output: Path, results: Mapping[Direction, Sequence[Result]]) -> N
             if all(folder in result.files for result in chosen):
                 files = [output / small_file(output, result.files[folder]) for result in chosen]
                 size = size or read_image(files[0]).size[::-1]
-                rows.append((folder, torch.stack([load_image(file, size) for file in files])))
+                rows.append((with_domain(folder, domains), torch.stack([load_image(file, size) for file in files])))
     save_image(draw_grid(rows), output / GRID)
 
 
@@ -214,12 +214,13 @@ def _title(settings: Mapping) -> str:
     return one_line(", ".join([str(settings.get("network")), *known]))
 
 
-def write_gallery(folder: ResultFolder, dataset_name: str, table: Sequence[str]) -> None:
+def write_gallery(folder: ResultFolder, domains: tuple[str, str], table: Sequence[str]) -> None:
     """Write index.html, which shows each input beside its results; a click opens the file.
 
-    table: the scores, as lines of text
+    domains: names of A and B
+    table:   the scores, as lines of text
     """
-    names = dict(zip("AB", domain_names(dataset_name), strict=True))
+    names = dict(zip("AB", domains, strict=True))
     directions = []
     for (key, (source, target)), translated in folder.results().items():
         folders = dict.fromkeys(name for result in translated for name in result.files)

@@ -66,7 +66,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     """Load the generators of a run from their files, or all its networks from a checkpoint.
 
     epoch:   "latest", "best" or a number; other than the latest need a checkpoint, as discriminators do
-    returns: networks by name; metadata: size, dataset_name, data_root, epoch, step, of a checkpoint also loss_config
+    returns: networks by name; metadata: size, dataset_name, data_root, domains, epoch, step, of a checkpoint also loss_config
     raises:  InputError if there is no such run or epoch, or if its networks do not fit together
     """
     folder = checkpoints.RUNS / run_name
@@ -95,6 +95,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "size": [int(saved["img_height"]), int(saved["img_width"])],
             "dataset_name": saved["dataset_name"],
             "data_root": saved.get("data_root"),
+            "domains": state.get("domains"),
             "epoch": state["epoch"],
             "step": state["step"],
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),

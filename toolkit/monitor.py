@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cyclegan import CycleGAN, translate
@@ -18,9 +19,9 @@ from datasets import held_out_split
 from models import DIRECTIONS, Networks
 from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
-from toolkit.images import draw_grid, save_image
+from toolkit.images import save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses
-from utils import InputError, counted, domain_names, one_line, say, warn
+from utils import InputError, counted, one_line, say, warn, with_domain
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
@@ -144,7 +145,8 @@ class Monitor:
 
     saved: Path  # folder of losses.csv, measures.csv and tensorboard/
     images: Path  # folder of index.html, losses.png, the grids and watch/
-    names: tuple[str, str]  # of the run and of its data set
+    run_name: str
+    domains: tuple[str, str]  # names of A and B
     samples: tuple[Tensor, Tensor]  # images of the grids, from load_samples
     photos: dict[str, Tensor]  # watched photos by name, from load_watched
     draw_rows: Callable[[CycleGAN, Tensor, Tensor], Rows]  # computes the rows of a grid from a model and the samples
@@ -186,6 +188,10 @@ class Monitor:
         files.attempt(self.measures.save)
         say(f"epoch {epoch}:  {'  '.join(f'{name} {value:.4g}' for name, value in row.items())}")
 
+    def draw_grid(self, rows: Rows) -> Image.Image:
+        """Draw rows of images, with the names of the domains in their labels."""
+        return images.draw_grid([(with_domain(label, self.domains), x) for label, x in rows])
+
     @first_rank
     def draw(self, model: CycleGAN, epoch: int, step: int, finished: bool) -> None:
         """Draw the samples and the watched photos after so many epochs; if not finished, during the next one."""
@@ -197,12 +203,12 @@ class Monitor:
         rows = self.draw_rows(model, *self.samples)
         if finished:
             warn_if_collapsed(rows)
-        grids = {"grid": draw_grid(rows)}
+        grids = {"grid": self.draw_grid(rows)}
         save_image(grids["grid"], self.images / file)
         self.newest = number
         for name, photo in self.photos.items():
             outputs = [(d.generator, model.translate(d.generator, photo)) for d in DIRECTIONS]
-            grids[f"watch/{name}"] = draw_grid([("photo", photo), *outputs])
+            grids[f"watch/{name}"] = self.draw_grid([("photo", photo), *outputs])
             save_image(grids[f"watch/{name}"], self.images / "watch" / name / file)
         self.board.add(step, {}, grids)
 
@@ -232,7 +238,7 @@ class Monitor:
 
     def write_index(self, facts: str, fraction: float) -> None:
         """Write index.html; facts: how far the run is; fraction: of the steps, below 1 the page reloads every 15 s."""
-        domain_A, domain_B = domain_names(self.names[1])
+        domain_A, domain_B = self.domains
         grids = self._grids(self.images)[::-1]
         rows = [("earlier", "row", grids[1:4])] if grids[1:] else []
         for photo in sorted((self.images / "watch").glob("*")):
@@ -247,7 +253,7 @@ class Monitor:
         files.write_page(
             self.images / "index.html",
             "progress.html",
-            title=one_line(f"{self.names[0]}: {domain_A} ↔ {domain_B}"),
+            title=one_line(f"{self.run_name}: {domain_A} ↔ {domain_B}"),
             facts=one_line(facts),
             fraction=fraction,
             tested=(self.images / "test" / "index.html").is_file(),
