@@ -284,18 +284,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
     directions = choose_directions(config, asked, translator)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config.metrics, networks, dataset, inputs)
-    name = str(config.weights or config.run_name)
-    folder = gallery.ResultFolder(config.output, {"network": name} | translator.settings())
-    planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}
     domains = name_domains(dataset_name, dataset, metadata)
+    settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
+    settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
     keep = config.skip_existing or config.input is not None  # results of photos add up
-    with folder.written(planned.values(), keep, bool(config.metrics)):
+    with gallery.open_results(config.output, settings) as folder:
+        planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}
+        folder.claim(planned.values(), keep, bool(config.metrics))
         results = {
             direction: translate_folder(translator, direction, found, planned[direction], folder, config.skip_existing)
             for direction, found in inputs.items()
         }
-        gallery.write_gallery(folder, domains, [])  # now, since scores may fail
-        gallery.write_grid(folder.path, domains, results)
+        folder.write_page([])  # now, since scores may fail
+        folder.write_grid(domains, results)
         counts = {str(direction): len(translated) for direction, translated in results.items()}
         scores = {}
         if config.metrics:
@@ -303,9 +304,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
             table = score_lines(scores)
             for line in table:
                 say(line)
-            gallery.write_gallery(folder, domains, table)
-            facts = folder.settings | {"dataset_name": dataset_name, "images": counts}
-            files.write_json(folder.path / gallery.SCORES, facts | scores)
+            folder.write_page(table)
+            facts = settings | {"dataset_name": dataset_name, "images": counts}
+            folder.write_text(gallery.SCORES, files.to_json(facts | scores))
     say(f"{counted(sum(counts.values()), 'image')} translated; open {config.output / gallery.PAGE}")
     return scores
 

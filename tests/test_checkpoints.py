@@ -21,6 +21,7 @@ import train
 from toolkit import checkpoints, devices
 from toolkit.checkpoints import IMAGES, RUNS, load_checkpoint, load_state, save_latest, save_state
 from toolkit.files import write_text
+from toolkit.inference import load_run
 from toolkit.logs import read_losses
 from utils import InputError
 
@@ -217,30 +218,94 @@ def test_overwrite_removes_the_earlier_run_at_the_first_save_and_nothing_else(ti
     assert [path.name for path in DRAWN.glob("epoch*.png")] == ["epoch_0001.png"]
     assert [path.name for path in (DRAWN / "watch/cat").iterdir()] == ["mine.png"]
     assert all(path.read_text() == "mine" for path in mine)
-    assert not [*SAVED.rglob("overwritten"), *DRAWN.rglob("overwritten")]
+    assert not [*SAVED.rglob(".overwritten"), *DRAWN.rglob(".overwritten")]
 
 
-@pytest.mark.parametrize("killed", ["before the first save", "while files are moved", "after the first save"])
-def test_a_run_that_is_killed_while_it_replaces_another_leaves_one_of_them(tiny, refused, killed):
+def killed_after(count, function, monkeypatch):
+    """Call a function that is killed after so many files were moved, removed or written; returns whether it was."""
+
+    class Killed(BaseException):
+        pass
+
+    def counted(original):
+        def act(*args, **kwargs):
+            nonlocal count
+            if not count:
+                raise Killed
+            count -= 1
+            return original(*args, **kwargs)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "renames", counted(os.renames))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        patch.setattr(checkpoints, "write_json", counted(checkpoints.write_json))
+        try:
+            function()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_them(monkeypatch, is_saved, twice):
+    old = {f"{SAVED}/{name}": f"old {name}" for name in ("latest.pt", "losses.csv", "epoch_0001.pt")}
+    old |= {f"{DRAWN}/{name}": f"old {name}" for name in ("index.html", "epoch_0001.png", "watch/cat/epoch_0001.png")}
+    new = {f"{SAVED}/latest.pt": "new"} if is_saved else {}
+    new |= {f"{SAVED}/losses.csv": "new", f"{DRAWN}/epoch_0001.png": "new"}
+    mine = {f"{SAVED}/overwritten/latest.pt": "mine", f"{SAVED}/notes.txt": "mine", f"{DRAWN}/test/a.png": "mine"}
+
+    def put(files):
+        for name, text in files.items():
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text)
+
+    def texts():
+        return {name: content.decode() for name, content in snapshot().items()}
+
+    count = 0
+    was_killed = True
+    while was_killed:
+        for folder in (SAVED, DRAWN):
+            shutil.rmtree(folder, ignore_errors=True)
+        put(old | mine)
+        was_killed = killed_after(count, lambda: checkpoints.set_aside("tiny"), monkeypatch)
+        if was_killed:
+            checkpoints.recover("tiny")
+            assert texts() == old | mine
+        count += 1
+    count = 0
+    was_killed = True
+    while was_killed:
+        for folder in (SAVED, DRAWN):
+            shutil.rmtree(folder, ignore_errors=True)
+        put(old | mine)
+        checkpoints.set_aside("tiny")
+        put(new)
+        was_killed = killed_after(count, lambda: checkpoints.settle_overwriting("tiny"), monkeypatch)
+        if was_killed and twice:
+            killed_after(1, lambda: checkpoints.settle_overwriting("tiny"), monkeypatch)
+        checkpoints.recover("tiny")
+        assert texts() == mine | (new if is_saved else old)
+        count += 1
+    assert count > 5
+
+
+def test_after_a_kill_every_command_finds_the_run_that_was_to_be_replaced(tiny, refused):
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
     before = snapshot()
-    if killed == "while files are moved":
-        for name in ("latest.pt", "losses.csv"):
-            os.renames(SAVED / name, SAVED / "overwritten" / name)
-    else:
+    resume = [*RESUME, "--num_epochs", "2"]
+    for use in (lambda: load_run("tiny"), lambda: load_checkpoint(SAVED, "1", "--epoch"), lambda: train.main(resume)):
         checkpoints.set_aside("tiny")
-        (SAVED / "losses.csv").write_text("of the new run")
-        (DRAWN / "epoch_0001.png").write_text("of the new run")
-    if killed == "after the first save":
-        (SAVED / "latest.pt").write_bytes(before["saved_models/tiny/latest.pt"])
-        train.main([*RESUME, "--num_epochs", "2"])  # nothing left to do
-        assert snapshot().keys() == {f"{SAVED}/{name}" for name in ("latest.pt", "losses.csv")} | {
-            f"{DRAWN}/epoch_0001.png"
-        }
-    else:
-        assert "holds a run already" in refused(train.main, *START)
-        train.main([*RESUME, "--num_epochs", "2"])
+        (SAVED / "G_AB.safetensors").write_text("of the new run, which was not saved")
+        use()
         assert snapshot() == before
+    assert "holds a run already" in refused(train.main, *START)
+    (SAVED / ".overwritten").mkdir()
+    (SAVED / ".overwritten/files.json").write_text("{")
+    assert "files.json: damaged" in refused(train.main, *START, "--overwrite")
 
 
 def test_overwrite_deletes_nothing_before_the_new_run_can_be_written(tiny, refused):

@@ -30,8 +30,8 @@ def translator(net=None, size=(16, 16), **options):
 def translate(ours, direction, inputs, output):
     """Translate images as test.py does, with the round trip where there is a way back."""
     results = plan_results(direction, inputs, bool(ours.generators(direction)[1]), {})
-    folder = gallery.ResultFolder(output, ours.settings())
-    with folder.written([results], False, False):
+    with gallery.open_results(output, ours.settings()) as folder:
+        folder.claim([results], False, False)
         return translate_folder(ours, direction, inputs, results, folder)
 
 
@@ -73,7 +73,16 @@ def test_generator_files_of_two_saves_give_way_to_the_state(capsys):
     other = Path("saved_models/tiny/G_BA.safetensors")
     save_generator(other, model.networks["G_BA"], {**load_generator(other)[1], "step": 2})
     assert "loss_config" in inference.load_run("tiny")[1]
-    assert "saved_models/tiny: its generator files are of different steps" in capsys.readouterr().out
+    assert "saved_models/tiny: its generator files are of different saves" in capsys.readouterr().out
+
+
+def test_generator_files_of_two_saves_of_one_step_give_way_to_the_state(capsys):
+    model = save_run()
+    torch.nn.init.zeros_(model.networks["G_BA"].head[1].weight)
+    other = Path("saved_models/tiny/G_BA.safetensors")
+    save_generator(other, model.networks["G_BA"], {**load_generator(other)[1], "pair": "of another branch"})
+    assert "loss_config" in inference.load_run("tiny")[1]
+    assert "generator files are of different saves" in capsys.readouterr().out
 
 
 def test_only_files_of_a_run_are_its_generators_and_their_names_are_true():

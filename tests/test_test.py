@@ -75,7 +75,9 @@ def numbers(path):
 
 
 def files_in(folder):
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    """Without the record of results and the lock."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name not in (gallery.RECORD, ".lock")]
+    return {str(path.relative_to(folder)) for path in paths}
 
 
 def strict_json(path):
@@ -568,7 +570,7 @@ def test_a_test_removes_what_the_one_before_wrote_and_nothing_else(run, capsys):
     (OUTPUT / "fake_B/mine.png").write_text("mine")
     run("--num_test", 1, "--direction", "AtoB", "--no-round_trip")
     results = {"real_A/0.png", "fake_B/0.png", "truth_B/0.png"}
-    assert files_in(OUTPUT) == {"grid.png", "index.html", gallery.RECORD, "fake_B/mine.png"} | results
+    assert files_in(OUTPUT) == {"grid.png", "index.html", "fake_B/mine.png"} | results
     assert set(gallery.read_record(OUTPUT)[0]) == {"grid.png", "index.html"} | results
     assert "removed 27 files of the last test" in capsys.readouterr().out
     (OUTPUT / "metrics.json").write_text('{"accuracy": 0.93}')  # somebody else's
@@ -585,7 +587,7 @@ def test_an_input_that_the_test_would_change_is_refused(run, refused):
         words = refused(test_command.main, *argv, path, "--round_trip", "--direction", "AtoB", "--output", OUTPUT)
         assert f"--output {OUTPUT}: would remove or overwrite {OUTPUT / 'real_A'}" in words
     words = refused(test_command.main, *argv, "copy/fake_B", "--output", "copy", "--direction", "AtoB")
-    assert "--output copy: fake_B/0.png is there, and not written by test.py; choose another folder" in words
+    assert "--output copy: fake_B/0.png is there, and not as test.py wrote it; choose another folder" in words
     Path("file").write_text("mine")
     assert "file" in refused(test_command.main, *argv, OUTPUT / "fake_B", "--output", "file")
     assert {path: path.read_bytes() for path in before} == before
@@ -634,7 +636,7 @@ def test_with_skip_existing_only_what_is_missing_is_written(run, capsys):
     assert changed - {"fake_B/0.png"} == {"real_A/0.png", "rec_A/0.png", "truth_B/0.png"}
     assert path.read_bytes() == content
     assert (OUTPUT / "index.html").read_text().count("<figure>") == 24
-    assert files_in(OUTPUT) - set(gallery.read_record(OUTPUT)[0]) == {gallery.RECORD, "fake_B/mine.png"}
+    assert files_in(OUTPUT) - set(gallery.read_record(OUTPUT)[0]) == {"fake_B/mine.png"}
 
 
 def change_input(content):
@@ -674,7 +676,10 @@ def test_a_run_of_another_name_is_another_network_and_old_scores_go(run):
     assert not Path("x/metrics.json").exists()
     page = Path("x/index.html").read_text()
     assert "<h1>two, epoch 2, step 4</h1>" in page
-    assert "2 images of an earlier test: tiny, epoch 2, step 4; scale train, output_size input</h2>" in page
+    assert (
+        "2 images of an earlier test: tiny, epoch 2, step 4; dataset_name tiny, scale train, output_size input</h2>"
+        in page
+    )
 
 
 def test_the_page_shows_thumbnails_that_lead_to_the_full_images(run):

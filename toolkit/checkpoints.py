@@ -3,11 +3,13 @@
 A state holds everything that learns, counts or is random, so a resumed run takes the very step that would have followed.
 """
 
+import hashlib
+import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +19,24 @@ import torch
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks, build_discriminator, build_generator
 from toolkit.devices import rng_state
 from toolkit.distributed import first_rank, first_rank_first, rank, world_size
-from toolkit.files import atomic_write, attempt, link_file, read_archive, remove_files, replace, sole_process
-from toolkit.weights import save_generator
+from toolkit.files import (
+    atomic_write,
+    attempt,
+    link_file,
+    read_archive,
+    remove_files,
+    replace,
+    sole_process,
+    write_json,
+)
+from toolkit.weights import network_hash, save_generator
 from utils import InputError, counted, one_line, say, warn
 
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # raised when older code can no longer read a state
-ASIDE = "overwritten"  # sub-folders for the files of a run until the run that replaces it is saved
-COMPLETE = ".complete"  # marks that all files are there
+ASIDE = ".overwritten"  # sub-folders for the files of a run until the run that replaces it is saved
+JOURNAL = "files.json"  # in that of the states: names of the files, and whether all of them are there
 OF_RANK = ("buffers", "rng", "meter")  # entries of a state that differ between the ranks of torchrun
 
 
@@ -73,9 +84,11 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = None) -> tuple[dict, Path]:
     """Read the state of an epoch ("latest", "best" or a number), which `flag` names; previous.pt for a bad latest.pt."""
-    if flag == "--start_from" and (folder / ASIDE).is_dir():  # a run was killed before its first save
-        with first_rank_first(), sole_process(folder):
-            settle_overwriting(folder.name)
+    if flag == "--start_from":  # all ranks resume, so all of them wait
+        with first_rank_first():
+            recover(folder.name)
+    else:
+        recover(folder.name)
     path = folder / (f"epoch_{int(epoch):04d}.pt" if epoch.isdecimal() else f"{epoch}.pt")
     previous = folder / "previous.pt"
     try:
@@ -202,8 +215,15 @@ class CheckpointSaver:
     @first_rank
     def _write(self, state: dict, generators: Networks, save_log: Callable[[], None], best: bool) -> None:
         epoch = state["epoch"]
+        pair = hashlib.sha256("".join(network_hash(generators[d.generator]) for d in DIRECTIONS).encode()).hexdigest()
         for direction in DIRECTIONS:
-            metadata = {**self.metadata, "direction": str(direction), "epoch": epoch, "step": state["step"]}
+            metadata = {
+                **self.metadata,
+                "direction": str(direction),
+                "epoch": epoch,
+                "step": state["step"],
+                "pair": pair,
+            }
             path = self.folder / f"{direction.generator}.safetensors"
             save_generator(path, generators[direction.generator], metadata)
         save_log()
@@ -245,29 +265,64 @@ def refuse_second_run(run_name: str, overwrite: bool) -> None:
         raise InputError(f"{found[0].parent} holds a run already; {remedy}")
 
 
+def folders_of_run(run_name: str) -> tuple[Path, Path]:
+    """Return the folders of its states and of its images."""
+    return RUNS / run_name, IMAGES / run_name
+
+
 def set_aside(run_name: str) -> None:
     """Move the files of a run into sub-folders, until the new run of that name is saved."""
     found = files_of_run(run_name)
-    for path in found:
-        folder = RUNS / run_name if RUNS in path.parents else IMAGES / run_name
-        os.renames(path, folder / ASIDE / path.relative_to(folder))
-    if found:
-        (RUNS / run_name / ASIDE).mkdir(exist_ok=True)
-        (RUNS / run_name / ASIDE / COMPLETE).touch()
+    if not found:
+        return
+    folders = folders_of_run(run_name)
+    names = [[str(path.relative_to(folder)) for path in found if folder in path.parents] for folder in folders]
+    journal = folders[0] / ASIDE / JOURNAL
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    write_json(journal, {"files": names, "complete": False})
+    for folder, own in zip(folders, names, strict=True):
+        for name in own:
+            os.renames(folder / name, folder / ASIDE / name)
+    write_json(journal, {"files": names, "complete": True})
 
 
 @first_rank
 def settle_overwriting(run_name: str) -> None:
-    """Remove the files that were set aside if the new run was saved, else bring them back; the folder must be locked."""
-    folders = (RUNS / run_name, IMAGES / run_name)
-    complete = folders[0] / ASIDE / COMPLETE
-    if not (complete.is_file() and (folders[0] / "latest.pt").is_file()):
-        if complete.is_file():  # all that is not in the sub-folders is of the new run
+    """Remove the files that were set aside if the new run was saved, else bring them back; the folder must be locked.
+
+    The journal tells which files, and goes last, so that this can be cut off anywhere and done again.
+    """
+    folders = folders_of_run(run_name)
+    journal = folders[0] / ASIDE / JOURNAL
+    if not journal.is_file():
+        return
+    try:
+        record = json.loads(journal.read_text(encoding="utf-8"))
+        names = [[name for name in own if ".." not in Path(name).parts] for own in record["files"]]
+        moved = [
+            (folder / ASIDE / name, folder / name) for folder, own in zip(folders, names, strict=True) for name in own
+        ]
+        complete = bool(record["complete"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(f"{journal}: damaged; move the files beside it to where they belong, and remove it") from error
+    if complete and (folders[0] / "latest.pt").is_file():  # the new run was saved
+        for folder in folders:
+            remove_files([source for source, _ in moved if folder in source.parents], folder)
+    else:
+        if complete:  # what is outside the sub-folders is of the new run
             for folder in folders:
                 remove_files([path for path in files_of_run(run_name) if folder in path.parents], folder)
-            complete.unlink()
-        for folder in folders:
-            for path in [path for path in (folder / ASIDE).rglob("*") if path.is_file()]:
-                os.renames(path, folder / path.relative_to(folder / ASIDE))
-    for folder in folders:
-        shutil.rmtree(folder / ASIDE, ignore_errors=True)
+            write_json(journal, record | {"complete": False})
+        for source, target in moved:
+            if os.path.lexists(source):
+                os.renames(source, target)
+    remove_files([journal], folders[0])
+
+
+@first_rank
+def recover(run_name: str) -> None:
+    """Settle what a killed process left of two runs; nothing while another process trains there."""
+    folder = RUNS / run_name
+    if (folder / ASIDE / JOURNAL).is_file():
+        with suppress(InputError), sole_process(folder):
+            settle_overwriting(run_name)

@@ -77,10 +77,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write readable JSON atomically; paths become text, numbers that are not finite become null."""
+def to_json(value: object) -> str:
+    """Return readable JSON; paths become text, numbers that are not finite become null."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
-    write_text(path, json.dumps(plain, indent=1) + "\n")
+    return json.dumps(plain, indent=1) + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON atomically."""
+    write_text(path, to_json(value))
 
 
 def sha256(path: Path) -> str:
@@ -119,17 +124,17 @@ def attempt(write: Callable, *args: object) -> str:
     return ""
 
 
-def write_page(path: Path, template: str, **values: object) -> None:
-    """Fill a template, in which values are escaped, and write the page atomically."""
+def render_page(template: str, **values: object) -> str:
+    """Fill a template, in which values are escaped."""
     import jinja2  # here, because most commands end before a page is written
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    write_text(path, pages.get_template(template).render(**values))
+    return pages.get_template(template).render(**values)
 
 
 @contextmanager
-def sole_process(folder: Path, *others: Path) -> Iterator[None]:
+def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name") -> Iterator[None]:
     """Lock a folder until the block or this process ends, however it ends, or raise InputError if another holds the lock.
 
     Child processes do not inherit it. Temporary files that a killed process left there, and in `others`, are removed.
@@ -146,9 +151,9 @@ def sole_process(folder: Path, *others: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would keep a flock
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise InputError(f"{folder}: process {file.read(20)} trains there; choose another --run_name") from None
+            raise InputError(f"{folder}: process {file.read(20)} writes there; wait, or choose {remedy}") from None
         except OSError as error:
-            warn(f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
+            warn(f"{folder} cannot be locked ({error.strerror}); do not let a second process write there")
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         for locked in (folder, *others):

@@ -1,10 +1,11 @@
 """A folder of results: names of its folders, thumbnails, the record of what a test wrote, the grid and the page."""
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 
 from models import DIRECTIONS, Direction
-from toolkit.files import atomic_write, remove_files, sha256, write_json, write_page
-from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image, save_image
-from utils import InputError, counted, one_line, say, with_domain
+from toolkit.files import atomic_write, remove_files, render_page, sha256, sole_process, write_text
+from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image
+from utils import InputError, counted, domain_names, one_line, say, with_domain
 
 LEGEND = {  # of the page
     "real": "{} as it was given",
@@ -23,7 +24,8 @@ LEGEND = {  # of the page
     "truth": "the image of the same name among those of {}",
     "rec": "the translation, translated back to {}",
 }
-RECORD = ".written.json"  # what test.py wrote in the folder, and from what
+RECORD = ".written.jsonl"  # a line for each file that test.py wrote in the folder: its hash, and what it was made from
+OLD_RECORD = ".written.json"  # of older versions: names alone
 PAGE = "index.html"
 GRID = "grid.png"
 SCORES = "metrics.json"
@@ -47,6 +49,13 @@ def result_folders(direction: Direction) -> tuple[str, str, str, str]:
 
 
 DIRECTION_OF = {folder: direction for direction in DIRECTIONS for folder in result_folders(direction)}
+ENTRY = (
+    "sha256",
+    "settings",
+    "input",
+    "truth",
+)  # of a file: its hash, the key of the settings, the hashes of two files
+NOTHING = dict.fromkeys(ENTRY)
 OWN_NAMES = (*DIRECTION_OF, THUMBNAILS, PAGE, GRID, SCORES)
 
 
@@ -55,52 +64,77 @@ def thumbnail(file: Path) -> Path:
     return Path(THUMBNAILS, file).with_suffix(".jpg")
 
 
-def read_record(output: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Return what the record of a folder holds, nothing if it is missing or damaged: files by name, settings by key.
+def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Return the entries of a record by file, the newest last, and the settings by key; damaged lines are left out.
 
-    Of a result it holds hashes of the file, of its input and truth, and the key of the settings; other entries are empty.
+    raises: InputError for a file that is no record
     """
-    try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        files = record["files"]
-        if "settings" not in record:  # older ones only have the names
-            files = {name: {} for name in files}
-        settings = {key: dict(value) for key, value in record.get("settings", {}).items()}
-        own = {name: dict(entry) for name, entry in files.items() if Path(name).parts[0] in OWN_NAMES}
-        return {name: entry for name, entry in own.items() if not {"..", "\0"} & {*Path(name).parts, *name}}, settings
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return {}, {}
+    entries: dict[str, list[dict]] = {}
+    settings: dict[str, dict] = {}
+    path = output / (RECORD if os.path.lexists(output / RECORD) else OLD_RECORD)
+    if not os.path.lexists(path):
+        return entries, settings
+    refusal = InputError(
+        f"--output {output}: {path.name} is not what test.py wrote; choose another folder, or move it away"
+    )
+    if not path.is_file():
+        raise refusal
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    understood = not lines
+    if path.name == OLD_RECORD:
+        with suppress(ValueError, RecursionError, TypeError, LookupError):
+            lines = [json.dumps({"file": name, "sha256": None}) for name in json.loads(text)["files"]]
+            understood = True
+    for line in lines:
+        with suppress(ValueError, RecursionError, TypeError, LookupError):
+            entry = json.loads(line)
+            if "key" in entry:
+                settings[str(entry["key"])] = dict(entry["settings"])
+            else:
+                name = entry["file"]
+                os.fsencode(name)  # raises for what can be no name
+                if Path(name).parts[0] in OWN_NAMES and ".." not in Path(name).parts and "\0" not in name:
+                    entries.setdefault(name, []).append({part: entry.get(part) and str(entry[part]) for part in ENTRY})
+            understood = True
+    if not understood:
+        raise refusal
+    return entries, settings
 
 
 class ResultFolder:
     """A folder of results, with a record of what test.py wrote there, from which inputs, networks and settings.
 
-    What the record does not name is somebody's own: it is never replaced or removed. Results are reused, shown and scored
-    only as what the record says they are.
+    What is not as the record says is somebody's own: it is never replaced or removed, and neither shown nor scored.
     """
 
     def __init__(self, path: Path, settings: dict):
-        """settings: of this test: the networks with their hashes, sizes, precision; plain values."""
+        """Read the record, and the files that it names; settings: of this test, plain values."""
         self.path = path
         self.settings = settings
-        self.files, self.known_settings = read_record(path)
         self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        recorded, self.known_settings = read_record(path)
+        self.files: dict[str, dict] = {}  # by name: hash and origin
+        for name, entries in recorded.items():
+            if (path / name).is_file():
+                digest = sha256(path / name)
+                matching = [entry for entry in entries if entry["sha256"] in (digest, None)]
+                if matching:
+                    self.files[name] = matching[-1]
 
-    @contextmanager
-    def written(self, planned: Iterable[Sequence[Result]], keep: bool, with_scores: bool) -> Iterator[None]:
-        """Take the names of all files that a test writes in the block, and remove what earlier tests left.
+    def claim(self, planned: Iterable[Sequence[Result]], keep: bool, with_scores: bool) -> None:
+        """Check that a test may write its files, and remove those of earlier tests.
 
-        keep:   only their page and scores, which the results of this test outdate
-        raises: InputError, before anything changes, if a file of such a name is not in the record, or is an input
+        keep:   remove only their page and scores, which the results of this test outdate
+        raises: InputError, before anything changes, if somebody's own file is in the way, or an input would change
         """
         results = [result for of_direction in planned for result in of_direction]
         paths = [path for result in results for file in result.files.values() for path in (file, thumbnail(file))]
         names = [path.as_posix() for path in paths] + [PAGE, GRID] + [SCORES] * with_scores
-        removed = [name for name in self.files if not keep or name in (PAGE, GRID, SCORES)]
         for name in names:
-            if name not in self.files and os.path.lexists(self.path / name):
-                taken = f"{name} is there, and not written by test.py"
-                raise InputError(f"--output {self.path}: {taken}; choose another folder, or move it away")
+            if name not in self.files:
+                self.refuse_other(name)
+        removed = [name for name in self.files if not keep or name in (PAGE, GRID, SCORES)]
         changed = {(self.path / name).resolve() for name in (*names, *removed)}
         for path in [path for result in results for path in (result.input, result.truth) if path]:
             if path.resolve() in changed:
@@ -108,100 +142,152 @@ class ResultFolder:
         count = remove_files([self.path / name for name in removed], self.path)
         if count and not keep:
             say(f"{self.path}: removed {counted(count, 'file')} of the last test; --output DIR would keep them")
-        self.path.mkdir(parents=True, exist_ok=True)
-        kept = {name: entry for name, entry in self.files.items() if name not in removed}
-        self.files = {name: {} for name in names} | kept
+        for name in removed:
+            del self.files[name]
         self.known_settings[self.key] = self.settings
         self.write_record()
-        try:
-            yield
-        finally:  # also after Ctrl-C
-            self.files = {name: entry for name, entry in self.files.items() if (self.path / name).is_file()}
-            self.write_record()
+
+    def refuse_other(self, name: str) -> None:
+        """Raise InputError if something that test.py did not write has a name, or is a file where its folder would be."""
+        parents = [parent for parent in Path(name).parents if os.path.lexists(self.path / parent)]
+        in_the_way = [parent for parent in parents if not (self.path / parent).is_dir()]
+        if in_the_way or os.path.lexists(self.path / name):
+            found = f"{in_the_way[0] if in_the_way else name} is there, and not as test.py wrote it"
+            raise InputError(f"--output {self.path}: {found}; choose another folder, or move it away")
 
     def write_record(self) -> None:
-        """Write the record, without settings that no file has."""
-        files = dict(self.files)  # threads may add to it
-        used = {entry.get("settings") for entry in files.values()}
-        settings = {key: value for key, value in self.known_settings.items() if key in used}
-        write_json(self.path / RECORD, {"settings": settings, "files": files})
+        """Write the record anew: one line for each settings in use, and for each file."""
+        files = dict(self.files)
+        used = {entry["settings"] for entry in files.values()} | {self.key}
+        lines = [{"key": key, "settings": value} for key, value in self.known_settings.items() if key in used]
+        lines += [{"file": name} | entry for name, entry in files.items()]
+        write_text(self.path / RECORD, "".join(json.dumps(line) + "\n" for line in lines))
+        (self.path / OLD_RECORD).unlink(missing_ok=True)
+
+    def write(self, file: Path | str, write: Callable[[Path], object], origin: Mapping = NOTHING) -> None:
+        """Write a file atomically; the record has its hash before it has its name, so that a kill leaves no doubt."""
+        path = self.path / file
+        name = Path(file).as_posix()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            write(temporary)
+            entry = {**NOTHING, **origin, "sha256": sha256(temporary)}
+            with (self.path / RECORD).open("a", encoding="utf-8") as record:
+                record.write(json.dumps({"file": name} | entry) + "\n")
+        self.files[name] = entry
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a page, or scores."""
+        self.write(name, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
 
     def origin(self, result: Result) -> dict:
         """Return what the files of a result are made from: hashes of input and truth, and the key of the settings."""
         truth = sha256(result.truth) if result.truth else None
         return {"settings": self.key, "input": sha256(result.input), "truth": truth}
 
-    def has(self, result: Result) -> bool:
-        """Whether all files of a result are there, made from just this and not changed since."""
-        origin = self.origin(result)
-        for name in map(Path.as_posix, result.files.values()):
-            entry = self.files.get(name)
-            if not entry or not (self.path / name).is_file() or entry != origin | {"sha256": sha256(self.path / name)}:
-                return False
-        return True
+    def is_of(self, file: Path, origin: Mapping) -> bool:
+        """Whether a file is there, made from just this."""
+        entry = self.files.get(file.as_posix())
+        return entry is not None and entry == {**origin, "sha256": entry["sha256"]}
 
-    def inputs(self, direction: Direction) -> dict[str, str]:
+    def has(self, result: Result) -> bool:
+        """Whether all files of a result are there, made from just this input, truth, networks and settings."""
+        origin = self.origin(result)
+        return all(self.is_of(file, origin) for file in result.files.values())
+
+    def inputs(self, direction: Direction) -> dict[str, str | None]:
         """Return the hashes of the inputs of a direction's results by their names in lower case."""
         fake = result_folders(direction)[1]
-        found = {}
-        for name, entry in self.files.items():
-            folder, *rest = Path(name).parts
-            if folder == fake and "input" in entry:
-                found[str(Path(*rest)).lower()] = entry["input"]
-        return found
+        parts = {name: Path(name).parts for name in self.files}
+        return {
+            str(Path(*parts[name][1:])).lower(): self.files[name]["input"] for name in parts if parts[name][0] == fake
+        }
 
     def save(self, result: Result, images: Sequence[Image.Image]) -> None:
-        """Write the images of a result in the order of its files."""
+        """Write the images of a result in the order of its files, and thumbnails of large ones."""
         origin = self.origin(result)
         for file, image in zip(result.files.values(), images, strict=True):
-            save_thumbnail(image, self.path / thumbnail(file))
-            save_image(image, self.path / file)
-            self.files[file.as_posix()] = origin | {"sha256": sha256(self.path / file)}
+            self.write(file, functools.partial(image.save, format="PNG"), origin)
+            if max(image.size) > LARGEST_CELL:
+                self.write(thumbnail(file), functools.partial(save_thumbnail, image), origin)
 
     def results(self) -> dict[tuple[str, Direction], list[Result]]:
-        """Return all results of the record by key of their settings and by direction, those of this test first."""
-        found: dict[tuple[str, Direction], dict[Path, Result]] = {(self.key, direction): {} for direction in DIRECTIONS}
-        for file, entry in self.files.items():
-            folder, *rest = Path(file).parts
-            key = str(entry.get("settings"))
-            if rest and key in self.known_settings and folder in DIRECTION_OF:
-                group = found.setdefault((key, DIRECTION_OF[folder]), {})
-                result = group.setdefault(Path(*rest), Result(Path(), Path(*rest), {}))
-                result.files[folder] = Path(file)
-        return {group: list(results.values()) for group, results in found.items() if results}
+        """Return all results by key of their settings and by direction, those of this test first."""
+        found: dict[tuple[str, Direction], list[Result]] = {(self.key, direction): [] for direction in DIRECTIONS}
+        for direction in DIRECTIONS:
+            folders = result_folders(direction)
+            for name, entry in list(self.files.items()):
+                folder, *rest = Path(name).parts
+                if folder == folders[1] and entry["settings"] in self.known_settings:
+                    origin = {part: value for part, value in entry.items() if part != "sha256"}
+                    files = {folder: Path(folder, *rest) for folder in folders}
+                    files = {folder: file for folder, file in files.items() if self.is_of(file, origin)}
+                    found.setdefault((entry["settings"], direction), []).append(Result(Path(), Path(*rest), files))
+        return {group: results for group, results in found.items() if results}
+
+    def small_file(self, file: Path) -> Path:
+        """Return the thumbnail of a file or, if it has none, the file itself."""
+        origin = {part: value for part, value in self.files[file.as_posix()].items() if part != "sha256"}
+        return thumbnail(file) if self.is_of(thumbnail(file), origin) else file
+
+    def write_grid(self, domains: tuple[str, str], results: Mapping[Direction, Sequence[Result]]) -> None:
+        """Write grid.png: up to six images of each direction, one column an image, all at the size of the first."""
+        columns = min(6, *(len(translated) for translated in results.values()))
+        size = None
+        rows = []
+        for translated in results.values():
+            chosen = translated[:: len(translated) // columns][:columns]
+            for folder in chosen[0].files:
+                if all(folder in result.files for result in chosen):
+                    files = [self.path / self.small_file(result.files[folder]) for result in chosen]
+                    size = size or read_image(files[0]).size[::-1]
+                    rows.append((with_domain(folder, domains), torch.stack([load_image(file, size) for file in files])))
+        self.write(GRID, functools.partial(draw_grid(rows).save, format="PNG"))
+
+    def write_page(self, table: Sequence[str]) -> None:
+        """Write index.html, which shows each input beside its results; a click opens the file.
+
+        table: the scores, as lines of text
+        """
+        directions = []
+        for (key, (source, target)), translated in self.results().items():
+            settings = self.known_settings[key]
+            names = dict(zip("AB", domain_names("", settings.get("domains")), strict=True))
+            folders = dict.fromkeys(name for result in translated for name in result.files)
+            legend = [(name, LEGEND[name[:-2]].format(names[name[-1]])) for name in folders]
+            rows = []
+            for result in translated:
+                files = result.files.items()
+                figures = [(name, _url(file), _url(self.small_file(file))) for name, file in files]
+                rows.append((one_line(result.name), figures))
+            heading = f"{names[source]} → {names[target]}: {counted(len(rows), 'image')}"
+            if key != self.key:
+                shown = ("dataset_name", "scale", "tile", "output_size")
+                sizes = ", ".join(f"{name} {settings[name]}" for name in shown if settings.get(name))
+                heading += f" of an earlier test: {_title(settings)}; {one_line(sizes)}"
+            directions.append((heading, legend, rows))
+        page = render_page("gallery.html", title=_title(self.settings), table=list(table), directions=directions)
+        self.write_text(PAGE, page)
+
+
+@contextmanager
+def open_results(path: Path, settings: dict) -> Iterator[ResultFolder]:
+    """Open a folder of results for one test at a time; raises InputError if another one writes there."""
+    path.mkdir(parents=True, exist_ok=True)
+    with sole_process(path, *(path / folder for folder in DIRECTION_OF), remedy="another --output"):
+        folder = ResultFolder(path, settings)
+        try:
+            yield folder
+        finally:  # also after Ctrl-C
+            if folder.files:
+                folder.write_record()
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> None:
-    """Write a JPEG of at most LARGEST_CELL px a side; remove it for an image that is no larger than that."""
-    if max(image.size) <= LARGEST_CELL:
-        path.unlink(missing_ok=True)
-        return
+    """Write a JPEG of at most LARGEST_CELL px a side."""
     small = image.reduce(max(1, max(image.size) // (2 * LARGEST_CELL)))  # faster for large images
     small.thumbnail((LARGEST_CELL, LARGEST_CELL))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        small.save(temporary, format="JPEG", quality=88, subsampling=0)
-
-
-def small_file(output: Path, file: Path) -> Path:
-    """Return the thumbnail of a file or, if it has none, the file itself."""
-    small = thumbnail(file)
-    return small if (output / small).is_file() else file
-
-
-def write_grid(output: Path, domains: tuple[str, str], results: Mapping[Direction, Sequence[Result]]) -> None:
-    """Write grid.png: up to six images of each direction, one column an image, all at the size of the first."""
-    columns = min(6, *(len(translated) for translated in results.values()))
-    size = None
-    rows = []
-    for translated in results.values():
-        chosen = translated[:: len(translated) // columns][:columns]
-        for folder in chosen[0].files:
-            if all(folder in result.files for result in chosen):
-                files = [output / small_file(output, result.files[folder]) for result in chosen]
-                size = size or read_image(files[0]).size[::-1]
-                rows.append((with_domain(folder, domains), torch.stack([load_image(file, size) for file in files])))
-    save_image(draw_grid(rows), output / GRID)
+    small.save(path, format="JPEG", quality=88, subsampling=0)
 
 
 def _url(file: Path) -> str:
@@ -212,31 +298,3 @@ def _title(settings: Mapping) -> str:
     """Name the networks of a test, with their epoch and step where they are known."""
     known = [f"{name} {settings[name]}" for name in ("epoch", "step") if settings.get(name) is not None]
     return one_line(", ".join([str(settings.get("network")), *known]))
-
-
-def write_gallery(folder: ResultFolder, domains: tuple[str, str], table: Sequence[str]) -> None:
-    """Write index.html, which shows each input beside its results; a click opens the file.
-
-    domains: names of A and B
-    table:   the scores, as lines of text
-    """
-    names = dict(zip("AB", domains, strict=True))
-    directions = []
-    for (key, (source, target)), translated in folder.results().items():
-        folders = dict.fromkeys(name for result in translated for name in result.files)
-        legend = [(name, LEGEND[name[:-2]].format(names[name[-1]])) for name in folders]
-        rows = []
-        for result in translated:
-            files = result.files.items()
-            figures = [(name, _url(file), _url(small_file(folder.path, file))) for name, file in files]
-            rows.append((one_line(result.name), figures))
-        heading = f"{names[source]} → {names[target]}: {counted(len(rows), 'image')}"
-        if key != folder.key:
-            settings = folder.known_settings[key]
-            sizes = ", ".join(
-                f"{name} {settings[name]}" for name in ("scale", "tile", "output_size") if settings.get(name)
-            )
-            heading += f" of an earlier test: {_title(settings)}; {one_line(sizes)}"
-        directions.append((heading, legend, rows))
-    title = _title(folder.settings)
-    write_page(folder.path / PAGE, "gallery.html", title=title, table=list(table), directions=directions)

@@ -27,7 +27,6 @@ TILE = 512  # px a side, where whole images would take too much memory
 WHOLE_BYTES = 2e9  # that a generator may take for a whole image
 TILED_BYTES = 3e9  # that an image may take in tiles, with its results
 BYTES_PER_TILED_PIXEL = 25  # of an image and its results: 12 as float32, the others as 8-bit copies
-RECORD_SECONDS = 60  # between writes of the record of results
 
 
 def check_together(networks: Networks, what: object) -> None:
@@ -72,18 +71,19 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     folder = checkpoints.RUNS / run_name
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; runs found: {checkpoints.found_runs()}; train one with train.py")
+    checkpoints.recover(run_name)
     networks: Networks = {}
-    steps = set()
+    saves = set()
     for direction in DIRECTIONS:
         file = folder / f"{direction.generator}.safetensors"
         if epoch == "latest" and not discriminators and file.is_file():
             networks[direction.generator], metadata = weights.load_generator(file)
-            steps.add(str(metadata.get("step")))
+            saves.add((str(metadata.get("step")), metadata.get("pair")))
             if metadata["direction"] != str(direction):
                 raise InputError(f"{file}: its metadata says {metadata['direction']}, its name {direction}; rename it")
-    interrupted = len(steps) > 1 and (folder / "latest.pt").is_file()
+    interrupted = len(saves) > 1 and (folder / "latest.pt").is_file()
     if interrupted:
-        say(f"{folder}: its generator files are of different steps (a save was interrupted); latest.pt is used")
+        say(f"{folder}: its generator files are of different saves (one was interrupted); latest.pt is used")
     elif networks:
         check_together(networks, folder)
         return networks, metadata
@@ -255,7 +255,7 @@ def unique_name(name: Path, is_taken: Callable[[str], bool]) -> Path:
 
 
 def plan_results(
-    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str]
+    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str | None]
 ) -> list[gallery.Result]:
     """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix.
 
@@ -362,14 +362,11 @@ def translate_folder(
         return loaded
 
     start = time.perf_counter()
-    recorded = start
     with ThreadPoolExecutor(THREADS) as pool:
         read = run_ahead(pool, translator.load, waiting)
         with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
             for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
-                if time.perf_counter() - recorded > RECORD_SECONDS:  # for --skip_existing after a power cut
-                    folder.write_record()
-                    recorded = time.perf_counter()
+                pass
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
     return [result for result in results if result.input in existing.union(written)]

@@ -250,8 +250,7 @@ class Monitor:
         for row in self.measures.rows[-12:]:
             measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
         plot = self.images / "losses.png"
-        files.write_page(
-            self.images / "index.html",
+        page = files.render_page(
             "progress.html",
             title=one_line(f"{self.run_name}: {domain_A} ↔ {domain_B}"),
             facts=one_line(facts),
@@ -264,6 +263,7 @@ class Monitor:
             table=metrics.format_table(measures) if measures else [],
             rows=[(heading, kind, map(self._figure, paths)) for heading, kind, paths in rows],
         )
+        files.write_text(self.images / "index.html", page)
 
     def _grids(self, folder: Path) -> list[Path]:
         """List the grids epoch_NNNN.png of a folder up to the newest one, oldest first."""

@@ -28,7 +28,8 @@ def save_generator(path: str | Path, net: Generator, metadata: dict) -> None:
     """Write the weights of a generator and what is needed to build and run it.
 
     metadata: direction ("AtoB" or "BtoA"), size ([height, width] of the training images in px), and for the record
-              stage, run_name, dataset_name, data_root, domains (names of A and B), epoch, step. The network's config and value range are added
+              stage, run_name, dataset_name, data_root, domains (names of A and B), epoch, step, pair (hash of both
+              generators). The network's config and value range are added
     """
     metadata = {"format": 1, "range": [-1, 1], "config": dataclasses.asdict(net.config)} | metadata
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
