@@ -15,7 +15,7 @@ from PIL import Image
 
 from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, remove_files, render_page, sha256, sole_process, write_text
-from toolkit.images import LARGEST_CELL, draw_grid, load_image, read_image
+from toolkit.images import LARGEST_CELL, draw_grid, load_image, natural_order, read_image
 from utils import InputError, counted, domain_names, one_line, say, with_domain
 
 LEGEND = {  # of the page
@@ -223,7 +223,8 @@ class ResultFolder:
                     files = {folder: Path(folder, *rest) for folder in folders}
                     files = {folder: file for folder, file in files.items() if self.is_of(file, origin)}
                     found.setdefault((entry["settings"], direction), []).append(Result(Path(), Path(*rest), files))
-        return {group: results for group, results in found.items() if results}
+        # threads wrote them, in any order
+        return {group: sorted(found[group], key=lambda x: natural_order(x.name)) for group in found if found[group]}
 
     def small_file(self, file: Path) -> Path:
         """Return the thumbnail of a file or, if it has none, the file itself."""

@@ -100,8 +100,12 @@ def list_images(folder: Path) -> list[Path]:
     for hint, count in sorted(skipped.items()):
         warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
     readable = [path for path in found if not missing_package(path)]
-    # 2.png before 10.png
-    return sorted(readable, key=lambda path: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(path))])
+    return sorted(readable, key=natural_order)
+
+
+def natural_order(path: Path) -> list[int | str]:
+    """Return what sorts 2.png before 10.png."""
+    return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(path))]
 
 
 def limit_pixels(pixels: float) -> None:
