@@ -25,8 +25,8 @@ QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be
 THREADS = 4  # that read and write images
 TILE = 512  # px a side, where whole images would take too much memory
 WHOLE_BYTES = 2e9  # that a generator may take for a whole image
-TILED_BYTES = 3e9  # that an image may take in tiles, with its results
-BYTES_PER_TILED_PIXEL = 25  # of an image and its results: 12 as float32, the others as 8-bit copies
+TILED_BYTES = 2.5e9  # that an image may take in tiles, with its results
+BYTES_PER_TILED_PIXEL = 35  # of an image and its results, measured; 12 are the float32 output
 
 
 def check_together(networks: Networks, what: object) -> None:
