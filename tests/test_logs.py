@@ -133,7 +133,6 @@ GOOD = "epoch,step,lr,loss_G\n1,20,0.0002,2.5\n"
         ("", 0),
         ("foo,bar\n1,2\n", 0),
         ("x" * 200_000, 0),
-        (noise_image(0).tobytes(), 0),
         (GOOD + "x" * 200_000 + "\n1,40,0.0002,2\n", 1),
         (GOOD + "1,40,0.0002\n", 1),
         (GOOD + "1,40,0.0002,2,3\n", 1),
@@ -152,6 +151,18 @@ def test_rows_before_a_damaged_line_are_kept_and_a_new_run_keeps_none(tmp_path, 
     assert [row["step"] for row in read_losses(path)] == [*([20] * kept), 120]
     assert CsvLog(path, COLUMNS, 0).rows == CsvLog(tmp_path / "missing.csv", COLUMNS, 100).rows == []
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content", [r"epoch,step,$\foo$", "epoch,step,", 'epoch,step,"a\nb"', noise_image(0).tobytes()]
+)
+def test_a_file_with_a_damaged_header_is_one_warning_and_written_anew(tmp_path, capsys, content):
+    path = tmp_path / "losses.csv"
+    path.write_bytes(content if isinstance(content, bytes) else f"{content}\n1,20,2.5\n".encode())
+    log = log_of(path, steps=[120], last_step=100)
+    assert warnings_in(capsys) == [f"warning: {path}: its header is damaged; its rows are left out"]
+    assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
+    plot_losses(log.rows, tmp_path / "losses.png")
 
 
 def test_rows_that_cannot_be_written_are_written_later_and_never_torn(tmp_path):

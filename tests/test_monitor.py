@@ -411,6 +411,15 @@ def test_a_resumed_run_cuts_its_logs_back_and_ends_with_the_same_files(tmp_path)
     assert train(resumed, (2, 3)) == whole
 
 
+def test_damaged_measures_are_one_warning(tmp_path, capsys):
+    run = opened(tmp_path)
+    run.measures.path.write_text("epoch,step,$\\foo$\n1,3,0.5\n")
+    assert run.lacks_measures(3)
+    opened(tmp_path, step=3)
+    assert len(warnings_in(capsys)) == 1
+    assert run.measures.path.read_text() == "epoch,step\n"
+
+
 def test_logs_that_cannot_be_written_end_neither_the_page_nor_the_run(tmp_path, capsys):
     for name in ("losses.csv", "measures.csv"):
         (tmp_path / "saved" / name).mkdir(parents=True)

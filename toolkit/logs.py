@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ class CsvLog:
         self.columns = list(columns)  # the first ones; rows may add more
         self.rows: list[dict] = []
         if last_step and rank() == 0 and path.is_file():
-            for row in read_losses(path):
+            for row in read_losses(path, report_damage=True):
                 if row["step"] <= last_step:
                     self.append(row)
 
@@ -90,12 +91,20 @@ class CsvLog:
         write_text(self.path, text.getvalue())
 
 
-def read_losses(path: Path) -> list[dict]:
-    """Read the rows of losses.csv or measures.csv up to a damaged line: epoch and step as int, the rest as float."""
+def read_losses(path: Path, report_damage: bool = False) -> list[dict]:
+    """Read the rows of losses.csv or measures.csv up to a damaged line: epoch and step as int, the rest as float.
+
+    report_damage: warn of a damaged header, which leaves no rows
+    """
     rows = []
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         with suppress(csv.Error, KeyError, TypeError, ValueError):  # of a damaged line
-            for cells in csv.DictReader(file):
+            reader = csv.DictReader(file)
+            if not all(re.fullmatch(r"[A-Za-z0-9_@]+", name) for name in reader.fieldnames or []):
+                if report_damage:
+                    warn(f"{path}: its header is damaged; its rows are left out")
+                return []  # matplotlib would fail to draw $\foo$
+            for cells in reader:
                 counts = {name: int(cells[name]) for name in ("epoch", "step")}
                 rows.append({name: float(cell) for name, cell in cells.items()} | counts)
     return rows

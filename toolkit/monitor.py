@@ -20,7 +20,7 @@ from models import DIRECTIONS, Networks
 from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import save_image
-from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses
+from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
 from utils import InputError, counted, one_line, say, warn, with_domain
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
@@ -178,7 +178,8 @@ class Monitor:
     @first_rank
     def lacks_measures(self, step: int) -> bool:
         """Whether measures.csv, before `open`, has no row of a step."""
-        return step not in [row["step"] for row in CsvLog(self.saved / "measures.csv", [], step).rows]
+        path = self.saved / "measures.csv"
+        return not path.is_file() or step not in [row["step"] for row in read_losses(path)]
 
     @first_rank
     def add_measures(self, epoch: int, step: int, row: dict[str, float]) -> None:
