@@ -10,6 +10,7 @@ for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("c
     ...  # each (10, 3, 256, 256) in [-1, 1]
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ import math
 import mmap
 import os
 import random
+import shutil
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
@@ -351,14 +353,19 @@ class ImageCache:
 def _map_file(path: Path, size: int) -> mmap.mmap:
     """Map a file of `size` bytes, created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
     try:
         with path.open("a+b") as file:
-            if hasattr(os, "posix_fallocate"):  # if the disk became full later, writing would end in a bus error
+            # if the disk became full later, writing would end in a bus error
+            if size - file.tell() > shutil.disk_usage(path.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        if not existed:  # it may belong to another user
+            path.unlink(missing_ok=True)
         raise InputError(f"--cache disk: {size / 2**30:.1f} GiB: {error.strerror}; use --cache ram") from error
 
 

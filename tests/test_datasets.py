@@ -1,6 +1,8 @@
 import hashlib
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,3 +317,29 @@ def test_a_cache_that_does_not_fit_on_the_disk_or_cannot_be_mapped_is_refused_in
         cached(dataset_of(tiny), tiny, "disk")
     assert "\n" not in str(refusal.value)
     assert list((tiny / ".cache").iterdir()) == []
+
+
+def test_free_space_for_a_cache_is_checked_on_every_system(tiny, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    free = SimpleNamespace(free=4200)  # of trainA's 5 images of 18x16 px, 4360 bytes
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: free)
+        with pytest.raises(InputError, match=r"--cache disk: 0\.0 GiB: No space left"):
+            cached(dataset_of(tiny), tiny, "disk")
+        assert list((tiny / ".cache").iterdir()) == []
+        free.free = 4360
+        cached(dataset_of(tiny), tiny, "disk")
+        free.free = 0
+        cached(dataset_of(tiny), tiny, "disk")  # nothing is missing
+
+
+def test_an_existing_cache_that_cannot_be_mapped_is_kept(tiny, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    cached(dataset_of(tiny), tiny, "disk")
+    files = sorted((tiny / ".cache").iterdir())
+    monkeypatch.setattr("mmap.mmap", fail)
+    with pytest.raises(InputError, match="Permission denied"):
+        cached(dataset_of(tiny), tiny, "disk")
+    assert sorted((tiny / ".cache").iterdir()) == files
