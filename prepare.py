@@ -59,7 +59,10 @@ class _CheckOptions:
 
 
 def fetch(url: str, part: Path) -> None:
-    """Download a file, continuing where an earlier attempt stopped; raises RunError if it stops early, else InputError."""
+    """Download a file, continuing where an earlier attempt stopped.
+
+    raises: RunError if it does not fit on the disk or stops early, else InputError
+    """
     done = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -67,6 +70,8 @@ def fetch(url: str, part: Path) -> None:
             if response.status != 206:  # the server sends the file from its start
                 done = 0
             total = done + int(response.headers.get("Content-Length") or 0)
+            if shutil.disk_usage(part.parent).free < total - done:
+                raise RunError(f"{part.parent}: no space for {total / 1e6:,.0f} MB; free some and run it again")
             bar = tqdm.wrapattr(response, "read", total or None, initial=done, desc=part.stem.lstrip("."))
             with part.open("ab" if done else "wb") as file, bar as source:
                 shutil.copyfileobj(source, file)
@@ -149,12 +154,19 @@ def split_dataset(args: Namespace) -> None:
     folder_B = args.B.resolve()
     if folder_A in (folder_B, *folder_B.parents) or folder_B in folder_A.parents:
         raise InputError(f"--A {args.A} and --B {args.B}: the same folder, or one in the other; expected two")
+    sources = {"A": args.A, "B": args.B}
+    found = {}
+    for domain, source in sources.items():  # both, before the images of A are read and copied
+        if not source.is_dir():
+            raise InputError(f"--{domain} {source}: no such folder; expected a folder with images")
+        found[domain] = images.list_images(source)
+        if not found[domain]:
+            raise InputError(f"--{domain} {source}: no image inside; expected {' '.join(sorted(images.SUFFIXES))}")
     with new_folder(args.data_root / args.dataset_name) as unfinished:
-        for domain, source in {"A": args.A, "B": args.B}.items():
-            found = images.list_images(source)
-            random.Random(f"{args.seed}-{domain}").shuffle(found)
-            bar = tqdm(found, desc=f"reading {source.name}", leave=False)
-            readable = images.BadImages(source, len(found)).read(bar, images.read_image)
+        for domain, source in sources.items():
+            random.Random(f"{args.seed}-{domain}").shuffle(found[domain])
+            bar = tqdm(found[domain], desc=f"reading {source.name}", leave=False)
+            readable = images.BadImages(source, len(found[domain])).read(bar, images.read_image)
             paths = [path for path, _ in itertools.islice(readable, args.max_images)]
             if len(paths) < 2:
                 raise InputError(

@@ -262,10 +262,17 @@ def test_a_full_disk_and_a_stop_keep_the_download(server, monkeypatch, error, co
     assert left() == WHOLE
 
 
-def test_a_zip_that_does_not_fit_on_the_disk_or_claims_too_much_is_not_unpacked(server, refused, monkeypatch):
-    server["respond"] = send(make_zip())
+def test_a_zip_that_does_not_fit_on_the_disk_or_claims_too_much_is_not_fetched_or_unpacked(
+    server, refused, monkeypatch
+):
+    data = make_zip()
+    server["respond"] = send(data)
+    free = {"datasets": len(data) - 1}
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9))
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free.get(str(path), 9)))
+        assert "datasets: no space for 0 MB; free some" in refused(prepare.main, *download(server), code=1)
+        assert left() == []
+        free["datasets"] = len(data)
         assert "datasets/.set.zip.part: no space" in refused(prepare.main, *download(server), code=1)
         assert left() == ["datasets/.set.zip.part"]
     monkeypatch.setattr(prepare, "MOST_BYTES", 1000)
@@ -340,8 +347,8 @@ def test_split_divides_as_many_images_as_wanted(tmp_path, counts, flags, trains,
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--A", "empty"), "--A empty: "),
-        (("--A", "gone"), "--A gone: "),
+        (("--A", "empty"), "--A empty: no image inside; expected "),
+        (("--A", "gone"), "--A gone: no such folder; expected "),
         (("--A", "single"), "--A single: 1 "),
         (("--B", "faces/more"), "--B faces/more: the same folder, or one in the other"),
         (("--B", "faces"), "the same folder"),
@@ -358,6 +365,13 @@ def test_split_refuses_in_one_line_and_leaves_nothing(tmp_path, refused, flags, 
             noise_image(i).save(Path(name, f"{i}.png"))
     assert expected in refused(prepare.main, *argv, *flags)
     assert not list(Path().glob("datasets/*"))
+
+
+@pytest.mark.parametrize("other", ["empty", "gone"])
+def test_both_folders_of_a_split_are_checked_before_an_image_is_read(tmp_path, refused, monkeypatch, other):
+    Path("empty").mkdir()
+    monkeypatch.setattr(images, "read_image", fails_with(AssertionError("an image was read")))
+    assert f"--B {other}: no " in refused(prepare.main, *two_folders(tmp_path), "--B", other)
 
 
 def test_a_split_that_fails_leaves_nothing(tmp_path, refused, monkeypatch):
