@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,20 @@ def test_a_lost_terminal_is_a_request_to_stop_unless_nohup_ignores_it(handler, n
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_signal_handlers_are_left_alone(keep_sigint):
+    def main(argv):
+        with StopRequest() as stop:
+            return stop.signum, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    found = []
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    thread = threading.Thread(target=lambda: found.append(command(main)()))
+    thread.start()
+    thread.join()
+    assert found == [(None, before, signal.SIG_DFL)]
 
 
 # -- startup ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,11 +44,12 @@ def command(main: Callable) -> Callable:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a console that cannot print → must not end a training run
                 stream.reconfigure(errors="backslashreplace")
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as toolkit.startup left it
+        before = None
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set signal handlers
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as toolkit.startup left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = signal.getsignal(signal.SIGTERM)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends ranks that wait for each other
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes unfinished files
+        if in_main_thread and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends ranks that wait for each other
+            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes unfinished files
         try:
             join_ranks()
             result = main(argv)
@@ -58,7 +60,8 @@ def command(main: Callable) -> Callable:
             if explained is None:
                 raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
         code, message = explained
         if rank() > 0:  # the first rank reports what stops all; torchrun ends the others during this wait
             time.sleep(3)
@@ -78,6 +81,8 @@ class StopRequest:
         signals = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            signals = []  # other threads get no signals
         self._previous = {signum: signal.signal(signum, self._note) for signum in signals}
         return self
 
