@@ -105,6 +105,7 @@ class Run:
                     self.draw()
                 self.save()
                 self.evaluate()  # after saving: a failure in it loses nothing
+                signum = stop.agreed() if self.epoch < num_epochs else signum  # nothing to stop at the end
                 self.update_page()
         self.update_page(at_once=True, stopped=bool(signum))
         return signum

@@ -562,6 +562,17 @@ def test_an_evaluation_that_a_kill_prevented_is_made_on_resume(tiny, epochs, cap
     assert "nothing left to do" in capsys.readouterr().out
 
 
+def test_a_signal_during_an_evaluation_stops_before_the_next_step(tiny, monkeypatch):
+    measure = train.Run.measure
+    monkeypatch.setattr(train.Run, "measure", lambda run: signal.raise_signal(signal.SIGTERM) or measure(run))
+    with pytest.raises(SystemExit, match="143"):
+        run_tiny("--num_epochs", 2, "--eval_interval", 1)
+    assert state_of("tiny")["step"] == 3
+    train.main(RESUME)  # after the last epoch nothing is left to stop
+    assert state_of("tiny")["step"] == 6
+    assert [row["step"] for row in read_losses(SAVED / "measures.csv")] == [3, 6]
+
+
 def test_evaluation_changes_nothing_about_the_training(tiny):
     run_tiny("--num_epochs", 2, "--run_name", "plain", "--norm", "batch")
     run_tiny("--num_epochs", 2, "--run_name", "evaluated", "--norm", "batch", *EVAL)
