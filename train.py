@@ -205,7 +205,10 @@ class Run:
         try:
             own = checkpoints.own_rank_state(state)
             self.model.load_state_dict({**state, **own})
-            self.model.executor.micro_batch_size = state["micro_batch_size"]
+            micro_batch_size = int(state["micro_batch_size"])
+            if not 0 <= micro_batch_size < 2**63:  # as Tensor.split takes
+                raise ValueError(f"micro_batch_size {micro_batch_size}")
+            self.model.executor.micro_batch_size = micro_batch_size
             self.monitor.meter.load_state_dict(own["meter"], self.model.device)
             self.epoch = int(state["epoch"])
             self.step_in_epoch = int(state["step_in_epoch"])

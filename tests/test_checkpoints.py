@@ -355,6 +355,9 @@ def test_buffers_start_empty_when_the_size_of_images_changes(stopped, capsys):
         lambda s: s.update(args=[1]),
         lambda s: s.update(format=torch.zeros(2)),
         lambda s: s.update(epoch="x"),
+        lambda s: s.update(micro_batch_size="x"),
+        lambda s: s.update(micro_batch_size=-1),
+        lambda s: s.update(micro_batch_size=2**63),
         lambda s: s.update(ema={"G_AB": {}}),
         lambda s: s["args"].update(img_height=10**9),
         lambda s: s["args"].update(lr="fast"),
@@ -375,6 +378,16 @@ def test_an_edited_state_is_refused_in_one_line_and_kept(refused, edit):
     written = LATEST.read_bytes()
     assert str(LATEST) in refused(train.main, *RESUME)
     assert LATEST.read_bytes() == written
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize("size", [1.5, True])
+def test_an_edited_size_of_micro_batches_is_an_integer_again(size):
+    state = load_state(LATEST)
+    state["micro_batch_size"] = size
+    torch.save(state, LATEST)
+    train.main([*RESUME, "--num_epochs", "1"])
+    assert differences(state_of("tiny")["micro_batch_size"], 1) == []
 
 
 @pytest.mark.usefixtures("stopped")

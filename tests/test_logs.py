@@ -45,6 +45,8 @@ def test_a_loss_is_averaged_over_the_steps_that_computed_it_also_across_a_checkp
         assert m.count == 2
     meter.load_state_dict({"sums": {"a": torch.tensor(6.0)}, "count": 4}, CPU)  # of an old state
     assert meter.means() == {"a": 1.5}
+    meter.load_state_dict({"sums": {"a": torch.tensor(6.0)}, "count": 0}, CPU)  # of an edited one
+    assert meter.means() == {"a": 6.0}
 
 
 def test_means_are_float32_sums_in_the_order_of_the_steps_divided_once():

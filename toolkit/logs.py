@@ -47,7 +47,7 @@ class Meter:
         """Compute the means over all ranks; waits for the device."""
         sums = {name: value.clone() for name, value in self.sums.items()}
         average(list(sums.values()))
-        return {name: value.item() / self.counts[name] for name, value in sums.items()}
+        return {name: value.item() / max(1, self.counts[name]) for name, value in sums.items()}
 
     def state_dict(self) -> dict:
         sums = {name: value.cpu() for name, value in self.sums.items()}
