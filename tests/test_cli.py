@@ -273,6 +273,15 @@ def test_an_edited_value_is_one_that_could_have_been_given_or_is_refused_in_one_
         assert action.type(str(found)) == found
 
 
+@pytest.mark.parametrize("value", ["no", 1, None])
+@pytest.mark.parametrize("name", ["flip", "pool_D"])
+def test_an_edited_switch_is_true_or_false_or_refused(name, value):
+    assert vars(resume(saved() | {name: True}))[name] is True
+    with pytest.raises(InputError) as error:
+        resume(saved() | {name: value})
+    assert_one_line(error.value, f"{PATH}: its flags cannot be read (given {value!r}, expected true or false)")
+
+
 @pytest.mark.parametrize("edited", [None, [], [1], "--lr 1", 3, torch.zeros(2)])
 def test_a_checkpoint_without_options_is_refused_in_one_line(edited):
     with pytest.raises(InputError) as error:
@@ -327,6 +336,6 @@ def test_a_decay_epoch_that_was_not_given_follows_num_epochs():
 @pytest.mark.parametrize("command", [train, distill])
 def test_an_option_that_is_gone_is_refused_with_what_replaces_it(command, refused, tmp_path):
     (tmp_path / "old.txt").write_text("--norm_output")
-    for words in (["--norm_output"], ["@old.txt"]):
+    for words in (["--norm_output"], ["--norm_output=1"], ["@old.txt"]):
         error = refused(command.main, *words)
         assert "--norm_output is no longer an option; use GeneratorConfig(norm_output=True)" in error

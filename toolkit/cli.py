@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         for flag, replacement in REMOVED.items():
-            if flag in message.split():
+            if flag in message.replace("=", " ").split():
                 message = f"{flag} is no longer an option; use {replacement}"
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
@@ -178,7 +178,9 @@ def _as_typed(action: argparse.Action, value: Any) -> Any:
     if value is None and action.default is None:
         return None
     if action.nargs == 0:
-        return bool(value)
+        if not isinstance(value, bool):
+            raise ValueError(f"given {value!r}, expected true or false")
+        return value
     convert: Any = action.type
     if action.nargs:
         return [convert(text) for text in value]
