@@ -230,9 +230,10 @@ def make_student_networks(config: TrainConfig, distillation: DistillationConfig,
     for direction in distillation.directions:
         net = teacher.networks[direction.generator]
         shape = student_config(distillation, net.config)
-        if distillation.student_skips and not net.config.downsamplings and config.run.start_from == "0":
-            raise InputError("--student_skips: has no effect without downsampling layers; leave it out")
-        report.refuse_large(shape, net.config)
+        if config.run.start_from == "0":  # older runs of these kinds resume
+            if distillation.student_skips and not net.config.downsamplings:
+                raise InputError("--student_skips: has no effect without downsampling layers; leave it out")
+            report.refuse_large(shape, net.config)
         networks[direction.generator] = make_student(net, shape, distillation.transfer)
     config_G = teacher.networks[distillation.directions[0].generator].config
     config_D = DiscriminatorConfig(channels=config_G.channels)
@@ -423,8 +424,8 @@ def make_run(
     config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device
 ) -> train.Run:
     """Build the run that trains the students."""
-    data = train.load_data(config, device)
     model = make_student_model(config, distillation, teacher, device)
+    data = train.load_data(config, device)  # after what may be refused: it can fill a cache
     objective: Any = model.objective  # a DistillationLoss
     draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)

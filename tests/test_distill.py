@@ -21,6 +21,7 @@ from cyclegan import LossConfig, generator_loss
 from datasets import DataConfig
 from distill import DistillationConfig, DistillationLoss
 from models import DIRECTIONS, GeneratorConfig, build_generator
+from toolkit import report
 from toolkit.checkpoints import load_state
 from toolkit.config import RunConfig
 from toolkit.converters import to_junyanz
@@ -253,6 +254,13 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one_bit_for_bit(teacher,
     assert "output_BA,hidden_BA" in logs[0]
 
 
+def test_the_size_of_a_student_is_checked_only_at_its_start(teacher, monkeypatch):
+    distil("--steps_per_epoch", 1)
+    monkeypatch.setattr(report, "refuse_large", lambda *_: pytest.fail("a resumed run is refused"))
+    distill.main([*COMMON, "--start_from", "latest", "--num_epochs", "2"])
+    assert state_of("tiny_student")["epoch"] == 2
+
+
 def test_another_student_and_a_teacher_that_has_changed_are_refused_on_resume(teacher, refused):
     distil("--direction", "BtoA")
     resume = [*COMMON, "--start_from", "latest", "--num_epochs", "2"]
@@ -320,10 +328,11 @@ def test_the_student_of_a_unet_vit_can_only_have_fewer_blocks(student, message):
     ],
 )
 def test_wrong_options_are_refused_in_one_line(teacher, refused, options, message):
-    error = refused(distill.main, *COMMON, *options)
+    error = refused(distill.main, *COMMON, "--cache", "disk", *options)
     assert message in error
     assert one_line(error) == error
     assert not STUDENT.exists()
+    assert not Path("datasets/tiny/.cache").exists()
 
 
 def test_images_that_are_too_small_for_the_discriminators_are_refused_without_flags_of_train(tiny, refused):
