@@ -93,7 +93,9 @@ def test_duplicates_are_moved_those_in_train_before_those_in_test_and_none_is_lo
     moved = ("trainA/0.png", "trainA/again.png", "valA/copy.png", "testB/twin.png")
     expected = {f"removed/{name}" if name in moved else name: data for name, data in before.items()}
     assert contents(tiny) == expected
-    assert "moved 4 images to datasets/tiny/removed\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "moved 4 images to datasets/tiny/removed\n" in out
+    assert "both domains" not in out
     prepare.main(["check", "tiny", "--remove_twins"])
     assert "moved 0 images" in capsys.readouterr().out
     assert contents(tiny) == expected
@@ -130,7 +132,9 @@ def test_an_image_of_both_domains_is_named_and_not_moved(tiny, capsys):
     before = contents(tiny)
     prepare.main(["check", "tiny", "--remove_twins"])
     assert contents(tiny) == before
-    assert "trainA/0.png = trainB/horse.png" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "trainA/0.png = trainB/horse.png" in out
+    assert "  in both domains, and not moved: 1 image; remove the wrong copies by hand\n" in out
 
 
 def test_a_data_set_with_links_is_refused_and_nothing_is_moved(tiny, refused):

@@ -131,6 +131,9 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
         shutil.move(folder / path, target)
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}")
+    both = [group for group in groups if len({path.parts[0][-1] for path in group}) > 1]
+    if both:
+        say(f"  in both domains, and not moved: {counted(len(both), 'image')}; remove the wrong copies by hand")
     left = left_without_partner(paths, set(moved))
     if left:  # these would have no truth in paired scores
         names = ", ".join(map(str, left[:NAMED])) + (", ..." if left[NAMED:] else "")
