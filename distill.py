@@ -61,7 +61,11 @@ class DistillationConfig:
     """The teacher, the shape of its students, and what they learn from it."""
 
     teacher: str | None = option(None, "run, checkpoint or generator (default: --dataset_name)", parse=run_or_file)
-    direction: str = option("both", "which generators get a student", choices=("both", *map(str, DIRECTIONS)))
+    direction: str = option(
+        "both",
+        "which generators get a student (default: both; of a single file the one in it)",
+        choices=("both", *map(str, DIRECTIONS)),
+    )
     student_residual: int = option(3, "blocks of the student", least=0, most=1000)
     student_ngf: int | None = option(None, "width of a resnet student (default: its teacher's)", least=1, most=4096)
     student_skips: bool | None = option(None, "skip connections of a resnet student (default: as its teacher)")
@@ -316,6 +320,7 @@ def make_parser() -> cli.Parser:
         cli.add_options(parser, title, kind, inherited_from="the teacher's")
     for title, kind in RUN_CONFIGS.items():
         cli.add_options(parser, title, kind)
+    parser.options["run_name"].help = "name of the run and its folders (default: TEACHER_student or TEACHER_scratch)"
     return parser
 
 

@@ -181,6 +181,12 @@ def test_help_shows_the_options_and_defaults_that_users_were_promised(capsys):
         assert f"(default: {default})" in text
 
 
+def test_help_of_distill_shows_its_own_defaults(capsys):
+    text = help_of(distill, capsys)
+    assert "which generators get a student (default: both; of a single file the one in it)" in text
+    assert "name of the run and its folders (default: TEACHER_student or TEACHER_scratch)" in text
+
+
 @pytest.mark.parametrize("name", ["train", "distill", "test", "export", "app"])
 def test_every_option_is_read_somewhere(name):
     read = set()

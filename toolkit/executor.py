@@ -29,7 +29,9 @@ def parse_micro_batch(text: str) -> int | str:
 class ExecutorConfig:
     """How a batch is processed; the results are the same but for rounding."""
 
-    micro_batch: int | str = option("auto", "images at once; auto: as many as fit into memory", parse=parse_micro_batch)
+    micro_batch: int | str = option(
+        "auto", "images at once; auto: all, on a GPU as many as fit into its memory", parse=parse_micro_batch
+    )
     compile: bool = option(False, "compile the networks into CUDA graphs; the first steps then take minutes")
 
 
