@@ -34,7 +34,7 @@ from utils import InputError, counted, one_line, say, warn
 
 RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
-STATE_FORMAT = 1  # raised when older code can no longer read a state
+STATE_FORMAT = 1  # its states always resume here; 0.1.0 has the same number, but refuses states of later versions
 ASIDE = ".overwritten"  # sub-folders for the files of a run until the run that replaces it is saved
 JOURNAL = "files.json"  # in that of the states: names of the files, and whether all of them are there
 OF_RANK = ("buffers", "rng", "meter")  # entries of a state that differ between the ranks of torchrun
