@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, find_dataset, split_images
+from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, find_dataset, outlook, split_images
 from toolkit import checks, images
 from toolkit.cli import Parser, add_options, argument_type
 from toolkit.files import new_folder, write_json
@@ -205,6 +205,9 @@ def check_dataset(args: Namespace) -> None:
         checks.remove_duplicates(folder, duplicates, digests)
     elif checks.extra_copies(duplicates):
         say(f"to move the extra copies to {folder / 'removed'}, give --remove_twins")
+    trained = [len(readable.get(f"train{domain}", ())) for domain in "AB"]
+    if args.dataset_name != DEMO:
+        say(outlook(min(trained)))
     if faults:
         raise InputError(f"{folder}: unusable: {'; '.join(faults)}")
 

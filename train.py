@@ -332,6 +332,13 @@ class Run:
         files.write_json(self.saver.folder / "run.json", record)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
         say(f"parameters: {numbers}; {model.device}, {model.precision}")
+        if model.device.type == "cpu" and devices.native_precision(model.device) == "fp32":
+            say(
+                "this CPU has no bfloat16 in hardware, so steps take longer than the tables in docs say for one that has it"
+            )
+        steps = self.config.optim.num_epochs * self.data.steps_per_epoch
+        if self.config.data.dataset_name != datasets.DEMO:
+            say(datasets.outlook(min(self.data.counts.values()), steps))
         say(f"watch {self.monitor.images}/index.html ; checkpoints go to {self.saver.folder}/")
 
     def report_end(self, signum: int) -> None:

@@ -14,6 +14,12 @@ from toolkit import images
 from utils import InputError
 
 
+def test_an_outlook_calls_few_photos_and_few_steps_a_trial():
+    assert datasets.outlook(1000, 20_000).endswith("of each kind")
+    assert datasets.outlook(40).endswith("; 40 photos are a trial")
+    assert datasets.outlook(40, 615).endswith("; 615 steps and 40 photos are a trial")
+
+
 def test_a_data_set_is_found_or_the_most_similar_one_named(tiny):
     assert datasets.find_dataset(tiny.parent, "tiny") == tiny
     with pytest.raises(InputError, match=r"tinny: .* tiny; .*prepare\.py split"):

@@ -2,6 +2,7 @@ import io
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,17 @@ from PIL import Image, features
 
 from toolkit import images
 from utils import InputError
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_an_animated_image_the_first_frame_is_used_and_that_is_said_once(suffix, capsys):
+    images.warn_once.cache_clear()
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "white")]
+    frames[0].save(f"a.{suffix}", save_all=True, append_images=frames[1:])
+    for _ in range(2):
+        red, green, blue = images.read_image(Path(f"a.{suffix}")).getpixel((3, 3))
+        assert red > 200 > 50 > max(green, blue)
+    assert capsys.readouterr().err.count("only the first one is used") == 1
 
 
 def test_all_256_levels_survive_the_way_into_the_network_and_back():

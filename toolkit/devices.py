@@ -43,16 +43,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve --precision auto to what the hardware computes natively; raise InputError for fp16 without CUDA."""
-    best = "fp32"
+def native_precision(device: torch.device) -> str:
+    """Return the fastest precision that a device computes in hardware: fp32, bf16 or fp16."""
     if device.type == "cuda":
         generation, _ = torch.cuda.get_device_capability(device)
         if generation >= 7:  # Volta has tensor cores, Ampere also computes bfloat16
-            best = "bf16" if generation >= 8 else "fp16"
+            return "bf16" if generation >= 8 else "fp16"
     elif device.type == "cpu":
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so torch may not have them
-        best = "bf16" if any(getattr(torch.cpu, name, bool)() for name in names) else "fp32"
+        if any(getattr(torch.cpu, name, bool)() for name in names):
+            return "bf16"
+    return "fp32"
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolve --precision auto to what the hardware computes natively; raise InputError for fp16 without CUDA."""
+    best = native_precision(device)
     if name == "fp16" and device.type != "cuda":  # no loss scaling, or no gain
         raise InputError(f"--precision fp16: needs a CUDA GPU; expected on {device.type}: {best}")
     return best if name == "auto" else name

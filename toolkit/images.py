@@ -154,6 +154,9 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Read any image as RGB (channels 3) or L (1), turned as EXIF says, transparency over white; or UnreadableImage."""
     with open_image(path) as image, unreadable_on_error(path):
         image.load()
+        with suppress(EOFError, OSError, ValueError, SyntaxError):  # of a torn later frame
+            if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
+                warn_once("of animated images, and of files with several pages, only the first one is used")
         image = to_8_bit(ImageOps.exif_transpose(image))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
