@@ -190,6 +190,7 @@ def snapshot():
 
 
 @pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_that_dies_before_its_first_save_leaves_the_one_it_would_replace(tiny, step):
     noise_image(1).save("cat.png")
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1, "--watch", "cat.png", "--eval_interval", 1)
@@ -200,6 +201,7 @@ def test_a_run_that_dies_before_its_first_save_leaves_the_one_it_would_replace(t
     assert snapshot() == before
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_overwrite_removes_the_earlier_run_at_the_first_save_and_nothing_else(tiny):
     noise_image(1).save("cat.png")
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1, "--watch", "cat.png")
@@ -293,6 +295,7 @@ def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_t
     assert count > 5
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_after_a_kill_every_command_finds_the_run_that_was_to_be_replaced(tiny, refused):
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
     before = snapshot()

@@ -195,6 +195,7 @@ def test_the_printed_commands_test_and_resume_the_run_wherever_its_images_are(tm
     assert state_of("my run")["epoch"] == 2
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_names_of_the_domains_are_those_of_the_data_set_wherever_they_are_shown(tiny):
     (tiny / "domains.json").write_text('["dogs", "cats"]')
     run_tiny("--num_epochs", 1, "--checkpoint_interval", 1)
@@ -531,6 +532,7 @@ def add_val_split(dataset):
         ("cycle", ["--lambda_cycle", 20], None, None),
     ],
 )
+@pytest.mark.usefixtures("no_plots")
 def test_the_best_epoch_is_sought_anew_where_scores_do_not_compare(tiny, capsys, best_by, changes, act, named):
     run_tiny("--num_epochs", 1, "--eval_interval", 1, "--eval_metrics", "losses,cycle", "--best_by", best_by)
     state = load_state(SAVED / "latest.pt")
