@@ -36,7 +36,7 @@ from toolkit.files import atomic_write
 from toolkit.inference import Translator, load_networks, output_image, unique_name
 from utils import InputError, existing_or_new_path, need_package, one_line, option, say
 
-NO_RUN = "No run in saved_models yet; try --weights examples/horse2zebra.safetensors, or train one with make demo, or python train.py --dataset_name NAME, then reload the page"
+HERE = Path(__file__).parent
 CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* also small images */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds are at its end */
@@ -47,7 +47,7 @@ img { object-fit: contain !important; width: 100% !important; height: 100% !impo
 class AppConfig(DeviceConfig):
     """Which networks are shown, and to whom."""
 
-    weights: Path | None = option(None, "generator file, instead of runs", parse=existing_or_new_path, metavar="FILE")
+    weights: Path | None = option(None, "generator file to list first", parse=existing_or_new_path, metavar="FILE")
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 admits the whole network")
     port: int = option(7860, "port to listen at", least=1, most=65535)
     max_mb: float = option(20.0, "largest file to upload, in MiB", above=0, most=10**4)
@@ -68,21 +68,27 @@ def find_runs(generator: str = "G_??") -> list[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def load_translator(config: AppConfig, run_name: str, scale: str, times: tuple[int, ...]) -> Translator:
+def load_translator(config: AppConfig, name: str, file: Path | None, scale: str, times: tuple[int, ...]) -> Translator:
     """Load networks as test.py does; `times` are those of their files, so that a run in training is loaded again."""
-    networks, metadata = load_networks(config.weights, run_name)
+    networks, metadata = load_networks(file, name)
     return Translator(networks, metadata, config.device, config.precision, scale)
 
 
-def open_run(config: AppConfig, run_name: str | None, scale: str = "train") -> Translator:
-    """Return the networks of --weights or of a run; scale: "train", or "native" for images at their own size."""
-    if config.weights:
-        paths = [config.weights]
-    elif run_name in find_runs():  # any other name might lead out of the folder of runs
-        paths = sorted((RUNS / run_name).glob("G_??.safetensors"))
-    else:
-        raise InputError(f"{run_name}: no such run; reload the page" if run_name else NO_RUN)
-    return load_translator(config, run_name or "", scale, tuple(path.stat().st_mtime_ns for path in paths))
+def list_networks(config: AppConfig) -> dict[str, Path | None]:
+    """Return the generator file, or None for a run, of each name in the list: --weights, runs, the included students."""
+    given = {str(config.weights): config.weights} if config.weights else {}
+    included = [f"examples/{name}.safetensors" for name in ("horse2zebra", "zebra2horse", "day2night")]
+    return given | dict.fromkeys(find_runs()) | {name: HERE / name for name in included} | given
+
+
+def open_network(config: AppConfig, name: str | None, scale: str = "train") -> Translator:
+    """Return the networks of a name in the list; scale: "train", or "native" for images at their own size."""
+    listed = list_networks(config)
+    if name not in listed:  # visitors must not learn which files exist
+        raise InputError(f"network {name}: not in the list; choose one of the list, or reload the page")
+    file = listed[name]
+    paths = [file] if file else sorted((RUNS / name).glob("G_??.safetensors"))
+    return load_translator(config, name, file, scale, tuple(path.stat().st_mtime_ns for path in paths if path.exists()))
 
 
 def teacher_of(run_name: str, direction: Direction) -> str | None:
@@ -97,14 +103,12 @@ def teacher_of(run_name: str, direction: Direction) -> str | None:
     return teacher.parent.name if teacher.parent.parent == RUNS else str(teacher)
 
 
-def related_runs(run_name: str, direction: Direction) -> list[str]:
-    """Return a teacher and its students in a direction, among which a run is; the run alone if it has neither."""
-    teachers = {name: teacher_of(name, direction) for name in find_runs(direction.generator)}
-    teacher = teachers.get(run_name) or run_name
-    related = [name for name in teachers if teachers[name] == teacher]
-    if teacher in teachers:
-        related.insert(0, teacher)
-    return related or [run_name]
+def related_runs(name: str, direction: Direction) -> list[str]:
+    """Return a teacher, first, and its students in a direction, among which a run is; none for a run without, or a file."""
+    teachers = {run: teacher_of(run, direction) for run in find_runs(direction.generator)}
+    teacher = teachers.get(name) or name
+    related = sorted((run for run in teachers if teacher in (run, teachers[run])), key=lambda run: run != teacher)
+    return related if name in related and len(related) > 1 else []
 
 
 def load_upload(translator: Translator, path: Path) -> tuple[Image.Image, Tensor]:
@@ -166,31 +170,30 @@ def in_page(function: Callable) -> Callable:
 
 
 def refresh(config: AppConfig) -> Any:
-    """Return the list of runs, with a hint if it is empty."""
+    """Return the list of networks, the first one chosen."""
     import gradio as gr
 
-    runs = [config.weights.name] if config.weights else find_runs()
-    return gr.Dropdown(runs, value=runs[0] if runs else None, info=None if runs else NO_RUN)
+    names = list(list_networks(config))
+    return gr.Dropdown(names, value=names[0])
 
 
-def translate_photo(config: AppConfig, run_name: str | None, direction: str, scale: str, photo: str | None) -> list:
+def translate_photo(config: AppConfig, name: str | None, direction: str, scale: str, photo: str | None) -> list:
     """Return translation, round trip, before and after, and the translations of related runs."""
     import gradio as gr
 
-    translator = open_run(config, run_name, scale)
+    translator = open_network(config, name, scale)
     if not photo:
         raise InputError("no image given; drop one, or take a photo")
     chosen = Direction.named(direction)
     image, fake, rec = translate_file(translator, chosen, Path(photo))
-    names = related_runs(run_name, chosen) if run_name and not config.weights else []
-    translators = {name: open_run(config, name, scale) for name in names if len(names) > 1}
+    translators = {other: open_network(config, other, scale) for other in related_runs(name or "", chosen)}
     compared = compare_runs(translators, chosen, Path(photo))
     related = gr.update(value=compared, visible=bool(compared))  # a new Gallery would also write them as lossy WebP
     return [fake, rec, (image, fake), related]
 
 
 def translate_to_zip(
-    config: AppConfig, folder: Path, run_name: str | None, direction: str, scale: str, paths: list[str] | None
+    config: AppConfig, folder: Path, name: str | None, direction: str, scale: str, paths: list[str] | None
 ) -> list:
     """Return a zip of the translations, under the names of their files, and a list of the files that were left out.
 
@@ -198,7 +201,7 @@ def translate_to_zip(
     """
     import gradio as gr
 
-    translator = open_run(config, run_name, scale)
+    translator = open_network(config, name, scale)
     chosen = Direction.named(direction)
     net, _ = translator.generators(chosen)
     output = folder / secrets.token_urlsafe() / f"{direction}.zip"
@@ -213,9 +216,9 @@ def translate_to_zip(
                 errors.append(one_line(error))
                 continue
             fake = output_image(translator(net, real)[0], image.size)
-            name = unique_name(Path(path.stem), taken.__contains__)
-            taken.add(str(name).lower())
-            with archive.open(f"fake_{chosen.target}/{name}", "w") as file:
+            result = unique_name(Path(path.stem), taken.__contains__)
+            taken.add(str(result).lower())
+            with archive.open(f"fake_{chosen.target}/{result}", "w") as file:
                 fake.save(file, format="PNG")
         if not taken:
             raise InputError(errors[0] if errors else "no file given; drop some images first")
@@ -227,21 +230,20 @@ def build_page(config: AppConfig, folder: Path) -> Any:
     import gradio as gr
 
     title = "CycleGAN: translate images"
-    directions = open_run(config, None).directions if config.weights else DIRECTIONS
-    choices = [(f"{direction.source} → {direction.target}", str(direction)) for direction in directions]
+    choices = [(f"{direction.source} → {direction.target}", str(direction)) for direction in DIRECTIONS]
     scales = [("training size", "train"), ("own size", "native")]
     look: dict[str, Any] = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # PNG: lossless
     with gr.Blocks(title=title, fill_width=True, delete_cache=(600, 3600)) as page:  # s; each 10 min, after an hour
         gr.Markdown(f"# {title}")
         with gr.Row():
-            run = gr.Dropdown([], label="run")
+            network = gr.Dropdown([], label="network")
             direction = gr.Radio(choices, value=choices[0][1], label="direction")
             scale = gr.Radio(scales, value="train", label="size in the network")
         with gr.Tab("One image"):
             with gr.Row():
                 photo = gr.Image(height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
-                rec = gr.Image(label="round trip", interactive=False, visible=not config.weights, **look)
+                rec = gr.Image(label="round trip", interactive=False, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
@@ -252,12 +254,12 @@ def build_page(config: AppConfig, folder: Path) -> Any:
             zipped = gr.File(label="zip", interactive=False)
             errors = gr.Markdown()
         photo.preprocess = lambda upload: upload and upload.path  # ty: ignore  # gradio's own fails with a traceback
-        page.load(functools.partial(refresh, config), None, run, api_name="refresh")
+        page.load(functools.partial(refresh, config), None, network, api_name="refresh")
         alone: dict[str, Any] = {"concurrency_id": "networks", "concurrency_limit": 1}  # or times would include others
         show = in_page(functools.partial(translate_photo, config))
-        button.click(show, [run, direction, scale, photo], [fake, rec, slider, related], api_name="show", **alone)
+        button.click(show, [network, direction, scale, photo], [fake, rec, slider, related], api_name="show", **alone)
         pack = in_page(functools.partial(translate_to_zip, config, folder))
-        zip_button.click(pack, [run, direction, scale, paths], [zipped, errors], api_name="pack", **alone)
+        zip_button.click(pack, [network, direction, scale, paths], [zipped, errors], api_name="pack", **alone)
     return page
 
 
@@ -274,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     config = cli.config_of(AppConfig, parse_args(argv))
     refuse_taken(config.host, config.port)
+    if config.weights:
+        open_network(config, str(config.weights))  # refused here rather than in the page
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     need_package("gradio", "app.py", "pip install -r requirements-app.txt")
     images.limit_pixels(1e6 * config.max_megapixels)

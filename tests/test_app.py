@@ -30,6 +30,7 @@ from toolkit.weights import save_generator
 from utils import InputError
 
 ROOT = Path(app.__file__).parent
+INCLUDED = [f"examples/{name}.safetensors" for name in ("horse2zebra", "zebra2horse", "day2night")]
 EXACT = ["--device", "cpu", "--precision", "fp32"]
 A_TO_B, B_TO_A = DIRECTIONS
 
@@ -48,8 +49,12 @@ def write_run(name="tiny", directions=DIRECTIONS, first_seed=0, **flags):
     return net
 
 
+def app_config(*flags):
+    return cli.config_of(app.AppConfig, app.parse_args([*EXACT, *flags]))
+
+
 def opened(name="tiny", *flags, scale="train"):
-    return app.open_run(cli.config_of(app.AppConfig, app.parse_args([*EXACT, *flags])), name, scale)
+    return app.open_network(app_config(*flags), name, scale)
 
 
 @pytest.fixture
@@ -79,25 +84,33 @@ def test_a_run_that_is_being_trained_shows_its_newest_weights(photo):
     assert not np.array_equal(pixels(app.translate_file(opened(), B_TO_A, photo)[1]), before)
 
 
-def test_without_a_run_the_app_says_how_to_train_one():
-    assert app.find_runs() == []
-    with pytest.raises(InputError, match=r"saved_models.*--weights examples.*python train\.py"):
-        opened(None)
-
-
-def test_the_page_opens_the_newest_run():
+def test_the_list_has_weights_then_runs_newest_first_then_the_included_students():
+    assert list(app.list_networks(app_config())) == INCLUDED
     for time_, name in enumerate(("old", "new", "newest")):
         write_run(name)
         for path in Path("saved_models", name).iterdir():
             os.utime(path, (time_, time_))
     assert app.find_runs() == app.find_runs("G_AB") == ["newest", "new", "old"]
+    assert list(app.list_networks(app_config())) == ["newest", "new", "old", *INCLUDED]
+    file = "saved_models/old/G_BA.safetensors"
+    assert list(app.list_networks(app_config("--weights", file))) == [file, "newest", "new", "old", *INCLUDED]
+    assert list(app.list_networks(app_config("--weights", INCLUDED[1])))[:2] == [INCLUDED[1], "newest"]
 
 
-def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused():
+def test_a_given_file_is_used_rather_than_an_included_one_of_its_name():
+    write_run()
+    Path("examples").mkdir()
+    shutil.copy("saved_models/tiny/G_BA.safetensors", INCLUDED[0])
+    assert opened(INCLUDED[0]).size == (128, 128)
+    assert opened(INCLUDED[0], "--weights", INCLUDED[0]).size == (16, 24)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "", None])
+def test_a_name_that_is_not_in_the_list_is_refused(name):
     write_run()
     shutil.copytree("saved_models/tiny", "elsewhere")
-    with pytest.raises(InputError, match=r"\.\./elsewhere"):
-        opened("../elsewhere")
+    with pytest.raises(InputError, match=f"network {name}: not in the list"):
+        opened(name)
 
 
 def test_networks_that_do_not_fit_together_are_one_line_in_the_page():
@@ -117,12 +130,15 @@ def test_teacher_and_students_are_compared_with_milliseconds(photo):
     write_run("one_way", [B_TO_A], teacher="teacher", direction="AtoB")
     write_run("broken")
     Path("saved_models/broken/run.json").write_text('{"flags": 3')
+    for name in ("first", "second"):
+        write_run(name, teacher=INCLUDED[0], direction="AtoB")
     for run_name in ("teacher", "thin", "both"):
         assert app.related_runs(run_name, B_TO_A)[0] == "teacher"
         assert sorted(app.related_runs(run_name, B_TO_A)) == ["both", "teacher", "thin"]
     assert app.related_runs("teacher", A_TO_B) == ["teacher", "both"]
-    for run_name in ("thin", "alone", "orphan", "broken"):
-        assert app.related_runs(run_name, A_TO_B) == [run_name]
+    assert sorted(app.related_runs("first", A_TO_B)) == ["first", "second"]
+    for run_name in ("thin", "alone", "orphan", "broken", INCLUDED[0]):
+        assert app.related_runs(run_name, A_TO_B) == []
     translators = {name: opened(name) for name in app.related_runs("both", A_TO_B)}
     compared = app.compare_runs(translators, A_TO_B, photo)
     assert [caption.split(":")[0] for _, caption in compared] == ["teacher", "both"]
@@ -155,7 +171,7 @@ def test_a_photo_is_translated_as_test_py_does_it(photo, scale):
 def test_one_generator_file_has_no_round_trip(photo):
     net = write_run()
     torch.save(to_junyanz(net), "latest_net_G_A.pth")
-    translator = opened(None, "--weights", "latest_net_G_A.pth")
+    translator = opened("latest_net_G_A.pth", "--weights", "latest_net_G_A.pth")
     _, fake, rec = app.translate_file(translator, A_TO_B, photo)
     assert (fake.size, rec) == ((30, 20), None)
     assert translator.size == (256, 256)  # not in such files
@@ -193,7 +209,7 @@ def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(m
 
 def test_many_photos_become_a_zip_and_what_is_no_image_is_named(photo, gradio):
     write_run()
-    config = cli.config_of(app.AppConfig, app.parse_args(EXACT))
+    config = app_config()
     Path("bad.png").write_text("hello")
     for name in ("x/photo.jpg", "y/Photo.png"):
         Path(name).parent.mkdir()
@@ -248,15 +264,15 @@ def two_clients(photo, gradio):
     write_run("teacher")
     write_run("thin", first_seed=5, teacher="teacher", direction="both")
     app.load_translator.cache_clear()  # so that the first clients also load the networks at the same moment
-    return cli.config_of(app.AppConfig, app.parse_args(EXACT))
+    return app_config()
 
 
 def test_clients_who_translate_at_once_each_get_their_own_images(two_clients):
     answers = at_once(functools.partial(app.translate_photo, two_clients), QUESTIONS)
     for (run_name, name, scale, photo), given in answers.items():
         direction = Direction.named(name)
-        expected = app.translate_file(app.open_run(two_clients, run_name, scale), direction, Path(photo))
-        related = [app.open_run(two_clients, other, scale) for other in ("teacher", "thin")]
+        expected = app.translate_file(app.open_network(two_clients, run_name, scale), direction, Path(photo))
+        related = [app.open_network(two_clients, other, scale) for other in ("teacher", "thin")]
         beside = [app.translate_file(translator, direction, Path(photo))[1] for translator in related]
         for fake, rec, (image, after), shown in given:
             assert [caption.split(":")[0] for _, caption in shown["value"]] == ["teacher", "thin"]
@@ -278,7 +294,7 @@ def test_clients_who_pack_at_once_each_get_their_own_zip_which_nobody_guesses(tw
     assert all(len(Path(path).parent.name) >= 40 for path in paths)
     for (run_name, name, scale, photo), packed in answers.items():
         direction = Direction.named(name)
-        _, fake, _ = app.translate_file(app.open_run(two_clients, run_name, scale), direction, Path(photo))
+        _, fake, _ = app.translate_file(app.open_network(two_clients, run_name, scale), direction, Path(photo))
         for path, errors in packed:
             assert "left out: bad.png" in errors
             with zipfile.ZipFile(path) as archive:
@@ -298,8 +314,7 @@ def test_clients_who_load_the_page_while_another_is_served_see_all_runs(two_clie
 
     answers = at_once(load_or_translate, [("refresh",), ("refresh again",), ("translate",)])
     for runs in answers[("refresh",)]:
-        assert runs.info is None
-        assert [name for name, _ in runs.choices] == ["thin", "teacher"]
+        assert [name for name, _ in runs.choices] == ["thin", "teacher", *INCLUDED]
         assert runs.value == "thin"
 
 
@@ -326,6 +341,10 @@ def test_an_address_that_cannot_be_used_is_refused_in_one_line(refused, free_por
         with socket.create_server(("::1", free_port), family=socket.AF_INET6):
             assert "Address already in use" in refused(app.main, "--host", "::1", "--port", free_port)
         app.refuse_taken("::1", free_port)
+
+
+def test_given_weights_that_cannot_be_used_are_refused_in_one_line(refused, free_port):
+    assert "gone.pth: no such file" in refused(app.main, "--weights", "gone.pth", "--port", free_port)
 
 
 def test_a_missing_gradio_is_named_with_the_command_that_installs_it(refused, monkeypatch, free_port):
@@ -376,7 +395,9 @@ def test_two_visitors_at_once_get_their_own_images(server, two_clients):
         jobs.append((shown, packed, visitor.submit(api_name="/refresh")))
     for (shown, packed, refreshed), (run_name, name, scale, photo) in zip(jobs, QUESTIONS, strict=False):
         images = [Image.open(fetched(file["url"])) for file in shown.result()[:2]]
-        expected = app.translate_file(app.open_run(two_clients, run_name, scale), Direction.named(name), Path(photo))
+        expected = app.translate_file(
+            app.open_network(two_clients, run_name, scale), Direction.named(name), Path(photo)
+        )
         assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, expected[1:], strict=True))
         with zipfile.ZipFile(fetched(packed.result()[0]["url"])) as archive:
             assert archive.namelist() == [f"fake_{name[-1]}/{photo}"]
@@ -400,38 +421,42 @@ def page(server):
         assert [url for url in asked if not url.startswith((page.address, "data:", "blob:"))] == []
 
 
+def complaint(page, words):
+    page.locator(".toast-body", has_text=words).wait_for()
+    page.locator(".toast-close").first.click()
+
+
+def translated(page, count):
+    """The images of the page, input and translation first, when there are so many after a click on the button."""
+    page.get_by_role("button", name="Translate", exact=True).click()
+    page.wait_for_function(f"document.querySelectorAll('img[src*=\"/file=\"]').length >= {count}")
+    sources = [image.get_attribute("src") for image in page.locator("img[src*='/file=']").all()]
+    return [Image.open(fetched(source)) for source in sources]
+
+
 @pytest.mark.slow
 def test_in_a_browser_a_photo_is_uploaded_translated_and_a_wrong_file_does_no_harm(page, photo):
-    page.goto(page.address)
-    page.get_by_text("No run in saved_models yet").wait_for()
     write_run()
     page.goto(page.address)
+    page.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'tiny')")
     upload = page.locator("input[type=file]").first
     button = page.get_by_role("button", name="Translate", exact=True)
-
-    def complaint(words):
-        page.locator(".toast-body", has_text=words).wait_for()
-        page.locator(".toast-close").first.click()
-
     button.click()
-    complaint("no image given")
+    complaint(page, "no image given")
     Path("bad.png").write_text("hello")
     upload.set_input_files("bad.png")
     page.locator(f"img[src*='{page.address}']").wait_for(state="attached")
     button.click()
-    complaint("bad.png: UnidentifiedImageError")
-    page.get_by_label("Clear").first.click()
+    complaint(page, "bad.png: UnidentifiedImageError")
+    page.get_by_label("Remove Image").click()
     Path("large.png").write_bytes(bytes(200_000))
     upload.set_input_files("large.png")
-    complaint("exceed the maximum allowed size")
+    complaint(page, "exceed the maximum allowed size")
     upload.set_input_files("photo.png")
     page.locator(f"img[src*='{page.address}']").wait_for()
-    button.click()
-    page.wait_for_function("document.querySelectorAll('img[src*=\"/file=\"]').length >= 5")
-    sources = [image.get_attribute("src") for image in page.locator("img[src*='/file=']").all()]
     expected = app.translate_file(opened(), A_TO_B, photo)
-    for source, image in zip(sources[:3], expected, strict=True):
-        assert np.array_equal(pixels(Image.open(fetched(source))), pixels(image))
+    for image, wanted in zip(translated(page, 5)[:3], expected, strict=True):
+        assert np.array_equal(pixels(image), pixels(wanted))
     assert Image.open(io.BytesIO(page.screenshot(full_page=True))).width == 1000
     page.get_by_role("tab", name="Many images").click()
     page.locator("input[type=file]").last.set_input_files(["photo.png", "bad.png"])
