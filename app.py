@@ -241,7 +241,7 @@ def build_page(config: AppConfig, folder: Path) -> Any:
             scale = gr.Radio(scales, value="train", label="size in the network")
         with gr.Tab("One image"):
             with gr.Row():
-                photo = gr.Image(height=340, label="input")  # with a bar of 40 px
+                photo = gr.Image(str(HERE / "examples/horse.jpg"), height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
                 rec = gr.Image(label="round trip", interactive=False, **look)
             button = gr.Button("Translate", variant="primary")

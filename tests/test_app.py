@@ -1,3 +1,4 @@
+import asyncio
 import functools
 import io
 import json
@@ -31,6 +32,7 @@ from utils import InputError
 
 ROOT = Path(app.__file__).parent
 INCLUDED = [f"examples/{name}.safetensors" for name in ("horse2zebra", "zebra2horse", "day2night")]
+HORSE = ROOT / "examples" / "horse.jpg"
 EXACT = ["--device", "cpu", "--precision", "fp32"]
 A_TO_B, B_TO_A = DIRECTIONS
 
@@ -72,6 +74,21 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
+@pytest.fixture
+def components(gradio, monkeypatch):
+    """A function that builds the page of some options, and returns its parts by their labels."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(Path.cwd()))
+
+    async def build(config):
+        return app.build_page(config, Path())
+
+    def parts(config):
+        page = asyncio.run(build(config))  # without a running loop gradio makes some that it never closes
+        return {getattr(part, "label", None): part for part in page.blocks.values()}
+
+    return parts
+
+
 # -- runs ------------------------------------------------------------------------------------
 
 
@@ -111,6 +128,11 @@ def test_a_name_that_is_not_in_the_list_is_refused(name):
     shutil.copytree("saved_models/tiny", "elsewhere")
     with pytest.raises(InputError, match=f"network {name}: not in the list"):
         opened(name)
+
+
+def test_the_photo_of_a_horse_is_there_from_the_start(components):
+    shown = components(app_config())["input"].value["path"]
+    assert np.array_equal(pixels(Image.open(shown)), pixels(Image.open(HORSE)))
 
 
 def test_networks_that_do_not_fit_together_are_one_line_in_the_page():
@@ -435,12 +457,28 @@ def translated(page, count):
 
 
 @pytest.mark.slow
+def test_in_a_browser_one_click_gives_a_zebra(page):
+    from playwright.sync_api import expect
+
+    page.goto(page.address)
+    network = page.get_by_label("network", exact=True)
+    page.locator(f"img[src*='{page.address}']").wait_for()
+    expect(network).to_have_value(INCLUDED[0])
+    zebra = app.translate_file(opened(INCLUDED[0]), A_TO_B, HORSE)[1]
+    assert np.array_equal(pixels(translated(page, 4)[1]), pixels(zebra))
+    write_run()
+    page.goto(page.address)
+    expect(network).to_have_value("tiny")
+
+
+@pytest.mark.slow
 def test_in_a_browser_a_photo_is_uploaded_translated_and_a_wrong_file_does_no_harm(page, photo):
     write_run()
     page.goto(page.address)
     page.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'tiny')")
     upload = page.locator("input[type=file]").first
     button = page.get_by_role("button", name="Translate", exact=True)
+    page.get_by_label("Remove Image").click()
     button.click()
     complaint(page, "no image given")
     Path("bad.png").write_text("hello")
