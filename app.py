@@ -37,6 +37,7 @@ from toolkit.inference import Translator, load_networks, output_image, unique_na
 from utils import InputError, existing_or_new_path, need_package, one_line, option, say
 
 HERE = Path(__file__).parent
+LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that only this machine reaches
 CSS = """
 img { object-fit: contain !important; width: 100% !important; height: 100% !important }  /* also small images */
 .caption-label { white-space: normal !important; max-width: 100% !important }  /* the milliseconds are at its end */
@@ -82,11 +83,11 @@ def list_networks(config: AppConfig) -> dict[str, Path | None]:
 
 
 def open_network(config: AppConfig, name: str | None, scale: str = "train") -> Translator:
-    """Return the networks of a name in the list; scale: "train", or "native" for images at their own size."""
+    """Return the networks of a name in the list, or of a typed path; scale: "train", or "native" for images' own size."""
     listed = list_networks(config)
-    if name not in listed:  # visitors must not learn which files exist
+    if name not in listed and (not name or config.host not in LOCAL):  # visitors must not learn which files exist
         raise InputError(f"network {name}: not in the list; choose one of the list, or reload the page")
-    file = listed[name]
+    file = listed.get(name, Path(name))
     paths = [file] if file else sorted((RUNS / name).glob("G_??.safetensors"))
     return load_translator(config, name, file, scale, tuple(path.stat().st_mtime_ns for path in paths if path.exists()))
 
@@ -174,7 +175,7 @@ def refresh(config: AppConfig) -> Any:
     import gradio as gr
 
     names = list(list_networks(config))
-    return gr.Dropdown(names, value=names[0])
+    return gr.Dropdown(names, value=names[0], info="or the path of a generator file" if config.host in LOCAL else None)
 
 
 def translate_photo(config: AppConfig, name: str | None, direction: str, scale: str, photo: str | None) -> list:
@@ -236,7 +237,7 @@ def build_page(config: AppConfig, folder: Path) -> Any:
     with gr.Blocks(title=title, fill_width=True, delete_cache=(600, 3600)) as page:  # s; each 10 min, after an hour
         gr.Markdown(f"# {title}")
         with gr.Row():
-            network = gr.Dropdown([], label="network")
+            network = gr.Dropdown([], label="network", allow_custom_value=config.host in LOCAL)
             direction = gr.Radio(choices, value=choices[0][1], label="direction")
             scale = gr.Radio(scales, value="train", label="size in the network")
         with gr.Tab("One image"):
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
         )
-        others = "" if config.host in ("127.0.0.1", "localhost", "::1") else ", which everyone in the network can use"
+        others = "" if config.host in LOCAL else ", which everyone in the network can use"
         say(f"open http://{host}:{config.port}{others} ; Ctrl-C ends it")
         try:
             while True:

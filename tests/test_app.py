@@ -122,12 +122,51 @@ def test_a_given_file_is_used_rather_than_an_included_one_of_its_name():
     assert opened(INCLUDED[0], "--weights", INCLUDED[0]).size == (16, 24)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "", None])
-def test_a_name_that_is_not_in_the_list_is_refused(name):
+def test_a_typed_path_opens_a_generator_file_of_this_or_another_project():
+    net = write_run()
+    torch.save(to_junyanz(net), "latest_net_G_B.pth")
+    for path in ("saved_models/tiny/G_BA.safetensors", str(Path("latest_net_G_B.pth").resolve())):
+        for host in ("127.0.0.1", "localhost", "::1"):
+            assert opened(path, "--host", host).directions == [B_TO_A]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("photo.png", "photo.png: "),
+        ("gone.pth", "gone.pth: no such file"),
+        ("saved_models/../elsewhere", "elsewhere: no such file"),
+        ("saved_models", "saved_models: no such file"),
+        ("", "not in the list"),
+        (None, "not in the list"),
+    ],
+)
+def test_a_typed_path_that_is_no_generator_file_is_one_line_in_the_page(gradio, photo, name, words):
     write_run()
     shutil.copytree("saved_models/tiny", "elsewhere")
-    with pytest.raises(InputError, match=f"network {name}: not in the list"):
-        opened(name)
+    show = app.in_page(functools.partial(app.translate_photo, app_config()))
+    with pytest.raises(gradio.Error, match=words) as error:
+        show(name, "AtoB", "train", "photo.png")
+    assert "\n" not in error.value.message
+
+
+def test_where_others_can_open_the_page_a_typed_path_is_refused_whether_it_exists_or_not(gradio):
+    write_run()
+    complaints = set()
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        for path in ("saved_models/tiny/G_AB.safetensors", "saved_models/tiny/G_ZZ.safetensors", "/etc/passwd"):
+            with pytest.raises(InputError) as error:
+                opened(path, "--host", host)
+            complaints.add(str(error.value).replace(path, "PATH"))
+        assert opened("tiny", "--host", host).directions == [A_TO_B, B_TO_A]
+    assert complaints == {"network PATH: not in the list; choose one of the list, or reload the page"}
+
+
+def test_only_on_this_machine_the_page_accepts_a_typed_path(components):
+    for host, accepted in (("localhost", True), ("0.0.0.0", False)):
+        config = app_config("--host", host)
+        assert components(config)["network"].allow_custom_value == accepted
+        assert ("path" in str(app.refresh(config).info)) == accepted
 
 
 def test_the_photo_of_a_horse_is_there_from_the_start(components):
@@ -159,7 +198,7 @@ def test_teacher_and_students_are_compared_with_milliseconds(photo):
         assert sorted(app.related_runs(run_name, B_TO_A)) == ["both", "teacher", "thin"]
     assert app.related_runs("teacher", A_TO_B) == ["teacher", "both"]
     assert sorted(app.related_runs("first", A_TO_B)) == ["first", "second"]
-    for run_name in ("thin", "alone", "orphan", "broken", INCLUDED[0]):
+    for run_name in ("thin", "alone", "orphan", "broken", INCLUDED[0], "saved_models/teacher/G_AB.safetensors"):
         assert app.related_runs(run_name, A_TO_B) == []
     translators = {name: opened(name) for name in app.related_runs("both", A_TO_B)}
     compared = app.compare_runs(translators, A_TO_B, photo)
@@ -457,7 +496,7 @@ def translated(page, count):
 
 
 @pytest.mark.slow
-def test_in_a_browser_one_click_gives_a_zebra(page):
+def test_in_a_browser_one_click_gives_a_zebra_and_a_typed_path_is_opened(page):
     from playwright.sync_api import expect
 
     page.goto(page.address)
@@ -467,6 +506,10 @@ def test_in_a_browser_one_click_gives_a_zebra(page):
     zebra = app.translate_file(opened(INCLUDED[0]), A_TO_B, HORSE)[1]
     assert np.array_equal(pixels(translated(page, 4)[1]), pixels(zebra))
     write_run()
+    network.fill("photo.txt")
+    network.press("Enter")
+    page.get_by_role("button", name="Translate", exact=True).click()
+    complaint(page, "photo.txt: no such file")
     page.goto(page.address)
     expect(network).to_have_value("tiny")
 
