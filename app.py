@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import MAX_MEGAPIXELS
-from models import DIRECTIONS, Direction
+from models import Direction
 from toolkit import cli, images, process
 from toolkit.checkpoints import RUNS
 from toolkit.devices import DeviceConfig
@@ -178,6 +178,15 @@ def refresh(config: AppConfig) -> Any:
     return gr.Dropdown(names, value=names[0], info="or the path of a generator file" if config.host in LOCAL else None)
 
 
+def choose_network(config: AppConfig, name: str | None, direction: str | None) -> list:
+    """Return the choice among the directions of a network, and whether the round trip is visible."""
+    import gradio as gr
+
+    choices = [(f"{way.source} → {way.target}", str(way)) for way in open_network(config, name).directions]
+    value = direction if direction in dict(choices).values() else choices[0][1]
+    return [gr.Radio(choices, value=value), gr.update(visible=len(choices) == 2)]
+
+
 def translate_photo(config: AppConfig, name: str | None, direction: str, scale: str, photo: str | None) -> list:
     """Return translation, round trip, before and after, and the translations of related runs."""
     import gradio as gr
@@ -231,20 +240,19 @@ def build_page(config: AppConfig, folder: Path) -> Any:
     import gradio as gr
 
     title = "CycleGAN: translate images"
-    choices = [(f"{direction.source} → {direction.target}", str(direction)) for direction in DIRECTIONS]
     scales = [("training size", "train"), ("own size", "native")]
     look: dict[str, Any] = {"format": "png", "height": 300, "buttons": ["download", "fullscreen"]}  # PNG: lossless
     with gr.Blocks(title=title, fill_width=True, delete_cache=(600, 3600)) as page:  # s; each 10 min, after an hour
         gr.Markdown(f"# {title}")
         with gr.Row():
             network = gr.Dropdown([], label="network", allow_custom_value=config.host in LOCAL)
-            direction = gr.Radio(choices, value=choices[0][1], label="direction")
+            direction = gr.Radio([("A → B", "AtoB")], value="AtoB", label="direction")  # until choose_network
             scale = gr.Radio(scales, value="train", label="size in the network")
         with gr.Tab("One image"):
             with gr.Row():
                 photo = gr.Image(str(HERE / "examples/horse.jpg"), height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
-                rec = gr.Image(label="round trip", interactive=False, **look)
+                rec = gr.Image(label="round trip", interactive=False, visible=False, **look)
             button = gr.Button("Translate", variant="primary")
             with gr.Row():
                 slider = gr.ImageSlider(label="before and after", interactive=False, **look)
@@ -256,6 +264,8 @@ def build_page(config: AppConfig, folder: Path) -> Any:
             errors = gr.Markdown()
         photo.preprocess = lambda upload: upload and upload.path  # ty: ignore  # gradio's own fails with a traceback
         page.load(functools.partial(refresh, config), None, network, api_name="refresh")
+        choose = in_page(functools.partial(choose_network, config))
+        network.change(choose, [network, direction], [direction, rec], api_name="choose")  # also when refresh sets it
         alone: dict[str, Any] = {"concurrency_id": "networks", "concurrency_limit": 1}  # or times would include others
         show = in_page(functools.partial(translate_photo, config))
         button.click(show, [network, direction, scale, photo], [fake, rec, slider, related], api_name="show", **alone)

@@ -144,9 +144,9 @@ def test_a_typed_path_opens_a_generator_file_of_this_or_another_project():
 def test_a_typed_path_that_is_no_generator_file_is_one_line_in_the_page(gradio, photo, name, words):
     write_run()
     shutil.copytree("saved_models/tiny", "elsewhere")
-    show = app.in_page(functools.partial(app.translate_photo, app_config()))
+    choose = app.in_page(functools.partial(app.choose_network, app_config()))
     with pytest.raises(gradio.Error, match=words) as error:
-        show(name, "AtoB", "train", "photo.png")
+        choose(name, "AtoB")
     assert "\n" not in error.value.message
 
 
@@ -172,6 +172,23 @@ def test_only_on_this_machine_the_page_accepts_a_typed_path(components):
 def test_the_photo_of_a_horse_is_there_from_the_start(components):
     shown = components(app_config())["input"].value["path"]
     assert np.array_equal(pixels(Image.open(shown)), pixels(Image.open(HORSE)))
+
+
+def test_a_network_brings_its_directions_and_hides_the_round_trip_if_there_is_no_way_back(gradio):
+    write_run()
+    config = app_config()
+    both = ["AtoB", "BtoA"]
+    for name, before, names, value in (
+        (INCLUDED[0], "AtoB", ["AtoB"], "AtoB"),
+        ("saved_models/tiny/G_BA.safetensors", "AtoB", ["BtoA"], "BtoA"),
+        ("tiny", "BtoA", both, "BtoA"),
+        ("tiny", "AtoB", both, "AtoB"),
+        ("tiny", None, both, "AtoB"),
+    ):
+        radio, rec = app.choose_network(config, name, before)
+        assert [direction for _, direction in radio.choices] == names
+        assert radio.value == value
+        assert rec["visible"] == (names == both)
 
 
 def test_networks_that_do_not_fit_together_are_one_line_in_the_page():
@@ -447,8 +464,9 @@ def test_two_visitors_at_once_get_their_own_images(server, two_clients):
     client = pytest.importorskip("gradio_client", reason="gradio installs it")
     _, address = server
     visitors = [client.Client(address, verbose=False, download_files=False) for _ in range(2)]
-    for visitor in visitors:
+    for visitor, (run_name, *_) in zip(visitors, QUESTIONS, strict=False):
         visitor.predict(api_name="/refresh")  # as a browser does that opens the page
+        visitor.predict(run_name, "AtoB", api_name="/choose")
     jobs = []
     for visitor, (*choice, photo) in zip(visitors, QUESTIONS, strict=False):
         shown = visitor.submit(*choice, client.handle_file(photo), api_name="/show")
@@ -501,24 +519,32 @@ def test_in_a_browser_one_click_gives_a_zebra_and_a_typed_path_is_opened(page):
 
     page.goto(page.address)
     network = page.get_by_label("network", exact=True)
+    directions = page.locator("label", has_text="→")
+    round_trip = page.get_by_text("round trip")
     page.locator(f"img[src*='{page.address}']").wait_for()
     expect(network).to_have_value(INCLUDED[0])
+    expect(directions).to_have_text(["A → B"])
+    assert round_trip.count() == 0
     zebra = app.translate_file(opened(INCLUDED[0]), A_TO_B, HORSE)[1]
     assert np.array_equal(pixels(translated(page, 4)[1]), pixels(zebra))
     write_run()
+    network.fill("saved_models/tiny/G_BA.safetensors")
+    network.press("Enter")
+    expect(directions).to_have_text(["B → A"])
     network.fill("photo.txt")
     network.press("Enter")
-    page.get_by_role("button", name="Translate", exact=True).click()
     complaint(page, "photo.txt: no such file")
     page.goto(page.address)
+    round_trip.wait_for()
     expect(network).to_have_value("tiny")
+    expect(directions).to_have_text(["A → B", "B → A"])
 
 
 @pytest.mark.slow
 def test_in_a_browser_a_photo_is_uploaded_translated_and_a_wrong_file_does_no_harm(page, photo):
     write_run()
     page.goto(page.address)
-    page.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'tiny')")
+    page.get_by_text("round trip").wait_for()
     upload = page.locator("input[type=file]").first
     button = page.get_by_role("button", name="Translate", exact=True)
     page.get_by_label("Remove Image").click()
