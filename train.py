@@ -213,6 +213,8 @@ class Run:
             self.epoch = int(state["epoch"])
             self.step_in_epoch = int(state["step_in_epoch"])
             self.best = state.get("best")
+            if self.best is not None:
+                str(self.best["metric"]), float(self.best["score"]), int(self.best["epoch"])
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
         for domain, buffer in self.model.buffers.items():

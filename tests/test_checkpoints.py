@@ -14,7 +14,7 @@ from conftest import TINY, differences, make_dataset, noise_image
 from edits import FUZZ
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import run_tiny, state_of
+from tiny_runs import run_tiny, save_run, state_of
 
 import distill
 import train
@@ -306,9 +306,41 @@ def test_after_a_kill_every_command_finds_the_run_that_was_to_be_replaced(tiny, 
         use()
         assert snapshot() == before
     assert "holds a run already" in refused(train.main, *START)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_folder_of_ones_own_is_not_used_to_set_a_run_aside(tiny, refused):
+    run_tiny("--num_epochs", 1)
+    before = snapshot()
+    for folder in (SAVED, DRAWN):
+        (folder / ".overwritten").mkdir()
+        (folder / ".overwritten/latest.pt").write_text("mine")
+        assert ".overwritten: needed for the run that is overwritten" in refused(train.main, *START, "--overwrite")
+        assert (folder / ".overwritten/latest.pt").read_text() == "mine"
+        shutil.rmtree(folder / ".overwritten")
+        (folder / ".overwritten").mkdir()  # an empty one is left by a kill
+    assert snapshot() == before
+    run_tiny("--num_epochs", 1, "--overwrite", "--seed", 1)
+    assert not [*SAVED.glob(".over*"), *DRAWN.glob(".over*")]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]", '{"files": 3, "complete": true}'])
+def test_a_damaged_journal_is_said(tiny, refused, capsys, text):
+    save_run()
     (SAVED / ".overwritten").mkdir()
-    (SAVED / ".overwritten/files.json").write_text("{")
+    (SAVED / ".overwritten/files.json").write_text(text)
     assert "files.json: damaged" in refused(train.main, *START, "--overwrite")
+    load_run("tiny")
+    assert "files.json: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("best", ["text", {"x": 1}, [1], {"metric": "cycle", "score": "x", "epoch": 1}])
+def test_an_edited_best_epoch_is_refused(tiny, refused, best):
+    save_run()
+    state = load_state(LATEST)
+    save_state(LATEST, state | {"best": best})
+    argv = ["--num_epochs", "3", "--eval_interval", "1", "--eval_metrics", "cycle", "--best_by", "cycle"]
+    assert "latest.pt: not a whole training state" in refused(train.main, *RESUME, *argv)
 
 
 def test_overwrite_deletes_nothing_before_the_new_run_can_be_written(tiny, refused):

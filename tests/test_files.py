@@ -166,19 +166,45 @@ def locks(folder):
 
 
 @posix
+def test_only_own_temporary_files_are_removed(tmp_path):
+    for name in (".1-2.tmp", ".77.tmp", ".latest.tmp", ".letter.tmp", ".a-b.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".5-5.tmp").mkdir()
+    with files.sole_process(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".letter.tmp", ".a-b.tmp", ".5-5.tmp"}
+
+
+@posix
+@pytest.mark.parametrize("make", ["link", "text", "folder", "pipe"])
+def test_what_is_no_lock_is_refused_and_left_alone(tmp_path, make):
+    lock = tmp_path / ".lock"
+    (tmp_path / "mine").write_text("mine")
+    {
+        "link": lambda: lock.symlink_to("mine"),
+        "text": lambda: lock.write_text("mine"),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+    }[make]()
+    with pytest.raises(InputError, match=r"\.lock: needed to keep other processes out"), files.sole_process(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert make != "text" or lock.read_text() == "mine"
+
+
+@posix
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     with subprocess.Popen(locks(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
-        (tmp_path / ".half.tmp").touch()
+        (tmp_path / ".12-34.tmp").touch()
         for _ in range(2):
             with pytest.raises(InputError, match=f"{tmp_path}: process {process.pid} writes there"):
                 files.sole_process(tmp_path).__enter__()
-        assert (tmp_path / ".half.tmp").exists()  # it is the other's
+        assert (tmp_path / ".12-34.tmp").exists()  # it is the other's
         process.send_signal(signal.SIGKILL)
         process.wait()
         with files.sole_process(tmp_path):
             assert (tmp_path / ".lock").read_text() == str(os.getpid())
-            assert not (tmp_path / ".half.tmp").exists()
+            assert not (tmp_path / ".12-34.tmp").exists()
 
 
 @posix

@@ -79,6 +79,32 @@ def test_records_of_older_versions_are_read(tmp_path, files):
     assert not (tmp_path / gallery.OLD_RECORD).exists()
 
 
+def test_a_file_of_an_old_record_is_known_by_its_content_once_it_was_read(tmp_path, photo):
+    leave(tmp_path, "fake_B/a.png")
+    (tmp_path / gallery.RECORD).unlink()
+    (tmp_path / gallery.OLD_RECORD).write_text('{"files": ["fake_B/a.png"]}')
+    with written(tmp_path, result_of(photo, "b.png"), keep=True):
+        pass
+    (tmp_path / "fake_B/a.png").write_text("mine")
+    with written(tmp_path):
+        assert (tmp_path / "fake_B/a.png").read_text() == "mine"
+
+
+def test_a_page_that_an_interrupt_left_without_an_entry_in_memory_is_the_tests_own(tmp_path, photo, monkeypatch):
+    fsync = os.fsync
+
+    def interrupted(file):
+        if (tmp_path / "index.html").exists():  # it has its name, its folder is being synced
+            raise KeyboardInterrupt
+        fsync(file)
+
+    with suppress(KeyboardInterrupt), written(tmp_path, result_of(photo)) as folder, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        folder.write_page([])
+    with written(tmp_path, result_of(photo)) as folder:
+        folder.write_page([])
+
+
 @pytest.mark.parametrize("name", ["../mine.txt", "notes.txt", "fake_B/../../mine.txt", "/etc/none", "", "fake_B"])
 def test_a_record_that_leads_elsewhere_removes_nothing(tmp_path, name):
     output = tmp_path / "output"

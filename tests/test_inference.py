@@ -85,6 +85,16 @@ def test_generator_files_of_two_saves_of_one_step_give_way_to_the_state(capsys):
     assert "generator files are of different saves" in capsys.readouterr().out
 
 
+def test_generator_files_of_an_older_version_or_an_edited_one_give_way_to_the_state():
+    save_run()
+    for value in (None, [1], {"a": 1}):
+        for name in ("G_AB", "G_BA"):
+            path = Path(f"saved_models/tiny/{name}.safetensors")
+            net, metadata = load_generator(path)
+            save_generator(path, net, {**metadata, "pair": value})
+        assert ("loss_config" in inference.load_run("tiny")[1]) == (value is None)
+
+
 def test_only_files_of_a_run_are_its_generators_and_their_names_are_true():
     save_run()
     folder = Path("saved_models/tiny")

@@ -22,6 +22,7 @@ from toolkit.distributed import first_rank, first_rank_first, rank, world_size
 from toolkit.files import (
     atomic_write,
     attempt,
+    is_temporary,
     link_file,
     read_archive,
     remove_files,
@@ -277,8 +278,13 @@ def set_aside(run_name: str) -> None:
         return
     folders = folders_of_run(run_name)
     names = [[str(path.relative_to(folder)) for path in found if folder in path.parents] for folder in folders]
+    for folder in folders:
+        with suppress(OSError):
+            (folder / ASIDE).rmdir()  # left empty by a killed process
+        if os.path.lexists(folder / ASIDE):
+            raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
     journal = folders[0] / ASIDE / JOURNAL
-    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.parent.mkdir(parents=True)
     write_json(journal, {"files": names, "complete": False})
     for folder, own in zip(folders, names, strict=True):
         for name in own:
@@ -303,7 +309,7 @@ def settle_overwriting(run_name: str) -> None:
             (folder / ASIDE / name, folder / name) for folder, own in zip(folders, names, strict=True) for name in own
         ]
         complete = bool(record["complete"])
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise InputError(f"{journal}: damaged; move the files beside it to where they belong, and remove it") from error
     if complete and (folders[0] / "latest.pt").is_file():  # the new run was saved
         for folder in folders:
@@ -316,7 +322,7 @@ def settle_overwriting(run_name: str) -> None:
         for source, target in moved:
             if os.path.lexists(source):
                 os.renames(source, target)
-    remove_files([journal], folders[0])
+    remove_files([*filter(is_temporary, journal.parent.iterdir()), journal], folders[0])
 
 
 @first_rank
@@ -324,5 +330,8 @@ def recover(run_name: str) -> None:
     """Settle what a killed process left of two runs; nothing while another process trains there."""
     folder = RUNS / run_name
     if (folder / ASIDE / JOURNAL).is_file():
-        with suppress(InputError), sole_process(folder):
-            settle_overwriting(run_name)
+        try:
+            with sole_process(folder):
+                settle_overwriting(run_name)
+        except InputError as error:  # another process trains there, or the journal is damaged
+            warn(error)

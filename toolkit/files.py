@@ -6,6 +6,7 @@ Every file is written under a temporary name, flushed, synced, then renamed: a c
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -133,6 +134,19 @@ def render_page(template: str, **values: object) -> str:
     return pages.get_template(template).render(**values)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file has a name that this program gives to unfinished files."""
+    return re.fullmatch(r"\.(\d+(-\d+)?|latest)\.tmp", path.name) is not None and path.is_file()
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is empty or holds the number of a process alone."""
+    try:
+        return re.fullmatch(r"\s*\d*\s*", path.read_text(errors="replace")[:40]) is not None
+    except OSError:  # Windows, of a file that is locked
+        return True
+
+
 @contextmanager
 def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name") -> Iterator[None]:
     """Lock a folder until the block or this process ends, however it ends, or raise InputError if another holds the lock.
@@ -142,7 +156,10 @@ def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name"
     if rank() > 0:
         yield
         return
-    with (folder / ".lock").open("a+", errors="replace") as file:
+    lock = folder / ".lock"
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or not is_lock(lock)):
+        raise InputError(f"{lock}: needed to keep other processes out, and not of this program; move it away")
+    with lock.open("a+", errors="replace") as file:
         try:
             if os.name == "nt":
                 file.seek(2**20)  # beyond the number, which others read
@@ -157,7 +174,7 @@ def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name"
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         for locked in (folder, *others):
-            for path in locked.glob(".*.tmp"):
+            for path in filter(is_temporary, locked.glob(".*.tmp")):
                 path.unlink()
         yield
 

@@ -120,7 +120,7 @@ class ResultFolder:
                 digest = sha256(path / name)
                 matching = [entry for entry in entries if entry["sha256"] in (digest, None)]
                 if matching:
-                    self.files[name] = matching[-1]
+                    self.files[name] = {**matching[-1], "sha256": digest}
 
     def claim(self, planned: Iterable[Sequence[Result]], keep: bool, with_scores: bool) -> None:
         """Check that a test may write its files, and remove those of earlier tests.
@@ -276,12 +276,7 @@ def open_results(path: Path, settings: dict) -> Iterator[ResultFolder]:
     """Open a folder of results for one test at a time; raises InputError if another one writes there."""
     path.mkdir(parents=True, exist_ok=True)
     with sole_process(path, *(path / folder for folder in DIRECTION_OF), remedy="another --output"):
-        folder = ResultFolder(path, settings)
-        try:
-            yield folder
-        finally:  # also after Ctrl-C
-            if folder.files:
-                folder.write_record()
+        yield ResultFolder(path, settings)
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> None:

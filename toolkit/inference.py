@@ -51,6 +51,8 @@ def load_networks(
     """
     if file is None:
         return load_run(run_name, epoch, discriminators)
+    if file.parent.parent == checkpoints.RUNS:
+        checkpoints.recover(file.parent.name)
     net, metadata = weights.load_generator(file)
     found = metadata["direction"]
     if asked and found not in (None, str(asked)):
@@ -78,13 +80,14 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
         file = folder / f"{direction.generator}.safetensors"
         if epoch == "latest" and not discriminators and file.is_file():
             networks[direction.generator], metadata = weights.load_generator(file)
-            saves.add((str(metadata.get("step")), metadata.get("pair")))
+            saves.add((str(metadata.get("step")), str(metadata.get("pair"))))
             if metadata["direction"] != str(direction):
                 raise InputError(f"{file}: its metadata says {metadata['direction']}, its name {direction}; rename it")
-    interrupted = len(saves) > 1 and (folder / "latest.pt").is_file()
-    if interrupted:
+    doubtful = len(saves) > 1 or (len(networks) > 1 and "None" in {pair for _, pair in saves})  # of an older version
+    doubtful = doubtful and (folder / "latest.pt").is_file()
+    if len(saves) > 1 and doubtful:
         say(f"{folder}: its generator files are of different saves (one was interrupted); latest.pt is used")
-    elif networks:
+    if networks and not doubtful:
         check_together(networks, folder)
         return networks, metadata
     state, path = checkpoints.load_checkpoint(folder, epoch, "--epoch")
