@@ -85,7 +85,9 @@ def list_networks(config: AppConfig) -> dict[str, Path | None]:
 def open_network(config: AppConfig, name: str | None, scale: str = "train") -> Translator:
     """Return the networks of a name in the list, or of a typed path; scale: "train", or "native" for images' own size."""
     listed = list_networks(config)
-    if name not in listed and (not name or config.host not in LOCAL):  # visitors must not learn which files exist
+    if not isinstance(name, str) or (
+        name not in listed and (not name or config.host not in LOCAL)
+    ):  # visitors must not learn which files exist
         raise InputError(f"network {name}: not in the list; choose one of the list, or reload the page")
     file = listed.get(name, Path(name))
     paths = [file] if file else sorted((RUNS / name).glob("G_??.safetensors"))
@@ -99,7 +101,7 @@ def teacher_of(run_name: str, direction: Direction) -> str | None:
         teacher = Path(flags["teacher"])  # a run, or a file, possibly of a run
         if flags["direction"] not in (str(direction), "both"):
             return None
-    except (OSError, ValueError, KeyError):  # no student, or a run without its run.json
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no student, or a run without its run.json
         return None
     return teacher.parent.name if teacher.parent.parent == RUNS else str(teacher)
 
@@ -110,6 +112,15 @@ def related_runs(name: str, direction: Direction) -> list[str]:
     teacher = teachers.get(name) or name
     related = sorted((run for run in teachers if teacher in (run, teachers[run])), key=lambda run: run != teacher)
     return related if name in related and len(related) > 1 else []
+
+
+def uploaded_path(folder: Path, upload: Any) -> str | None:
+    """Return the path of an upload, which gradio keeps in a folder; a client may name any other file of this machine."""
+    if upload and not Path(upload.path).resolve().is_relative_to(folder.resolve()):
+        import gradio as gr
+
+        raise gr.Error("no uploaded image; upload it first", print_exception=False)
+    return upload and upload.path
 
 
 def load_upload(translator: Translator, path: Path) -> tuple[Image.Image, Tensor]:
@@ -262,7 +273,7 @@ def build_page(config: AppConfig, folder: Path) -> Any:
             zip_button = gr.Button("Translate into a zip", variant="primary")
             zipped = gr.File(label="zip", interactive=False)
             errors = gr.Markdown()
-        photo.preprocess = lambda upload: upload and upload.path  # ty: ignore  # gradio's own fails with a traceback
+        photo.preprocess = functools.partial(uploaded_path, folder)  # ty: ignore  # gradio's own fails with a traceback
         page.load(functools.partial(refresh, config), None, network, api_name="refresh")
         choose = in_page(functools.partial(choose_network, config))
         network.change(choose, [network, direction], [direction, rec], api_name="choose")  # also when refresh sets it

@@ -15,6 +15,7 @@ import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,6 +256,18 @@ def test_one_generator_file_has_no_round_trip(photo):
     assert translator.size == (256, 256)  # not in such files
     with pytest.raises(InputError, match="translate AtoB only"):
         app.translate_file(translator, B_TO_A, photo)
+
+
+def test_only_uploads_are_opened_whatever_path_a_client_names(photo, gradio):
+    folder = Path("uploads")
+    folder.mkdir()
+    shutil.copy(photo, folder)
+    assert app.uploaded_path(folder, SimpleNamespace(path="uploads/photo.png")) == "uploads/photo.png"
+    assert app.uploaded_path(folder, None) is None
+    (folder / "link.png").symlink_to(photo.resolve())
+    for path in ("photo.png", "uploads/../photo.png", "uploads/link.png", "/etc/hostname", "none.png"):
+        with pytest.raises(gradio.Error, match="no uploaded image"):
+            app.uploaded_path(folder, SimpleNamespace(path=path))
 
 
 def test_uploads_that_are_no_image_or_too_large_get_one_line(photo, monkeypatch):

@@ -152,8 +152,8 @@ def test_what_killed_processes_left_half_written_is_removed_and_never_written_in
     before = LATEST.read_bytes()
     write_text(SAVED / "notes.txt", "x")
     assert LATEST.read_bytes() == before
-    (SAVED / ".latest.tmp").write_text("half")
-    (DRAWN / ".77.tmp").write_text("half")
+    (SAVED / ".76-0.tmp").write_text("half")
+    (DRAWN / ".77-78.tmp").write_text("half")
     train.main([*RESUME, "--num_epochs", "2"])
     assert not [*SAVED.glob(".*.tmp"), *DRAWN.glob(".*.tmp")]
 

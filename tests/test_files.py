@@ -167,27 +167,37 @@ def locks(folder):
 
 @posix
 def test_only_own_temporary_files_are_removed(tmp_path):
-    for name in (".1-2.tmp", ".77.tmp", ".latest.tmp", ".letter.tmp", ".a-b.tmp"):
+    for name in (".1-2.tmp", ".77.tmp", ".latest.tmp", ".letter.tmp"):
         (tmp_path / name).write_text("x")
     (tmp_path / ".5-5.tmp").mkdir()
     with files.sole_process(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".letter.tmp", ".a-b.tmp", ".5-5.tmp"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            ".lock",
+            ".77.tmp",
+            ".latest.tmp",
+            ".letter.tmp",
+            ".5-5.tmp",
+        }
 
 
 @posix
-@pytest.mark.parametrize("make", ["link", "text", "folder", "pipe"])
+@pytest.mark.parametrize("make", ["link", "second name", "text", "late text", "folder", "pipe"])
 def test_what_is_no_lock_is_refused_and_left_alone(tmp_path, make):
     lock = tmp_path / ".lock"
     (tmp_path / "mine").write_text("mine")
+    (tmp_path / "number").write_text("20000")
     {
         "link": lambda: lock.symlink_to("mine"),
+        "second name": lambda: os.link(tmp_path / "number", lock),
         "text": lambda: lock.write_text("mine"),
+        "late text": lambda: lock.write_text(40 * " " + "mine"),
         "folder": lock.mkdir,
         "pipe": lambda: os.mkfifo(lock),
     }[make]()
     with pytest.raises(InputError, match=r"\.lock: needed to keep other processes out"), files.sole_process(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "number").read_text() == "20000"
     assert make != "text" or lock.read_text() == "mine"
 
 
@@ -223,7 +233,7 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     for folder in (saved, drawn):
         folder.mkdir()
         (folder / ".77-78.tmp").write_text("half")
-        (folder / ".latest.tmp").write_text("half")
+        (folder / ".77-0.tmp").write_text("half")
         (folder / "my.tmp").write_text("mine")
     with files.sole_process(saved, drawn):
         assert sorted(path.name for path in saved.iterdir()) == [".lock", "my.tmp"]

@@ -90,6 +90,20 @@ def test_a_file_of_an_old_record_is_known_by_its_content_once_it_was_read(tmp_pa
         assert (tmp_path / "fake_B/a.png").read_text() == "mine"
 
 
+def test_an_old_record_counts_by_content_even_if_the_first_test_is_refused(tmp_path, photo):
+    leave(tmp_path, "fake_B/a.png")
+    (tmp_path / gallery.RECORD).unlink()
+    (tmp_path / gallery.OLD_RECORD).write_text('{"files": ["fake_B/a.png"]}')
+    (tmp_path / "fake_B/b.png").write_text("mine")
+    with pytest.raises(InputError, match=r"b\.png is there"), written(tmp_path, result_of(photo, "b.png")):
+        pass
+    (tmp_path / "fake_B/a.png").write_text("mine")
+    (tmp_path / gallery.OLD_RECORD).write_text("my essay")
+    with written(tmp_path):
+        assert (tmp_path / "fake_B/a.png").read_text() == "mine"
+    assert (tmp_path / gallery.OLD_RECORD).read_text() == "my essay"
+
+
 def test_a_page_that_an_interrupt_left_without_an_entry_in_memory_is_the_tests_own(tmp_path, photo, monkeypatch):
     fsync = os.fsync
 

@@ -170,7 +170,7 @@ def save_state(path: Path, state: dict) -> None:
 
 def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
     """Write latest.pt; the one before becomes previous.pt, and `also` are further names of the new one."""
-    fresh = folder / ".latest.tmp"
+    fresh = folder / f".{os.getpid()}-0.tmp"
     try:
         save_state(fresh, state)
         if (folder / "latest.pt").is_file():
@@ -279,8 +279,10 @@ def set_aside(run_name: str) -> None:
     folders = folders_of_run(run_name)
     names = [[str(path.relative_to(folder)) for path in found if folder in path.parents] for folder in folders]
     for folder in folders:
-        with suppress(OSError):
-            (folder / ASIDE).rmdir()  # left empty by a killed process
+        with suppress(OSError):  # what a killed process left
+            for path in filter(is_temporary, (folder / ASIDE).iterdir()):
+                path.unlink()
+            (folder / ASIDE).rmdir()
         if os.path.lexists(folder / ASIDE):
             raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
     journal = folders[0] / ASIDE / JOURNAL

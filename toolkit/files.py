@@ -136,13 +136,13 @@ def render_page(template: str, **values: object) -> str:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file has a name that this program gives to unfinished files."""
-    return re.fullmatch(r"\.(\d+(-\d+)?|latest)\.tmp", path.name) is not None and path.is_file()
+    return re.fullmatch(r"\.[0-9]+-[0-9]+\.tmp", path.name) is not None and path.is_file()
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file is empty or holds the number of a process alone."""
+    """Whether a file is empty or holds the number of a process alone, and has no other name."""
     try:
-        return re.fullmatch(r"\s*\d*\s*", path.read_text(errors="replace")[:40]) is not None
+        return path.stat().st_nlink == 1 and re.fullmatch(rb"[0-9]*\n?", path.read_bytes()) is not None
     except OSError:  # Windows, of a file that is locked
         return True
 

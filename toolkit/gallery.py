@@ -113,6 +113,7 @@ class ResultFolder:
         self.path = path
         self.settings = settings
         self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.is_old = not os.path.lexists(path / RECORD) and os.path.lexists(path / OLD_RECORD)
         recorded, self.known_settings = read_record(path)
         self.files: dict[str, dict] = {}  # by name: hash and origin
         for name, entries in recorded.items():
@@ -162,7 +163,8 @@ class ResultFolder:
         lines = [{"key": key, "settings": value} for key, value in self.known_settings.items() if key in used]
         lines += [{"file": name} | entry for name, entry in files.items()]
         write_text(self.path / RECORD, "".join(json.dumps(line) + "\n" for line in lines))
-        (self.path / OLD_RECORD).unlink(missing_ok=True)
+        if self.is_old:
+            (self.path / OLD_RECORD).unlink(missing_ok=True)
 
     def write(self, file: Path | str, write: Callable[[Path], object], origin: Mapping = NOTHING) -> None:
         """Write a file atomically; the record has its hash before it has its name, so that a kill leaves no doubt."""
@@ -276,7 +278,10 @@ def open_results(path: Path, settings: dict) -> Iterator[ResultFolder]:
     """Open a folder of results for one test at a time; raises InputError if another one writes there."""
     path.mkdir(parents=True, exist_ok=True)
     with sole_process(path, *(path / folder for folder in DIRECTION_OF), remedy="another --output"):
-        yield ResultFolder(path, settings)
+        folder = ResultFolder(path, settings)
+        if folder.is_old:  # from now on hashes count, not names
+            folder.write_record()
+        yield folder
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> None:

@@ -51,8 +51,9 @@ def load_networks(
     """
     if file is None:
         return load_run(run_name, epoch, discriminators)
-    if file.parent.parent == checkpoints.RUNS:
-        checkpoints.recover(file.parent.name)
+    folder = file.resolve().parent
+    if folder.parent == checkpoints.RUNS.resolve():
+        checkpoints.recover(folder.name)
     net, metadata = weights.load_generator(file)
     found = metadata["direction"]
     if asked and found not in (None, str(asked)):
