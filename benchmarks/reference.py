@@ -16,7 +16,9 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,8 +45,29 @@ BATCH = 8  # images that are translated at once for a score
 TITLES = {"PSNR_B": "A → B", "PSNR_A": "B → A"}
 
 
-class Reference:
-    """The plain step, with the paper's initial weights."""
+class Learner:
+    """What is trained and scored."""
+
+    networks: Mapping[str, torch.nn.Module]  # with the generators G_AB and G_BA
+    precision: str
+    device: torch.device
+
+    def start_epoch(self, epoch: int) -> bool:
+        """Set the learning rate of an epoch; False if none is left."""
+        return True
+
+    def step(self, real_A: torch.Tensor, real_B: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class Data(Protocol):
+    """What it is trained with."""
+
+    def batches(self, epoch: int, first_step: int, device: torch.device) -> Iterable[Sequence[torch.Tensor]]: ...
+
+
+class Reference(Learner):
+    """The plain step, with the paper's initial weights, at a constant learning rate."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, seed: int):
         devices.seed_everything(seed)
@@ -56,14 +79,11 @@ class Reference:
         self.networks = self.plain.networks
         self.device = device
 
-    def start_epoch(self, epoch: int) -> bool:
-        return True  # at a constant learning rate
-
     def step(self, real_A: torch.Tensor, real_B: torch.Tensor) -> None:
         self.plain.step(real_A, real_B)
 
 
-class Ours:
+class Ours(Learner):
     """The model of train.py with its learning rate."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
@@ -74,7 +94,6 @@ class Ours:
         self.device = device
 
     def start_epoch(self, epoch: int) -> bool:
-        """Set the learning rate of an epoch; False if none is left."""
         if epoch >= self.config.num_epochs:
             return False
         self.model.set_learning_rate(self.config.learning_rate_factor(epoch))
@@ -85,33 +104,36 @@ class Ours:
 
 
 def train_and_score(
-    learner: Reference | Ours, data: datasets.TrainingData, reals: dict, limit: float, every: float
-) -> list[dict]:
-    """Train for `limit` seconds or until the last epoch; returns a row of scores for about every `every` seconds."""
+    learner: Learner, data: Data, reals: dict, limit: float, every: float, clock: Callable[[], float]
+) -> Iterator[dict]:
+    """Train for `limit` seconds of a clock or until the last epoch; yields scores for about every `every` seconds."""
     trained = 0.0
     steps = 0
     epoch = 0
-    rows = [scores(learner, reals, trained, steps)]
+    scored = 1
+    yield scores(learner, reals, trained, steps)
+    last_scored = 0
     while trained < limit and learner.start_epoch(epoch):
-        start = time.perf_counter()
+        start = clock()
         for real_A, real_B in data.batches(epoch, 0, learner.device):
             learner.step(real_A, real_B)
             steps += 1
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
-            trained += time.perf_counter() - start
-            if trained >= len(rows) * every or trained >= limit:
-                rows.append(scores(learner, reals, trained, steps))
+            trained += clock() - start
+            if trained >= scored * every or trained >= limit:
+                yield scores(learner, reals, trained, steps)
+                scored += 1
+                last_scored = steps
             if trained >= limit:
                 break
-            start = time.perf_counter()
+            start = clock()
         epoch += 1
-    if rows[-1]["step"] < steps:
-        rows.append(scores(learner, reals, trained, steps))
-    return rows
+    if last_scored < steps:
+        yield scores(learner, reals, trained, steps)
 
 
-def scores(learner: Reference | Ours, reals: dict, trained: float, steps: int) -> dict:
+def scores(learner: Learner, reals: dict, trained: float, steps: int) -> dict:
     """Mean PSNR of both directions on the test pairs, after so many seconds and steps of training."""
     row = {"minutes": trained / 60, "step": steps}
     for direction in DIRECTIONS:
@@ -125,27 +147,36 @@ def scores(learner: Reference | Ours, reals: dict, trained: float, steps: int) -
     return row
 
 
-def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
-    """Train one side with one seed; returns its rows of reference.csv."""
-    flags = shlex.split(args.ours)
-    if key["which"] == "reference":
+def load_pairs(folder: Path, size: tuple[int, int], channels: int) -> dict[str, torch.Tensor]:
+    """Load the test images whose names are in both domains, (pairs, C, H, W) each, by domain."""
+    found = {domain: datasets.named_images(folder / f"test{domain}", size, channels) for domain in "AB"}
+    names = sorted(found["A"].keys() & found["B"].keys())
+    if not names:
+        raise utils.InputError(f"{folder}: no image in testA has the name of one in testB; take a set with test pairs")
+    return {domain: torch.cat([own[name] for name in names]) for domain, own in found.items()}
+
+
+def make_learner(args: argparse.Namespace, which: str, seed: object) -> tuple[Learner, Data, dict]:
+    """Build one side with its training data and the test pairs."""
+    flags: list[object] = [*shlex.split(args.ours)]
+    if which == "reference":
         flags = [*CLASSIC.split(), "--img_height", args.size, "--img_width", args.size, "--n_layers_D", args.n_layers_D]
-    flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, "--seed", key["seed"]]
+    flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, "--seed", seed]
     config = train_config(flags)
     device = devices.pick_device(config.device.device)
     data = train.load_data(config, device)
-    dataset = datasets.find_dataset(args.data_root, args.dataset_name)
-    found = {}
-    for domain in "AB":
-        found[domain] = datasets.named_images(dataset / f"test{domain}", config.data.size, config.data.channels)
-    names = sorted(found["A"].keys() & found["B"].keys())
-    if not names:
-        raise utils.InputError(f"{dataset}: no image in testA has the name of one in testB; take a set with test pairs")
-    reals = {domain: torch.cat([own[name] for name in names]) for domain, own in found.items()}  # (pairs, C, H, W) each
-    is_reference = key["which"] == "reference"
-    learner = Reference(args, device, config.run.seed) if is_reference else Ours(config, device)
-    utils.say(f"{key['which']}, seed {key['seed']}, {device}, {learner.precision}")
-    return [key | row for row in train_and_score(learner, data, reals, 60 * args.minutes, args.every)]
+    folder = datasets.find_dataset(args.data_root, args.dataset_name)
+    reals = load_pairs(folder, config.data.size, config.data.channels)
+    learner = Reference(args, device, config.run.seed) if which == "reference" else Ours(config, device)
+    return learner, data, reals
+
+
+def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
+    """Train one side with one seed; returns its rows of reference.csv."""
+    learner, data, reals = make_learner(args, key["which"], key["seed"])
+    utils.say(f"{key['which']}, seed {key['seed']}, {learner.device}, {learner.precision}")
+    rows = train_and_score(learner, data, reals, 60 * args.minutes, args.every, time.perf_counter)
+    return [key | row for row in rows]
 
 
 def read_rows(path: Path) -> list[dict]:
