@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
 import compare_generators
+import comparison
 import discriminators
 import domain_score
 import gpu
@@ -107,6 +108,142 @@ def test_the_demo_has_one_recipe():
     assert ours == common.recipe("day2night") == common.expand(["@recipes/day2night.txt"])
     assert "\nDEMO := @recipes/day2night.txt\n" in (common.ROOT / "Makefile").read_text()
     assert "python train.py @recipes/day2night.txt" in (common.ROOT / "README.md").read_text()
+
+
+# -- beside the code of others -----------------------------------------------------------------
+
+CHECKOUT = {
+    "options/train_options.py": """
+import argparse
+class TrainOptions:
+    def parse(self):
+        parser = argparse.ArgumentParser()
+        for name in ("dataroot", "checkpoints_dir"):
+            parser.add_argument(f"--{name}")
+        for name in ("num_threads", "crop_size"):
+            parser.add_argument(f"--{name}", type=int)
+        return parser.parse_args()
+""",
+    "data/__init__.py": """
+import torch
+def create_dataset(options):
+    return [{"A": torch.ones(1, 3, options.crop_size, options.crop_size), "B": torch.zeros(1, 3, 4, 4)}] * 3
+""",
+    "models/__init__.py": """
+import importlib
+def create_model(options):
+    return importlib.import_module("models.cycle_gan_model").CycleGANModel()
+""",
+    "models/cycle_gan_model.py": """
+import torch
+class CycleGANModel:
+    netG_A, netG_B = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+    epochs = 1
+    def setup(self, options):
+        torch.nn.init.zeros_(self.netG_A.weight)
+    def set_input(self, batch):
+        assert batch["A"].mean() == 1 and batch["B"].mean() == 0 and len(batch["A_paths"]) == 0
+    def optimize_parameters(self):
+        self.netG_A.bias.data += 0.01
+    def update_learning_rate(self):
+        self.epochs += 1
+""",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the comparison uses of the other project, without its networks."""
+    for name, text in CHECKOUT.items():
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "checkout"
+
+
+@pytest.fixture
+def short_comparison(pairs, checkout, monkeypatch):
+    """The flags of a comparison of tiny systems, whose steps take an eighth of a second each."""
+    ours = f"{gpu.TINY} --batch_size 1 --lr 1e-3 --num_epochs 2 --ema 0.9"
+    plain = "--ngf 4 --blocks 1 --n_layers_D 1 --size 16"
+    monkeypatch.setattr(comparison, "SYSTEMS", {"ours": ours, "plain": plain, "junyanz": "--crop_size 16"})
+    clock = itertools.count(0, 0.125)
+    monkeypatch.setattr(comparison, "time", types.SimpleNamespace(process_time=lambda: next(clock)))
+    monkeypatch.setattr(comparison, "MINUTES", (0.01, 0.02))
+    monkeypatch.setattr(comparison.torch.cuda, "is_available", lambda: False)
+    argv = ["--junyanz", str(checkout), "--dataset_name", "tiny", "--seeds", "0", "1"]
+    return [*argv, "--minutes", "0.02", "--every", "0.5", "--output", "out/comparison.csv"]
+
+
+def test_our_recipe_is_compared_with_the_plain_step_and_with_the_code_of_others(short_comparison, monkeypatch, capsys):
+    imported = sys.modules["models"]
+    Path("out").mkdir()
+    Path("out/comparison.md").write_text("\n".join(["# Title", *comparison.MARKS, "The end"]))
+    comparison.main(short_comparison)
+    assert sys.modules["models"] is imported
+    assert "options" not in sys.modules
+    rows = common.read_csv(Path("out/comparison.csv"))
+    runs = [(row["seed"], row["system"], row["step"]) for row in rows if row["finished"] == "1"]
+    ended = {"ours": "6", "plain": "10", "junyanz": "10"}  # ours after two epochs of three steps
+    assert runs == [(seed, system, step) for seed in "01" for system, step in ended.items()]
+    learned = [row for row in rows if row["system"] == "junyanz" and row["seed"] == "0"]
+    assert len({row["PSNR_B"] for row in learned}) == len(learned) == 4
+    text = Path("out/comparison.md").read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("\nThe end")
+    assert "\n".join(comparison.table(rows)) in text
+    assert text.count("| fp32 | 2 |") == 3
+    assert min(read_image(Path("out/comparison.png")).size) > 50
+    monkeypatch.setattr(comparison, "make_run", lambda args, key, finished: pytest.fail(f"{key} is repeated"))
+    comparison.main(short_comparison)
+    assert common.read_csv(Path("out/comparison.csv")) == rows
+    assert capsys.readouterr().out.endswith("\n".join(comparison.table(rows)) + "\n")
+
+
+def test_a_comparison_that_was_stopped_continues_with_the_run_that_was_not_finished(short_comparison, monkeypatch):
+    translations = comparison.save_translations
+    calls = itertools.count()
+
+    def stop_in_the_third_run(*args):
+        if next(calls) == 1:
+            monkeypatch.setattr(reference.Reference, "step", lambda *_: pytest.fail("stopped"))
+        return translations(*args)
+
+    monkeypatch.setattr(comparison, "save_translations", stop_in_the_third_run)
+    step_of_reference = reference.Reference.step
+    monkeypatch.setattr(
+        comparison, "SYSTEMS", {name: comparison.SYSTEMS[name] for name in ("junyanz", "ours", "plain")}
+    )
+    with pytest.raises(pytest.fail.Exception, match="stopped"):
+        comparison.main(short_comparison)
+    rows = common.read_csv(Path("out/comparison.csv"))
+    assert [row["system"] for row in rows if row["finished"] == "1"] == ["junyanz", "ours"]
+    assert rows[-1]["system"] == "plain"
+    assert len(comparison.finished_rows(rows)) == len(rows) - 1
+    monkeypatch.setattr(reference.Reference, "step", step_of_reference)
+    comparison.main(short_comparison)
+    later = common.read_csv(Path("out/comparison.csv"))
+    assert later[: len(rows) - 1] == rows[:-1]
+    assert len({comparison.key_of(row) for row in comparison.finished_rows(later)}) == 6
+
+
+def test_the_table_has_the_mean_of_the_seeds_at_a_minute_and_no_unfinished_run():
+    rows = []
+    for seed, level in (("0", 10.0), ("1", 13.0)):
+        for minutes, gain in (("0", 0.0), ("1.5", 3.0), ("4", 4.0)):
+            scores = {"minutes": minutes, "step": "1000", "PSNR_B": str(level + gain), "PSNR_A": "20"}
+            finished = "1" if minutes == "4" else "0"
+            rows.append(dict(zip(comparison.KEYS, ("ours", "", "10", seed), strict=True)) | scores)
+            rows[-1] |= {"precision": "fp32", "finished": finished}
+    unfinished = dict.fromkeys(rows[0], "7") | {"system": "plain", "seed": "2", "finished": "0"}
+    lines = comparison.table([*rows, unfinished])
+    assert lines[2:] == ["| ours | fp32 | 2 | 13.5 / 20.0 | 14.7 / 20.0 | 15.5 / 20.0 | 15.5 / 20.0 | 1,000 | 4.0 |"]
+    assert comparison.table([unfinished]) == []
+
+
+def test_a_folder_that_is_no_checkout_is_refused(short_comparison, refused):
+    error = refused(comparison.main, *short_comparison, "--junyanz", "datasets")
+    assert "datasets: no models/cycle_gan_model.py inside" in error
 
 
 # -- benchmarks of a GPU -----------------------------------------------------------------------
