@@ -79,15 +79,15 @@ def list_networks(config: AppConfig) -> dict[str, Path | None]:
     """Return the generator file, or None for a run, of each name in the list: --weights, runs, the included students."""
     given = {str(config.weights): config.weights} if config.weights else {}
     included = [f"examples/{name}.safetensors" for name in ("horse2zebra", "zebra2horse", "day2night")]
+    # twice: the first in the list, and before others of the same name
     return given | dict.fromkeys(find_runs()) | {name: HERE / name for name in included} | given
 
 
 def open_network(config: AppConfig, name: str | None, scale: str = "train") -> Translator:
     """Return the networks of a name in the list, or of a typed path; scale: "train", or "native" for images' own size."""
     listed = list_networks(config)
-    if not isinstance(name, str) or (
-        name not in listed and (not name or config.host not in LOCAL)
-    ):  # visitors must not learn which files exist
+    may_type = config.host in LOCAL  # visitors of an open app must not learn which files exist
+    if not name or not isinstance(name, str) or not (may_type or name in listed):
         raise InputError(f"network {name}: not in the list; choose one of the list, or reload the page")
     file = listed.get(name, Path(name))
     paths = [file] if file else sorted((RUNS / name).glob("G_??.safetensors"))

@@ -213,8 +213,8 @@ class Run:
             self.epoch = int(state["epoch"])
             self.step_in_epoch = int(state["step_in_epoch"])
             self.best = state.get("best")
-            if self.best is not None:
-                str(self.best["metric"]), float(self.best["score"]), int(self.best["epoch"])
+            if self.best and not (self.best["metric"] in metrics.BEST_BY and math.isfinite(self.best["score"])):
+                raise ValueError(f"best {self.best}")
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
         for domain, buffer in self.model.buffers.items():

@@ -264,15 +264,19 @@ def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_t
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text(text)
 
+    def begin():
+        """The old run and a user's own files."""
+        for folder in (SAVED, DRAWN):
+            shutil.rmtree(folder, ignore_errors=True)
+        put(old | mine)
+
     def texts():
         return {name: content.decode() for name, content in snapshot().items()}
 
     count = 0
     was_killed = True
     while was_killed:
-        for folder in (SAVED, DRAWN):
-            shutil.rmtree(folder, ignore_errors=True)
-        put(old | mine)
+        begin()
         was_killed = killed_after(count, lambda: checkpoints.set_aside("tiny"), monkeypatch)
         if was_killed:
             checkpoints.recover("tiny")
@@ -281,9 +285,7 @@ def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_t
     count = 0
     was_killed = True
     while was_killed:
-        for folder in (SAVED, DRAWN):
-            shutil.rmtree(folder, ignore_errors=True)
-        put(old | mine)
+        begin()
         checkpoints.set_aside("tiny")
         put(new)
         was_killed = killed_after(count, lambda: checkpoints.settle_overwriting("tiny"), monkeypatch)

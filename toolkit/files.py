@@ -140,7 +140,9 @@ def is_temporary(path: Path) -> bool:
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file is empty or holds the number of a process alone, and has no other name."""
+    """Whether a path is a file that is empty or holds the number of a process alone, no link and without another name."""
+    if path.is_symlink() or not path.is_file():
+        return False
     try:
         return path.stat().st_nlink == 1 and re.fullmatch(rb"[0-9]*\n?", path.read_bytes()) is not None
     except OSError:  # Windows, of a file that is locked
@@ -157,7 +159,7 @@ def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name"
         yield
         return
     lock = folder / ".lock"
-    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file() or not is_lock(lock)):
+    if os.path.lexists(lock) and not is_lock(lock):
         raise InputError(f"{lock}: needed to keep other processes out, and not of this program; move it away")
     with lock.open("a+", errors="replace") as file:
         try:

@@ -49,19 +49,19 @@ def result_folders(direction: Direction) -> tuple[str, str, str, str]:
 
 
 DIRECTION_OF = {folder: direction for direction in DIRECTIONS for folder in result_folders(direction)}
-ENTRY = (
-    "sha256",
-    "settings",
-    "input",
-    "truth",
-)  # of a file: its hash, the key of the settings, the hashes of two files
-NOTHING = dict.fromkeys(ENTRY)
+ORIGIN = ("settings", "input", "truth")  # what a file was made from: the key of the settings, the hashes of two files
+NOTHING = dict.fromkeys(ORIGIN)
 OWN_NAMES = (*DIRECTION_OF, THUMBNAILS, PAGE, GRID, SCORES)
 
 
 def thumbnail(file: Path) -> Path:
     """Return where the thumbnail of a file is, if the file is large enough to have one."""
     return Path(THUMBNAILS, file).with_suffix(".jpg")
+
+
+def origin_of(entry: Mapping) -> dict:
+    """Return the part of an entry of the record that says what the file was made from."""
+    return {part: entry[part] for part in ORIGIN}
 
 
 def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
@@ -95,7 +95,8 @@ def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
                 name = entry["file"]
                 os.fsencode(name)  # raises for what can be no name
                 if Path(name).parts[0] in OWN_NAMES and ".." not in Path(name).parts and "\0" not in name:
-                    entries.setdefault(name, []).append({part: entry.get(part) and str(entry[part]) for part in ENTRY})
+                    parts = {part: entry.get(part) and str(entry[part]) for part in ("sha256", *ORIGIN)}
+                    entries.setdefault(name, []).append(parts)
             understood = True
     if not understood:
         raise refusal
@@ -173,7 +174,7 @@ class ResultFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             write(temporary)
-            entry = {**NOTHING, **origin, "sha256": sha256(temporary)}
+            entry = {"sha256": sha256(temporary), **origin}
             with (self.path / RECORD).open("a", encoding="utf-8") as record:
                 record.write(json.dumps({"file": name} | entry) + "\n")
         self.files[name] = entry
@@ -189,8 +190,8 @@ class ResultFolder:
 
     def is_of(self, file: Path, origin: Mapping) -> bool:
         """Whether a file is there, made from just this."""
-        entry = self.files.get(file.as_posix())
-        return entry is not None and entry == {**origin, "sha256": entry["sha256"]}
+        name = file.as_posix()
+        return name in self.files and origin_of(self.files[name]) == origin
 
     def has(self, result: Result) -> bool:
         """Whether all files of a result are there, made from just this input, truth, networks and settings."""
@@ -221,17 +222,16 @@ class ResultFolder:
             for name, entry in list(self.files.items()):
                 folder, *rest = Path(name).parts
                 if folder == folders[1] and entry["settings"] in self.known_settings:
-                    origin = {part: value for part, value in entry.items() if part != "sha256"}
                     files = {folder: Path(folder, *rest) for folder in folders}
-                    files = {folder: file for folder, file in files.items() if self.is_of(file, origin)}
+                    files = {folder: file for folder, file in files.items() if self.is_of(file, origin_of(entry))}
                     found.setdefault((entry["settings"], direction), []).append(Result(Path(), Path(*rest), files))
         # threads wrote them, in any order
         return {group: sorted(found[group], key=lambda x: natural_order(x.name)) for group in found if found[group]}
 
     def small_file(self, file: Path) -> Path:
         """Return the thumbnail of a file or, if it has none, the file itself."""
-        origin = {part: value for part, value in self.files[file.as_posix()].items() if part != "sha256"}
-        return thumbnail(file) if self.is_of(thumbnail(file), origin) else file
+        small = thumbnail(file)
+        return small if self.is_of(small, origin_of(self.files[file.as_posix()])) else file
 
     def write_grid(self, domains: tuple[str, str], results: Mapping[Direction, Sequence[Result]]) -> None:
         """Write grid.png: up to six images of each direction, one column an image, all at the size of the first."""
