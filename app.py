@@ -19,6 +19,7 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from datasets import MAX_MEGAPIXELS
 from models import Direction
 from toolkit import cli, images, process
-from toolkit.checkpoints import RUNS
+from toolkit.checkpoints import ASIDE, RUNS, recover
 from toolkit.devices import DeviceConfig
 from toolkit.files import atomic_write
 from toolkit.inference import Translator, load_networks, output_image, unique_name
@@ -64,6 +65,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def find_runs(generator: str = "G_??") -> list[str]:
     """Return the names of the runs that hold a generator, the newest first."""
+    for folder in RUNS.glob(f"*/{ASIDE}"):  # of a run whose overwriting was killed
+        with suppress(InputError):
+            recover(folder.parent.name)
     paths = sorted(RUNS.glob(f"*/{generator}.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys(path.parent.name for path in paths))
 

@@ -21,7 +21,7 @@ import random
 import shutil
 import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 import utils
 from toolkit import devices, images
 from toolkit.distributed import rank_slice
+from toolkit.files import sha256
 from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
@@ -272,6 +273,13 @@ def held_out_split(folder: Path) -> str:
         if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
             return split
     return "train"
+
+
+def fingerprint(folders: Iterable[Path]) -> str:
+    """Return a hash of the images in some folders, and of their names."""
+    paths = [(path, path.relative_to(folder)) for folder in folders for path in images.list_images(folder)]
+    facts = [(name.as_posix(), sha256(path)) for path, name in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:

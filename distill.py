@@ -162,6 +162,7 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
     raises:     InputError if there is no such teacher, or it cannot be used
     """
     path = Path(name)
+    checkpoints.recover_run_of(path)
     state = None
     if (RUNS / name).is_dir() and not path.is_file():
         state, path = checkpoints.load_checkpoint(RUNS / name, "latest", f"--teacher {name}, epoch")

@@ -7,6 +7,7 @@ python train.py --dataset_name horse2zebra --start_from latest
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
 import dataclasses
+import functools
 import math
 import time
 from argparse import Namespace
@@ -243,7 +244,7 @@ class Run:
         before = self.best
         better = score is not None and (before is None or metrics.is_better(str(best_by), score, before["score"]))
         if max_over_ranks(better):  # only the first rank has a score
-            self.best = {"metric": best_by, "score": score, "epoch": self.epoch, "split": self.held_out_split}
+            self.best = {"metric": best_by, "score": score, "epoch": self.epoch, "images": self.held_out_images}
             self.save(best=True)
             if self.saver.save_error:
                 self.best = before  # best.pt is still the older one
@@ -265,10 +266,10 @@ class Run:
             warn(f"epoch {self.epoch} is not evaluated: {error}")
             return None
 
-    @property
-    def held_out_split(self) -> str:
-        """Name of the split that is evaluated; "" without evaluations."""
-        return self.data.held_out["A"].name[:-1] if self.data.held_out else ""
+    @functools.cached_property
+    def held_out_images(self) -> str:
+        """Hash of the images that are evaluated."""
+        return datasets.fingerprint(self.data.held_out.values())
 
     def best_so_far(self, args: dict) -> dict | None:
         """Return the best of the state that is resumed, with its options, if later scores compare with it."""
@@ -277,9 +278,8 @@ class Run:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
             now = {name: self.config.flags[name] for name in ("dataset_name", "img_height", "img_width", *losses)}
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
-            split = self.best.get("split", self.held_out_split)
-            if self.held_out_split not in (split, ""):
-                changed.append(f"split {split}")
+            if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
+                changed.append("held-out images")
             if changed:
                 say(f"changed: {', '.join(changed)}; scores before do not compare, so the best epoch is sought anew")
                 return None
@@ -501,6 +501,8 @@ def with_network_configs(
 
 def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     """Return the config of a new run, and the generators of --init_from, whose shape replaces options not given."""
+    for path in config.init.init_from:
+        checkpoints.recover_run_of(path)
     networks = load_pair(config.init.init_from)
     generator = config.generator
     known = config.given

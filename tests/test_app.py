@@ -27,6 +27,7 @@ import app
 import test as test_command
 from models import DIRECTIONS, Direction, GeneratorConfig, build_generator
 from toolkit import cli, images, inference
+from toolkit.checkpoints import set_aside
 from toolkit.converters import to_junyanz
 from toolkit.weights import save_generator
 from utils import InputError
@@ -113,6 +114,12 @@ def test_the_list_has_weights_then_runs_newest_first_then_the_included_students(
     file = "saved_models/old/G_BA.safetensors"
     assert list(app.list_networks(app_config("--weights", file))) == [file, "newest", "new", "old", *INCLUDED]
     assert list(app.list_networks(app_config("--weights", INCLUDED[1])))[:2] == [INCLUDED[1], "newest"]
+
+
+def test_a_run_whose_overwriting_was_killed_is_in_the_list():
+    write_run("old")
+    set_aside("old")
+    assert app.find_runs() == ["old"]
 
 
 def test_a_given_file_is_used_rather_than_an_included_one_of_its_name():

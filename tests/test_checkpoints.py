@@ -18,10 +18,11 @@ from tiny_runs import run_tiny, save_run, state_of
 
 import distill
 import train
+from models import DIRECTIONS
 from toolkit import checkpoints, devices
 from toolkit.checkpoints import IMAGES, RUNS, load_checkpoint, load_state, save_latest, save_state
-from toolkit.files import write_text
-from toolkit.inference import load_run
+from toolkit.files import temporary_name, write_text
+from toolkit.inference import load_networks, load_run
 from toolkit.logs import read_losses
 from utils import InputError
 
@@ -147,13 +148,13 @@ def test_only_the_newest_checkpoints_of_the_run_are_kept(tiny):
 
 def test_what_killed_processes_left_half_written_is_removed_and_never_written_into(tiny):
     run_tiny("--num_epochs", 1)
-    mine = SAVED / f".{os.getpid()}-{threading.get_native_id()}.tmp"
+    mine = SAVED / temporary_name(threading.get_native_id())
     os.link(LATEST, mine)  # killed while it made previous.pt; the number is ours again
     before = LATEST.read_bytes()
     write_text(SAVED / "notes.txt", "x")
     assert LATEST.read_bytes() == before
-    (SAVED / ".76-0.tmp").write_text("half")
-    (DRAWN / ".77-78.tmp").write_text("half")
+    (SAVED / ".cyclegan-76-0.tmp").write_text("half")
+    (DRAWN / ".cyclegan-77-78.tmp").write_text("half")
     train.main([*RESUME, "--num_epochs", "2"])
     assert not [*SAVED.glob(".*.tmp"), *DRAWN.glob(".*.tmp")]
 
@@ -302,12 +303,44 @@ def test_after_a_kill_every_command_finds_the_run_that_was_to_be_replaced(tiny, 
     run_tiny("--num_epochs", 2, "--checkpoint_interval", 1)
     before = snapshot()
     resume = [*RESUME, "--num_epochs", "2"]
-    for use in (lambda: load_run("tiny"), lambda: load_checkpoint(SAVED, "1", "--epoch"), lambda: train.main(resume)):
+    file = str(SAVED / "G_AB.safetensors")
+    uses = (
+        lambda: load_run("tiny"),
+        lambda: load_checkpoint(SAVED, "1", "--epoch"),
+        lambda: load_networks(Path(file), ""),
+        lambda: train.main(resume),
+        lambda: train.main([*START, "--num_epochs", "1", "--run_name", "other", "--init_from", file, "--dry_run"]),
+        lambda: distill.load_teacher(file, DIRECTIONS),
+    )
+    for use in uses:
         checkpoints.set_aside("tiny")
         (SAVED / "G_AB.safetensors").write_text("of the new run, which was not saved")
         use()
         assert snapshot() == before
     assert "holds a run already" in refused(train.main, *START)
+
+
+def test_a_latest_state_that_was_brought_back_by_hand_is_not_taken_for_that_of_the_new_run(tiny):
+    for bring_back in (shutil.copyfile, os.rename):
+        shutil.rmtree(SAVED, ignore_errors=True)
+        save_run()
+        before = snapshot()
+        checkpoints.set_aside("tiny")
+        bring_back(SAVED / ".overwritten/latest.pt", LATEST)
+        (SAVED / "losses.csv").write_text("of the new run, which was not saved")
+        checkpoints.recover("tiny")
+        assert snapshot() == before
+
+
+def test_a_new_run_that_is_equal_to_the_old_one_replaces_it_too(tiny):
+    save_run()
+    before = snapshot()
+    checkpoints.set_aside("tiny")
+    for name in before:
+        if SAVED in Path(name).parents:
+            shutil.copyfile(SAVED / ".overwritten" / Path(name).relative_to(SAVED), name)
+    checkpoints.settle_overwriting("tiny", is_saved=True)
+    assert snapshot() == before
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -326,14 +359,16 @@ def test_a_folder_of_ones_own_is_not_used_to_set_a_run_aside(tiny, refused):
     assert not [*SAVED.glob(".over*"), *DRAWN.glob(".over*")]
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]", '{"files": 3, "complete": true}'])
-def test_a_damaged_journal_is_said(tiny, refused, capsys, text):
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 200_000, "[]", '{"files": 3, "complete": true}', '{"files": [["/a"], []], "complete": false}']
+)
+def test_a_damaged_journal_is_refused(tiny, refused, text):
     save_run()
     (SAVED / ".overwritten").mkdir()
     (SAVED / ".overwritten/files.json").write_text(text)
     assert "files.json: damaged" in refused(train.main, *START, "--overwrite")
-    load_run("tiny")
-    assert "files.json: damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"files\.json: damaged"):
+        load_run("tiny")
 
 
 @pytest.mark.parametrize("best", ["text", {"x": 1}, [1], {"metric": "cycle", "score": "x", "epoch": 1}])

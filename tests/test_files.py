@@ -20,8 +20,11 @@ from conftest import noise_image
 from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import save_run
 
-from toolkit import distributed, files, images
+import test as test_command
+from toolkit import checkpoints, distributed, files, images
+from toolkit.checkpoints import RUNS
 from utils import InputError, one_line
 
 posix = pytest.mark.skipif(os.name == "nt", reason="locks and links of POSIX")
@@ -167,17 +170,12 @@ def locks(folder):
 
 @posix
 def test_only_own_temporary_files_are_removed(tmp_path):
-    for name in (".1-2.tmp", ".77.tmp", ".latest.tmp", ".letter.tmp"):
+    others = {".2024-11.tmp", ".77.tmp", ".latest.tmp", ".letter.tmp"}
+    for name in (*others, ".cyclegan-1-2.tmp"):
         (tmp_path / name).write_text("x")
-    (tmp_path / ".5-5.tmp").mkdir()
+    (tmp_path / ".cyclegan-5-5.tmp").mkdir()
     with files.sole_process(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {
-            ".lock",
-            ".77.tmp",
-            ".latest.tmp",
-            ".letter.tmp",
-            ".5-5.tmp",
-        }
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".cyclegan-5-5.tmp", *others}
 
 
 @posix
@@ -205,16 +203,27 @@ def test_what_is_no_lock_is_refused_and_left_alone(tmp_path, make):
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     with subprocess.Popen(locks(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
-        (tmp_path / ".12-34.tmp").touch()
+        (tmp_path / ".cyclegan-12-34.tmp").touch()
         for _ in range(2):
             with pytest.raises(InputError, match=f"{tmp_path}: process {process.pid} writes there"):
                 files.sole_process(tmp_path).__enter__()
-        assert (tmp_path / ".12-34.tmp").exists()  # it is the other's
+        assert (tmp_path / ".cyclegan-12-34.tmp").exists()  # it is the other's
         process.send_signal(signal.SIGKILL)
         process.wait()
         with files.sole_process(tmp_path):
             assert (tmp_path / ".lock").read_text() == str(os.getpid())
-            assert not (tmp_path / ".12-34.tmp").exists()
+            assert not (tmp_path / ".cyclegan-12-34.tmp").exists()
+
+
+@posix
+def test_a_run_that_another_process_is_overwriting_is_refused(tiny, refused):
+    save_run()
+    checkpoints.set_aside("tiny")
+    with subprocess.Popen(locks(RUNS / "tiny"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        error = refused(test_command.main, "--run_name", "tiny")
+        assert f"saved_models/tiny: process {process.pid} writes there; wait" in error
+        process.kill()
 
 
 @posix
@@ -232,8 +241,8 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     drawn = tmp_path / "drawn"
     for folder in (saved, drawn):
         folder.mkdir()
-        (folder / ".77-78.tmp").write_text("half")
-        (folder / ".77-0.tmp").write_text("half")
+        (folder / ".cyclegan-77-78.tmp").write_text("half")
+        (folder / ".cyclegan-77-0.tmp").write_text("half")
         (folder / "my.tmp").write_text("mine")
     with files.sole_process(saved, drawn):
         assert sorted(path.name for path in saved.iterdir()) == [".lock", "my.tmp"]

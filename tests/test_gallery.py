@@ -48,6 +48,10 @@ def written(path, *results, keep=False, with_scores=False, **settings):
         yield folder
 
 
+def save(folder, result, images):
+    folder.save(result, images, folder.origin(result))
+
+
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.png"
@@ -162,7 +166,7 @@ def test_a_pipe_is_no_record(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "", "{", "[1]", '"x"', '{"file": "fake_B/\\ud800"}', '{"file": "fake_B/\\u0000"}', '{"key": 1}', '{"file": 7}',
+        "", "{", "[1]", '"x"', '{"file": "fake_B/\\ud800"}', '{"file": "fake_B/\\u0000"}', '{"file": "fake_B//a.png"}', '{"key": 1}', '{"file": 7}',
         '{"file": "fake_B/a.png", "sha256": [], "settings": {}, "input": [1], "truth": 7}', '{"file": "fake_B/b.png"',
     ],
 )  # fmt: skip
@@ -200,7 +204,7 @@ def test_scores_of_somebody_else_stay_where_a_test_has_none(tmp_path, photo):
     (tmp_path / "metrics.json").write_text("mine")
     for _ in range(2):
         with written(tmp_path, result_of(photo)) as folder:
-            folder.save(result_of(photo), [noise_image(2)])
+            save(folder, result_of(photo), [noise_image(2)])
     assert (tmp_path / "metrics.json").read_text() == "mine"
 
 
@@ -237,7 +241,7 @@ def test_a_result_is_there_once_it_is_saved_whole_and_a_large_one_has_a_thumbnai
     file = result.files["fake_B"]
     with written(tmp_path, result) as folder:
         assert not folder.has(result)
-        folder.save(result, [noise_image(0, (side, side))])
+        save(folder, result, [noise_image(0, (side, side))])
         assert folder.has(result)
     assert (tmp_path / gallery.thumbnail(file)).is_file() == (side > 256)
     assert gallery.ResultFolder(tmp_path, SETTINGS).has(result)
@@ -262,7 +266,7 @@ def test_a_result_of_another_network_setting_input_or_truth_is_none(tmp_path, ph
         photo, Path("a.png"), {"fake_B": Path("fake_B/a.png"), "truth_B": Path("truth_B/a.png")}, truth
     )
     with written(tmp_path, result) as folder:
-        folder.save(result, [noise_image(3), noise_image(2)])
+        save(folder, result, [noise_image(3), noise_image(2)])
     assert gallery.ResultFolder(tmp_path, SETTINGS).has(result)
     for change in ({"step": 5}, {"network": "two"}, {"scale": "native"}, {"networks": {"AtoB": "1"}}):
         assert not gallery.ResultFolder(tmp_path, SETTINGS | change).has(result)
@@ -277,7 +281,7 @@ def test_a_result_of_another_network_setting_input_or_truth_is_none(tmp_path, ph
 def test_results_that_are_kept_are_shown_as_what_they_are(tmp_path, photo):
     for number in (1, 2):
         with written(tmp_path, result_of(photo, f"{number}.png"), keep=True, epoch=number) as folder:
-            folder.save(result_of(photo, f"{number}.png"), [noise_image(number)])
+            save(folder, result_of(photo, f"{number}.png"), [noise_image(number)])
             folder.write_page([])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<h1>tiny, epoch 2, step 4</h1>" in page
@@ -287,13 +291,24 @@ def test_results_that_are_kept_are_shown_as_what_they_are(tmp_path, photo):
     assert page.index("fake_B/2.png") < page.index("fake_B/1.png")
 
 
+def test_a_line_of_the_record_that_was_cut_off_harms_no_other(tmp_path, photo):
+    results = [result_of(photo, name) for name in ("a.png", "b.png")]
+    with written(tmp_path, *results) as folder:
+        with (tmp_path / gallery.RECORD).open("a", encoding="utf-8") as record:
+            record.write('\n{"file": "fake_B/a.p')  # the disk was full
+        for result in results:
+            save(folder, result, [noise_image(1)])
+    found = gallery.ResultFolder(tmp_path, SETTINGS)
+    assert all(found.has(result) for result in results)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_test_that_is_killed_while_it_replaces_a_result_leaves_no_doubt_whose_it_is(
     tmp_path, photo, moment, monkeypatch
 ):
     result = result_of(photo)
     with written(tmp_path, result) as folder:
-        folder.save(result, [noise_image(1, (300, 300))])
+        save(folder, result, [noise_image(1, (300, 300))])
     replace = files.replace
 
     def killed(source, target):
@@ -306,7 +321,7 @@ def test_a_test_that_is_killed_while_it_replaces_a_result_leaves_no_doubt_whose_
     folder = gallery.ResultFolder(tmp_path, SETTINGS | {"epoch": 2})
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(files, "replace", killed)
-        folder.save(result, [noise_image(2, (300, 300))])  # its record is not written anew, as after SIGKILL
+        save(folder, result, [noise_image(2, (300, 300))])  # its record is not written anew, as after SIGKILL
     for epoch in (1, 2):
         assert gallery.ResultFolder(tmp_path, SETTINGS | {"epoch": epoch}).has(result) == (
             (moment == "after") == (epoch == 2)
@@ -317,7 +332,7 @@ def test_a_thumbnail_of_another_network_is_not_shown(tmp_path, photo):
     result = result_of(photo)
     for epoch in (1, 2):
         with written(tmp_path, result, keep=True, epoch=epoch) as folder:
-            folder.save(result, [noise_image(epoch, (300, 300) if epoch == 1 else (20, 20))])
+            save(folder, result, [noise_image(epoch, (300, 300) if epoch == 1 else (20, 20))])
             assert folder.small_file(Path("fake_B/a.png")) == Path(
                 "thumbnails/fake_B/a.jpg" if epoch == 1 else "fake_B/a.png"
             )
@@ -327,11 +342,11 @@ def test_round_trips_and_truths_of_other_inputs_are_not_shown(tmp_path, photo):
     noise_image(9).save(tmp_path / "other.png")
     files = {folder: Path(folder, "a.png") for folder in ("real_A", "fake_B", "rec_A")}
     with written(tmp_path, gallery.Result(photo, Path("a.png"), files)) as folder:
-        folder.save(gallery.Result(photo, Path("a.png"), files), [noise_image(i) for i in range(3)])
+        save(folder, gallery.Result(photo, Path("a.png"), files), [noise_image(i) for i in range(3)])
     del files["rec_A"]
     other = gallery.Result(tmp_path / "other.png", Path("a.png"), files)
     with written(tmp_path, other, keep=True) as folder:
-        folder.save(other, [noise_image(i) for i in range(2)])
+        save(folder, other, [noise_image(i) for i in range(2)])
         (result,) = folder.results()[folder.key, DIRECTIONS[0]]
     assert result.files.keys() == {"real_A", "fake_B"}
 
@@ -370,7 +385,7 @@ def test_the_page_escapes_names_and_links_to_files(tmp_path, photo):
     name = Path("<script>&#%.png")
     result = result_of(photo, name)
     with written(tmp_path, result, epoch=3, step=None, network="<i>") as folder:
-        folder.save(result, [noise_image(1)])
+        save(folder, result, [noise_image(1)])
         folder.write_page(["<b> 1"])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<h1>&lt;i&gt;, epoch 3</h1>" in page

@@ -192,6 +192,8 @@ def test_memory_is_that_of_the_largest_layer_twice(config):
         (["a.jpg", "sub/a.jpg", "b.JPG"], ["a.png", "sub/a.png", "b.png"]),
         (["a.jpg", "a.png", "a.jpg.bmp"], ["a.jpg.png", "a.png.png", "a.jpg_.png"]),
         (["a.jpg", "A.jpg", "sub/A.jpg"], ["a.png", "A_.png", "sub/A.png"]),
+        (["a.jpg", "a.PNG/b.jpg"], ["a_.png", "a.PNG/b.png"]),
+        (["a.gif", "a.jpg/b.jpg"], ["a_.png", "a.jpg/b.png"]),  # thumbnails are JPEG files
     ],
 )
 def test_names_are_those_of_the_inputs_unless_they_collide(paths, names):

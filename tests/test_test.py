@@ -21,6 +21,7 @@ from toolkit import gallery, images, inference, metrics
 from toolkit.checkpoints import load_state, networks_of, save_state
 from toolkit.converters import to_junyanz
 from toolkit.images import load_image, range_to_bytes
+from toolkit.inference import Translator
 from toolkit.synthetic import draw_scene
 from toolkit.weights import load_generator, save_generator
 
@@ -637,6 +638,26 @@ def test_with_skip_existing_only_what_is_missing_is_written(run, capsys):
     assert path.read_bytes() == content
     assert (OUTPUT / "index.html").read_text().count("<figure>") == 24
     assert files_in(OUTPUT) - set(gallery.read_record(OUTPUT)[0]) == {"fake_B/mine.png"}
+
+
+@pytest.mark.parametrize("folder", ["testA", "testB"])
+def test_an_image_that_changes_while_it_is_translated_is_made_again(run, monkeypatch, folder):
+    plain = Translator.load
+
+    def load(self, path):
+        loaded = plain(self, path)
+        if path.parent.name == "testA":
+            noise_image("changed", (20, 18)).save(Path("datasets/tiny", folder, path.name))
+        return loaded
+
+    argv = ["--run_name", "tiny", *FP32, "--direction", "AtoB"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Translator, "load", load)
+        test_command.main([*argv, "--output", "x"])
+    test_command.main([*argv, "--output", "x", "--skip_existing"])
+    test_command.main([*argv, "--output", "fresh"])
+    for path in Path("fresh").glob("*/*.png"):
+        assert path.read_bytes() == Path("x", path.relative_to("fresh")).read_bytes()
 
 
 def change_input(content):

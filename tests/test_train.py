@@ -477,7 +477,7 @@ def test_an_evaluation_writes_a_row_and_keeps_the_best_epoch(tiny, scores):
     assert names <= rows[0].keys()
     best = state_of("tiny", "best.pt")
     assert best["epoch"] == 2
-    assert best["best"] == {"metric": "PSNR", "score": 18.0, "epoch": 2, "split": "test"}
+    assert best["best"] == {"metric": "PSNR", "score": 18.0, "epoch": 2, "images": best["best"]["images"]}
     tested = test_command.main(["--dataset_name", "tiny", "--epoch", "best", "--metrics", "cycle", *CPU])
     assert tested["AtoB"]["cycle"] == pytest.approx(rows[1]["cycle_A"], rel=1e-4)
 
@@ -518,9 +518,14 @@ def test_best_pt_of_epochs_that_the_run_leaves_does_not_count(tiny, scores, caps
     assert (best["epoch"], best["best"]["score"]) == (2, 20.0)
 
 
+def move(dataset):
+    shutil.copytree(dataset, "moved/tiny")
+
+
 def add_val_split(dataset):
     for domain in "AB":
-        shutil.copytree(dataset / f"test{domain}", dataset / f"val{domain}")
+        (dataset / f"val{domain}").mkdir()
+        noise_image(domain).save(dataset / f"val{domain}/0.png")
 
 
 @pytest.mark.parametrize(
@@ -528,8 +533,8 @@ def add_val_split(dataset):
     [
         ("loss_G", ["--lambda_cycle", 20], None, "--lambda_cycle"),
         ("cycle", ["--img_height", 20], None, "--img_height"),
-        ("cycle", [], add_val_split, "split test"),
-        ("cycle", ["--lambda_cycle", 20], None, None),
+        ("cycle", [], add_val_split, "held-out images"),
+        ("cycle", ["--data_root", "moved", "--lambda_cycle", 20], move, None),
     ],
 )
 @pytest.mark.usefixtures("no_plots")

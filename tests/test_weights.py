@@ -151,6 +151,17 @@ def test_a_pair_is_loaded_by_the_directions_of_its_files(tmp_path, capsys):
         load_pair([tmp_path / "1", tmp_path / "1"])
 
 
+def test_generators_of_two_saves_of_a_run_are_pointed_out(tmp_path, capsys):
+    net = build_generator(CONFIG)
+    for name, direction, pair in (("1", "AtoB", "x"), ("2", "BtoA", "x"), ("3", "BtoA", "y")):
+        metadata = {"direction": direction, "size": [16, 16], "run_name": "r", "pair": pair}
+        save_generator(tmp_path / name, net, metadata)
+    load_pair([tmp_path / "1", tmp_path / "2"])
+    assert capsys.readouterr().err == ""
+    load_pair([tmp_path / "1", tmp_path / "3"])
+    assert "3: of another save of r than the file for the other direction" in capsys.readouterr().err
+
+
 # -- damaged and hostile files ------------------------------------------------------------------
 
 

@@ -27,7 +27,9 @@ from toolkit.files import (
     read_archive,
     remove_files,
     replace,
+    sha256,
     sole_process,
+    temporary_name,
     write_json,
 )
 from toolkit.weights import network_hash, save_generator
@@ -170,7 +172,7 @@ def save_state(path: Path, state: dict) -> None:
 
 def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
     """Write latest.pt; the one before becomes previous.pt, and `also` are further names of the new one."""
-    fresh = folder / f".{os.getpid()}-0.tmp"
+    fresh = folder / temporary_name(0)
     try:
         save_state(fresh, state)
         if (folder / "latest.pt").is_file():
@@ -233,7 +235,7 @@ class CheckpointSaver:
         if is_numbered:
             also.append(self.folder / f"epoch_{epoch:04d}.pt")
         save_latest(self.folder, state, also)
-        settle_overwriting(self.folder.name)
+        settle_overwriting(self.folder.name, is_saved=True)
         if is_numbered and self.keep_checkpoints:
             kept = [path for number, path in numbered_checkpoints(self.folder).items() if number <= epoch]
             for path in kept[: -self.keep_checkpoints]:
@@ -285,20 +287,23 @@ def set_aside(run_name: str) -> None:
             (folder / ASIDE).rmdir()
         if os.path.lexists(folder / ASIDE):
             raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
+    latest = folders[0] / "latest.pt"
+    record = {"files": names, "latest": sha256(latest) if latest.is_file() else None}
     journal = folders[0] / ASIDE / JOURNAL
     journal.parent.mkdir(parents=True)
-    write_json(journal, {"files": names, "complete": False})
+    write_json(journal, record | {"complete": False})
     for folder, own in zip(folders, names, strict=True):
         for name in own:
             os.renames(folder / name, folder / ASIDE / name)
-    write_json(journal, {"files": names, "complete": True})
+    write_json(journal, record | {"complete": True})
 
 
 @first_rank
-def settle_overwriting(run_name: str) -> None:
+def settle_overwriting(run_name: str, is_saved: bool = False) -> None:
     """Remove the files that were set aside if the new run was saved, else bring them back; the folder must be locked.
 
     The journal tells which files, and goes last, so that this can be cut off anywhere and done again.
+    is_saved: by this process; after a kill, another latest.pt than the old one tells it
     """
     folders = folders_of_run(run_name)
     journal = folders[0] / ASIDE / JOURNAL
@@ -306,20 +311,28 @@ def settle_overwriting(run_name: str) -> None:
         return
     try:
         record = json.loads(journal.read_text(encoding="utf-8"))
-        names = [[name for name in own if ".." not in Path(name).parts] for own in record["files"]]
+        if any(".." in Path(name).parts or Path(name).is_absolute() for own in record["files"] for name in own):
+            raise ValueError("names outside")
         moved = [
-            (folder / ASIDE / name, folder / name) for folder, own in zip(folders, names, strict=True) for name in own
+            (folder / ASIDE / name, folder / name)
+            for folder, own in zip(folders, record["files"], strict=True)
+            for name in own
+            if Path(name).parts
         ]
         complete = bool(record["complete"])
+        latest = folders[0] / "latest.pt"
+        is_saved = is_saved or (complete and latest.is_file() and sha256(latest) != record["latest"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise InputError(f"{journal}: damaged; move the files beside it to where they belong, and remove it") from error
-    if complete and (folders[0] / "latest.pt").is_file():  # the new run was saved
+    if is_saved:
         for folder in folders:
             remove_files([source for source, _ in moved if folder in source.parents], folder)
     else:
-        if complete:  # what is outside the sub-folders is of the new run
+        if complete:  # what is outside the sub-folders is of the new run, or was brought back by hand
+            brought_back = {target for source, target in moved if not os.path.lexists(source)}
+            outside = [path for path in files_of_run(run_name) if path not in brought_back]
             for folder in folders:
-                remove_files([path for path in files_of_run(run_name) if folder in path.parents], folder)
+                remove_files([path for path in outside if folder in path.parents], folder)
             write_json(journal, record | {"complete": False})
         for source, target in moved:
             if os.path.lexists(source):
@@ -329,11 +342,15 @@ def settle_overwriting(run_name: str) -> None:
 
 @first_rank
 def recover(run_name: str) -> None:
-    """Settle what a killed process left of two runs; nothing while another process trains there."""
+    """Settle what a killed process left of two runs; raise InputError while another process overwrites one."""
     folder = RUNS / run_name
     if (folder / ASIDE / JOURNAL).is_file():
-        try:
-            with sole_process(folder):
-                settle_overwriting(run_name)
-        except InputError as error:  # another process trains there, or the journal is damaged
-            warn(error)
+        with sole_process(folder):
+            settle_overwriting(run_name)
+
+
+def recover_run_of(file: Path) -> None:
+    """Do so for the run whose folder a file is in, if it is in one."""
+    folder = file.resolve().parent
+    if folder.parent == RUNS.resolve():
+        recover(folder.name)

@@ -28,10 +28,15 @@ else:
     import fcntl
 
 
+def temporary_name(number: int) -> str:
+    """Return a name for an unfinished file of this process; a short one, since long names have a limit."""
+    return f".cyclegan-{os.getpid()}-{number}.tmp"
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` if the block succeeds, and is removed if it fails."""
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # short: long names have a limit
+    temporary = path.with_name(temporary_name(threading.get_native_id()))
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process with our number; perhaps a link to a good file
         yield temporary
@@ -136,7 +141,7 @@ def render_page(template: str, **values: object) -> str:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file has a name that this program gives to unfinished files."""
-    return re.fullmatch(r"\.[0-9]+-[0-9]+\.tmp", path.name) is not None and path.is_file()
+    return re.fullmatch(r"\.cyclegan-[0-9]+-[0-9]+\.tmp", path.name) is not None and path.is_file()
 
 
 def is_lock(path: Path) -> bool:

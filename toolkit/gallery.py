@@ -94,9 +94,10 @@ def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
             else:
                 name = entry["file"]
                 os.fsencode(name)  # raises for what can be no name
-                if Path(name).parts[0] in OWN_NAMES and ".." not in Path(name).parts and "\0" not in name:
-                    parts = {part: entry.get(part) and str(entry[part]) for part in ("sha256", *ORIGIN)}
-                    entries.setdefault(name, []).append(parts)
+                parts = Path(name).parts
+                if parts[0] in OWN_NAMES and ".." not in parts and "\0" not in name and Path(name).as_posix() == name:
+                    facts = {part: entry.get(part) and str(entry[part]) for part in ("sha256", *ORIGIN)}
+                    entries.setdefault(name, []).append(facts)
             understood = True
     if not understood:
         raise refusal
@@ -163,7 +164,7 @@ class ResultFolder:
         used = {entry["settings"] for entry in files.values()} | {self.key}
         lines = [{"key": key, "settings": value} for key, value in self.known_settings.items() if key in used]
         lines += [{"file": name} | entry for name, entry in files.items()]
-        write_text(self.path / RECORD, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.path / RECORD, "\n".join(map(json.dumps, lines)))
         if self.is_old:
             (self.path / OLD_RECORD).unlink(missing_ok=True)
 
@@ -176,7 +177,7 @@ class ResultFolder:
             write(temporary)
             entry = {"sha256": sha256(temporary), **origin}
             with (self.path / RECORD).open("a", encoding="utf-8") as record:
-                record.write(json.dumps({"file": name} | entry) + "\n")
+                record.write("\n" + json.dumps({"file": name} | entry))  # first: a line may have been cut off
         self.files[name] = entry
 
     def write_text(self, name: str, text: str) -> None:
@@ -206,9 +207,8 @@ class ResultFolder:
             str(Path(*parts[name][1:])).lower(): self.files[name]["input"] for name in parts if parts[name][0] == fake
         }
 
-    def save(self, result: Result, images: Sequence[Image.Image]) -> None:
+    def save(self, result: Result, images: Sequence[Image.Image], origin: Mapping) -> None:
         """Write the images of a result in the order of its files, and thumbnails of large ones."""
-        origin = self.origin(result)
         for file, image in zip(result.files.values(), images, strict=True):
             self.write(file, functools.partial(image.save, format="PNG"), origin)
             if max(image.size) > LARGEST_CELL:

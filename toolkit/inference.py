@@ -51,9 +51,7 @@ def load_networks(
     """
     if file is None:
         return load_run(run_name, epoch, discriminators)
-    folder = file.resolve().parent
-    if folder.parent == checkpoints.RUNS.resolve():
-        checkpoints.recover(folder.name)
+    checkpoints.recover_run_of(file)
     net, metadata = weights.load_generator(file)
     found = metadata["direction"]
     if asked and found not in (None, str(asked)):
@@ -267,7 +265,13 @@ def plan_results(
     """
     real, fake, truth, rec = gallery.result_folders(direction)
     count = Counter(path.with_suffix("") for path in inputs.paths)
-    taken: set[str] = set()
+    folders = {parent for path in inputs.paths for parent in path.relative_to(inputs.root).parents}
+    taken = {
+        str(folder.with_suffix(suffix)).lower()
+        for folder in folders
+        if folder.name
+        for suffix in (folder.suffix, ".png")
+    }
     results = []
     for path in inputs.paths:
 
@@ -347,13 +351,19 @@ def translate_folder(
     existing = {result.input for result in results if skip_existing and folder.has(result)}
     waiting = {result.input: result for result in results if result.input not in existing}
     bad = images.BadImages(inputs.root, len(inputs.paths), inputs.on_bad)
+    origins: dict[Path, dict] = {}
     written = set()
+
+    def read(path: Path) -> LoadedImage:
+        origins[path] = folder.origin(waiting[path])  # before it is read: a file that changes meanwhile is made again
+        return translator.load(path)
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
         loaded, outputs = item
         result = waiting[loaded.path]
         image = loaded.image if translator.output_size == "input" else loaded.network_input
         shown = [image, *(output_image(x, image.size) for x in outputs)]
+        origin = origins.pop(loaded.path)
         if result.truth:
             try:
                 shown.insert(2, images.read_image(result.truth, translator.channels))
@@ -361,14 +371,15 @@ def translate_folder(
                 warn(f"{result.truth}: neither shown nor scored ({error})")
                 result.files.pop(truth)
                 result.truth = None
-        folder.save(result, shown)
+                origin["truth"] = None
+        folder.save(result, shown, origin)
         written.add(loaded.path)
         return loaded
 
     start = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:
-        read = run_ahead(pool, translator.load, waiting)
-        with tqdm(read, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
+        loaded = run_ahead(pool, read, waiting)
+        with tqdm(loaded, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
             for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
                 pass
     kept = f"; {len(existing)} existed already" if existing else ""

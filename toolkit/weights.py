@@ -13,7 +13,7 @@ from torch import Tensor
 from models import DIRECTIONS, Direction, Generator, GeneratorConfig, Networks, build_generator, meta_network
 from toolkit.converters import read_foreign
 from toolkit.files import atomic_write, check_tensors
-from utils import InputError, one_line, say
+from utils import InputError, one_line, say, warn
 
 METADATA_KEY = "recipe"  # the name of the entry in the file; older files have it too
 
@@ -63,8 +63,12 @@ def load_pair(paths: Sequence[Path]) -> Networks:
     raises: InputError as load_generator does, or for a second file of one direction
     """
     nets: Networks = {}
+    pairs: dict[str, object] = {}  # by run
     for path in paths:
         net, metadata = load_generator(path)
+        run, pair = str(metadata.get("run_name")), metadata.get("pair")
+        if pairs.setdefault(run, pair) != pair:
+            warn(f"{path}: of another save of {run} than the file for the other direction")
         if metadata["direction"]:
             name = Direction.named(metadata["direction"]).generator
         else:
