@@ -394,7 +394,7 @@ def test_a_domain_score_is_the_mean_of_several_classifiers(tmp_path, monkeypatch
 def test_domains_are_predicted_from_colours_and_from_greyscale(tmp_path, capsys, refused, monkeypatch):
     """Red against blue of the same luminance: without colour, a classifier predicts one domain for all images."""
     monkeypatch.setattr(domain_score, "CLASSIFIERS", 1)
-    for split, count in (("train", 24), ("test", 3)):
+    for split, count in (("train", 12), ("test", 3)):
         for domain, colour in (("A", (162, 40, 40)), ("B", (60, 60, 200))):
             (tmp_path / f"{split}{domain}").mkdir()
             for i in range(count):

@@ -562,7 +562,7 @@ class Results(RuleBasedStateMachine):
 # Running it
 
 USUAL = settings(
-    max_examples=12,
+    max_examples=8,
     stateful_step_count=6,
     derandomize=True,
     database=None,
@@ -588,7 +588,7 @@ def test_commands_in_any_order_leave_consistent_files():
 
 @pytest.mark.usefixtures("fast")
 def test_tests_in_any_order_leave_only_results_of_the_last_one():
-    run_state_machine_as_test(Results, settings=settings(USUAL, max_examples=6, stateful_step_count=6))
+    run_state_machine_as_test(Results, settings=settings(USUAL, max_examples=5, stateful_step_count=6))
 
 
 @pytest.mark.slow

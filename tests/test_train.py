@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,9 @@ def test_a_run_leaves_the_files_that_the_design_promises(tiny, monkeypatch):
 def test_one_batch_can_be_overfitted(tmp_path):
     make_dataset(tmp_path / "datasets" / "one", (1, 1, 1, 1), (16, 16))
     argv = ["--dataset_name", "one", *TINY, "--ngf", "8", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
-    train.main([*argv, "--lr", "2e-3", "--num_epochs", "1", "--steps_per_epoch", "200"])
+    train.main([*argv, "--lr", "2e-3", "--num_epochs", "1", "--steps_per_epoch", "120"])
     rows = losses_of("one")
-    assert len(rows) == 10
+    assert len(rows) == 6
     for term in ("loss_G", "cycle_A", "cycle_B", "identity_A", "identity_B"):
         assert rows[-1][term] < 0.5 * rows[0][term], term
 
@@ -265,13 +266,16 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_resumes_with_the_next_batch(tin
     assert losses_of("whole") == losses_of("parts")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_program_saves_and_exits_with_its_code(tiny, signum, code):
     argv = [sys.executable, str(ROOT / "train.py"), *START, "--num_epochs", "100000"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             while not (SAVED / "latest.pt").exists():
                 assert process.poll() is None
+                time.sleep(0.05)
             process.send_signal(signum)
             out, _ = process.communicate(timeout=600)
         finally:
