@@ -35,7 +35,7 @@ from toolkit.checkpoints import ASIDE, RUNS, recover
 from toolkit.devices import DeviceConfig
 from toolkit.files import atomic_write
 from toolkit.inference import Translator, load_networks, output_image, unique_name
-from utils import InputError, existing_or_new_path, need_package, one_line, option, say
+from utils import InputError, domain_names, existing_or_new_path, need_package, one_line, option, say
 
 HERE = Path(__file__).parent
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that only this machine reaches
@@ -197,7 +197,10 @@ def choose_network(config: AppConfig, name: str | None, direction: str | None) -
     """Return the choice among the directions of a network, and whether the round trip is visible."""
     import gradio as gr
 
-    choices = [(f"{way.source} → {way.target}", str(way)) for way in open_network(config, name).directions]
+    translator = open_network(config, name)
+    names = domain_names(str(translator.metadata.get("dataset_name")), translator.metadata.get("domains"))
+    domains = dict(zip("AB", names, strict=True))
+    choices = [(f"{domains[way.source]} → {domains[way.target]}", str(way)) for way in translator.directions]
     value = direction if direction in dict(choices).values() else choices[0][1]
     return [gr.Radio(choices, value=value), gr.update(visible=len(choices) == 2)]
 

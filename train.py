@@ -28,10 +28,10 @@ from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
 from toolkit.images import limit_pixels
-from toolkit.monitor import Monitor, command_line, cyclegan_rows, duration, load_samples, load_watched, say_duration
+from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.weights import load_pair
-from utils import InputError, RunError, counted, say, warn
+from utils import InputError, RunError, counted, duration, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
 

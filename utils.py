@@ -48,6 +48,14 @@ def with_domain(label: str, domains: tuple[str, str]) -> str:
     return label if name == label[-1] else f"{label}: {name}"
 
 
+def duration(seconds: float) -> str:
+    """Format a duration for reading: 0.13 s, 206 s, 45 minutes, 69 hours, 5 days."""
+    units = (("s", 1, 600), ("minutes", 60, 7200), ("hours", 3600, 4 * 86400), ("days", 86400, math.inf))
+    unit, length, _ = next(unit for unit in units if seconds < unit[2])
+    number = seconds / length
+    return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
+
+
 def say(text: object, file: TextIO | None = None) -> None:
     """Print one line above any progress bar; on stdout only the first rank prints."""
     if file is not sys.stderr and dist.is_initialized() and dist.get_rank() > 0:

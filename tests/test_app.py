@@ -194,6 +194,7 @@ def test_a_network_brings_its_directions_and_hides_the_round_trip_if_there_is_no
         ("tiny", None, both, "AtoB"),
     ):
         radio, rec = app.choose_network(config, name, before)
+        assert radio.choices[0][0] == ("horse → zebra" if name == INCLUDED[0] else " → ".join(names[0].split("to")))
         assert [direction for _, direction in radio.choices] == names
         assert radio.value == value
         assert rec["visible"] == (names == both)
@@ -301,6 +302,7 @@ def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(m
     app.load_translator.cache_clear()
     assert image.size == (70, 40)
     assert float(caption.split()[1]) > 0
+    sizes = [size for size in sizes if size != 128]  # its time was estimated with such an image
     assert len(sizes) == passes
     assert 16 < max(sizes) <= 32
 
@@ -543,7 +545,7 @@ def test_in_a_browser_one_click_gives_a_zebra_and_a_typed_path_is_opened(page):
     round_trip = page.get_by_text("round trip")
     page.locator(f"img[src*='{page.address}']").wait_for()
     expect(network).to_have_value(INCLUDED[0])
-    expect(directions).to_have_text(["A → B"])
+    expect(directions).to_have_text(["horse → zebra"])
     assert round_trip.count() == 0
     zebra = app.translate_file(opened(INCLUDED[0]), A_TO_B, HORSE)[1]
     assert np.array_equal(pixels(translated(page, 4)[1]), pixels(zebra))

@@ -205,21 +205,6 @@ def test_pages_take_little_of_the_time_of_a_run(fake_time, tmp_path, monkeypatch
     assert run.clock.page_due()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.1312, "0.13 s"),
-        (206.4, "206 s"),
-        (2700, "45 minutes"),
-        (9000, "2.5 hours"),
-        (69 * 3600, "69 hours"),
-        (95.2 * 86400, "95 days"),
-    ],
-)
-def test_durations_are_easy_to_read(seconds, text):
-    assert monitor.duration(seconds) == text
-
-
 def test_a_run_announces_its_duration_and_warns_when_a_cpu_is_slow(capsys):
     monitor.say_duration(206, 1200, 6, torch.device("cpu"))
     monitor.say_duration(206, 12000, 60, torch.device("cuda"))

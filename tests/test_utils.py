@@ -110,3 +110,18 @@ def test_a_buffer_can_be_restored_to_a_snapshot_more_than_once():
         buffer.load_state_dict(snapshot, CPU)
         assert stored(buffer) == before
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.1312, "0.13 s"),
+        (206.4, "206 s"),
+        (2700, "45 minutes"),
+        (9000, "2.5 hours"),
+        (69 * 3600, "69 hours"),
+        (95.2 * 86400, "95 days"),
+    ],
+)
+def test_durations_are_easy_to_read(seconds, text):
+    assert utils.duration(seconds) == text

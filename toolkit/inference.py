@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
-from utils import InputError, check_options, counted, say, warn
+from utils import InputError, check_options, counted, duration, say, warn
 
 BATCH = 16  # images in a batch, at most
 BATCH_PIXELS = 2**20  # pixels in a batch, at most; a larger image is a batch of its own
@@ -27,6 +27,7 @@ TILE = 512  # px a side, where whole images would take too much memory
 WHOLE_BYTES = 2e9  # that a generator may take for a whole image
 TILED_BYTES = 2.5e9  # that an image may take in tiles, with its results
 BYTES_PER_TILED_PIXEL = 35  # of an image and its results, measured; 12 are the float32 output
+PASSES_IN_TILES = 1.8  # of each pixel through a network: the overlap of tiles, and half of the image for the statistics
 
 
 def check_together(networks: Networks, what: object) -> None:
@@ -202,6 +203,16 @@ class Translator:
         """Return the side of the tiles of an image; None if it is translated whole."""
         return self.tile or (TILE if self.bytes_per_pixel * height * width > WHOLE_BYTES else None)
 
+    def seconds_in_tiles(self, pixels: int) -> float:
+        """Estimate how long a network takes for an image in tiles, from a small one."""
+        side = max(128, 4 * self.smallest_side)
+        x = torch.zeros(1, self.channels, side, side, device=self.device)
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            translate(self.networks[self.directions[0].generator], x, precision=self.precision).cpu()
+            seconds = time.perf_counter() - start
+        return PASSES_IN_TILES * seconds * pixels / side**2
+
     def load(self, path: Path) -> LoadedImage:
         """Read an image and resize it for the networks."""
         try:
@@ -218,9 +229,11 @@ class Translator:
                 reason = f"needs about {needed / 1e9:.1f} GB even in tiles; --tile {TILE} translates it all the same"
                 return LoadedImage(path, reason=f"{width}x{height} px: {reason}")
             whole = f"{self.bytes_per_pixel * pixels / 1e9:.1f} GB"
-            self.say_once(
-                "tiled", f"{path}: would take about {whole}; in tiles of {TILE} px about {needed / 1e9:.1f} GB"
-            )
+            if "tiled" not in self.said:
+                tiled = f"{needed / 1e9:.1f} GB and {duration(self.seconds_in_tiles(pixels))}"
+                self.say_once(
+                    "tiled", f"{path}: would take about {whole}; in tiles of {TILE} px about {tiled} for each network"
+                )
         elif self.output_size == "input" and max(image.size) > 2 * max(width, height):
             enlarged = f"translated at {width}x{height} px, then enlarged to {image.width}x{image.height} px"
             self.say_once("enlarged", f"{path}: {enlarged}; --tile {TILE} for detail")

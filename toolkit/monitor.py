@@ -21,7 +21,7 @@ from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
-from utils import InputError, counted, one_line, say, warn, with_domain
+from utils import InputError, counted, duration, one_line, say, warn, with_domain
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
@@ -114,14 +114,6 @@ class Clock:
 
     def page_due(self) -> bool:
         return time.monotonic() >= self.next_page
-
-
-def duration(seconds: float) -> str:
-    """Format a duration for reading: 0.13 s, 206 s, 45 minutes, 69 hours, 5 days."""
-    units = (("s", 1, 600), ("minutes", 60, 7200), ("hours", 3600, 4 * 86400), ("days", 86400, math.inf))
-    unit, length, _ = next(unit for unit in units if seconds < unit[2])
-    number = seconds / length
-    return f"{number:.2g} {unit}" if number < 10 else f"{number:.0f} {unit}"
 
 
 def say_duration(pace: float, steps_left: int, steps_per_epoch: int, device: torch.device) -> None:
