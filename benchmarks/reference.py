@@ -13,6 +13,7 @@ not repeated. Writes reference.csv and reference.png to --output.
 """
 
 import argparse
+import functools
 import shlex
 import sys
 import time
@@ -104,14 +105,25 @@ class Ours(Learner):
 
 
 def train_and_score(
-    learner: Learner, data: Data, reals: dict, limit: float, every: float, clock: Callable[[], float]
+    learner: Learner,
+    data: Data,
+    score: Callable[[Learner], dict],
+    limit: float,
+    every: float,
+    clock: Callable[[], float],
 ) -> Iterator[dict]:
     """Train for `limit` seconds of a clock or until the last epoch; yields scores for about every `every` seconds."""
     trained = 0.0
     steps = 0
     epoch = 0
     scored = 1
-    yield scores(learner, reals, trained, steps)
+
+    def row() -> dict:
+        found = {"minutes": trained / 60, "step": steps} | score(learner)
+        utils.say(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
+
+    yield row()
     last_scored = 0
     while trained < limit and learner.start_epoch(epoch):
         start = clock()
@@ -122,7 +134,7 @@ def train_and_score(
                 torch.cuda.synchronize(learner.device)
             trained += clock() - start
             if trained >= scored * every or trained >= limit:
-                yield scores(learner, reals, trained, steps)
+                yield row()
                 scored += 1
                 last_scored = steps
             if trained >= limit:
@@ -130,20 +142,25 @@ def train_and_score(
             start = clock()
         epoch += 1
     if last_scored < steps:
-        yield scores(learner, reals, trained, steps)
+        yield row()
 
 
-def scores(learner: Learner, reals: dict, trained: float, steps: int) -> dict:
-    """Mean PSNR of both directions on the test pairs, after so many seconds and steps of training."""
-    row = {"minutes": trained / 60, "step": steps}
+def translations(learner: Learner, reals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Translate the images of both domains; returns (N, C, H, W) in [-1, 1] by target domain."""
+    found = {}
     for direction in DIRECTIONS:
-        source, target = direction
-        fakes = []
-        for batch in reals[source].split(BATCH):
-            fakes += cyclegan.translate(learner.networks[direction.generator], batch, learner.precision).cpu()
+        net = learner.networks[direction.generator]
+        batches = reals[direction.source].split(BATCH)
+        found[direction.target] = torch.cat([cyclegan.translate(net, x, learner.precision).cpu() for x in batches])
+    return found
+
+
+def mean_psnr(learner: Learner, reals: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Mean PSNR of the translations of test pairs, by names such as PSNR_B."""
+    row = {}
+    for target, fakes in translations(learner, reals).items():
         pairs = zip(fakes, reals[target], strict=True)
         row[f"PSNR_{target}"] = metrics.mean([metrics.psnr(range_to_bytes(x), range_to_bytes(y)) for x, y in pairs])
-    utils.say(f"{row['minutes']:6.2f} minutes, step {steps:,}: {row['PSNR_B']:.2f} / {row['PSNR_A']:.2f} dB")
     return row
 
 
@@ -156,8 +173,8 @@ def load_pairs(folder: Path, size: tuple[int, int], channels: int) -> dict[str, 
     return {domain: torch.cat([own[name] for name in names]) for domain, own in found.items()}
 
 
-def make_learner(args: argparse.Namespace, which: str, seed: object) -> tuple[Learner, Data, dict]:
-    """Build one side with its training data and the test pairs."""
+def make_learner(args: argparse.Namespace, which: str, seed: object) -> tuple[Learner, Data, datasets.DataConfig]:
+    """Build one side with its training data, and say what its images are."""
     flags: list[object] = [*shlex.split(args.ours)]
     if which == "reference":
         flags = [*CLASSIC.split(), "--img_height", args.size, "--img_width", args.size, "--n_layers_D", args.n_layers_D]
@@ -165,17 +182,17 @@ def make_learner(args: argparse.Namespace, which: str, seed: object) -> tuple[Le
     config = train_config(flags)
     device = devices.pick_device(config.device.device)
     data = train.load_data(config, device)
-    folder = datasets.find_dataset(args.data_root, args.dataset_name)
-    reals = load_pairs(folder, config.data.size, config.data.channels)
     learner = Reference(args, device, config.run.seed) if which == "reference" else Ours(config, device)
-    return learner, data, reals
+    return learner, data, config.data
 
 
 def make_run(args: argparse.Namespace, key: dict) -> list[dict]:
     """Train one side with one seed; returns its rows of reference.csv."""
-    learner, data, reals = make_learner(args, key["which"], key["seed"])
+    learner, data, shape = make_learner(args, key["which"], key["seed"])
+    reals = load_pairs(datasets.find_dataset(args.data_root, args.dataset_name), shape.size, shape.channels)
     utils.say(f"{key['which']}, seed {key['seed']}, {learner.device}, {learner.precision}")
-    rows = train_and_score(learner, data, reals, 60 * args.minutes, args.every, time.perf_counter)
+    score = functools.partial(mean_psnr, reals=reals)
+    rows = train_and_score(learner, data, score, 60 * args.minutes, args.every, time.perf_counter)
     return [key | row for row in rows]
 
 

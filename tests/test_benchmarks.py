@@ -27,7 +27,7 @@ import label_score
 import reference
 import step
 
-from toolkit.images import read_image
+from toolkit.images import load_image, read_image
 
 BENCHMARKS = sorted(path for path in Path(step.__file__).parent.glob("*.py") if path.stem != "common")
 
@@ -166,23 +166,23 @@ def short_comparison(pairs, checkout, monkeypatch):
     """The flags of a comparison of tiny systems, whose steps take an eighth of a second each."""
     ours = f"{gpu.TINY} --batch_size 1 --lr 1e-3 --num_epochs 2 --ema 0.9"
     plain = "--ngf 4 --blocks 1 --n_layers_D 1 --size 16"
-    monkeypatch.setattr(comparison, "SYSTEMS", {"ours": ours, "plain": plain, "junyanz": "--crop_size 16"})
+    systems = {"ours": ours, "plain": plain, "junyanz": "--crop_size 16"}
+    monkeypatch.setattr(comparison, "TASKS", {"tiny": comparison.Task(systems, (0.01, 0.02), has_pairs=True)})
     clock = itertools.count(0, 0.125)
     monkeypatch.setattr(comparison, "time", types.SimpleNamespace(process_time=lambda: next(clock)))
-    monkeypatch.setattr(comparison, "MINUTES", (0.01, 0.02))
     monkeypatch.setattr(comparison.torch.cuda, "is_available", lambda: False)
     argv = ["--junyanz", str(checkout), "--dataset_name", "tiny", "--seeds", "0", "1"]
-    return [*argv, "--minutes", "0.02", "--every", "0.5", "--output", "out/comparison.csv"]
+    return [*argv, "--minutes", "0.02", "--every", "0.5", "--output", "out"]
 
 
 def test_our_recipe_is_compared_with_the_plain_step_and_with_the_code_of_others(short_comparison, monkeypatch, capsys):
     imported = sys.modules["models"]
     Path("out").mkdir()
-    Path("out/comparison.md").write_text("\n".join(["# Title", *comparison.MARKS, "The end"]))
+    Path("out/comparison.md").write_text("# Title\n<!-- tiny -->\n<!-- end of tiny -->\nThe end")
     comparison.main(short_comparison)
     assert sys.modules["models"] is imported
     assert "options" not in sys.modules
-    rows = common.read_csv(Path("out/comparison.csv"))
+    rows = common.read_csv(Path("out/comparison_tiny.csv"))
     runs = [(row["seed"], row["system"], row["step"]) for row in rows if row["finished"] == "1"]
     ended = {"ours": "6", "plain": "10", "junyanz": "10"}  # ours after two epochs of three steps
     assert runs == [(seed, system, step) for seed in "01" for system, step in ended.items()]
@@ -191,13 +191,34 @@ def test_our_recipe_is_compared_with_the_plain_step_and_with_the_code_of_others(
     text = Path("out/comparison.md").read_text()
     assert text.startswith("# Title\n")
     assert text.endswith("\nThe end")
-    assert "\n".join(comparison.table(rows)) in text
+    table = "\n".join(comparison.table(rows, (0.01, 0.02)))
+    assert table in text
     assert text.count("| fp32 | 2 |") == 3
-    assert min(read_image(Path("out/comparison.png")).size) > 50
+    assert min(read_image(Path("out/comparison_tiny.jpg")).size) > 50
     monkeypatch.setattr(comparison, "make_run", lambda args, key, finished: pytest.fail(f"{key} is repeated"))
     comparison.main(short_comparison)
-    assert common.read_csv(Path("out/comparison.csv")) == rows
-    assert capsys.readouterr().out.endswith("\n".join(comparison.table(rows)) + "\n")
+    assert common.read_csv(Path("out/comparison_tiny.csv")) == rows
+    assert capsys.readouterr().out.endswith(table + "\n")
+
+
+@pytest.mark.usefixtures("short_comparison")
+def test_without_test_pairs_systems_are_compared_by_what_classifiers_predict(monkeypatch):
+    systems = {"plain": "--ngf 4 --blocks 1 --n_layers_D 1 --size 16"}
+    monkeypatch.setattr(comparison, "TASKS", {"tiny": comparison.Task(systems, (0.01,), has_pairs=False)})
+    seen = []
+
+    def predict(dataset, folder, target, channels):
+        seen.append([load_image(path, None, channels) for path in sorted(folder.iterdir())])
+        return 0.25 * channels + (target == "A") / 8
+
+    monkeypatch.setattr(domain_score, "folder_score", predict)
+    comparison.main(["--dataset_name", "tiny", "--minutes", "0.01", "--every", "9", "--output", "out"])
+    row = common.read_csv(Path("out/comparison_tiny.csv"))[-1]
+    scores = {name: float(row[name]) for name in row if name.startswith("as ")}
+    assert scores == {"as B": 0.75, "as B in greyscale": 0.25, "as A": 0.875, "as A in greyscale": 0.375}
+    assert [len(images) for images in seen[:4]] == [2, 2, 2, 2]
+    assert not torch.equal(seen[0][0], seen[4][0])  # translated anew after training
+    assert min(read_image(Path("out/comparison_tiny.jpg")).size) > 50
 
 
 def test_a_comparison_that_was_stopped_continues_with_the_run_that_was_not_finished(short_comparison, monkeypatch):
@@ -211,18 +232,18 @@ def test_a_comparison_that_was_stopped_continues_with_the_run_that_was_not_finis
 
     monkeypatch.setattr(comparison, "save_translations", stop_in_the_third_run)
     step_of_reference = reference.Reference.step
-    monkeypatch.setattr(
-        comparison, "SYSTEMS", {name: comparison.SYSTEMS[name] for name in ("junyanz", "ours", "plain")}
-    )
+    systems = comparison.TASKS["tiny"].systems
+    for name in ("ours", "plain"):  # last
+        systems[name] = systems.pop(name)
     with pytest.raises(pytest.fail.Exception, match="stopped"):
         comparison.main(short_comparison)
-    rows = common.read_csv(Path("out/comparison.csv"))
+    rows = common.read_csv(Path("out/comparison_tiny.csv"))
     assert [row["system"] for row in rows if row["finished"] == "1"] == ["junyanz", "ours"]
     assert rows[-1]["system"] == "plain"
     assert len(comparison.finished_rows(rows)) == len(rows) - 1
     monkeypatch.setattr(reference.Reference, "step", step_of_reference)
     comparison.main(short_comparison)
-    later = common.read_csv(Path("out/comparison.csv"))
+    later = common.read_csv(Path("out/comparison_tiny.csv"))
     assert later[: len(rows) - 1] == rows[:-1]
     assert len({comparison.key_of(row) for row in comparison.finished_rows(later)}) == 6
 
