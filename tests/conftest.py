@@ -1,5 +1,7 @@
 """Tiny data sets, networks and runs, made in a temporary folder that is also the working directory."""
 
+import toolkit.startup  # noqa: F401, I001  (must come before torch)
+
 import dataclasses
 import random
 

@@ -25,6 +25,7 @@ import domain_score
 import gpu
 import label_score
 import reference
+import shared_cores
 import step
 
 from toolkit.images import load_image, read_image
@@ -108,6 +109,15 @@ def test_the_demo_has_one_recipe():
     assert ours == common.recipe("day2night") == common.expand(["@recipes/day2night.txt"])
     assert "\nDEMO := @recipes/day2night.txt\n" in (common.ROOT / "Makefile").read_text()
     assert "python train.py @recipes/day2night.txt" in (common.ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_steps_and_translations_are_timed_beside_busy_neighbours(capsys):
+    shared_cores.main(["--neighbours", "0", "1", "--turns", "1"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["busy neighbours", "task", "default, ms", "ours, ms", "ratio"]
+    assert [row[:2] for row in rows[2:]] == [["0", "step"], ["0", "image"], ["1", "step"], ["1", "image"]]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[2:])
 
 
 # -- beside the code of others -----------------------------------------------------------------

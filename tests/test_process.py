@@ -1,6 +1,7 @@
 """Commands as processes: exit codes, one-line errors, signals, and what happens before torch is loaded."""
 
 import errno
+import os
 import runpy
 import signal
 import subprocess
@@ -173,6 +174,23 @@ def test_only_a_command_itself_has_another_handler_of_ctrl_c_while_it_imports(
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main_file))
     runpy.run_path(startup.__file__)
     assert signal.getsignal(signal.SIGINT) == after
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_wants_otherwise(monkeypatch):
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        if before:
+            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+        runpy.run_path(startup.__file__)
+        assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+def test_openmp_knows_how_to_wait_when_a_command_loads_it(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")
+    done = subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
 
 
 def test_ctrl_c_is_one_line_once_the_imports_are_done(keep_sigint, capsys):
