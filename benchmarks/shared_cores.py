@@ -55,9 +55,8 @@ def running(commands: list[list[str]], environments: list[dict[str, str]]) -> It
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            stack.callback(process.wait)
+            processes.append(stack.enter_context(process))  # closes the pipes and waits
             stack.callback(process.kill)
-            processes.append(process)
         yield processes
 
 
