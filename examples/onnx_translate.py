@@ -4,6 +4,7 @@ python export.py --run_name day2night --direction AtoB
 python examples/onnx_translate.py saved_models/day2night/G_AB.onnx photo.jpg night.png
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
@@ -35,8 +36,26 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
         raise ValueError(f"{path}: not a network written by export.py; make one with: python export.py") from error
 
 
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert an RGB or CMYK image as its colour profile says; without one, or with a damaged one, it stays as it is."""
+    profile = image.info.pop("icc_profile", None)
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    how = {
+        "outputMode": "RGBA" if image.mode == "RGBA" else "RGB",
+        "renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        "flags": ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    }
+    try:
+        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), **how)
+    except ImageCms.PyCMSError:
+        return image
+    converted.info.pop("icc_profile")  # or Pillow would write it with the result
+    return converted
+
+
 def open_image(path: str, channels: int) -> Image.Image:
-    """Read an image as RGB or greyscale, rotated as its EXIF orientation says, transparency over white.
+    """Read an image as RGB or greyscale in sRGB, rotated as its EXIF orientation says, transparency over white.
 
     raises: ValueError if it cannot be read, or if it has 16 or 32 bits, which test.py scales to 8
     """
@@ -45,6 +64,7 @@ def open_image(path: str, channels: int) -> Image.Image:
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {image.mode}; convert it to 8 bits or use test.py")
+        image = to_srgb(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, noise_image, tiny_networks
 from PIL import Image
+from profiles import rgb_profile
 from tiny_runs import save_pair
 
 import export
@@ -129,6 +130,9 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
         ("L", {"transparency": 2}),
         ("P", {"transparency": bytes(range(256))}),
         ("RGB", {"transparency": (1, 2, 3)}),
+        ("RGB", {"icc_profile": rgb_profile("P3")}),
+        ("RGBA", {"icc_profile": rgb_profile("Adobe")}),
+        ("RGB", {"icc_profile": b"damaged"}),
         ("1", {}),
     ],
 )

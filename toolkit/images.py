@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from toolkit import files
+from toolkit.colour import to_srgb
 from utils import InputError, counted, say, warn
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
@@ -151,13 +152,16 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, channels: int = 3) -> Image.Image:
-    """Read any image as RGB (channels 3) or L (1), turned as EXIF says, transparency over white; or UnreadableImage."""
+    """Read any image as RGB (channels 3) or L (1) in sRGB, turned as EXIF says, transparency over white.
+
+    raises: UnreadableImage
+    """
     with open_image(path) as image, unreadable_on_error(path):
         image.load()
         with suppress(EOFError, OSError, ValueError, SyntaxError):  # of a torn later frame
             if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
                 warn_once("of animated images, and of files with several pages, only the first one is used")
-        image = to_8_bit(ImageOps.exif_transpose(image))
+        image = to_srgb(to_8_bit(ImageOps.exif_transpose(image)))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
