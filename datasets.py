@@ -263,7 +263,7 @@ def split_images(folder: Path, split: str, max_images: int | None = None) -> lis
         raise InputError(f"{folder}: no {split}/ inside (found: {found}); python prepare.py split makes the layout")
     paths = images.list_images(folder / split)
     if not paths:
-        raise InputError(f"{folder / split}: no image inside; expected {' '.join(sorted(images.SUFFIXES))} files")
+        raise InputError(f"{folder / split}: no image inside; expected {images.EXPECTED}")
     return paths[:max_images]
 
 

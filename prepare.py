@@ -161,7 +161,7 @@ def split_dataset(args: Namespace) -> None:
             raise InputError(f"--{domain} {source}: no such folder; expected a folder with images")
         found[domain] = images.list_images(source)
         if not found[domain]:
-            raise InputError(f"--{domain} {source}: no image inside; expected {' '.join(sorted(images.SUFFIXES))}")
+            raise InputError(f"--{domain} {source}: no image inside; expected {images.EXPECTED}")
     with new_folder(args.data_root / args.dataset_name) as unfinished:
         for domain, source in sources.items():
             random.Random(f"{args.seed}-{domain}").shuffle(found[domain])

@@ -128,7 +128,7 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
     if not paths:
-        raise InputError(f"--input {config.input}: no image there; expected {' '.join(sorted(images.SUFFIXES))} files")
+        raise InputError(f"--input {config.input}: no image there; expected {images.EXPECTED}")
     paths = images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
     if config.input:
         return Inputs(root, paths, config.on_bad_image)

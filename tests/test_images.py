@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image
+from conftest import noise_image, warnings_in
 from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
@@ -324,3 +324,37 @@ def test_edited_images_are_read_or_called_unreadable(tmp_path, edits, kind):
     assert x.min() >= -1
     assert x.max() <= 1
     assert all(map(math.isfinite, x.flatten().tolist()))
+
+
+# -- what a folder holds ---------------------------------------------------------------------------
+
+
+def test_whatever_can_be_read_is_listed_and_the_rest_is_counted_in_one_line(tmp_path, capsys):
+    kinds = {"c.jfif": "JPEG", "d.jpe": "JPEG", "e.ppm": "PPM", "f.pnm": "PPM", "g.gif": "GIF", "h.jp2": "JPEG2000"}
+    kinds |= {"i.tga": "TGA", "j.PNG": "PNG", "k": "PNG", "m.dib": "DIB", "n.bmp": "BMP", "o.mpo": "MPO"}
+    for name, kind in kinds.items():
+        noise_image(name).save(tmp_path / name, format=kind)
+    for name in ("p.npy", "q.dcm", "r.DCM", "LICENSE", ".hidden.npy"):
+        (tmp_path / name).write_text("no image")
+    for _ in range(2):
+        assert [path.name for path in images.list_images(tmp_path)] == sorted(kinds)
+    for path in images.list_images(tmp_path):
+        assert images.read_image(path).size == noise_image(0).size
+    assert warnings_in(capsys) == [
+        f"warning: {tmp_path}: left out, since they are no images that can be read: 2 .dcm, 1 .npy, 1 without suffix"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jp2", "j2k"])
+def test_jpeg_2000_in_colour_of_more_than_8_bits_is_refused(kind):
+    path = Path(f"image.{kind}")
+    noise_image(0).save(path)
+    data = bytearray(path.read_bytes())
+    start = data.find(b"\xff\x4f\xff\x51")
+    assert images.read_image(path).mode == "RGB"
+    for channel in range(3):
+        assert data[start + 42 + 3 * channel] == 7  # bits - 1
+        data[start + 42 + 3 * channel] = 11
+    path.write_bytes(data)
+    with pytest.raises(images.UnreadableImage, match="more than 8 bits wrongly; convert it"):
+        images.read_image(path)

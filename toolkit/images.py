@@ -25,9 +25,12 @@ from toolkit import files
 from toolkit.colour import to_srgb
 from utils import InputError, counted, say, warn
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: Pillow hands it to Ghostscript
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # no EPS: it needs Ghostscript
+SUFFIXES = {".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo"}
+SUFFIXES |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+EXPECTED = "files such as .jpg .png .webp .tif .heic"  # for messages
 PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
+SUFFIXES |= PHONE_FORMATS.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
@@ -64,6 +67,15 @@ def tensor_to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def jpeg2000_bits(path: Path) -> int:
+    """Return the bits of a channel of a JPEG 2000 file, from the header of its codestream; 0 if there is none."""
+    data = path.read_bytes()
+    start = data.find(
+        b"\xff\x4f\xff\x51"
+    )  # ITU-T T.800, A.5.1: 38 bytes later come the number of channels and their bits
+    return 1 + (data[start + 42] & 0x7F) if 0 <= start < len(data) - 42 else 0
+
+
 class UnreadableImage(Exception):
     """Raised for a file that is not a complete image, whatever is wrong with it."""
 
@@ -88,15 +100,26 @@ warn_once = functools.cache(warn)  # however often a folder is listed
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List all images below a folder, by their suffix, in natural order, without hidden files.
+    """List all images below a folder, by their suffix, in natural order; of the other files, hidden ones aside, it is warned.
 
-    Broken links are listed too, so that they are reported as unreadable images; a sub-folder that cannot be read is only warned of.
+    Files without suffix are listed if they are images, broken links so that they are reported as unreadable. A sub-folder
+    that cannot be read is only warned of.
     """
     found = []
+    others: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=warn if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
+        for path in paths:
+            if not path.is_file() and path.exists():  # a pipe, a device
+                continue
+            if path.suffix.lower() in SUFFIXES or (not path.suffix and is_image(path)):
+                found.append(path)
+            elif path.is_file():
+                others[path.suffix.lower() or "without suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        warn_once(f"{folder}: left out, since they are no images that can be read: {kinds}")
     skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
     for hint, count in sorted(skipped.items()):
         warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
@@ -145,10 +168,22 @@ def open_image(path: Path) -> Image.Image:
     """Open an image and read its header; raises UnreadableImage, also if it claims more pixels than max_pixels."""
     with unreadable_on_error(path):
         image = Image.open(path, formats=formats())
+    if image.format == "JPEG2000" and image.mode in ("RGB", "RGBA") and jpeg2000_bits(path) > 8:
+        image.close()
+        raise UnreadableImage("Pillow reads JPEG 2000 in colour of more than 8 bits wrongly; convert it to PNG or TIFF")
     if image.width * image.height > max_pixels:
         image.close()
         raise UnreadableImage(f"{image.width}x{image.height} px; if you trust the file, raise --max_megapixels")
     return image
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file, whatever its name, has the header of an image."""
+    try:
+        open_image(path).close()
+    except UnreadableImage:
+        return False
+    return True
 
 
 def read_image(path: Path, channels: int = 3) -> Image.Image:
