@@ -76,7 +76,14 @@ def find_runs(generator: str = "G_??") -> list[str]:
 def load_translator(config: AppConfig, name: str, file: Path | None, scale: str, times: tuple[int, ...]) -> Translator:
     """Load networks as test.py does; `times` are those of their files, so that a run in training is loaded again."""
     networks, metadata = load_networks(file, name)
-    return Translator(networks, metadata, config.device, config.precision, scale)
+    return Translator(networks, metadata, config.device, config.precision, scale, hint=show_hint)
+
+
+def show_hint(path: Path, text: str) -> None:
+    """Show something about the image in the page."""
+    import gradio as gr
+
+    gr.Info(text)
 
 
 def list_networks(config: AppConfig) -> dict[str, Path | None]:
@@ -210,6 +217,7 @@ def translate_photo(config: AppConfig, name: str | None, direction: str, scale: 
     import gradio as gr
 
     translator = open_network(config, name, scale)
+    translator.said.clear()  # hints about this image
     if not photo:
         raise InputError("no image given; drop one, or take a photo")
     chosen = Direction.named(direction)
@@ -268,7 +276,8 @@ def build_page(config: AppConfig, folder: Path) -> Any:
             scale = gr.Radio(scales, value="train", label="size in the network")
         with gr.Tab("One image"):
             with gr.Row():
-                photo = gr.Image(str(HERE / "examples/horse.jpg"), height=340, label="input")  # with a bar of 40 px
+                horse = None if config.weights or find_runs() else str(HERE / "examples/horse.jpg")
+                photo = gr.Image(horse, height=340, label="input")  # with a bar of 40 px
                 fake = gr.Image(label="translation", interactive=False, **look)
                 rec = gr.Image(label="round trip", interactive=False, visible=False, **look)
             button = gr.Button("Translate", variant="primary")

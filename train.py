@@ -334,12 +334,9 @@ class Run:
         files.write_json(self.saver.folder / "run.json", record)
         numbers = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
         say(f"parameters: {numbers}; {model.device}, {model.precision}")
-        if model.device.type == "cpu" and devices.native_precision(model.device) == "fp32":
-            say(
-                "this CPU has no bfloat16 in hardware, so steps take longer than the tables in docs say for one that has it"
-            )
+        say_cpu(model.device)
         steps = self.config.optim.num_epochs * self.data.steps_per_epoch
-        if self.config.data.dataset_name != datasets.DEMO:
+        if self.command_name == "train" and self.config.data.dataset_name != datasets.DEMO:
             say(datasets.outlook(min(self.data.counts.values()), steps))
         say(f"watch {self.monitor.images}/index.html ; checkpoints go to {self.saver.folder}/")
 
@@ -437,6 +434,14 @@ def count_parameters(networks: Networks) -> dict[str, int]:
     return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
 
 
+def say_cpu(device: torch.device) -> None:
+    """Say so if the tables of docs do not hold for this CPU."""
+    if device.type == "cpu" and devices.native_precision(device) == "fp32":
+        say(
+            "this CPU has no bfloat16 in hardware, so steps take longer than the tables in docs say for one that has it"
+        )
+
+
 def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     """Print the complete configuration, and how long it would train; nothing is written."""
     data = config.data
@@ -453,14 +458,15 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     total = steps * config.optim.num_epochs
     steps_in_words = f"{counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
     say(f"{counts[0]} images in trainA, {counts[1]} in trainB; {steps_in_words}")
+    say_cpu(model.device)
+    say(f"timing four steps with noise on {model.device} in {model.precision}")
     noise = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
     times = [time.perf_counter()]
     for _ in range(4):
         model.step(noise, noise)["loss_G"].item()  # waits for the device
         times.append(time.perf_counter())
     pace = (times[4] - times[1]) / 3  # the first step is slower than the others
-    minutes = f"about {pace * total / 60:,.1f} minutes"
-    say(f"{duration(pace)} a step of noise on {model.device} in {model.precision}: {minutes}")
+    say(f"{duration(pace)} a step: about {duration(pace * total)} in all")
 
 
 # -- The command line ------------------------------------------------------------------------------

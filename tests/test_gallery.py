@@ -291,6 +291,13 @@ def test_results_that_are_kept_are_shown_as_what_they_are(tmp_path, photo):
     assert page.index("fake_B/2.png") < page.index("fake_B/1.png")
 
 
+def test_results_of_other_settings_are_replaced_only_with_a_word(tmp_path, photo, capsys):
+    for scale, said in (("train", ""), ("train", ""), ("native", f"{tmp_path}: replaces 1 file of other settings; ")):
+        with written(tmp_path, result_of(photo), keep=True, scale=scale) as folder:
+            save(folder, result_of(photo), [noise_image(1)])
+        assert capsys.readouterr().out == (f"{said}--output DIR would keep them\n" if said else "")
+
+
 def test_a_line_of_the_record_that_was_cut_off_harms_no_other(tmp_path, photo):
     results = [result_of(photo, name) for name in ("a.png", "b.png")]
     with written(tmp_path, *results) as folder:

@@ -169,7 +169,9 @@ def test_what_a_user_may_not_expect_is_said_once(capsys):
             ours.load(Path(f"{i}.png"))
     assert capsys.readouterr().out.splitlines() == [
         "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images",
-        "0.png: translated at 16x16 px, then enlarged to 50x20 px; --tile 512 for detail",
+        "0.png: translated at 16x16 px, then enlarged to 50x20 px; training at a larger size gives more detail",
+        "0.png: translated at 3 times the size of the training images: "
+        "textures such as stripes become that much finer; compare both sizes",
     ]
 
 

@@ -105,10 +105,7 @@ def test_a_dry_run_prints_configuration_parameters_images_and_minutes_and_writes
     out = capsys.readouterr().out
     for text in (
         *("--lambda_cycle 10.0\n", "--num_epochs 7\n", "--img_height 16\n", "--vit_blocks 4\n", "D_B: "),
-        *(
-            "5 images in trainA, 4 in trainB; 3 steps of 2 an epoch, 21 in all",
-            " a step of noise on cpu in fp32: about ",
-        ),
+        *("5 images in trainA, 4 in trainB; 3 steps of 2 an epoch, 21 in all", " a step: about "),
     ):
         assert text in out, text
     save_run("teacher", 1, num_residual=3)
@@ -116,12 +113,7 @@ def test_a_dry_run_prints_configuration_parameters_images_and_minutes_and_writes
     saved = sorted(Path().rglob("*"))
     distill.main(["--teacher", "teacher", "--student_residual", "1", "--num_epochs", "7", "--dry_run", *CPU])
     out = capsys.readouterr().out
-    for text in (
-        "--lambda_cycle 10.0\n",
-        "--student_residual 1\n",
-        "21 in all",
-        " a step of noise on cpu in fp32: about ",
-    ):
+    for text in ("--lambda_cycle 10.0\n", "--student_residual 1\n", "21 in all", " a step: about "):
         assert text in out, text
     assert sorted(Path().rglob("*")) == saved
     shutil.rmtree("saved_models")

@@ -143,6 +143,11 @@ class ResultFolder:
             if path.resolve() in changed:
                 raise InputError(f"--output {self.path}: would remove or overwrite {path}; choose another folder")
         count = remove_files([self.path / name for name in removed], self.path)
+        replaced = [file for result in results for file in result.files.values() if self.is_of_other_settings(file)]
+        if replaced and keep:
+            say(
+                f"{self.path}: replaces {counted(len(replaced), 'file')} of other settings; --output DIR would keep them"
+            )
         if count and not keep:
             say(f"{self.path}: removed {counted(count, 'file')} of the last test; --output DIR would keep them")
         for name in removed:
@@ -193,6 +198,11 @@ class ResultFolder:
         """Whether a file is there, made from just this."""
         name = file.as_posix()
         return name in self.files and origin_of(self.files[name]) == origin
+
+    def is_of_other_settings(self, file: Path) -> bool:
+        """Whether a file is there, made by another network or otherwise."""
+        name = file.as_posix()
+        return name in self.files and self.files[name]["settings"] != self.key
 
     def has(self, result: Result) -> bool:
         """Whether all files of a result are there, made from just this input, truth, networks and settings."""

@@ -133,6 +133,11 @@ class LoadedImage:
         return len(batch) < min(BATCH, most)
 
 
+def say_about(path: Path, text: str) -> None:
+    """Print something about an image."""
+    say(f"{path}: {text}")
+
+
 @dataclass
 class Translator:
     """Networks in eval mode on a device, and the sizes at which images pass through them.
@@ -147,6 +152,7 @@ class Translator:
     scale: str = "train"  # "train": resize images to the training size, if it is known; "native": keep their own size
     tile: int | None = None  # translate larger images in overlapping tiles of so many px a side; None: those too large
     output_size: str = "input"  # of the results: that of their image, or "net": that of the networks' output
+    hint: Callable[[Path, str], object] = say_about  # shows something about an image to the user
     said: set[str] = field(default_factory=set, init=False)  # kinds of hints that were given
 
     def __post_init__(self):
@@ -231,19 +237,24 @@ class Translator:
             whole = f"{self.bytes_per_pixel * pixels / 1e9:.1f} GB"
             if "tiled" not in self.said:
                 tiled = f"{needed / 1e9:.1f} GB and {duration(self.seconds_in_tiles(pixels))}"
-                self.say_once(
-                    "tiled", f"{path}: would take about {whole}; in tiles of {TILE} px about {tiled} for each network"
-                )
+                text = f"would take about {whole}; in tiles of {TILE} px about {tiled} for each network"
+                self.say_once("tiled", path, text)
         elif self.output_size == "input" and max(image.size) > 2 * max(width, height):
             enlarged = f"translated at {width}x{height} px, then enlarged to {image.width}x{image.height} px"
-            self.say_once("enlarged", f"{path}: {enlarged}; --tile {TILE} for detail")
+            self.say_once("enlarged", path, f"{enlarged}; training at a larger size gives more detail")
+        times = max(width, height) / max(self.size)
+        if times > 2:
+            finer = f"translated at {times:.0f} times the size of the training images"
+            self.say_once(
+                "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
+            )
         return LoadedImage(path, image, images.resize_image(image, (width, height)))
 
-    def say_once(self, kind: str, text: str) -> None:
-        """Print a hint, of each kind only the first."""
+    def say_once(self, kind: str, path: Path, text: str) -> None:
+        """Show a hint, of each kind only the first."""
         if kind not in self.said:
             self.said.add(kind)
-            say(text)
+            self.hint(path, text)
 
 
 def output_image(x: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -391,10 +402,10 @@ def translate_folder(
 
     start = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:
-        loaded = run_ahead(pool, read, waiting)
-        with tqdm(loaded, str(direction), len(waiting), unit="image", mininterval=0.5) as bar:
-            for _ in run_ahead(pool, write, translate_images(translator, nets, bar, bad)):
-                pass
+        translated = translate_images(translator, nets, run_ahead(pool, read, waiting), bad)
+        with tqdm(desc=str(direction), total=len(waiting), unit="image", mininterval=0.5) as bar:
+            for _ in run_ahead(pool, write, translated):
+                bar.update()
     kept = f"; {len(existing)} existed already" if existing else ""
     say(f"{direction}: {counted(len(written), 'image')} in {time.perf_counter() - start:.1f} s{kept}")
     return [result for result in results if result.input in existing.union(written)]

@@ -32,7 +32,7 @@ def translate_tiled(net: Generator, translate: Callable[[Tensor], Tensor], image
     side = max(tile // 4, net.config.smallest_side, int(min(tile // 2, receptive_field(net.config))))
     batches = sample_patches(image, side, (tile // side) ** 2, step) if norms else []
     statistics = SharedStatistics(norms)
-    for batch in tqdm(batches, "statistics", unit="batch", leave=False, delay=3):
+    for batch in tqdm(batches, "measuring the whole image", unit="batch", leave=False, delay=3):
         statistics.add(translate, batch)
     with replaced_forward(norms, statistics.normalise):
         return blend_tiles(translate, image, tile, overlap, step)
@@ -77,7 +77,9 @@ def blend_tiles(translate: Callable, images: Tensor, tile: int, overlap: int, st
     weighted_rows, weighted_columns = (list(zip(x, axis_weights(x, overlap), strict=True)) for x in (rows, columns))
     blended = torch.zeros(images.shape)
     tiles = list(itertools.product(weighted_rows, weighted_columns))
-    for (row, row_weights), (column, column_weights) in tqdm(tiles, "tiles", unit="tile", leave=False, delay=3):
+    for (row, row_weights), (column, column_weights) in tqdm(
+        tiles, "translating tiles", unit="tile", leave=False, delay=3
+    ):
         weights = torch.outer(row_weights, column_weights)
         blended[..., row, column] += weights * translate(images[..., row, column]).cpu()
     return blended
