@@ -35,7 +35,7 @@ from toolkit.checkpoints import ASIDE, RUNS, recover
 from toolkit.devices import DeviceConfig
 from toolkit.files import atomic_write
 from toolkit.inference import Translator, load_networks, output_image, unique_name
-from utils import InputError, domain_names, existing_or_new_path, need_package, one_line, option, say
+from utils import InputError, domain_names, need_package, one_line, option, say
 
 HERE = Path(__file__).parent
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that only this machine reaches
@@ -49,7 +49,7 @@ img { object-fit: contain !important; width: 100% !important; height: 100% !impo
 class AppConfig(DeviceConfig):
     """Which networks are shown, and to whom."""
 
-    weights: Path | None = option(None, "generator file to list first", parse=existing_or_new_path, metavar="FILE")
+    weights: Path | None = option(None, "generator file to list first", metavar="FILE")
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 admits the whole network")
     port: int = option(7860, "port to listen at", least=1, most=65535)
     max_mb: float = option(20.0, "largest file to upload, in MiB", above=0, most=10**4)
@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def find_runs(generator: str = "G_??") -> list[str]:
     """Return the names of the runs that hold a generator, the newest first."""
     for folder in RUNS.glob(f"*/{ASIDE}"):  # of a run whose overwriting was killed
-        with suppress(InputError):
+        with suppress(InputError, OSError):
             recover(folder.parent.name)
     paths = sorted(RUNS.glob(f"*/{generator}.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys(path.parent.name for path in paths))

@@ -244,7 +244,7 @@ def find_dataset(data_root: Path, dataset_name: str) -> Path:
 def domain_names(folder: Path) -> tuple[str, str]:
     """Return the names of the domains of a data set, as prepare.py split has recorded them or as its name tells."""
     recorded = None
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         recorded = json.loads((folder / DOMAINS).read_text(encoding="utf-8"))
     return utils.domain_names(folder.name, recorded)
 
@@ -277,8 +277,9 @@ def held_out_split(folder: Path) -> str:
 
 def fingerprint(folders: Iterable[Path]) -> str:
     """Return a hash of the images in some folders, and of their names."""
-    paths = [(path, path.relative_to(folder)) for folder in folders for path in images.list_images(folder)]
-    facts = [(name.as_posix(), sha256(path)) for path, name in paths]
+    facts = []
+    for folder in folders:
+        facts.append([(path.relative_to(folder).as_posix(), sha256(path)) for path in images.list_images(folder)])
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

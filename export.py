@@ -24,7 +24,7 @@ from models import DIRECTIONS, Direction, Generator
 from toolkit import cli, converters, metrics, process
 from toolkit.checkpoints import RUNS
 from toolkit.files import atomic_write
-from toolkit.inference import load_networks
+from toolkit.inference import UNKNOWN_SIZE, load_networks
 from utils import InputError, RunError, domain_names, epoch_name, folder_name, need_package, option, say
 
 TOLERANCE = 1e-3  # largest difference between the outputs of PyTorch and onnxruntime, which are in [-1, 1]
@@ -97,7 +97,8 @@ def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
     facts: dict[str, Any] = {"range": [-1, 1], "channels": net.config.channels}
     facts |= {"smallest_side": net.config.smallest_side, "direction": str(direction)}
     facts["domains"] = domain_names(str(metadata.get("dataset_name")), metadata.get("domains"))
-    facts |= {name: metadata.get(name) for name in ("size", "dataset_name", "run_name", "epoch", "step")}
+    facts |= {name: metadata.get(name) for name in ("dataset_name", "run_name", "epoch", "step")}
+    facts["size"] = metadata["size"] or UNKNOWN_SIZE
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
     return model.SerializeToString()
@@ -134,7 +135,7 @@ def export_onnx(net: Generator, direction: Direction, metadata: dict, output: Pa
         need_package(package, "--to onnx", "pip install -r requirements-export.txt")
     model = onnx_bytes(net, direction, metadata)
     run = open_session(model)
-    height, width = metadata["size"] or (256, 256)
+    height, width = metadata["size"] or UNKNOWN_SIZE
     differences = largest_differences(net, run, (height, width))
     say(f"largest difference by image size: {', '.join(f'{size} {x:.2g}' for size, x in differences.items())}")
     if not max(differences.values()) <= TOLERANCE:  # also if it is nan

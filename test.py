@@ -147,8 +147,12 @@ def plan(
     return plan_results(direction, inputs, config.round_trip and back is not None, others)
 
 
-def check_metrics(wanted: Sequence[str], networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
+def check_metrics(config: TestConfig, networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
     """Raise InputError, before anything is translated, if a metric lacks its networks, images or package."""
+    wanted = config.metrics
+    of_training_size = [name for name in wanted if name in ("losses", "spike")]
+    if of_training_size and config.scale == "native":
+        raise InputError(f"--metrics {of_training_size[0]}: is measured at the training size; leave --scale native out")
     for name in wanted:
         missing = NETWORKS_OF_METRICS.get(name, set()) - networks.keys()
         if missing:
@@ -184,7 +188,7 @@ class Scorer:
         wanted = set(self.config.metrics)
         nets = self.translator.generators(direction)
         inputs = [result.input for result in results]
-        sources = images.LazyImages(inputs, self.translator.size, self.translator.channels)
+        sources = images.LazyImages(inputs, self.size, self.translator.channels)
         targets = self.test_images(direction.target) if "identity" in wanted else {}
         scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, wanted - {"paired"})
         if "spike" in wanted:
@@ -245,13 +249,24 @@ class Scorer:
 
     def test_images(self, domain: str) -> images.LazyImages:
         paths = self.readable(f"test{domain}", self.config.num_test)
-        return images.LazyImages(paths, self.translator.size, self.translator.channels)
+        return images.LazyImages(paths, self.size, self.translator.channels)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width at which errors are measured; None: those of each image."""
+        return self.translator.size if self.config.scale == "train" else None
 
     def readable(self, split: str, most: int | None = None) -> list[Path]:
-        """List the images of a split that can be read to their end; the others are named."""
+        """List the images of a split that can be read to their end, and are large enough; the others are named."""
         paths = datasets.split_images(self.dataset, split, most)
         bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
-        return [path for path, _ in bad.read(paths, images.read_image)]
+
+        def read(path: Path) -> None:
+            image = images.read_image(path)
+            if self.size is None and min(image.size) < self.translator.smallest_side:
+                raise images.UnreadableImage(f"{image.width}x{image.height} px, too small for the generator")
+
+        return [path for path, _ in bad.read(paths, read)]
 
 
 def score_lines(scores: dict) -> list[str]:
@@ -283,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
-    check_metrics(config.metrics, networks, dataset, inputs)
+    check_metrics(config, networks, dataset, inputs)
     domains = name_domains(dataset_name, dataset, metadata)
     settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
     settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()

@@ -322,7 +322,7 @@ class Run:
             finally:
                 self.data.close()
                 self.monitor.board.close()
-                checkpoints.settle_overwriting(config.run.run_name)
+                checkpoints.settle_overwriting(config.run.run_name, after_kill=False)
         self.report_end(signum)
 
     def describe(self) -> None:

@@ -211,7 +211,7 @@ def finished_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if key_of(row) in finished]
 
 
-def table(rows: list[dict], minutes: Sequence[float]) -> list[str]:
+def table(rows: list[dict], task: Task) -> list[str]:
     """Lines of Markdown: mean over the seeds of all scores after some minutes, in their order, of finished runs.
 
     Between two scores it is interpolated. A run that ended early keeps its last score.
@@ -224,10 +224,12 @@ def table(rows: list[dict], minutes: Sequence[float]) -> list[str]:
     for system, settings, limit in dict.fromkeys(key[:3] for key in runs):
         own = [run for key, run in runs.items() if key[:3] == (system, settings, limit)]
         line = {"": system, "precision": own[0][-1]["precision"], "seeds": len(own)}
-        for minute in minutes:
+        for minute in task.minutes:
             if minute <= float(limit):
                 means = [np.mean([score_at(minute, run, measure) for run in own]) for measure in measures]
-                line[f"{minute:g} min"] = " / ".join(f"{mean:.3g}" for mean in means)
+                line[f"{minute:g} min"] = " / ".join(
+                    f"{mean:.1f}" if task.has_pairs else f"{mean:.2f}" for mean in means
+                )
         line["steps"] = span([float(run[-1]["step"]) for run in own], "{:,.0f}")
         line["ended after, min"] = span([float(run[-1]["minutes"]) for run in own], "{:.1f}")
         lines.append(line)
@@ -250,7 +252,7 @@ def write_table(args: argparse.Namespace, rows: list[dict]) -> None:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     begin, end = (f"<!-- {prefix}{args.dataset_name} -->" for prefix in ("", "end of "))
     if begin in text and end in text:
-        lines = "\n".join(table(rows, TASKS[args.dataset_name].minutes))
+        lines = "\n".join(table(rows, TASKS[args.dataset_name]))
         write_text(page, f"{text.split(begin)[0]}{begin}\n{lines}\n{end}{text.split(end)[1]}")
 
 
@@ -334,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
             rows += make_run(args, key, rows)
             write_table(args, rows)
             draw_translations(args, keys)
-    print("\n".join(table(rows, TASKS[args.dataset_name].minutes)))
+    print("\n".join(table(rows, TASKS[args.dataset_name])))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def translate(model: str, source: str, target: str) -> None:
 
     raises: ValueError if the model or the image cannot be read, or the result cannot be written
     """
+    if Path(target).resolve() == Path(source).resolve():
+        raise ValueError(f"{target}: is the image that is read; choose another name for the result")
     session, facts = open_model(model)
     image = open_image(source, facts["channels"])
     height, width = facts["size"] or image.size[::-1]

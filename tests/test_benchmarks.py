@@ -201,7 +201,7 @@ def test_our_recipe_is_compared_with_the_plain_step_and_with_the_code_of_others(
     text = Path("out/comparison.md").read_text()
     assert text.startswith("# Title\n")
     assert text.endswith("\nThe end")
-    table = "\n".join(comparison.table(rows, (0.01, 0.02)))
+    table = "\n".join(comparison.table(rows, comparison.TASKS["tiny"]))
     assert table in text
     assert text.count("| fp32 | 2 |") == 3
     assert min(read_image(Path("out/comparison_tiny.jpg")).size) > 50
@@ -267,9 +267,10 @@ def test_the_table_has_the_mean_of_the_seeds_at_a_minute_and_no_unfinished_run()
             rows.append(dict(zip(comparison.KEYS, ("ours", "", "10", seed), strict=True)) | scores)
             rows[-1] |= {"precision": "fp32", "finished": finished}
     unfinished = dict.fromkeys(rows[0], "7") | {"system": "plain", "seed": "2", "finished": "0"}
-    lines = comparison.table([*rows, unfinished])
+    task = comparison.TASKS["day2night"]
+    lines = comparison.table([*rows, unfinished], task)
     assert lines[2:] == ["| ours | fp32 | 2 | 13.5 / 20.0 | 14.7 / 20.0 | 15.5 / 20.0 | 15.5 / 20.0 | 1,000 | 4.0 |"]
-    assert comparison.table([unfinished]) == []
+    assert comparison.table([unfinished], task) == []
 
 
 def test_a_folder_that_is_no_checkout_is_refused(short_comparison, refused):

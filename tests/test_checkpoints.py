@@ -190,6 +190,11 @@ def snapshot():
     return {str(path): path.read_bytes() for path in files}
 
 
+def finished_part(files):
+    """A snapshot without what a killed run left."""
+    return {name: content for name, content in files.items() if "unfinished" not in name}
+
+
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.usefixtures("no_plots")
 def test_a_run_that_dies_before_its_first_save_leaves_the_one_it_would_replace(tiny, step):
@@ -258,6 +263,7 @@ def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_t
     old |= {f"{DRAWN}/{name}": f"old {name}" for name in ("index.html", "epoch_0001.png", "watch/cat/epoch_0001.png")}
     new = {f"{SAVED}/latest.pt": "new"} if is_saved else {}
     new |= {f"{SAVED}/losses.csv": "new", f"{DRAWN}/epoch_0001.png": "new"}
+    left = {f"{SAVED}/unfinished/losses.csv": "new", f"{DRAWN}/unfinished/epoch_0001.png": "new"}
     mine = {f"{SAVED}/overwritten/latest.pt": "mine", f"{SAVED}/notes.txt": "mine", f"{DRAWN}/test/a.png": "mine"}
 
     def put(files):
@@ -289,11 +295,12 @@ def test_a_run_that_is_killed_anywhere_while_it_replaces_another_leaves_one_of_t
         begin()
         checkpoints.set_aside("tiny")
         put(new)
+        checkpoints.expect_save("tiny", LATEST if is_saved else SAVED / "losses.csv")
         was_killed = killed_after(count, lambda: checkpoints.settle_overwriting("tiny"), monkeypatch)
         if was_killed and twice:
             killed_after(1, lambda: checkpoints.settle_overwriting("tiny"), monkeypatch)
         checkpoints.recover("tiny")
-        assert texts() == mine | (new if is_saved else old)
+        assert texts() == mine | (new if is_saved else old | left)
         count += 1
     assert count > 5
 
@@ -316,7 +323,7 @@ def test_after_a_kill_every_command_finds_the_run_that_was_to_be_replaced(tiny, 
         checkpoints.set_aside("tiny")
         (SAVED / "G_AB.safetensors").write_text("of the new run, which was not saved")
         use()
-        assert snapshot() == before
+        assert finished_part(snapshot()) == before
     assert "holds a run already" in refused(train.main, *START)
 
 
@@ -329,18 +336,24 @@ def test_a_latest_state_that_was_brought_back_by_hand_is_not_taken_for_that_of_t
         bring_back(SAVED / ".overwritten/latest.pt", LATEST)
         (SAVED / "losses.csv").write_text("of the new run, which was not saved")
         checkpoints.recover("tiny")
-        assert snapshot() == before
+        assert finished_part(snapshot()) == before
 
 
-def test_a_new_run_that_is_equal_to_the_old_one_replaces_it_too(tiny):
+def test_what_is_put_into_the_folder_of_a_run_whose_overwriting_was_killed_is_not_lost(tiny, capsys):
     save_run()
     before = snapshot()
     checkpoints.set_aside("tiny")
-    for name in before:
-        if SAVED in Path(name).parents:
-            shutil.copyfile(SAVED / ".overwritten" / Path(name).relative_to(SAVED), name)
-    checkpoints.settle_overwriting("tiny", is_saved=True)
-    assert snapshot() == before
+    put = {}
+    for name in ("epoch_0100.pt", "G_AB.safetensors", "latest.pt"):  # of a backup
+        (SAVED / name).write_text(name)
+        put[str(SAVED / "unfinished1" / name)] = name.encode()
+    (SAVED / "unfinished").mkdir()
+    for name in ("epoch_0100.pt", "G_AB.safetensors", "latest.pt"):
+        (SAVED / "unfinished" / name).write_text("mine")
+        put[str(SAVED / "unfinished" / name)] = b"mine"
+    checkpoints.recover("tiny")
+    assert snapshot() == before | put
+    assert "ended before it was saved; what it left is in saved_models/tiny/unfinished" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -160,6 +160,7 @@ def test_the_example_reads_images_as_test_py_does(mode, options):
         ("net.onnx float.tif output.png", "float.tif: cannot be read (its mode is F; convert it to 8 bits"),
         ("net.onnx photo.png none/output.png", "none/output.png: cannot be written"),
         ("net.onnx photo.png output.what", "output.what: cannot be written"),
+        ("net.onnx photo.png ./photo.png", "./photo.png: is the image that is read"),
     ],
 )
 def test_the_example_refuses_in_one_line(capsys, argv, message):

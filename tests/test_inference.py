@@ -77,6 +77,15 @@ def test_generator_files_of_two_saves_give_way_to_the_state(capsys):
     assert "saved_models/tiny: its generator files are of different saves" in capsys.readouterr().out
 
 
+def test_generator_files_of_two_saves_without_a_state_are_used_with_a_warning(capsys):
+    model = save_run()
+    other = Path("saved_models/tiny/G_BA.safetensors")
+    save_generator(other, model.networks["G_BA"], {**load_generator(other)[1], "step": 2})
+    Path("saved_models/tiny/latest.pt").unlink()
+    assert inference.load_run("tiny")[0].keys() == {"G_AB", "G_BA"}
+    assert "warning: saved_models/tiny: its generator files are of different saves" in capsys.readouterr().err
+
+
 def test_generator_files_of_two_saves_of_one_step_give_way_to_the_state(capsys):
     model = save_run()
     torch.nn.init.zeros_(model.networks["G_BA"].head[1].weight)
@@ -156,7 +165,7 @@ def test_an_image_that_is_too_large_even_for_tiles_is_left_out_unless_tiles_are_
     monkeypatch.setattr(inference, "TILED_BYTES", 0)
     noise_image(1, (60, 70)).save("a.png")
     reason = translator(scale="native").load(Path("a.png")).reason
-    assert reason == "60x70 px: needs about 0.0 GB even in tiles; --tile 512 translates it all the same"
+    assert reason == "60x70 px: needs about 0.0 GB even in tiles; test.py --tile 512 translates it all the same"
     assert translator(scale="native", tile=32).load(Path("a.png")).reason is None
 
 

@@ -199,7 +199,7 @@ def test_weights_of_another_project_translate_at_256_px_unless_asked_otherwise(r
     net, _ = load_generator(Path("saved_models/tiny/G_BA.safetensors"))
     torch.save(to_junyanz(net), "9_net_G.pth")
     argv = ["--weights", "9_net_G.pth", "--dataset_name", "tiny"]
-    call(*argv, "--direction", "BtoA", "--metrics", "paired,identity", "--scale", "native", "--output", "there")
+    call(*argv, "--direction", "BtoA", "--metrics", "paired", "--scale", "native", "--output", "there")
     run("--direction", "BtoA", "--scale", "native", "--output", "here")
     assert np.array_equal(numbers("there/fake_A/0.png"), numbers("here/fake_A/0.png"))
     call(*argv, "--num_test", "1", "--output_size", "net")
@@ -658,6 +658,57 @@ def test_an_image_that_changes_while_it_is_translated_is_made_again(run, monkeyp
     test_command.main([*argv, "--output", "fresh"])
     for path in Path("fresh").glob("*/*.png"):
         assert path.read_bytes() == Path("x", path.relative_to("fresh")).read_bytes()
+
+
+def test_a_result_that_is_edited_while_others_are_translated_is_not_replaced(run, monkeypatch, refused):
+    monkeypatch.setattr(inference, "BATCH", 1)
+    monkeypatch.setattr(inference, "THREADS", 1)
+    run("--output", "x", "--direction", "AtoB")
+    plain = gallery.ResultFolder.save
+
+    def save(self, result, shown, origin):
+        Path("x/fake_B/2.png").write_text("mine")
+        plain(self, result, shown, origin)
+
+    monkeypatch.setattr(gallery.ResultFolder, "save", save)
+    argv = ["--run_name", "tiny", *FP32, "--output", "x", "--direction", "AtoB", "--skip_existing", "--epoch", "1"]
+    assert "fake_B/2.png is there, and not as test.py wrote it" in refused(test_command.main, *argv)
+    assert Path("x/fake_B/2.png").read_text() == "mine"
+
+
+def test_a_truth_that_is_a_broken_link_is_left_out(run, capsys):
+    path = Path("datasets/tiny/testB/0.png")
+    path.unlink()
+    path.symlink_to("nowhere")
+    run("--direction", "AtoB")
+    assert "testB/0.png: neither shown nor scored" in capsys.readouterr().err
+    assert (OUTPUT / "fake_B/0.png").is_file()
+    assert not (OUTPUT / "truth_B/0.png").exists()
+
+
+def test_errors_are_measured_at_the_size_of_the_results(run):
+    scores = {}
+    for scale in ("train", "native"):
+        argv = ["--run_name", "tiny", *FP32, "--output", scale, "--direction", "AtoB", "--scale", scale]
+        scores[scale] = test_command.main([*argv, "--metrics", "cycle,identity"])["AtoB"]
+        errors = [
+            np.abs(numbers(f"{scale}/real_A/{name}.png").astype(float) - numbers(f"{scale}/rec_A/{name}.png")).mean()
+            for name in range(3)
+        ]
+        if scale == "native":  # the others are resized
+            assert scores[scale]["cycle"] == pytest.approx(np.mean(errors) / 127.5, abs=0.01)
+    assert all(abs(scores["train"][name] - scores["native"][name]) > 1e-4 for name in ("cycle", "identity"))
+
+
+@pytest.mark.parametrize("metric", ["losses", "spike"])
+def test_what_is_measured_at_the_training_size_is_refused_at_another(run, refused, metric):
+    argv = ["--run_name", "tiny", *FP32, "--metrics", f"paired,{metric}", "--scale", "native"]
+    assert f"--metrics {metric}: is measured at the training size" in refused(test_command.main, *argv)
+
+
+@pytest.mark.parametrize("name", ["input", "output", "weights", "data_root"])
+def test_an_empty_path_is_refused(refused, name):
+    assert f"--{name}: given '', expected a path" in refused(test_command.main, f"--{name}", "")
 
 
 def change_input(content):

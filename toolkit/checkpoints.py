@@ -4,6 +4,7 @@ A state holds everything that learns, counts or is random, so a resumed run take
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,8 @@ RUNS = Path("saved_models")
 IMAGES = Path("generated_images")
 STATE_FORMAT = 1  # its states always resume here; 0.1.0 has the same number, but refuses states of later versions
 ASIDE = ".overwritten"  # sub-folders for the files of a run until the run that replaces it is saved
-JOURNAL = "files.json"  # in that of the states: names of the files, and whether all of them are there
+JOURNAL = "files.json"  # in that of the states: names of the files, whether all are there, hash of the new latest.pt
+UNFINISHED = "unfinished"  # sub-folders for what a run left that was killed before it was saved
 OF_RANK = ("buffers", "rng", "meter")  # entries of a state that differ between the ranks of torchrun
 
 
@@ -175,6 +177,7 @@ def save_latest(folder: Path, state: dict, also: Sequence[Path] = ()) -> None:
     fresh = folder / temporary_name(0)
     try:
         save_state(fresh, state)
+        expect_save(folder.name, fresh)
         if (folder / "latest.pt").is_file():
             link_file(folder / "latest.pt", folder / "previous.pt")
         for path in also:
@@ -235,7 +238,7 @@ class CheckpointSaver:
         if is_numbered:
             also.append(self.folder / f"epoch_{epoch:04d}.pt")
         save_latest(self.folder, state, also)
-        settle_overwriting(self.folder.name, is_saved=True)
+        settle_overwriting(self.folder.name)
         if is_numbered and self.keep_checkpoints:
             kept = [path for number, path in numbered_checkpoints(self.folder).items() if number <= epoch]
             for path in kept[: -self.keep_checkpoints]:
@@ -256,7 +259,7 @@ def files_of_run(run_name: str) -> list[Path]:
     found += [*numbered_checkpoints(folder).values(), *folder.glob("tensorboard/events.out.tfevents.*")]
     found += [images / "index.html", images / "losses.png"]
     grids = (*images.glob("epoch_*.png"), *images.glob("watch/*/epoch_*.png"))
-    found += [path for path in grids if path.stem[6:].isdecimal()]
+    found += [path for path in grids if re.fullmatch(r"epoch_[0-9]{4,}", path.stem)]
     return [path for path in found if path.is_file()]
 
 
@@ -287,8 +290,7 @@ def set_aside(run_name: str) -> None:
             (folder / ASIDE).rmdir()
         if os.path.lexists(folder / ASIDE):
             raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
-    latest = folders[0] / "latest.pt"
-    record = {"files": names, "latest": sha256(latest) if latest.is_file() else None}
+    record = {"files": names, "saved": None}
     journal = folders[0] / ASIDE / JOURNAL
     journal.parent.mkdir(parents=True)
     write_json(journal, record | {"complete": False})
@@ -298,46 +300,75 @@ def set_aside(run_name: str) -> None:
     write_json(journal, record | {"complete": True})
 
 
+def expect_save(run_name: str, state: Path) -> None:
+    """Record which file, once it is called latest.pt, means that the run that replaces another one was saved."""
+    journal = folders_of_run(run_name)[0] / ASIDE / JOURNAL
+    if journal.is_file():
+        write_json(journal, json.loads(journal.read_text(encoding="utf-8")) | {"saved": sha256(state)})
+
+
+def read_journal(run_name: str) -> tuple[dict, list[tuple[Path, Path]]]:
+    """Return the journal of a run that is being replaced, and where each of its files was and is to be set aside to.
+
+    raises: InputError if it is damaged
+    """
+    folders = folders_of_run(run_name)
+    journal = folders[0] / ASIDE / JOURNAL
+    try:
+        record = json.loads(journal.read_text(encoding="utf-8"))
+        moved = []
+        for folder, names in zip(folders, record["files"], strict=True):
+            for name in map(Path, names):
+                if name.is_absolute() or ".." in name.parts or not name.parts:
+                    raise ValueError("no file of a run")
+                moved.append((folder / ASIDE / name, folder / name))
+        return {"files": record["files"], "complete": bool(record["complete"]), "saved": record["saved"]}, moved
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(f"{journal}: damaged; move the files beside it to where they belong, and remove it") from error
+
+
 @first_rank
-def settle_overwriting(run_name: str, is_saved: bool = False) -> None:
+def settle_overwriting(run_name: str, after_kill: bool = True) -> None:
     """Remove the files that were set aside if the new run was saved, else bring them back; the folder must be locked.
 
-    The journal tells which files, and goes last, so that this can be cut off anywhere and done again.
-    is_saved: by this process; after a kill, another latest.pt than the old one tells it
+    What is there instead of them is removed if this process wrote it. After a kill it goes to sub-folders, since somebody
+    may have put it there by hand. The journal goes last, so that this can be cut off anywhere and done again.
     """
     folders = folders_of_run(run_name)
     journal = folders[0] / ASIDE / JOURNAL
     if not journal.is_file():
         return
-    try:
-        record = json.loads(journal.read_text(encoding="utf-8"))
-        if any(".." in Path(name).parts or Path(name).is_absolute() for own in record["files"] for name in own):
-            raise ValueError("names outside")
-        moved = [
-            (folder / ASIDE / name, folder / name)
-            for folder, own in zip(folders, record["files"], strict=True)
-            for name in own
-            if Path(name).parts
-        ]
-        complete = bool(record["complete"])
-        latest = folders[0] / "latest.pt"
-        is_saved = is_saved or (complete and latest.is_file() and sha256(latest) != record["latest"])
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"{journal}: damaged; move the files beside it to where they belong, and remove it") from error
-    if is_saved:
+    record, moved = read_journal(run_name)
+    latest = folders[0] / "latest.pt"
+    if record["complete"] and latest.is_file() and sha256(latest) == record["saved"]:
         for folder in folders:
             remove_files([source for source, _ in moved if folder in source.parents], folder)
     else:
-        if complete:  # what is outside the sub-folders is of the new run, or was brought back by hand
-            brought_back = {target for source, target in moved if not os.path.lexists(source)}
-            outside = [path for path in files_of_run(run_name) if path not in brought_back]
-            for folder in folders:
-                remove_files([path for path in outside if folder in path.parents], folder)
+        if record["complete"]:
+            brought_back = {target for source, target in moved if not os.path.lexists(source)}  # by hand
+            others = [path for path in files_of_run(run_name) if path not in brought_back]
+            if after_kill:
+                put_by(run_name, others)
+            else:
+                for folder in folders:
+                    remove_files([path for path in others if folder in path.parents], folder)
             write_json(journal, record | {"complete": False})
         for source, target in moved:
             if os.path.lexists(source):
                 os.renames(source, target)
     remove_files([*filter(is_temporary, journal.parent.iterdir()), journal], folders[0])
+
+
+def put_by(run_name: str, paths: Sequence[Path]) -> None:
+    """Move files of a run into sub-folders, replacing nothing."""
+    folders = folders_of_run(run_name)
+    for path in paths:
+        folder = next(folder for folder in folders if folder in path.parents)
+        places = (folder / f"{UNFINISHED}{number or ''}" / path.relative_to(folder) for number in itertools.count())
+        os.renames(path, next(place for place in places if not os.path.lexists(place)))
+    if paths:
+        left = folders[0] / UNFINISHED
+        warn(f"{run_name}: the run that was to replace it ended before it was saved; what it left is in {left}")
 
 
 @first_rank

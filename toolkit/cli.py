@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import InputError, in_range, range_in_words, say
+from utils import InputError, existing_or_new_path, in_range, range_in_words, say
 
 REMOVED = {"--norm_output": "GeneratorConfig(norm_output=True) in Python (docs/experiments/norm_output.md)"}
 NEVER_INHERITED = frozenset({"start_from", "overwrite", "dry_run", "device", "run_name"})  # of one call alone
@@ -98,7 +98,7 @@ def _number_parser(hint: Any, given: Mapping[str, Any]) -> Callable[[str], Any]:
     """Return what turns text into a value of a field's type, within its range."""
     kind = next(kind for kind in (*typing.get_args(hint), hint) if kind in (int, float, Path, str))
     if kind in (Path, str):
-        return kind
+        return existing_or_new_path if kind is Path else str
     limits = {"most": 10**7, **given} if kind is int else given
     noun = "an integer" if kind is int else "a number"
 

@@ -180,6 +180,8 @@ class ResultFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             write(temporary)
+            if os.path.lexists(path) and (name not in self.files or sha256(path) != self.files[name]["sha256"]):
+                self.refuse_other(name)  # it was changed meanwhile
             entry = {"sha256": sha256(temporary), **origin}
             with (self.path / RECORD).open("a", encoding="utf-8") as record:
                 record.write("\n" + json.dumps({"file": name} | entry))  # first: a line may have been cut off
@@ -191,8 +193,12 @@ class ResultFolder:
 
     def origin(self, result: Result) -> dict:
         """Return what the files of a result are made from: hashes of input and truth, and the key of the settings."""
-        truth = sha256(result.truth) if result.truth else None
-        return {"settings": self.key, "input": sha256(result.input), "truth": truth}
+        hashes = {}
+        for part, path in (("input", result.input), ("truth", result.truth)):
+            hashes[part] = None
+            with suppress(OSError):  # then it cannot be read either, which is said where it is
+                hashes[part] = path and sha256(path)
+        return {"settings": self.key, **hashes}
 
     def is_of(self, file: Path, origin: Mapping) -> bool:
         """Whether a file is there, made from just this."""

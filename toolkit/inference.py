@@ -23,6 +23,7 @@ BATCH = 16  # images in a batch, at most
 BATCH_PIXELS = 2**20  # pixels in a batch, at most; a larger image is a batch of its own
 QUEUE_PIXELS = 2**23  # pixels of images that were read ahead or are still to be written, at most
 THREADS = 4  # that read and write images
+UNKNOWN_SIZE = (256, 256)  # px; of the training images where weights do not say it: the paper's
 TILE = 512  # px a side, where whole images would take too much memory
 WHOLE_BYTES = 2e9  # that a generator may take for a whole image
 TILED_BYTES = 2.5e9  # that an image may take in tiles, with its results
@@ -87,6 +88,8 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
     doubtful = doubtful and (folder / "latest.pt").is_file()
     if len(saves) > 1 and doubtful:
         say(f"{folder}: its generator files are of different saves (one was interrupted); latest.pt is used")
+    elif len(saves) > 1:
+        warn(f"{folder}: its generator files are of different saves")
     if networks and not doubtful:
         check_together(networks, folder)
         return networks, metadata
@@ -163,7 +166,7 @@ class Translator:
             say(
                 "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images"
             )
-        self.size: tuple[int, int] = tuple(self.metadata["size"] or (256, 256))  # of the training images; the paper's
+        self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
@@ -232,7 +235,9 @@ class Translator:
             pixels = height * width
             needed = self.bytes_per_pixel * TILE**2 + BYTES_PER_TILED_PIXEL * pixels
             if needed > TILED_BYTES:
-                reason = f"needs about {needed / 1e9:.1f} GB even in tiles; --tile {TILE} translates it all the same"
+                reason = (
+                    f"needs about {needed / 1e9:.1f} GB even in tiles; test.py --tile {TILE} translates it all the same"
+                )
                 return LoadedImage(path, reason=f"{width}x{height} px: {reason}")
             whole = f"{self.bytes_per_pixel * pixels / 1e9:.1f} GB"
             if "tiled" not in self.said:

@@ -11,7 +11,7 @@ from torch import Tensor
 import datasets
 from cyclegan import translate
 from models import Direction, Generator, GeneratorConfig, Networks, meta_network
-from toolkit import files, images, inference, metrics
+from toolkit import checkpoints, files, images, inference, metrics
 from toolkit.checkpoints import IMAGES, RUNS
 from utils import InputError, say
 
@@ -82,6 +82,8 @@ class Report:
         name = direction.generator
         file = self.teacher_path.parent / f"{name}.safetensors"  # a training state also holds optimizers
         rows: Rows = {"teacher": (self.teachers, file if file.is_file() else self.teacher_path)}
+        for run_name in (self.run_name, self.scratch_run):
+            checkpoints.recover(run_name)
         file = RUNS / self.run_name / f"{name}.safetensors"
         if not file.is_file():
             raise InputError(f"--report: no student in {file.parent}; distil one first, or name one with --run_name")
