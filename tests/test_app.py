@@ -288,6 +288,17 @@ def test_uploads_that_are_no_image_or_too_large_get_one_line(photo, monkeypatch)
         app.translate_file(opened(), A_TO_B, photo)
 
 
+def test_hints_about_an_image_are_shown_in_the_page_each_time(gradio, monkeypatch):
+    write_run()
+    noise_image(1, (70, 40)).save("large.png")
+    said = []
+    monkeypatch.setattr(gradio, "Info", said.append)
+    for _ in range(2):
+        app.translate_photo(app_config(), "tiny", "AtoB", "native", "large.png")
+    finer = "textures such as stripes become that much finer; compare both sizes"
+    assert said == [f"translated at 3 times the size of the training images: {finer}"] * 2
+
+
 @pytest.mark.parametrize(("scale", "passes"), [("native", 2 + 3 * 2), ("train", 2)])  # statistics, tiles
 def test_an_image_in_tiles_is_translated_once_and_a_whole_one_twice_to_warm_up(monkeypatch, scale, passes):
     write_run()
