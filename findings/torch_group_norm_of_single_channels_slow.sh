@@ -2,13 +2,13 @@
 # Package:  torch 2.14.1 (CPU)
 # Guess:    the time of F.group_norm hardly depends on the number of groups, and channels_last suits it or does not.
 # Happens:  in channels_last it is as fast as in the usual format, forward and backward, as long as groups have several
-#           channels. With one channel a group (which is an instance norm) the backward pass takes ten times as long in
-#           float32 and over thirty times as long in bfloat16; the forward pass of large maps does not show it. In the
+#           channels. With one channel a group (which is an instance norm) the backward pass takes 4 to 15 times as long
+#           in float32 and 20 to 60 times as long in bfloat16; the forward pass of large maps does not show it. In the
 #           usual format one channel a group costs nothing extra. F.batch_norm, called for each image, is the same
 #           function as an instance norm, and as fast in channels_last as the group norm of several channels.
 # Output:   milliseconds of the backward pass in channels_last, one thread (2, 64, 64, 64):
-#           float32:  4 groups 0.8, 64 groups 12.2; usual format, 64 groups 0.8
-#           bfloat16: 4 groups 0.6, 64 groups 36.6; usual format, 64 groups 0.6
+#           float32:  4 groups 2.1, 64 groups 8.3; usual format, 64 groups 1.8
+#           bfloat16: 4 groups 1.4, 64 groups 28.5; usual format, 64 groups 0.6
 # Hurts:    whoever replaces instance norms by group norms of single channels on a CPU (which is faster in the usual format,
 #           and right where instance_norm's gradient in channels_last is wrong) and then converts to channels_last.
 set -euo pipefail
