@@ -59,6 +59,8 @@ class DataConfig:
     channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
     flip: bool = option(True, "mirror half of the images")
+    flip_vertical: bool = option(False, "turn half of the images upside down: for aerial and microscope images")
+    rotate90: bool = option(False, "turn images by 0, 90, 180 or 270 degrees; they have to be square")
     num_workers: int | None = option(None, "processes that read images (default: 0 on a CPU, else 4)", least=0)
     cache: str = option("none", "keep decoded images in memory or DATA_SET/.cache", choices=("none", "ram", "disk"))
     max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
@@ -84,6 +86,8 @@ class UnpairedDataset(Dataset):
     channels: int = 3
     load_scale: float = 1.12
     flip: bool = True
+    flip_vertical: bool = False
+    rotate90: bool = False
     seed: int = 0
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
@@ -123,6 +127,10 @@ class UnpairedDataset(Dataset):
         x = functional.crop(functional.pil_to_tensor(image), top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
+        if self.flip_vertical and rng.random() < 0.5:
+            x = functional.vertical_flip(x)
+        if self.rotate90:
+            x = torch.rot90(x, rng.randrange(4), dims=(1, 2))
         return images.bytes_to_range(x)
 
 
@@ -202,7 +210,8 @@ class TrainingData:
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        dataset = UnpairedDataset(paths, config.size, config.channels, config.load_scale, config.flip, seed=seed)
+        names = ("size", "channels", "load_scale", "flip", "flip_vertical", "rotate90")
+        dataset = UnpairedDataset(paths, **{name: getattr(config, name) for name in names}, seed=seed)
         dataset.caches = open_caches(config.cache, dataset, folder)
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +184,30 @@ def test_crops_stay_inside_and_flips_mirror_half(tmp_path):
     crops = [cropping[0, i, 0, 0]["A"] for i in range(20)]
     assert all(x.shape == (3, 8, 12) for x in crops)
     assert len({hashlib.sha256(x.numpy().tobytes()).digest() for x in crops}) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"flip_vertical": True}, 2),
+        ({"flip": True, "flip_vertical": True}, 4),
+        ({"rotate90": True}, 4),
+        ({"flip": True, "flip_vertical": True, "rotate90": True}, 8),
+    ],
+)
+def test_images_without_an_upside_are_shown_in_all_positions_equally_often(tmp_path, options, count):
+    root = make_dataset(tmp_path / "x", (1, 1, 1, 1), size=(16, 16))
+    data = dataset_of(root, size=(16, 16), load_scale=1.0, **{"flip": False, **options})
+    plain = images.load_image(root / "trainA" / "0.png", None)
+    turned = [plain.rot90(turns, (1, 2)) for turns in range(4)]
+    positions = [*turned, *(x.flip(2) for x in turned)]
+    seen = Counter()
+    for i in range(400):
+        x = data[0, i, 0, 0]["A"]
+        (position,) = (number for number, y in enumerate(positions) if torch.equal(x, y))
+        seen[position] += 1
+    assert len(seen) == count
+    assert min(seen.values()) > 200 / count
 
 
 def test_an_unreadable_image_is_replaced_and_reported(tiny):

@@ -703,6 +703,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--best_by PSNR", "--best_by PSNR: needs --eval_interval, and paired"),
         ("--best_by loss_G --eval_interval 1", "--best_by loss_G: needs --eval_interval, and losses"),
         ("--best_by SSIM --eval_interval 1 --eval_metrics paired --img_width 10", "--best_by SSIM: its window"),
+        ("--rotate90 --img_width 20", "--rotate90: needs square images; give --img_height and --img_width one value"),
         ("--start_from 7", "--start_from 7: no saved_models/tiny/epoch_0007.pt"),
         ("--start_from latest --overwrite", "--overwrite contradicts --start_from latest"),
         ("--start_from latest --init_from x", "--init_from contradicts --start_from latest"),

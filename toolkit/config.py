@@ -95,6 +95,8 @@ class TrainConfig:
             raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
         if needed and not evaluated and (run.eval_interval or "best_by" in self.given):
             raise InputError(f"--best_by {run.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
+        if self.data.rotate90 and self.data.img_height != self.data.img_width:
+            raise InputError("--rotate90: needs square images; give --img_height and --img_width one value")
         if run.best_by == "SSIM" and min(self.data.size) < 11:
             raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
         if run.log == "tensorboard":
