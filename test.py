@@ -89,8 +89,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-def choose_directions(config: TestConfig, asked: Direction | None, translator: Translator) -> list[Direction]:
-    """Return the directions to translate: of photos one, unless both are asked for."""
+def choose_directions(
+    config: TestConfig, asked: Direction | None, translator: Translator, dataset: Path
+) -> list[Direction]:
+    """Return the directions to translate: of photos one, of a data set those with test images, unless others are asked for."""
     if asked:
         translator.generators(asked)  # raises if there is none
         return [asked]
@@ -98,6 +100,10 @@ def choose_directions(config: TestConfig, asked: Direction | None, translator: T
         other = "; --direction chooses the other way" if translator.directions[1:] else ""
         say(f"--input {config.input}: translates {translator.directions[0]}{other}")
         return translator.directions[:1]
+    found = [way for way in translator.directions if config.input or images.list_images(dataset / f"test{way.source}")]
+    if config.direction is None and 0 < len(found) < len(translator.directions):
+        say(f"{dataset}: has test images of {found[0].source} alone, so {found[0]} is all that is translated")
+        return found
     return translator.directions
 
 
@@ -296,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         networks, metadata, config.device, config.precision, config.scale, config.tile, config.output_size
     )
     dataset_name, dataset = choose_dataset(config, metadata)
-    directions = choose_directions(config, asked, translator)
+    directions = choose_directions(config, asked, translator, dataset)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config, networks, dataset, inputs)
     domains = name_domains(dataset_name, dataset, metadata)

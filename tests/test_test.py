@@ -471,7 +471,15 @@ def test_a_torn_photo_and_a_missing_split_are_refused(run, refused):
     argv = ["--run_name", "tiny", "--input", "torn.png"]
     assert "error: torn.png: cannot be read" in refused(test_command.main, *argv)
     shutil.rmtree("datasets/tiny/testA")
-    assert "no testA/ inside" in refused(test_command.main, "--run_name", "tiny")
+    for direction in ("AtoB", "both"):
+        assert "no testA/ inside" in refused(test_command.main, "--run_name", "tiny", "--direction", direction)
+
+
+def test_with_test_images_of_one_domain_the_direction_that_works_is_translated(run, capsys):
+    shutil.rmtree("datasets/tiny/testA")
+    run()
+    assert "has test images of B alone, so BtoA is all that is translated" in capsys.readouterr().out
+    assert sorted(path.name for path in OUTPUT.iterdir() if path.is_dir()) == ["fake_A", "real_B", "rec_B"]
 
 
 def test_what_a_metric_lacks_is_said_before_anything_is_translated(run, refused):
