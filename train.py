@@ -517,7 +517,9 @@ def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
         for name, value in shape.items():
             wanted = getattr(generator, name)
             if name in known and wanted != value:
-                raise InputError(f"--init_from {path}: has {name} {value}, not {wanted}; give --{name} {value}, or leave it out")
+                raise InputError(
+                    f"--init_from {path}: has {name} {value}, not {wanted}; leave the flag out, or give it that value"
+                )
         generator = net.config
         known = known | shape.keys()  # a second file has to agree with the first
     discriminator = dataclasses.replace(config.discriminator, channels=generator.channels, norm=generator.norm)
