@@ -288,7 +288,9 @@ def fingerprint(folders: Iterable[Path]) -> str:
     """Return a hash of the images in some folders, and of their names."""
     facts = []
     for folder in folders:
-        facts.append([(path.relative_to(folder).as_posix(), sha256(path)) for path in images.list_images(folder)])
+        for path in images.list_images(folder):
+            with suppress(OSError):  # it is not evaluated either
+                facts.append((folder.name, path.relative_to(folder).as_posix(), sha256(path)))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

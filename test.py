@@ -140,7 +140,8 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         return Inputs(root, paths, config.on_bad_image)
     target = dataset / f"test{direction.target}"
     named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
-    truths = {path: named.get(datasets.pair_name(path, root)) for path in paths}
+    same = {path: target / path.relative_to(root) for path in paths}  # 0.png before 0.bmp for 0.png
+    truths = {path: same[path] if same[path].is_file() else named.get(datasets.pair_name(path, root)) for path in paths}
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
 
 

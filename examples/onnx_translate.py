@@ -37,20 +37,20 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an RGB or CMYK image as its colour profile says; without one, or with a damaged one, it stays as it is."""
+    """Convert an image as its colour profile says; without one, or with one that does not fit, it stays as it is."""
     profile = image.info.pop("icc_profile", None)
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+    if not profile:
         return image
-    how = {
-        "outputMode": "RGBA" if image.mode == "RGBA" else "RGB",
-        "renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        "flags": ImageCms.Flags.BLACKPOINTCOMPENSATION,
-    }
+    opaque = image.convert({"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
     try:
-        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), **how)
+        source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        converted = ImageCms.profileToProfile(opaque, source, target, intent, "RGB", flags=flags)
     except ImageCms.PyCMSError:
         return image
     converted.info.pop("icc_profile")  # or Pillow would write it with the result
+    if image.has_transparency_data:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
     return converted
 
 
@@ -62,6 +62,9 @@ def open_image(path: str, channels: int) -> Image.Image:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            is_jpeg_2000 = file.format == "JPEG2000"  # Pillow reads some of more than 8 bits wrongly
+        if is_jpeg_2000:
+            raise ValueError("JPEG 2000; convert it to PNG or use test.py")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {image.mode}; convert it to 8 bits or use test.py")
         image = to_srgb(image)

@@ -59,9 +59,19 @@ def test_one_transparent_colour_remains_transparent():
     assert read.getpixel((0, 0))[0] > 245
 
 
-def test_a_grey_profile_changes_greys():
-    read = tagged(Image.new("L", (4, 4), 55), GREY)  # linear: 55 / 255 = 0.2157
-    assert np.abs(np.subtract(read.getpixel((0, 0)), 128)).max() <= 2
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_grey_profile_changes_greys(mode):
+    image = Image.new(mode, (4, 4), {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode])
+    assert np.abs(np.subtract(tagged(image, GREY).getpixel((0, 0)), 128)).max() <= 2  # linear: 55 / 255 = 0.2157
+
+
+def test_a_transparent_grey_remains_transparent():
+    image = Image.new("L", (2, 1), 55)
+    image.putpixel((1, 0), 3)
+    image.save("image.png", icc_profile=GREY, transparency=3)
+    read = read_image(Path("image.png"))
+    assert abs(read.getpixel((0, 0))[0] - 128) <= 2
+    assert read.getpixel((1, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("profile", [SRGB, b"damaged", rgb_profile("P3")[:300], GREY, None])

@@ -101,6 +101,15 @@ def test_letters_of_the_domains_are_left_out_of_the_names_that_pairs_share(file,
     assert datasets.pair_name(path, Path(path.parts[0])) == Path(name)
 
 
+def test_the_fingerprint_of_held_out_images_leaves_unreadable_ones_out(tiny):
+    folders = [tiny / "testA", tiny / "testB"]
+    before = datasets.fingerprint(folders)
+    (tiny / "testA/broken.png").symlink_to("nowhere")
+    assert datasets.fingerprint(folders) == before
+    (tiny / "testA/0.png").rename(tiny / "testB/3.png")
+    assert datasets.fingerprint(folders) != before
+
+
 def test_a_limit_keeps_pairs_together(tmp_path):
     pairs = [f"p{i}" for i in range(6)]
     folders = {

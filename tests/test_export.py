@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, noise_image, tiny_networks
 from PIL import Image
-from profiles import rgb_profile
+from profiles import D50, icc_profile, rgb_profile
 from tiny_runs import save_pair
 
 import export
@@ -133,6 +133,9 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
         ("RGB", {"icc_profile": rgb_profile("P3")}),
         ("RGBA", {"icc_profile": rgb_profile("Adobe")}),
         ("RGB", {"icc_profile": b"damaged"}),
+        ("P", {"icc_profile": rgb_profile("P3")}),
+        ("L", {"icc_profile": icc_profile("GRAY", [("wtpt", D50)], 1.0)}),
+        ("LA", {"icc_profile": icc_profile("GRAY", [("wtpt", D50)], 1.0)}),
         ("1", {}),
     ],
 )
@@ -158,6 +161,7 @@ def test_the_example_reads_images_as_test_py_does(mode, options):
         ("net.onnx torn.png output.png", "torn.png: cannot be read"),
         ("net.onnx deep.png output.png", "deep.png: cannot be read (its mode is I;16; convert it to 8 bits"),
         ("net.onnx float.tif output.png", "float.tif: cannot be read (its mode is F; convert it to 8 bits"),
+        ("net.onnx photo.jp2 output.png", "photo.jp2: cannot be read (JPEG 2000; convert it"),
         ("net.onnx photo.png none/output.png", "none/output.png: cannot be written"),
         ("net.onnx photo.png output.what", "output.what: cannot be written"),
         ("net.onnx photo.png ./photo.png", "./photo.png: is the image that is read"),
@@ -168,7 +172,8 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
     facts = {"net": {"channels": 3, "size": [20, 24]}, "foreign": {}, "flat": {"channels": 3, "size": 5}}
     for name, values in {**facts, "grey": {"channels": 1, "size": None}}.items():
         write_identity(f"{name}.onnx", **values)
-    noise_image(3, (30, 20)).save("photo.png")
+    for suffix in ("png", "jp2"):
+        noise_image(3, (30, 20)).save(f"photo.{suffix}")
     for name, mode in {"deep.png": "I;16", "float.tif": "F"}.items():
         Image.new(mode, (30, 20)).save(name)
     Path("torn.png").write_bytes(Path("photo.png").read_bytes()[:500])

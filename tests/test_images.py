@@ -345,6 +345,29 @@ def test_whatever_can_be_read_is_listed_and_the_rest_is_counted_in_one_line(tmp_
     ]
 
 
+def test_linked_folders_are_not_followed_which_is_said(tmp_path, capsys):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").mkdir()
+    noise_image(0).save(tmp_path / "far/0.png")
+    (tmp_path / "near/link").symlink_to(tmp_path / "far")
+    assert images.list_images(tmp_path / "near") == []
+    assert "link: a link to a folder, which is not followed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "white"), [("I;16", 65535), ("F", 1)])
+def test_tiff_files_of_more_than_8_bits_in_which_0_is_white_are_inverted(mode, white):
+    image = Image.new(mode, (2, 1), 0)
+    image.putpixel((1, 0), white)
+    image.save("image.tif")
+    data = bytearray(Path("image.tif").read_bytes())
+    tag = data.find(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # 262, PhotometricInterpretation: one SHORT
+    for photometric, expected in ((1, (0, 255)), (0, (255, 0))):
+        data[tag + 8] = photometric
+        Path("image.tif").write_bytes(data)
+        read = images.read_image(Path("image.tif"), 1)
+        assert tuple(read.getpixel((x, 0)) for x in range(2)) == expected
+
+
 @pytest.mark.parametrize("kind", ["jp2", "j2k"])
 def test_jpeg_2000_in_colour_of_more_than_8_bits_is_refused(kind):
     path = Path(f"image.{kind}")

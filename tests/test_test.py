@@ -684,6 +684,29 @@ def test_a_result_that_is_edited_while_others_are_translated_is_not_replaced(run
     assert Path("x/fake_B/2.png").read_text() == "mine"
 
 
+def test_a_truth_of_just_the_same_name_comes_before_one_of_another_suffix(run):
+    for domain in "AB":
+        noise_image(f"bmp {domain}", (18, 16)).save(f"datasets/tiny/test{domain}/0.bmp")
+    run("--direction", "AtoB")
+    for suffix in ("png", "bmp"):
+        truth = np.asarray(opened(f"datasets/tiny/testB/0.{suffix}"))
+        assert np.array_equal(numbers(OUTPUT / f"truth_B/0.{suffix}.png"), truth)
+
+
+def test_results_that_get_another_name_since_other_images_have_it_are_named(run, capsys):
+    for clip in ("one", "two"):
+        Path(clip).mkdir()
+        for number in range(3):
+            noise_image(f"{clip}{number}").save(f"{clip}/{number}.png")
+        capsys.readouterr()
+        run("--input", clip)
+    out = capsys.readouterr().out
+    assert (
+        "results of other images have these names already, so they are called two/0.png: 0_.png, and 2 more; or use"
+        in out
+    )
+
+
 def test_a_truth_that_is_a_broken_link_is_left_out(run, capsys):
     path = Path("datasets/tiny/testB/0.png")
     path.unlink()

@@ -376,7 +376,7 @@ def recover(run_name: str) -> None:
     """Settle what a killed process left of two runs; raise InputError while another process overwrites one."""
     folder = RUNS / run_name
     if (folder / ASIDE / JOURNAL).is_file():
-        with sole_process(folder):
+        with sole_process(folder, remedy="another run"):
             settle_overwriting(run_name)
 
 

@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-SPACES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of a profile, by the mode of images
+SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of a profile, by the mode of images
 UNNOTICED = 2  # levels; what a profile of sRGB itself changes by rounding
 
 
@@ -18,14 +18,15 @@ def to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.pop("icc_profile", None)
     if not profile:
         return image
-    if image.mode in ("P", "PA", "LA") or "transparency" in image.info:
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    transform = transform_to_srgb(profile, image.mode)
+    opaque = image.convert({"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
+    transform = transform_to_srgb(profile, opaque.mode)
     if transform is None:
         return image
-    image = transform.apply(image)
-    del image.info["icc_profile"]
-    return image
+    converted = transform.apply(opaque)
+    del converted.info["icc_profile"]
+    if image.has_transparency_data:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
 
 
 @functools.lru_cache(maxsize=16)
@@ -40,15 +41,13 @@ def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
             return None
         target = ImageCms.createProfile("sRGB")
         intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-        result = "RGBA" if mode == "RGBA" else "RGB"  # transparency is copied
-        transform = ImageCms.buildTransform(source, target, mode, result, intent, flags)
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", intent, flags)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
-    if result == mode:
+    if mode == "RGB":
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
-        image = Image.fromarray(colours).convert(mode)
-        changed = np.asarray(transform.apply(image).convert("RGB")).astype(int)
+        changed = np.asarray(transform.apply(Image.fromarray(colours))).astype(int)
         if np.abs(changed - colours).max() <= UNNOTICED:
             return None
     return transform

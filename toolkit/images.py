@@ -109,6 +109,8 @@ def list_images(folder: Path) -> list[Path]:
     others: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=warn if folder.is_dir() else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(Path.is_symlink, (Path(parent, name) for name in folders)):
+            warn_once(f"{link}: a link to a folder, which is not followed; link the images, or copy them")
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         for path in paths:
             if not path.is_file() and path.exists():  # a pipe, a device
@@ -140,7 +142,7 @@ def limit_pixels(pixels: float) -> None:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit, 32-bit and float greys to 8 bits; return other images unchanged."""
+    """Convert 16-bit, 32-bit and float greys to 8 bits, with their colour profile; return other images unchanged."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image).astype(np.float64)
@@ -148,7 +150,9 @@ def to_8_bit(image: Image.Image) -> Image.Image:
         values = values / 257  # 16 bits: 65535 → 255
     elif np.nanmax(values, initial=0) <= 1:
         values = values * 255  # floats are in [0, 1] or in [0, 255]
-    return Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+    grey = Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return grey
 
 
 @contextmanager
@@ -196,7 +200,10 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
         with suppress(EOFError, OSError, ValueError, SyntaxError):  # of a torn later frame
             if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
                 warn_once("of animated images, and of files with several pages, only the first one is used")
-        image = to_srgb(to_8_bit(ImageOps.exif_transpose(image)))
+        # of a TIFF file of more than 8 bits in which 0 is white; Pillow inverts those of 8 bits
+        is_negative = image.format == "TIFF" and image.mode.startswith(("I", "F")) and image.tag_v2.get(262) == 0  # ty: ignore
+        image = to_8_bit(ImageOps.exif_transpose(image))
+        image = to_srgb(ImageOps.invert(image) if is_negative else image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

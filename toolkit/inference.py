@@ -302,17 +302,26 @@ def plan_results(
         for suffix in (folder.suffix, ".png")
     }
     results = []
+    renamed = []
     for path in inputs.paths:
 
         def is_taken(name: str, path: Path = path) -> bool:
             return name in taken or (name in others and others[name] != files.sha256(path))
 
         stem = path.with_suffix("")
-        name = unique_name((stem if count[stem] == 1 else path).relative_to(inputs.root), is_taken)
+        wanted = (stem if count[stem] == 1 else path).relative_to(inputs.root)
+        name = unique_name(wanted, is_taken)
+        if name != unique_name(wanted, taken.__contains__):
+            renamed.append(f"{path}: {name}")
         taken.add(str(name).lower())
         present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
         paths = {folder: Path(folder, name) for folder in present if present[folder]}
         results.append(gallery.Result(path, name, paths, inputs.truths.get(path)))
+    if renamed:
+        others_count = f", and {len(renamed) - 1} more" if renamed[1:] else ""
+        say(
+            f"results of other images have these names already, so they are called {renamed[0]}{others_count}; or use --output DIR"
+        )
     return results
 
 
