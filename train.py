@@ -459,7 +459,7 @@ def dry_run(config: TrainConfig, model: CycleGAN) -> None:
     steps_in_words = f"{counted(steps, 'step')} of {data.batch_size} an epoch, {total:,} in all"
     say(f"{counts[0]} images in trainA, {counts[1]} in trainB; {steps_in_words}")
     say_cpu(model.device)
-    say(f"timing four steps with noise on {model.device} in {model.precision}")
+    say(f"timing four steps with noise on {model.device} in {model.precision}, which may take minutes on a CPU")
     noise = torch.rand(data.batch_size, data.channels, *data.size, device=model.device) * 2 - 1
     times = [time.perf_counter()]
     for _ in range(4):
