@@ -305,11 +305,8 @@ def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
 
 
 def pair_name(path: Path, folder: Path) -> Path:
-    """Return the name that both images of a pair share: relative to their folder, without the suffix, 1 for testA/1_A.png."""
-    name = path.relative_to(folder).with_suffix("")
-    shorter = name.name.removesuffix(f"_{folder.name[-1:]}")
-    is_free = shorter and not path.with_name(shorter + path.suffix).exists()
-    return name.with_name(shorter) if folder.name[-1:] in ("A", "B") and is_free else name
+    """Return the name that both images of a pair share: relative to their folder, without the suffix."""
+    return path.relative_to(folder).with_suffix("")
 
 
 def _by_name(folder: Path) -> dict[Path, Path]:

@@ -61,6 +61,7 @@ def open_image(path: str, channels: int) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
+            file.filename = ""  # else Pillow maps the file, and turns some TIFF files into stripes
             image = ImageOps.exif_transpose(file)
             is_jpeg_2000 = file.format == "JPEG2000"  # Pillow reads some of more than 8 bits wrongly
         if is_jpeg_2000:

@@ -80,27 +80,6 @@ def test_images_are_read_by_the_name_that_pairs_share(tmp_path, capsys):
         datasets.named_images(folder, (8, 6), 3, "stop")
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("testA/1_A.png", "1"),
-        ("testA/sub/1_A.png", "sub/1"),
-        ("testA/1.5_A.png", "1.5"),
-        ("testB/1_B.jpg", "1"),
-        ("testB/1_A.jpg", "1_A"),
-        ("testA/1.png", "1"),
-        ("testA/_A.png", "_A"),
-        ("testA/2_A.png", "2_A"),  # there is a 2.png
-        ("photos/1_s.png", "1_s"),
-    ],
-)
-def test_letters_of_the_domains_are_left_out_of_the_names_that_pairs_share(file, name):
-    Path("testA").mkdir()
-    Path("testA/2.png").touch()
-    path = Path(file)
-    assert datasets.pair_name(path, Path(path.parts[0])) == Path(name)
-
-
 def test_the_fingerprint_of_held_out_images_leaves_unreadable_ones_out(tiny):
     folders = [tiny / "testA", tiny / "testB"]
     before = datasets.fingerprint(folders)

@@ -354,6 +354,38 @@ def test_linked_folders_are_not_followed_which_is_said(tmp_path, capsys):
     assert "link: a link to a folder, which is not followed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_turned_tiff_files_come_out_turned_and_whole(mode, orientation):
+    """From a file name, Pillow 12.3 turns uncompressed ones into stripes (findings/)."""
+    image = noise_image(0, (30, 20), "L").point(lambda x: x * 257, "I").convert("I;16") if mode == "I;16" else None
+    image = image or noise_image(0, (30, 20), "RGB").convert(mode)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save("image.tif", exif=exif)
+    if mode != "CMYK":
+        image.save("image.png")
+    read = images.read_image(Path("image.tif"))
+    turn = {6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}.get(orientation)
+    expected = images.read_image(Path("image.png")) if mode != "CMYK" else image.convert("RGB")
+    assert read.tobytes() == (expected.transpose(turn) if turn else expected).tobytes()
+
+
+def test_tiff_files_of_separate_planes_of_16_bits_are_refused():
+    image = Image.new("RGB", (4, 4))
+    image.save("image.tif", tiffinfo={284: 1})
+    data = bytearray(Path("image.tif").read_bytes())
+    planes = data.find(b"\x1c\x01\x03\x00\x01\x00\x00\x00")  # 284, PlanarConfiguration: one SHORT
+    data[planes + 8] = 2
+    Path("image.tif").write_bytes(data)
+    images.open_image(Path("image.tif")).close()  # 8 bits are read
+    bits = data.find(b"\x08\x00\x08\x00\x08\x00")
+    data[bits : bits + 6] = b"\x10\x00\x10\x00\x10\x00"
+    Path("image.tif").write_bytes(data)
+    with pytest.raises(images.UnreadableImage):
+        images.read_image(Path("image.tif"))
+
+
 @pytest.mark.parametrize(("mode", "white"), [("I;16", 65535), ("F", 1)])
 def test_tiff_files_of_more_than_8_bits_in_which_0_is_white_are_inverted(mode, white):
     image = Image.new(mode, (2, 1), 0)

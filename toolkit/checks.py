@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from datasets import pair_name, spread
+from datasets import spread
 from toolkit import images
 from utils import InputError, counted, say
 
@@ -106,12 +106,8 @@ def left_without_partner(paths: Collection[Path], moved: Collection[Path]) -> li
     """List the val and test images that remain, whose partner of the same name in the other domain is moved."""
     partners = {"valA": "valB", "valB": "valA", "testA": "testB", "testB": "testA"}
     remaining = [path for path in paths if path not in moved and path.parts[0] in partners]
-
-    def named(path: Path, folder: str) -> Path:
-        return Path(folder, pair_name(path, Path(path.parts[0])))
-
-    gone = {named(path, path.parts[0]) for path in moved} - {named(path, path.parts[0]) for path in remaining}
-    return [path for path in remaining if named(path, partners[path.parts[0]]) in gone]
+    gone = {path.with_suffix("") for path in moved} - {path.with_suffix("") for path in remaining}
+    return [path for path in remaining if Path(partners[path.parts[0]], *path.with_suffix("").parts[1:]) in gone]
 
 
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:

@@ -172,6 +172,14 @@ def open_image(path: Path) -> Image.Image:
     """Open an image and read its header; raises UnreadableImage, also if it claims more pixels than max_pixels."""
     with unreadable_on_error(path):
         image = Image.open(path, formats=formats())
+    image.filename = ""  # else Pillow maps uncompressed TIFF files, and turned ones (EXIF) become stripes
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # ty: ignore[missing-attribute]
+        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # planes one after the other
+            image.close()
+            raise UnreadableImage(
+                "Pillow reads TIFF files of separate planes of more than 8 bits wrongly; convert it to PNG"
+            )
     if image.format == "JPEG2000" and image.mode in ("RGB", "RGBA") and jpeg2000_bits(path) > 8:
         image.close()
         raise UnreadableImage("Pillow reads JPEG 2000 in colour of more than 8 bits wrongly; convert it to PNG or TIFF")

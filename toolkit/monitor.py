@@ -243,12 +243,13 @@ class Monitor:
         for row in self.measures.rows[-12:]:
             measures[f"epoch {row['epoch']}"] = {k: v for k, v in row.items() if k not in ("epoch", "step")}
         plot = self.images / "losses.png"
+        test = self.images / "test" / "index.html"
         page = files.render_page(
             "progress.html",
             title=one_line(f"{self.run_name}: {domain_A} ↔ {domain_B}"),
             facts=one_line(facts),
             fraction=fraction,
-            tested=(self.images / "test" / "index.html").is_file(),
+            tested=time.strftime("%d %B %Y, %H:%M", time.localtime(test.stat().st_mtime)) if test.is_file() else "",
             grid=self._figure(grids[0]) if grids else None,
             domains={"A": domain_A, "B": domain_B},
             term_names=self.term_names,
