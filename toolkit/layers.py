@@ -15,10 +15,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.shape[2] * x.shape[3] == 1 or torch.compiler.is_exporting():
-            return super().forward(x)
-        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        if x.is_cpu and x.is_contiguous() and x.shape[2] * x.shape[3] > 1 and not torch.compiler.is_exporting():
             return F.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
+        if not x.is_cpu or torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
         images = [F.batch_norm(y, None, None, self.weight, self.bias, True, eps=self.eps) for y in x.split(1)]
         return images[0] if len(images) == 1 else torch.cat(images)
 
