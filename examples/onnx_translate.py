@@ -64,8 +64,11 @@ def open_image(path: str, channels: int) -> Image.Image:
             file.filename = ""  # else Pillow maps the file, and turns some TIFF files into stripes
             image = ImageOps.exif_transpose(file)
             is_jpeg_2000 = file.format == "JPEG2000"  # Pillow reads some of more than 8 bits wrongly
+            tags = file.tag_v2 if file.format == "TIFF" else {}
         if is_jpeg_2000:
             raise ValueError("JPEG 2000; convert it to PNG or use test.py")
+        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # which Pillow reads wrongly
+            raise ValueError("a TIFF file of separate planes of more than 8 bits; convert it to PNG")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {image.mode}; convert it to 8 bits or use test.py")
         image = to_srgb(image)

@@ -162,6 +162,7 @@ def test_the_example_reads_images_as_test_py_does(mode, options):
         ("net.onnx deep.png output.png", "deep.png: cannot be read (its mode is I;16; convert it to 8 bits"),
         ("net.onnx float.tif output.png", "float.tif: cannot be read (its mode is F; convert it to 8 bits"),
         ("net.onnx photo.jp2 output.png", "photo.jp2: cannot be read (JPEG 2000; convert it"),
+        ("net.onnx planes.tif output.png", "planes.tif: cannot be read (a TIFF file of separate planes"),
         ("net.onnx photo.png none/output.png", "none/output.png: cannot be written"),
         ("net.onnx photo.png output.what", "output.what: cannot be written"),
         ("net.onnx photo.png ./photo.png", "./photo.png: is the image that is read"),
@@ -176,6 +177,12 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
         noise_image(3, (30, 20)).save(f"photo.{suffix}")
     for name, mode in {"deep.png": "I;16", "float.tif": "F"}.items():
         Image.new(mode, (30, 20)).save(name)
+    noise_image(3, (30, 20)).save("planes.tif")
+    data = bytearray(Path("planes.tif").read_bytes())
+    data[data.find(b"\x1c\x01\x03\x00\x01\x00\x00\x00") + 8] = 2  # tag 284: planes one after the other
+    bits = data.find(b"\x08\x00\x08\x00\x08\x00")
+    data[bits : bits + 6] = b"\x10\x00\x10\x00\x10\x00"
+    Path("planes.tif").write_bytes(data)
     Path("torn.png").write_bytes(Path("photo.png").read_bytes()[:500])
     assert translate_onnx(*argv.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
