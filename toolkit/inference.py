@@ -318,9 +318,9 @@ def plan_results(
         paths = {folder: Path(folder, name) for folder in present if present[folder]}
         results.append(gallery.Result(path, name, paths, inputs.truths.get(path)))
     if renamed:
-        others_count = f", and {len(renamed) - 1} more" if renamed[1:] else ""
+        more = f", and {len(renamed) - 1} more" if renamed[1:] else ""
         say(
-            f"results of other images have these names already, so they are called {renamed[0]}{others_count}; or use --output DIR"
+            f"results of other images have these names already, so they are called {renamed[0]}{more}; or use --output DIR"
         )
     return results
 
