@@ -70,7 +70,7 @@ def tensor_to_image(x: Tensor) -> Image.Image:
 def jpeg2000_bits(path: Path) -> int:
     """Return the bits of a channel of a JPEG 2000 file, from the header of its codestream; 0 if there is none."""
     data = path.read_bytes()
-    start = data.find(b"\xff\x4f\xff\x51")  # markers SOC and SIZ; byte 42 from there: bits - 1 (ITU-T T.800, A.5.1)
+    start = data.find(b"\xff\x4f\xff\x51")  # start of codestream, image size; at byte 42: bits - 1 (ITU-T T.800, A.5.1)
     return 1 + (data[start + 42] & 0x7F) if 0 <= start < len(data) - 42 else 0
 
 
