@@ -37,6 +37,7 @@ from toolkit.images import limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
+from toolkit.values import range_in_text, ranges_of
 from toolkit.weights import load_generator
 from utils import InputError, folder_name, in_range, is_folder_name, option, say
 
@@ -357,6 +358,8 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old["dataset_name"] = teacher.metadata["dataset_name"]
     if teacher.metadata.get("size"):
         old["img_height"], old["img_width"] = teacher.metadata["size"]
+    for name, limits in ranges_of(teacher.metadata).items():
+        old[f"range_{name}"] = range_in_text(limits)
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels
@@ -432,6 +435,7 @@ def make_run(
     """Build the run that trains the students."""
     model = make_student_model(config, distillation, teacher, device)
     data = train.load_data(config, device)  # after what may be refused: it can fill a cache
+    config = train.with_ranges(config, data.ranges)
     objective: Any = model.objective  # a DistillationLoss
     draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)

@@ -12,7 +12,7 @@ from tiny_runs import save_pair, save_run
 
 from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, inference, tiles
-from toolkit.images import image_to_bytes, list_images, load_image, range_to_bytes
+from toolkit.images import image_to_pixels, list_images, load_image, range_to_bytes
 from toolkit.inference import Inputs, LoadedImage, Translator, plan_results, translate_folder
 from toolkit.weights import load_generator, save_generator
 from utils import InputError
@@ -151,9 +151,9 @@ def test_only_an_image_that_would_take_much_memory_is_cut_into_tiles(monkeypatch
     ours.networks["G_AB"].register_forward_hook(lambda net, inputs, output: sides.append(max(output.shape[-2:])))
     for name, size in (("whole", (side, side)), ("large", (side + 1, side)), ("larger", (side + 4, side))):
         noise_image(name, size).save(f"{name}.png")
-        loaded = ours.load(Path(f"{name}.png"))
+        loaded = ours.load(Path(f"{name}.png"), "A")
         sides.clear()
-        output = ours(ours.networks["G_AB"], image_to_bytes(loaded.network_input)[None])
+        output = ours(ours.networks["G_AB"], image_to_pixels(loaded.network_input)[None])
         assert output.shape[-2:] == size[::-1]
         assert max(sides) == side if name == "whole" else max(sides) < 32 + 4  # of the downsampling
     told = r"large\.png: would take about 0\.0 GB; in tiles of 32 px about 0\.0 GB and \S+ s for each network\n"
@@ -175,7 +175,7 @@ def test_what_a_user_may_not_expect_is_said_once(capsys):
     for size, scale in ((None, "train"), ((16, 16), "train"), ((16, 16), "native"), ((30, 30), "train")):
         ours = translator(size=size, scale=scale)
         for i in range(2):
-            ours.load(Path(f"{i}.png"))
+            ours.load(Path(f"{i}.png"), "A")
     assert capsys.readouterr().out.splitlines() == [
         "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images",
         "0.png: translated at 16x16 px, then enlarged to 50x20 px; training at a larger size gives more detail",

@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -21,12 +21,19 @@ from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
+from toolkit.values import ValueRange
 from utils import InputError, counted, duration, one_line, say, warn, with_domain
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
 
-def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
+def load_samples(
+    dataset: Path,
+    size: tuple[int, int],
+    channels: int,
+    on_bad: str,
+    ranges: Mapping[str, ValueRange | None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
     split = held_out_split(dataset)
     samples = []
@@ -34,7 +41,8 @@ def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: st
         folder = dataset / f"{split}{domain}"
         paths = images.list_images(folder)
         chosen = paths[:: max(1, len(paths) // 6)][:6]
-        samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, size, channels, on_bad)]))
+        read = images.load_images(folder, chosen, size, channels, on_bad, (ranges or {}).get(domain))
+        samples.append(torch.stack([x for _, x in read]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 
@@ -63,7 +71,7 @@ def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resume
             continue
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
-        photos[name] = images.image_to_tensor(photo)[None]
+        photos[name] = images.image_to_tensor(photo, channels)[None]
     return photos
 
 

@@ -64,7 +64,13 @@ class Report:
             for nets, _ in rows.values():
                 torch.nn.ModuleDict(nets).to(self.device)
             reals, truths = (
-                datasets.named_images(dataset / f"{split}{domain}", size, teacher.channels, self.data.on_bad_image)
+                datasets.named_images(
+                    dataset / f"{split}{domain}",
+                    size,
+                    teacher.channels,
+                    self.data.on_bad_image,
+                    value_range=self.data.ranges[domain],
+                )
                 for domain in direction
             )
             tables[name], grid = compare_generators(rows, direction, reals, truths, self.precision)
