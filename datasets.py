@@ -60,6 +60,11 @@ class DataConfig:
     img_width: int = option(256, "width of the training images in px", least=4, most=16384)
     channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
+    preprocess: str = option(
+        images.PREPROCESS[0],
+        "stretch images to one shape, or keep theirs: crop only, or scale the width or the shorter side before",
+        choices=images.PREPROCESS,
+    )
     flip: bool = option(True, "mirror half of the images")
     flip_vertical: bool = option(False, "turn half of the images upside down: for aerial and microscope images")
     rotate90: bool = option(False, "turn images by 0, 90, 180 or 270 degrees; they have to be square")
@@ -81,6 +86,14 @@ class DataConfig:
         """The value ranges by domain; None where none is declared."""
         return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
 
+    @property
+    def readers(self) -> dict[str, images.ImageReader]:
+        """What reads the images of a domain for a network, without random changes."""
+        return {
+            domain: images.ImageReader(self.size, self.channels, value_range, self.preprocess)
+            for domain, value_range in self.ranges.items()
+        }
+
 
 @dataclass
 class UnpairedDataset(Dataset):
@@ -99,6 +112,7 @@ class UnpairedDataset(Dataset):
     rotate90: bool = False
     seed: int = 0
     ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain
+    preprocess: str = images.PREPROCESS[0]
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
@@ -121,7 +135,9 @@ class UnpairedDataset(Dataset):
             try:
                 if image is None:
                     image = images.read_image(paths[i], self.channels, self.ranges.get(domain))
-                    image = images.resize_image(image, self.load_size[::-1])
+                    target = self.size if self.preprocess == "crop" else self.load_size
+                    fitted = images.fitted_size(image.size, target[::-1], self.preprocess)
+                    image = images.resize_image(image, fitted)
                     if cache:
                         cache.put(i, image)
                 return image
@@ -133,8 +149,8 @@ class UnpairedDataset(Dataset):
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
         height, width = self.size
-        top = rng.randint(0, self.load_size[0] - height)
-        left = rng.randint(0, self.load_size[1] - width)
+        top = rng.randint(0, image.height - height)
+        left = rng.randint(0, image.width - width)
         x = functional.crop(images.image_to_pixels(image, self.channels), top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
@@ -222,7 +238,7 @@ class TrainingData:
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        names = ("size", "channels", "load_scale", "flip", "flip_vertical", "rotate90")
+        names = ("size", "channels", "load_scale", "preprocess", "flip", "flip_vertical", "rotate90")
         dataset = UnpairedDataset(
             paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
         )
@@ -354,17 +370,12 @@ def spread(paths: list[Path], most: int | None) -> list[Path]:
 
 
 def paired_images(
-    folders: dict[str, Path],
-    size: tuple[int, int],
-    channels: int,
-    on_bad: str = "skip",
-    most: int | None = None,
-    ranges: Mapping[str, ValueRange | None] | None = None,
+    folders: dict[str, Path], readers: Mapping[str, images.ImageReader], on_bad: str = "skip", most: int | None = None
 ) -> dict[str, dict[Path, Tensor]]:
-    """Read at most `most` images of each folder, evenly spread, as (1, channels, *size) in [-1, 1] by pair_name.
+    """Read at most `most` images of each folder, evenly spread, as (1, channels, H, W) in [-1, 1] by pair_name.
 
-    folders, ranges: by domain
-    returns:         by domain; the pairs come first, in the same order in all domains, the other images fill the rest
+    folders, readers: by domain
+    returns:          by domain; the pairs come first, in the same order in all domains, the other images fill the rest
     """
     paths = {domain: _by_name(folder) for domain, folder in folders.items()}
     shared = set.intersection(*map(set, paths.values()))
@@ -374,22 +385,16 @@ def paired_images(
         others = [name for name in paths[domain] if name not in shared]
         others = spread(others, None if most is None else most - len(pairs))
         chosen = [paths[domain][name] for name in pairs + others]
-        value_range = (ranges or {}).get(domain)
-        read = images.load_images(folder, chosen, size, channels, on_bad, value_range)
+        read = images.load_images(folder, chosen, readers[domain], on_bad)
         loaded[domain] = {pair_name(path, folder): x[None] for path, x in read}
     return loaded
 
 
 def named_images(
-    folder: Path,
-    size: tuple[int, int],
-    channels: int,
-    on_bad: str = "skip",
-    most: int | None = None,
-    value_range: ValueRange | None = None,
+    folder: Path, reader: images.ImageReader, on_bad: str = "skip", most: int | None = None
 ) -> dict[Path, Tensor]:
     """Read the images of one folder, or at most `most` evenly spread ones, as paired_images does."""
-    return paired_images({"": folder}, size, channels, on_bad, most, {"": value_range})[""]
+    return paired_images({"": folder}, {"": reader}, on_bad, most)[""]
 
 
 class ImageCache:

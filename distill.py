@@ -33,7 +33,7 @@ from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.files import sha256
-from toolkit.images import limit_pixels
+from toolkit.images import PREPROCESS, limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
@@ -358,8 +358,9 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old["dataset_name"] = teacher.metadata["dataset_name"]
     if teacher.metadata.get("size"):
         old["img_height"], old["img_width"] = teacher.metadata["size"]
-    for name, limits in ranges_of(teacher.metadata).items():
-        old[f"range_{name}"] = range_in_text(limits)
+    old |= {f"range_{domain}": range_in_text(limits) for domain, limits in ranges_of(teacher.metadata).items()}
+    if teacher.metadata.get("preprocess") in PREPROCESS:
+        old["preprocess"] = teacher.metadata["preprocess"]
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels

@@ -7,6 +7,7 @@ python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -204,9 +205,7 @@ class Scorer:
         wanted = set(self.config.metrics)
         nets = self.translator.generators(direction)
         inputs = [result.input for result in results]
-        sources = images.LazyImages(
-            inputs, self.size, self.translator.channels, self.translator.ranges.get(direction.source)
-        )
+        sources = images.LazyImages(inputs, self.translator.reader(direction.source, self.size))
         targets = self.test_images(direction.target) if "identity" in wanted else {}
         scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, wanted - {"paired"})
         if "spike" in wanted:
@@ -221,11 +220,12 @@ class Scorer:
         """Compare all translations with the test and with the training images of the target domain."""
         size = self.translator.size or (299, 299)  # Inception resizes to 299
         files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
-        fakes = metrics.ImageFiles(files, size)
+        reader = dataclasses.replace(self.translator.reader(direction.target, size), channels=3)
+        fakes = metrics.ImageFiles(files, images.ImageReader(size))
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
-            reals = metrics.ImageFiles(self.readable(split), size, self.translator.ranges.get(direction.target))
+            reals = metrics.ImageFiles(self.readable(split), reader)
             tables[split] = metrics.fid_kid(fakes, reals, self.config.metrics, weights, self.translator.device)
         return tables
 
@@ -265,24 +265,25 @@ class Scorer:
         value_range = self.translator.ranges.get(folder[-1])
         if value_range is None:
             return images.range_to_bytes(images.load_image(self.config.output / result.files[folder], size, channels))
-        sources = {"real": result.input, "truth": result.truth, "fake": self.config.output / str(result.values)}
-        return (images.load_image(str(sources[folder[:-2]]), size, channels, value_range) + 1) * 127.5
+        sources: dict[str, Any] = {"real": result.input, "truth": result.truth}
+        sources["fake"] = self.config.output / str(result.values)
+        return (images.ImageReader(size, channels, value_range)(sources[folder[:-2]]) + 1) * 127.5
 
     def mean_image(self, domain: str, size: Any) -> Tensor:
         """Return the mean of a domain's training images: uint8 (C, *size)."""
         split = f"train{domain}"
         paths = datasets.split_images(self.dataset, split)
-        channels = self.translator.channels
-        mean = torch.zeros(channels, *size, dtype=torch.float64)
-        value_range = self.translator.ranges.get(domain)
-        read = images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image, value_range)
+        mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
+        read = images.load_images(
+            self.dataset / split, paths, self.translator.reader(domain, size), self.config.on_bad_image
+        )
         for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
         return mean.round().to(torch.uint8)
 
     def test_images(self, domain: str) -> images.LazyImages:
         paths = self.readable(f"test{domain}", self.config.num_test)
-        return images.LazyImages(paths, self.size, self.translator.channels, self.translator.ranges.get(domain))
+        return images.LazyImages(paths, self.translator.reader(domain, self.size))
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -62,10 +62,11 @@ class Run:
         domains = list(monitor.domains)
         self.facts = {"stage": command_name, "args": config.flags, "domains": domains, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
-        ranges = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
+        images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
+        images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
-            metadata | {"stage": command_name, "size": list(config.data.size), "domains": domains, **ranges},
+            metadata | {"stage": command_name, "domains": domains, **images},
             checkpoint_interval=config.run.checkpoint_interval,
             keep_checkpoints=config.run.keep_checkpoints,
             save_minutes=config.run.save_minutes,
@@ -259,9 +260,7 @@ class Run:
         config = self.config.data
         model = self.model
         try:
-            images = datasets.paired_images(
-                self.data.held_out, config.size, config.channels, config.on_bad_image, most=200, ranges=config.ranges
-            )
+            images = datasets.paired_images(self.data.held_out, config.readers, config.on_bad_image, most=200)
             measures = self.config.run.eval_metrics
             return metrics.measure_nets(model.ema_networks, images, measures, model.loss_config, model.precision)
         except (InputError, OSError) as error:
@@ -280,7 +279,7 @@ class Run:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
             now = {
                 name: self.config.flags[name]
-                for name in ("dataset_name", "img_height", "img_width", "range_A", "range_B", *losses)
+                for name in ("dataset_name", "img_height", "img_width", "preprocess", "range_A", "range_B", *losses)
             }
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
@@ -434,7 +433,7 @@ def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable)
     """Make the monitor, with the test images and the watched photos that it shows."""
     data = config.data
     name = config.run.run_name
-    samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image, data.ranges)
+    samples = load_samples(data.data_root / data.dataset_name, data.readers, data.on_bad_image)
     domains = datasets.domain_names(data.data_root / data.dataset_name)
     photos = load_watched(config.run.watch, data.size, data.channels, resumed="watch" not in config.given)
     return Monitor(RUNS / name, IMAGES / name, name, domains, samples, photos, draw_rows, terms)

@@ -164,9 +164,9 @@ def test_an_image_that_is_too_large_even_for_tiles_is_left_out_unless_tiles_are_
     monkeypatch.setattr(inference, "WHOLE_BYTES", 0)
     monkeypatch.setattr(inference, "TILED_BYTES", 0)
     noise_image(1, (60, 70)).save("a.png")
-    reason = translator(scale="native").load(Path("a.png")).reason
+    reason = translator(scale="native").load(Path("a.png"), "A").reason
     assert reason == "60x70 px: needs about 0.0 GB even in tiles; test.py --tile 512 translates it all the same"
-    assert translator(scale="native", tile=32).load(Path("a.png")).reason is None
+    assert translator(scale="native", tile=32).load(Path("a.png"), "A").reason is None
 
 
 def test_what_a_user_may_not_expect_is_said_once(capsys):
@@ -220,10 +220,10 @@ def test_an_interrupted_translation_is_in_the_record(monkeypatch):
         noise_image(i).save(f"in/{i}.png")
     plain = Translator.load
 
-    def load(self, path):
+    def load(self, path, domain):
         if path.name == "2.png":
             raise KeyboardInterrupt
-        return plain(self, path)
+        return plain(self, path, domain)
 
     monkeypatch.setattr(Translator, "load", load)
     monkeypatch.setattr(inference, "BATCH", 1)

@@ -60,7 +60,7 @@ def test_the_range_of_a_folder_is_measured_and_gives_all_levels(name, capsys):
     assert found == expected
     assert "1 image of more than 8 bits" in capsys.readouterr().out
     for channels in (1, 3):
-        x = images.load_image(name, None, channels, found)
+        x = images.ImageReader(None, channels, found)(Path(name))
         assert x.shape == (channels, SIDE, SIDE)
         tolerance = 5 if name == "overshoot.tif" else 1
         assert np.abs((x[0].numpy() + 1) * 127.5 - LEVELS).max() <= tolerance

@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
         if not path.is_file():
             found = list(map(str, numbered_checkpoints(folder)))
             found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
-            listed = ", ".join(found) or "none, nothing was saved yet"
+            listed = ", ".join(found) or f"none, nothing was saved yet; runs found: {found_runs()}"
             raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
         return load_state(path, command), path
     except InputError as error:

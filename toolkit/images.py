@@ -33,6 +33,8 @@ EXPECTED = "files such as .jpg .png .webp .tif .heic"  # for messages
 PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
 SUFFIXES |= PHONE_FORMATS.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
+# How images get the training size, as in junyanz's code; but nothing is stretched except by the first.
+PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
 LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
@@ -247,12 +249,49 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def load_image(
-    path: Path | str, size: tuple[int, int] | None, channels: int = 3, value_range: ValueRange | None = None
-) -> Tensor:
-    """Read an image as (channels, H, W) in [-1, 1], at a height and width or its own; raises UnreadableImage."""
-    image = read_image(Path(path), channels, value_range)
-    return image_to_tensor(resize_image(image, size[::-1]) if size else image, channels)
+def fitted_size(
+    size: tuple[int, int], target: tuple[int, int], preprocess: str, to_crop: bool = True
+) -> tuple[int, int]:
+    """Return the (width, height) to which an image of a size is resized, by one of PREPROCESS.
+
+    to_crop: whether it is then cropped to `target`, and so enlarged if it is smaller; else it is used as a whole
+    """
+    if preprocess == "resize_and_crop":
+        return target
+    factors = [wanted / side for wanted, side in zip(target, size, strict=True)]
+    factor = {"crop": 1.0, "scale_width_and_crop": factors[0], "scale_shortside_and_crop": max(factors)}[preprocess]
+    factor = max(factor, *factors) if to_crop else factor
+    width, height = (max(1, round(factor * side)) for side in size)
+    return (max(width, target[0]), max(height, target[1])) if to_crop else (width, height)  # rounding may lack a pixel
+
+
+def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut (width, height) out of the middle of an image, unless it has that size."""
+    left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, size, strict=True))
+    return image if image.size == size else image.crop((left, top, left + size[0], top + size[1]))
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How the image files of a domain become inputs of a network."""
+
+    size: tuple[int, int] | None  # height and width; None: their own
+    channels: int = 3
+    value_range: ValueRange | None = None
+    preprocess: str = PREPROCESS[0]
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read an image as (channels, H, W) in [-1, 1]; raises UnreadableImage."""
+        image = read_image(path, self.channels, self.value_range)
+        if self.size:
+            target = self.size[::-1]
+            image = crop_centre(resize_image(image, fitted_size(image.size, target, self.preprocess)), target)
+        return image_to_tensor(image, self.channels)
+
+
+def load_image(path: Path | str, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
+    """Read an image as (channels, H, W) in [-1, 1], resized to a height and width or at its own; raises UnreadableImage."""
+    return ImageReader(size, channels)(Path(path))
 
 
 @dataclass
@@ -290,17 +329,9 @@ class BadImages:
         return [path for path, _ in self.read(paths, lambda path: open_image(path).close())]
 
 
-def load_images(
-    folder: Path,
-    paths: Sequence[Path],
-    size: tuple[int, int] | None,
-    channels: int,
-    on_bad: str,
-    value_range: ValueRange | None = None,
-) -> Iterator[tuple[Path, Tensor]]:
-    """Yield paths and images, read one by one as load_image does; unreadable ones are noted as by BadImages."""
-    bad = BadImages(folder, len(paths), on_bad)
-    return bad.read(paths, lambda path: load_image(path, size, channels, value_range))
+def load_images(folder: Path, paths: Sequence[Path], reader: ImageReader, on_bad: str) -> Iterator[tuple[Path, Tensor]]:
+    """Yield paths and images, (channels, H, W) in [-1, 1], read one by one; unreadable ones are noted as by BadImages."""
+    return BadImages(folder, len(paths), on_bad).read(paths, reader)
 
 
 @dataclass
@@ -308,9 +339,7 @@ class LazyImages(Mapping):
     """Images by path, (1, channels, H, W) in [-1, 1], each read on access: memory holds one at a time."""
 
     paths: Sequence[Path]
-    size: tuple[int, int] | None
-    channels: int = 3
-    value_range: ValueRange | None = None
+    reader: ImageReader
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -319,7 +348,7 @@ class LazyImages(Mapping):
         return iter(self.paths)
 
     def __getitem__(self, path: Path) -> Tensor:
-        return load_image(path, self.size, self.channels, self.value_range)[None]
+        return self.reader(path)[None]
 
 
 def save_image(image: Image.Image, path: Path) -> None:

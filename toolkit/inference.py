@@ -108,6 +108,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
+        metadata["preprocess"] = saved.get("preprocess")
         metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
@@ -173,6 +174,8 @@ class Translator:
             )
         self.ranges = ranges_of(self.metadata) | {domain: found for domain, found in self.ranges.items() if found}
         self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
+        stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
+        self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
@@ -187,14 +190,19 @@ class Translator:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
+    def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
+        """Return what reads the images of a domain for these networks, at a height and width or at their own."""
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+
     def settings(self) -> dict:
         """Return, as plain values, all that a translation depends on besides its image."""
         networks = {str(d): weights.network_hash(self.networks[d.generator]) for d in self.directions}
         known = {name: self.metadata.get(name) for name in ("epoch", "step")}
         whole = {name: value if isinstance(value, int) else None for name, value in known.items()}  # a stranger's file
-        sizes = {"size": self.size, "scale": self.scale, "tile": self.tile, "output_size": self.output_size}
-        ranges = {"ranges": self.ranges} if self.ranges else {}
-        return whole | sizes | {"precision": self.precision, "networks": networks} | ranges
+        sizes: dict[str, Any] = {"size": self.size, "scale": self.scale, "tile": self.tile, "output_size": self.output_size}
+        sizes |= {"ranges": self.ranges} if self.ranges else {}
+        sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
+        return whole | sizes | {"precision": self.precision, "networks": networks}
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
         """Return the generator of a direction and, if there is one, that of the way back."""
@@ -235,7 +243,9 @@ class Translator:
             image = images.read_image(path, self.channels, self.ranges.get(domain))
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = self.size[::-1] if self.scale == "train" else image.size
+        width, height = image.size
+        if self.scale == "train":
+            width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):

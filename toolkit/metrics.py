@@ -19,8 +19,7 @@ from cyclegan import LossConfig, discriminator_loss, eval_mode, generator_loss, 
 from models import DIRECTIONS, Generator, Networks
 from toolkit.devices import autocast
 from toolkit.distributed import rank
-from toolkit.images import load_image, range_to_bytes
-from toolkit.values import ValueRange
+from toolkit.images import ImageReader, range_to_bytes
 from utils import InputError, counted, warn
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # fast enough to be computed during training
@@ -296,17 +295,16 @@ def generator_cost(net: Generator, image: Tensor, precision: str, repeats: int =
 
 @dataclass
 class ImageFiles(Dataset):
-    """Image files as torch-fidelity wants them: uint8 (3, *size)."""
+    """Image files as torch-fidelity wants them: uint8 (3, H, W)."""
 
     paths: Sequence[Path]
-    size: tuple[int, int]
-    value_range: ValueRange | None = None
+    reader: ImageReader  # of 3 channels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        return range_to_bytes(load_image(self.paths[i], self.size, value_range=self.value_range))
+        return range_to_bytes(self.reader(self.paths[i]))
 
 
 def fid_kid(

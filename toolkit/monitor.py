@@ -21,28 +21,23 @@ from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
 from toolkit.images import save_image
 from toolkit.logs import CsvLog, Meter, TensorBoardLog, plot_losses, read_losses
-from toolkit.values import ValueRange
 from utils import InputError, counted, duration, one_line, say, warn, with_domain
 
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
 
-def load_samples(
-    dataset: Path,
-    size: tuple[int, int],
-    channels: int,
-    on_bad: str,
-    ranges: Mapping[str, ValueRange | None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
+def load_samples(dataset: Path, readers: Mapping[str, images.ImageReader], on_bad: str) -> tuple[Tensor, Tensor]:
+    """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, H, W) in [-1, 1].
+
+    readers: by domain, which give all images one size
+    """
     split = held_out_split(dataset)
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
         paths = images.list_images(folder)
         chosen = paths[:: max(1, len(paths) // 6)][:6]
-        read = images.load_images(folder, chosen, size, channels, on_bad, (ranges or {}).get(domain))
-        samples.append(torch.stack([x for _, x in read]))
+        samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, readers[domain], on_bad)]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 

@@ -1,5 +1,6 @@
 """A student beside its teacher: their costs before training, and a report on their quality after it."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,10 +67,8 @@ class Report:
             reals, truths = (
                 datasets.named_images(
                     dataset / f"{split}{domain}",
-                    size,
-                    teacher.channels,
+                    dataclasses.replace(self.data.readers[domain], size=size, channels=teacher.channels),
                     self.data.on_bad_image,
-                    value_range=self.data.ranges[domain],
                 )
                 for domain in direction
             )
