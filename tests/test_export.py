@@ -15,7 +15,7 @@ import export
 import test as test_command
 from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
 from toolkit.converters import to_junyanz
-from toolkit.images import read_image
+from toolkit.images import PREPROCESS, fitted_size, read_image
 from toolkit.weights import load_generator, save_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -120,6 +120,15 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
     assert translate_onnx("net.onnx", "photo.png", "output.png") == 0
     assert capsys.readouterr().err == ""
     assert Image.open("output.png").tobytes() == noise_image(3, (30, 20)).tobytes()
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (9, 9), (101, 37)])
+@pytest.mark.parametrize("preprocess", PREPROCESS)
+def test_the_example_gives_a_network_images_of_the_same_size_as_test_py(preprocess, shape):
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"))
+    facts = {"size": (24, 32), "preprocess": preprocess}
+    expected = fitted_size(shape, (32, 24), preprocess, to_crop=False)
+    assert example["network_size"](Image.new("L", shape), facts) == expected
 
 
 @pytest.mark.parametrize(

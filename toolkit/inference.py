@@ -199,7 +199,12 @@ class Translator:
         networks = {str(d): weights.network_hash(self.networks[d.generator]) for d in self.directions}
         known = {name: self.metadata.get(name) for name in ("epoch", "step")}
         whole = {name: value if isinstance(value, int) else None for name, value in known.items()}  # a stranger's file
-        sizes: dict[str, Any] = {"size": self.size, "scale": self.scale, "tile": self.tile, "output_size": self.output_size}
+        sizes: dict[str, Any] = {
+            "size": self.size,
+            "scale": self.scale,
+            "tile": self.tile,
+            "output_size": self.output_size,
+        }
         sizes |= {"ranges": self.ranges} if self.ranges else {}
         sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
         return whole | sizes | {"precision": self.precision, "networks": networks}
