@@ -413,6 +413,10 @@ def read_configs(args: Namespace) -> tuple[TrainConfig, DistillationConfig, Teac
     teacher_blocks = [teacher.networks[direction.generator].config.blocks for direction in distillation.directions]
     if min(distillation.student_residual, *teacher_blocks):  # without blocks there are no hidden states to match
         distances["lambda_hidden"] = distillation.lambda_hidden
+    elif "lambda_hidden" in args.given and distillation.lambda_hidden:
+        raise InputError(
+            f"--lambda_hidden {distillation.lambda_hidden:g}: networks of 0 blocks have no hidden states to match; leave it out"
+        )
     config.check(**distances)
     return config, distillation, teacher, checkpoint
 

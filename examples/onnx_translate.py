@@ -107,6 +107,10 @@ def translate(model: str, source: str, target: str) -> None:
         raise ValueError(f"{target}: is the image that is read; choose another name for the result")
     session, facts = open_model(model)
     image = open_image(source, facts["channels"])
+    if all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
+        raise ValueError(
+            f"{source}: one colour alone, of which normalisation would enlarge rounding errors; use another"
+        )
     width, height = network_size(image, facts)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]

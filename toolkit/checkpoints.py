@@ -284,10 +284,11 @@ def set_aside(run_name: str) -> None:
     folders = folders_of_run(run_name)
     names = [[str(path.relative_to(folder)) for path in found if folder in path.parents] for folder in folders]
     for folder in folders:
-        with suppress(OSError):  # what a killed process left
-            for path in filter(is_temporary, (folder / ASIDE).iterdir()):
-                path.unlink()
-            (folder / ASIDE).rmdir()
+        with suppress(OSError):  # what a killed process left: temporary files and empty folders
+            for parent, _, files in os.walk(folder / ASIDE, topdown=False):
+                for path in filter(is_temporary, (Path(parent, name) for name in files)):
+                    path.unlink()
+                Path(parent).rmdir()
         if os.path.lexists(folder / ASIDE):
             raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
     record = {"files": names, "saved": None}

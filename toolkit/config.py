@@ -99,7 +99,7 @@ class TrainConfig:
         if self.data.cache != "none" and self.data.preprocess != PREPROCESS[0]:
             raise InputError(
                 f"--cache {self.data.cache}: keeps images of one size, and --preprocess {self.data.preprocess} has several; "
-                "leave one of them out"
+                "give --cache none"
             )
         if self.data.rotate90 and self.data.img_height != self.data.img_width:
             raise InputError("--rotate90: needs square images; give --img_height and --img_width one value")

@@ -62,7 +62,8 @@ def values_file(direction: Direction, name: Path) -> Path:
 DIRECTION_OF = {folder: direction for direction in DIRECTIONS for folder in result_folders(direction)}
 ORIGIN = ("settings", "input", "truth")  # what a file was made from: the key of the settings, the hashes of two files
 NOTHING = dict.fromkeys(ORIGIN)
-OWN_NAMES = (*DIRECTION_OF, "values_A", "values_B", THUMBNAILS, PAGE, GRID, SCORES)
+OWN_FOLDERS = (*DIRECTION_OF, "values_A", "values_B", THUMBNAILS)
+OWN_NAMES = (*OWN_FOLDERS, PAGE, GRID, SCORES)
 
 
 def thumbnail(file: Path) -> Path:
@@ -314,7 +315,7 @@ class ResultFolder:
 def open_results(path: Path, settings: dict) -> Iterator[ResultFolder]:
     """Open a folder of results for one test at a time; raises InputError if another one writes there."""
     path.mkdir(parents=True, exist_ok=True)
-    with sole_process(path, *(path / folder for folder in DIRECTION_OF), remedy="another --output"):
+    with sole_process(path, *(path / name for name in OWN_FOLDERS), remedy="another --output"):
         folder = ResultFolder(path, settings)
         if folder.is_old:  # from now on hashes count, not names
             folder.write_record()
