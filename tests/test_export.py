@@ -36,8 +36,9 @@ def write_generator(path="G_AB.safetensors", direction="AtoB", **config):
 
 
 TINY_RESNET = {"ngf": 2, "num_residual": 1}
-SLOW = [
+CONFIGS = [
     TINY_RESNET,
+    TINY_RESNET | {"norm": "instance_affine"},
     TINY_RESNET | {"upsample": "resize", "norm": "batch", "channels": 1, "n_downsampling": 3},
     TINY_RESNET | {"skips": True},
     {"ngf": 16, "num_residual": 1, "norm": "group", "skips": True},
@@ -46,10 +47,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [TINY_RESNET | {"norm": "instance_affine"}, *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
 def test_an_onnx_file_gives_what_pytorch_gives_at_any_size_and_batch(config, monkeypatch):
     monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
     monkeypatch.setitem(VIT_SIZES, "uvcgan", VitSize((4, 4, 8, 12), ffn=24, blocks=12, heads=6, uvcgan_layers=True))

@@ -583,7 +583,7 @@ def fast(no_plots, monkeypatch):
 
 @pytest.mark.usefixtures("fast")
 def test_commands_in_any_order_leave_consistent_files():
-    run_state_machine_as_test(Commands, settings=USUAL)
+    run_state_machine_as_test(Commands, settings=settings(USUAL, max_examples=2))
 
 
 @pytest.mark.usefixtures("fast")

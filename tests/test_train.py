@@ -87,6 +87,7 @@ def test_a_run_leaves_the_files_that_the_design_promises(tiny, monkeypatch):
     assert "http" not in page  # nothing from other servers
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted(tmp_path):
     make_dataset(tmp_path / "datasets" / "one", (1, 1, 1, 1), (16, 16))
     argv = ["--dataset_name", "one", *TINY, "--ngf", "8", "--batch_size", "1", "--load_scale", "1", "--no-flip"]
@@ -654,6 +655,7 @@ def test_the_size_of_micro_batches_is_kept_on_resume_and_one_image_has_to_fit(ti
     assert "--batch_size" in refused(train.main, *START, "--overwrite", code=1)
 
 
+@pytest.mark.slow
 def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, monkeypatch, refused, capsys):
     monkeypatch.setitem(VIT_SIZES, "small", VitSize((4, 8, 16), ffn=32, blocks=4, heads=4, uvcgan_layers=False))
     given = [*VIT, "--lambda_gp", "0.1", "--ema", "0.9", *EVAL]
