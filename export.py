@@ -23,6 +23,7 @@ from torch import Tensor
 from models import DIRECTIONS, Direction, Generator
 from toolkit import cli, converters, metrics, process
 from toolkit.checkpoints import RUNS
+from toolkit.converters import ASSUME
 from toolkit.files import atomic_write
 from toolkit.inference import UNKNOWN_SIZE, load_networks
 from utils import InputError, RunError, domain_names, epoch_name, folder_name, need_package, option, say
@@ -37,6 +38,7 @@ class ExportOptions:
     run_name: str = option("horse2zebra", "run in saved_models", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
     weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
+    assume: tuple[str, ...] = ASSUME
     direction: str | None = option(None, "which generator (default: AtoB, or the file's)", choices=("AtoB", "BtoA"))
     to: str = option("onnx", "an ONNX model, or weights for pytorch-CycleGAN-and-pix2pix", choices=("onnx", "junyanz"))
     output: Path | None = option(None, "file to write (default: beside the weights)", metavar="FILE")
@@ -57,7 +59,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_generator(args: argparse.Namespace) -> tuple[Generator, Direction, dict]:
     """Load the generator that the options name, its direction, and its metadata."""
     asked = Direction.named(args.direction) if args.direction else None
-    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked)
+    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, assumed=args.assume)
+    if args.weights and len(nets) > 1:
+        raise InputError(f"{args.weights}: holds generators of both directions; choose one with --direction")
     direction = Direction.named(metadata["direction"]) if args.weights else asked or DIRECTIONS[0]
     if direction.generator not in nets:
         raise InputError(f"--direction {direction}: the run {args.run_name} has no {direction.generator}")

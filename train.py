@@ -509,10 +509,11 @@ def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     """Return the config of a new run, and the generators of --init_from, whose shape replaces options not given."""
     for path in config.init.init_from:
         checkpoints.recover_run_of(path)
-    networks = load_pair(config.init.init_from)
+    networks = load_pair(config.init.init_from, config.run.assume)
     generator = config.generator
     known = config.given
-    for path, net in zip(config.init.init_from, networks.values(), strict=True):
+    path = ", ".join(map(str, config.init.init_from))
+    for net in networks.values():
         shape = dataclasses.asdict(net.config)
         for name, value in shape.items():
             wanted = getattr(generator, name)
