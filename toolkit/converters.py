@@ -291,7 +291,7 @@ def _find_convs(what: str, tensors: dict[str, Tensor]) -> Convs:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
     kind = kind_of(tensors)
     if not convs or not kind.startswith("an unknown layout"):
-        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
+        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN; docs/extending.md shows how to convert another layout"
         raise InputError(f"{what}: holds {kind}; expected {expected}")
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 

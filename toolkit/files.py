@@ -230,12 +230,11 @@ def classes_in(path: Path) -> list[str]:
 def _load(path: Path, skip_objects: bool) -> object:
     """Call torch.load such that it executes nothing; skip_objects: other classes are replaced by SkippedObject."""
     names = classes_in(path) if skip_objects else []
-    stand_ins: Any = [(SkippedMapping if name.lower().endswith("dict") else SkippedObject, name) for name in names]
     if names:
+        stand_ins: Any = [(SkippedMapping if name.lower().endswith("dict") else SkippedObject, name) for name in names]
         with suppress(Exception), torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
-        stand_ins = [(SkippedMapping, name) for name in names]  # perhaps another one of them is a mapping
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals([(SkippedMapping, name) for name in names]):  # perhaps another is a mapping
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

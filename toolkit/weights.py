@@ -62,7 +62,7 @@ def load_generators(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected such as saved_models/NAME/G_AB.safetensors")
-    own = _read_own(path)
+    own = read_own(path)
     if own and assumed:
         raise InputError(
             f"--assume {','.join(assumed)}: {path} is a file of this project, which says all; leave it out"
@@ -105,7 +105,7 @@ def load_pair(paths: Sequence[Path], assumed: Collection[str] = ()) -> Networks:
     return nets
 
 
-def _read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict] | None:
+def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict] | None:
     """Read a file of this project, which may come from a stranger; None for one of another project."""
     with path.open("rb") as file:
         start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
