@@ -204,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         with atomic_write(output) as temporary:
             torch.save(converters.to_junyanz(net), temporary)
+        for limit in converters.limits_of_junyanz(net.config):
+            say(f"{output}, in pytorch-CycleGAN-and-pix2pix: {limit}")
     say(f"{direction} written to {output}, {output.stat().st_size / 1e6:.1f} MB")
     return output
 

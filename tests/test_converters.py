@@ -11,7 +11,7 @@ from torch import nn
 
 from models import GeneratorConfig, build_generator
 from toolkit.checkpoints import save_state
-from toolkit.converters import to_junyanz
+from toolkit.converters import limits_of_junyanz, to_junyanz
 from toolkit.weights import load_generator, load_generators
 from utils import InputError
 
@@ -454,3 +454,21 @@ def test_what_the_junyanz_layout_cannot_hold_is_refused(change, word):
     net.config = config
     with pytest.raises(InputError, match=rf"{word}.*junyanz layout cannot hold it"):
         to_junyanz(net)
+
+
+@pytest.mark.parametrize(
+    ("change", "limits"),
+    [
+        ({}, []),
+        ({"num_residual": 6, "channels": 1}, []),
+        ({"num_residual": 3}, ["its code builds 6 or 9 blocks, not 3"]),
+        ({"n_downsampling": 3}, ["its code has 2 downsampling layers, not 3"]),
+        ({"norm": "instance_affine", "num_residual": 1}, ["6 or 9 blocks", "no learned scale"]),
+        ({"norm": "batch"}, ["only with --eval"]),
+    ],
+    ids=str,
+)
+def test_what_the_code_of_junyanz_cannot_load_is_said(change, limits):
+    said = limits_of_junyanz(GeneratorConfig(**change))
+    assert len(said) == len(limits)
+    assert all(limit in line for limit, line in zip(limits, said, strict=True))

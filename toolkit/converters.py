@@ -98,6 +98,22 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
     return {theirs: tensors[ours].cpu().contiguous() for theirs, ours in names.items()}
 
 
+def limits_of_junyanz(config: GeneratorConfig) -> list[str]:
+    """Say what the code of pytorch-CycleGAN-and-pix2pix cannot do with a file that to_junyanz returns."""
+    limits = []
+    if config.num_residual not in (6, 9):
+        limits.append(
+            f"its code builds 6 or 9 blocks, not {config.num_residual}, and so cannot load this file unchanged"
+        )
+    if config.n_downsampling != 2:
+        limits.append(f"its code has 2 downsampling layers, not {config.n_downsampling}, and so cannot load this file")
+    if config.norm == "instance_affine":
+        limits.append("its instance norms have no learned scale, and so it cannot load this file unchanged")
+    if config.norm == "batch":
+        limits.append("with batch norms its results are the same only with --eval")
+    return limits
+
+
 @dataclass
 class ForeignNetwork:
     """A network in a file of another project, and what became of it here: a generator, or the reason why not."""
