@@ -177,6 +177,9 @@ def test_safetensors_of_other_projects_are_read_like_pickles(state):
         ({"first": AB, "second": BA}, "holds several generators, and no name says which is which: first (pytorch-"),
         ({"G_AB": AB, "old_G_AB": BA}, "holds several generators"),
         ({"D_A": D, "D_B": D}, "holds D_A (a discriminator), D_B (a discriminator); holds a discriminator; expected"),
+        ([AB, BA], "holds several generators, and no name says which is which: 0 (pytorch-"),
+        ({"a\nb": AB, "c": BA}, r"a\nb (pytorch-"),
+        ({f"{'g.' * 3000}weight": torch.zeros(1)}, "holds no tensors by name"),
         ({"optimizer": OPTIMISER, "epoch": 3}, "holds no tensors by name; expected the weights of a generator"),
     ],
 )
@@ -185,6 +188,7 @@ def test_what_is_inside_is_named_if_no_generator_can_be_chosen(value, words):
     with pytest.raises(InputError) as error:
         load_generators("x.pth")
     assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_second_generator_that_cannot_be_read_is_pointed_out(capsys):

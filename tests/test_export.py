@@ -192,10 +192,11 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
     assert not list(Path().glob("output.*"))
 
 
-def test_the_junyanz_layout_can_be_written_and_read_again():
+def test_the_junyanz_layout_can_be_written_and_read_again(capsys):
     net = write_generator("G_BA.safetensors", "BtoA", ngf=2, num_residual=2)
     path = export.main(["--weights", "G_BA.safetensors", "--to", "junyanz"])
     assert path == Path("latest_net_G_B.pth")
+    assert "latest_net_G_B.pth, in pytorch-CycleGAN-and-pix2pix: its code builds 6 or 9" in capsys.readouterr().out
     loaded, metadata = load_generator(path)
     assert metadata["direction"] == "BtoA"
     for name, value in loaded.state_dict().items():

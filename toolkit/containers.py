@@ -32,6 +32,7 @@ NETWORK = re.compile(  # a name that people give to a generator or a discriminat
     r"(^|_)(net_?)?(g|d|gen|generator|dis|disc|discriminator|critic)(_?[abxy](_?(2|to)?_?[abxy])?)?(_|$)", re.IGNORECASE
 )
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|swa)(?![a-z])", re.IGNORECASE)
+MOST_DOTS = 50  # in the name of a tensor; real ones have about ten
 COMMON_WORDS = {"", "ema", "average", "averaged", "swa", "state", "dict", "params", "model", "weights", "net", "module"}
 
 
@@ -100,18 +101,26 @@ def _read_values(path: Path) -> Any:
 
 def _networks_in(value: Any, name: str) -> list[StoredNetwork]:
     """List the networks in a dictionary of tensors, of such dictionaries, or of both beside other values."""
+    if isinstance(value, list | tuple):  # not those of tensors
+        value = {str(i): inner for i, inner in enumerate(value) if isinstance(inner, dict)}
     if not isinstance(value, dict) or "param_groups" in value:  # an optimiser has them
         return []
     networks = []
     tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
     tensors = {key: x for key, x in tensors.items() if "." in key or x.dim() or key == "n_averaged"}  # no losses
     for key, inner in value.items():
-        networks += _networks_in(inner, f"{name}.{key}" if name else str(key))
+        networks += _networks_in(inner, _joined(name, key))
     is_averaged = tensors.pop("n_averaged", None) is not None or AVERAGED.search(name) is not None
-    if tensors and is_state_dict(tensors) and (not networks or any("." in key for key in tensors)):
+    is_deep = any(key.count(".") > MOST_DOTS for key in tensors)
+    if tensors and not is_deep and is_state_dict(tensors) and (not networks or any("." in key for key in tensors)):
         tensors = {re.sub(WRAPPERS, "", key): x for key, x in tensors.items()}
         networks += _split(StoredNetwork(name, tensors, is_averaged))
     return networks
+
+
+def _joined(name: str, key: object) -> str:
+    """Add a key or prefix, which a stranger wrote, to the name of what contains it."""
+    return ".".join(part for part in (name, one_line(key)[:80]) if part)
 
 
 def _split(network: StoredNetwork) -> list[StoredNetwork]:
@@ -124,7 +133,7 @@ def _split(network: StoredNetwork) -> list[StoredNetwork]:
     if named:
         networks = []
         for part, tensors in parts.items():
-            name = f"{network.name}.{part}" if network.name else part
+            name = _joined(network.name, part)
             if part in named:
                 is_averaged = network.is_averaged or AVERAGED.search(part) is not None
                 networks += _split(StoredNetwork(name, tensors, is_averaged))

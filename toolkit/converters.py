@@ -317,6 +317,8 @@ def _infer_config(what: str, tensors: dict[str, Tensor], convs: Convs) -> Genera
     shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
     if len(shapes) < 2 or len(shapes) % 2:
         raise InputError(f"{what}: {len(shapes)} convolutions outside of blocks; expected those of a ResNet generator")
+    if shapes[0][1] not in (1, 3):
+        raise InputError(f"{what}: reads images of {shapes[0][1]} channels; expected 3, or 1")
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:
         return GeneratorConfig(
