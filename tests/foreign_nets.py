@@ -100,3 +100,15 @@ def foreign(*args, statistics=(), **kwargs):
         if isinstance(module, nn.InstanceNorm2d):
             state |= {f"{name}.{leaf}": torch.ones(module.num_features) for leaf in statistics}
     return state
+
+
+def tracked_statistics(net):
+    """Give the instance norms of a network running statistics, which they use in eval mode; returns it."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            width = module.num_features
+            tracked = nn.InstanceNorm2d(width, track_running_stats=True).eval()
+            tracked.running_mean.copy_(torch.linspace(-0.5, 0.5, width))
+            tracked.running_var.copy_(torch.linspace(0.5, 2, width))
+            net.set_submodule(name, tracked)
+    return net

@@ -17,6 +17,7 @@ from foreign_nets import (
     STATISTICS,
     ForeignGenerator,
     foreign,
+    tracked_statistics,
 )
 from torch import nn
 
@@ -230,14 +231,7 @@ def test_a_generator_of_images_from_0_to_1_with_a_sigmoid_becomes_one_of_ours(no
 
 
 def test_statistics_that_a_project_uses_in_eval_mode_can_be_told(capsys):
-    theirs = ForeignGenerator(2)
-    for name, module in theirs.named_modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            width = module.num_features
-            tracked = nn.InstanceNorm2d(width, track_running_stats=True).eval()
-            tracked.running_mean.copy_(torch.linspace(-0.5, 0.5, width))
-            tracked.running_var.copy_(torch.linspace(0.5, 2, width))
-            theirs.set_submodule(name, tracked)
+    theirs = tracked_statistics(ForeignGenerator(2))
     load(theirs.state_dict())
     assert "if its project runs it in eval mode, add --assume statistics" in capsys.readouterr().out
     net, metadata = load(theirs.state_dict(), assumed=["statistics"])
