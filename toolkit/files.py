@@ -271,11 +271,17 @@ def _reason(path: Path, error: Exception) -> str:
             return 'TorchScript; save its tensors: torch.save(torch.jit.load(FILE).state_dict(), "weights.pth")'
         if "/models/model.json" in names or "serialized_exported_program.json" in names:
             return 'a program of torch.export; save its tensors: torch.save(program.state_dict, "weights.pth")'
+    with path.open("rb") as file:
+        start = file.read(100)
+    if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        shown = one_line(start.decode("ascii", "replace").split("\n")[0][:40])
+        return f"text that begins with {shown}: a Git LFS pointer or a web page; download the file itself"
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
     refused = re.search(r"GLOBAL ([\w.]+)", text)
     if isinstance(error, pickle.UnpicklingError) and (refused or classes_in(path)):
         classes = refused[1] if refused else ", ".join(classes_in(path))[:160]
         return f'objects of {classes} in it; save the tensors alone: torch.save(net.state_dict(), "weights.pth")'
+    text = text.rpartition("WeightsUnpickler error: ")[2] or text  # after advice to load the file unsafely
     return one_line(text.split("\n")[0][:120]) or type(error).__name__
 
 
