@@ -136,13 +136,13 @@ def uploaded_path(folder: Path, upload: Any) -> str | None:
     return upload and upload.path
 
 
-def load_upload(translator: Translator, path: Path) -> tuple[Image.Image, Tensor]:
+def load_upload(translator: Translator, direction: Direction, path: Path) -> tuple[Image.Image, Tensor]:
     """Read an uploaded file as an image and as (1, C, H, W) in [-1, 1] for the networks; InputError if it cannot be."""
-    loaded = translator.load(path)
+    loaded = translator.load(path, direction.source)
     if loaded.reason:
         reason = str(loaded.reason).replace(str(path), path.name)
         raise InputError(f"{path.name}: {reason}; expected an image such as PNG or JPEG")
-    return loaded.image, images.image_to_tensor(loaded.network_input)[None]
+    return images.to_8_bit(loaded.image), images.image_to_tensor(loaded.network_input, translator.channels)[None]
 
 
 def translate_file(
@@ -150,7 +150,7 @@ def translate_file(
 ) -> tuple[Image.Image, Image.Image, Image.Image | None]:
     """Return image, translation and, if there is a network for it, round trip, at the image's own size."""
     net, back = translator.generators(direction)
-    image, real = load_upload(translator, path)
+    image, real = load_upload(translator, direction, path)
     fake = translator(net, real)
     rec = output_image(translator(back, fake)[0], image.size) if back else None
     return image, output_image(fake[0], image.size), rec
@@ -163,7 +163,7 @@ def compare_runs(
     compared = []
     for name, translator in translators.items():
         net, _ = translator.generators(direction)
-        image, real = load_upload(translator, path)
+        image, real = load_upload(translator, direction, path)
         if not translator.tile_for(*real.shape[-2:]):
             translator(net, real).cpu()  # warms up; tiles take long enough without
         start = time.perf_counter()
@@ -249,7 +249,7 @@ def translate_to_zip(
     with atomic_write(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNGs cannot be compressed
         for path in gr.Progress().tqdm([Path(path) for path in paths or []], unit="images"):
             try:
-                image, real = load_upload(translator, path)
+                image, real = load_upload(translator, chosen, path)
             except InputError as error:
                 errors.append(one_line(error))
                 continue

@@ -21,7 +21,7 @@ import random
 import shutil
 import signal
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +37,12 @@ import utils
 from toolkit import devices, images
 from toolkit.distributed import rank_slice
 from toolkit.files import sha256
+from toolkit.values import ValueRange, common_range, extremes, parse_range, range_option
 from utils import InputError, counted, folder_name, option, say
 
 DEMO = "day2night"  # the data set that prepare.py draws
 DOMAINS = "domains.json"  # in a data set: the names of A and B, as prepare.py split found them
+MEASURED = 1000  # images of a domain from which its value range is measured, evenly spread
 MAX_MEGAPIXELS = option(178.0, "treat larger images as unreadable (protects the memory)", above=0, most=10**6)
 ON_BAD_IMAGE = option(
     "skip", "at an unreadable image: skip it (up to 5% of a domain), or stop", choices=("skip", "stop")
@@ -58,11 +60,18 @@ class DataConfig:
     img_width: int = option(256, "width of the training images in px", least=4, most=16384)
     channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
+    preprocess: str = option(
+        images.PREPROCESS[0],
+        "stretch images to one shape, or keep theirs: crop only, or scale the width or the shorter side before",
+        choices=images.PREPROCESS,
+    )
     flip: bool = option(True, "mirror half of the images")
     flip_vertical: bool = option(False, "turn half of the images upside down: for aerial and microscope images")
     rotate90: bool = option(False, "turn images by 0, 90, 180 or 270 degrees; they have to be square")
     num_workers: int | None = option(None, "processes that read images (default: 0 on a CPU, else 4)", least=0)
     cache: str = option("none", "keep decoded images in memory or DATA_SET/.cache", choices=("none", "ram", "disk"))
+    range_A: str = range_option("A")
+    range_B: str = range_option("B")
     max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
     steps_per_epoch: int | None = option(None, "steps per epoch (default: one pass over the larger domain)", least=1)
     max_megapixels: float = MAX_MEGAPIXELS
@@ -71,6 +80,19 @@ class DataConfig:
     @property
     def size(self) -> tuple[int, int]:
         return self.img_height, self.img_width
+
+    @property
+    def ranges(self) -> dict[str, ValueRange | None]:
+        """The value ranges by domain; None where none is declared."""
+        return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
+
+    @property
+    def readers(self) -> dict[str, images.ImageReader]:
+        """What reads the images of a domain for a network, without random changes."""
+        return {
+            domain: images.ImageReader(self.size, self.channels, value_range, self.preprocess)
+            for domain, value_range in self.ranges.items()
+        }
 
 
 @dataclass
@@ -89,6 +111,8 @@ class UnpairedDataset(Dataset):
     flip_vertical: bool = False
     rotate90: bool = False
     seed: int = 0
+    ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain
+    preprocess: str = images.PREPROCESS[0]
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
@@ -110,7 +134,10 @@ class UnpairedDataset(Dataset):
             image = cache.get(i) if cache else None
             try:
                 if image is None:
-                    image = images.resize_image(images.read_image(paths[i], self.channels), self.load_size[::-1])
+                    image = images.read_image(paths[i], self.channels, self.ranges.get(domain))
+                    target = self.size if self.preprocess == "crop" else self.load_size
+                    fitted = images.fitted_size(image.size, target[::-1], self.preprocess)
+                    image = images.resize_image(image, fitted)
                     if cache:
                         cache.put(i, image)
                 return image
@@ -122,9 +149,9 @@ class UnpairedDataset(Dataset):
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
         height, width = self.size
-        top = rng.randint(0, self.load_size[0] - height)
-        left = rng.randint(0, self.load_size[1] - width)
-        x = functional.crop(functional.pil_to_tensor(image), top, left, height, width)
+        top = rng.randint(0, image.height - height)
+        left = rng.randint(0, image.width - width)
+        x = functional.crop(images.image_to_pixels(image, self.channels), top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
         if self.flip_vertical and rng.random() < 0.5:
@@ -207,11 +234,14 @@ class TrainingData:
             self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
             paths[domain] = self.bad_images[domain].readable(found)
         self.counts = {domain: len(found) for domain, found in paths.items()}
+        self.ranges = {domain: find_range(config, domain, paths[domain]) for domain in "AB"}
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        names = ("size", "channels", "load_scale", "flip", "flip_vertical", "rotate90")
-        dataset = UnpairedDataset(paths, **{name: getattr(config, name) for name in names}, seed=seed)
+        names = ("size", "channels", "load_scale", "preprocess", "flip", "flip_vertical", "rotate90")
+        dataset = UnpairedDataset(
+            paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
+        )
         dataset.caches = open_caches(config.cache, dataset, folder)
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers
@@ -238,6 +268,26 @@ class TrainingData:
     def close(self) -> None:
         """End the workers, which Python would otherwise wait for after an error."""
         self.loader = None
+
+
+def find_range(config: DataConfig, domain: str, paths: Sequence[Path]) -> ValueRange | None:
+    """Return the declared range of a domain, or measure it over at most MEASURED images of more than 8 bits and say it."""
+    declared = config.ranges[domain]
+    if declared:
+        return declared
+    deep = []  # extremes of each image of more than 8 bits
+    for path in spread(list(paths), MEASURED):
+        with suppress(images.UnreadableImage):
+            values = images.read_values(path)
+            if values is not None:
+                deep.append(extremes(values))
+    found = common_range(deep)
+    if deep and found is None:
+        raise InputError(f"train{domain}: all values of its images are equal; give --range_{domain} LOW,HIGH")
+    if found:
+        counts = f"train{domain}: {counted(len(deep), 'image')} of more than 8 bits"
+        say(f"{counts}; values from {found[0]:g} to {found[1]:g} become black to white (--range_{domain})")
+    return found
 
 
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
@@ -320,11 +370,12 @@ def spread(paths: list[Path], most: int | None) -> list[Path]:
 
 
 def paired_images(
-    folders: dict[str, Path], size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
+    folders: dict[str, Path], readers: Mapping[str, images.ImageReader], on_bad: str = "skip", most: int | None = None
 ) -> dict[str, dict[Path, Tensor]]:
-    """Read at most `most` images of each folder, evenly spread, as (1, channels, *size) in [-1, 1] by pair_name.
+    """Read at most `most` images of each folder, evenly spread, as (1, channels, H, W) in [-1, 1] by pair_name.
 
-    The pairs come first, in the same order in all domains; the other images of each domain fill the rest.
+    folders, readers: by domain
+    returns:          by domain; the pairs come first, in the same order in all domains, the other images fill the rest
     """
     paths = {domain: _by_name(folder) for domain, folder in folders.items()}
     shared = set.intersection(*map(set, paths.values()))
@@ -334,47 +385,70 @@ def paired_images(
         others = [name for name in paths[domain] if name not in shared]
         others = spread(others, None if most is None else most - len(pairs))
         chosen = [paths[domain][name] for name in pairs + others]
-        read = images.load_images(folder, chosen, size, channels, on_bad)
+        read = images.load_images(folder, chosen, readers[domain], on_bad)
         loaded[domain] = {pair_name(path, folder): x[None] for path, x in read}
     return loaded
 
 
 def named_images(
-    folder: Path, size: tuple[int, int], channels: int, on_bad: str = "skip", most: int | None = None
+    folder: Path, reader: images.ImageReader, on_bad: str = "skip", most: int | None = None
 ) -> dict[Path, Tensor]:
     """Read the images of one folder, or at most `most` evenly spread ones, as paired_images does."""
-    return paired_images({"": folder}, size, channels, on_bad, most)[""]
+    return paired_images({"": folder}, {"": reader}, on_bad, most)[""]
 
 
 class ImageCache:
-    """Decoded and resized images in bytes that all processes share: of a file in a folder, else of plain memory.
+    """Decoded and resized images that all processes share: of a file in a folder, else of plain memory.
 
-    An image counts as cached if its checksum is right, so a half-written one does no harm.
+    They take a byte a channel or, in a domain with a value range, 16 bits a pixel. An image counts as cached if its checksum
+    is right, so a half-written one does no harm.
     """
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, folder: Path | None):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        channels: int,
+        folder: Path | None,
+        value_range: ValueRange | None = None,
+    ):
+        self.mode = "F" if value_range else "RGB" if channels == 3 else "L"
+        dtype = torch.uint16 if value_range else torch.uint8
         start = 8 * len(paths)
-        total = start + len(paths) * math.prod(size) * channels
+        total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
             facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            name = hashlib.sha256(repr([size, channels, facts]).encode()).hexdigest()[:20]
-            memory = _map_file(folder / f"{name}.uint8", total)
+            described = [size, channels, facts, *([value_range] if value_range else [])]
+            name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
+            memory = _map_file(folder / f"{name}.{'uint16' if value_range else 'uint8'}", total)
         else:
             memory = mmap.mmap(-1, total)
         values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
-        self.pixels = values[start:].view(len(paths), *size, channels)
+        self.pixels = values[start:].view(dtype).view(len(paths), *size, -1)
 
     def get(self, i: int) -> Image.Image | None:
         pixels = self.pixels[i].numpy()
         if self.checksums[i] != zlib.crc32(pixels) + 1:
             return None
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)  # copies
+        image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        return Image.fromarray(image / np.float32(257) if self.mode == "F" else image)  # copies
 
     def put(self, i: int, image: Image.Image) -> None:
-        pixels: Any = np.array(image).reshape(self.pixels.shape[1:])
+        """Keep an image; one of another mode than the domain's other images is not cached."""
+        if image.mode != self.mode:
+            return
+        values = np.asarray(image)
+        if self.mode == "F":
+            values = (values.clip(0, 255) * np.float32(257)).round()
+        pixels: Any = np.array(values, np.uint16 if self.mode == "F" else np.uint8).reshape(self.pixels.shape[1:])
         self.pixels[i] = torch.from_numpy(pixels)
         self.checksums[i] = zlib.crc32(pixels) + 1
+
+
+def bytes_in_cache(size: tuple[int, int], channels: int, value_range: ValueRange | None) -> int:
+    """Return what an image takes in a cache."""
+    return math.prod(size) * (2 if value_range else channels)
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
@@ -400,12 +474,17 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
     """Open the caches of a data set by domain: none, in memory (ram), or in folder/.cache; InputError if they do not fit."""
     if kind == "none":
         return {}
-    total = sum(map(len, dataset.paths.values())) * math.prod(dataset.load_size) * dataset.channels
+    ranges = {domain: dataset.ranges.get(domain) for domain in dataset.paths}
+    total = sum(
+        len(paths) * bytes_in_cache(dataset.load_size, dataset.channels, ranges[domain])
+        for domain, paths in dataset.paths.items()
+    )
     total *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine, as torchrun says
     free = devices.free_memory()
     if kind == "ram" and total > free:
         raise InputError(f"--cache ram: needs {total / 2**30:.2f} GiB, {free / 2**30:.2f} are free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
-        domain: ImageCache(paths, dataset.load_size, dataset.channels, where) for domain, paths in dataset.paths.items()
+        domain: ImageCache(paths, dataset.load_size, dataset.channels, where, ranges[domain])
+        for domain, paths in dataset.paths.items()
     }

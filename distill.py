@@ -33,10 +33,11 @@ from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.files import sha256
-from toolkit.images import limit_pixels
+from toolkit.images import PREPROCESS, limit_pixels
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
+from toolkit.values import range_in_text, ranges_of
 from toolkit.weights import load_generators
 from utils import InputError, folder_name, in_range, is_folder_name, option, say
 
@@ -363,6 +364,9 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old["dataset_name"] = teacher.metadata["dataset_name"]
     if teacher.metadata.get("size"):
         old["img_height"], old["img_width"] = teacher.metadata["size"]
+    old |= {f"range_{domain}": range_in_text(limits) for domain, limits in ranges_of(teacher.metadata).items()}
+    if teacher.metadata.get("preprocess") in PREPROCESS:
+        old["preprocess"] = teacher.metadata["preprocess"]
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels
@@ -415,6 +419,10 @@ def read_configs(args: Namespace) -> tuple[TrainConfig, DistillationConfig, Teac
     teacher_blocks = [teacher.networks[direction.generator].config.blocks for direction in distillation.directions]
     if min(distillation.student_residual, *teacher_blocks):  # without blocks there are no hidden states to match
         distances["lambda_hidden"] = distillation.lambda_hidden
+    elif "lambda_hidden" in args.given and distillation.lambda_hidden:
+        raise InputError(
+            f"--lambda_hidden {distillation.lambda_hidden:g}: networks of 0 blocks have no hidden states to match; leave it out"
+        )
     config.check(**distances)
     return config, distillation, teacher, checkpoint
 
@@ -438,6 +446,7 @@ def make_run(
     """Build the run that trains the students."""
     model = make_student_model(config, distillation, teacher, device)
     data = train.load_data(config, device)  # after what may be refused: it can fill a cache
+    config = train.with_ranges(config, data.ranges)
     objective: Any = model.objective  # a DistillationLoss
     draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)

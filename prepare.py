@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, find_dataset, outlook, split_images
+from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, DataConfig, find_dataset, find_range, outlook, split_images
 from toolkit import checks, images
 from toolkit.cli import Parser, add_options, argument_type
 from toolkit.files import new_folder, write_json
@@ -166,7 +166,7 @@ def split_dataset(args: Namespace) -> None:
         for domain, source in sources.items():
             random.Random(f"{args.seed}-{domain}").shuffle(found[domain])
             bar = tqdm(found[domain], desc=f"reading {source.name}", leave=False)
-            readable = images.BadImages(source, len(found[domain])).read(bar, images.read_image)
+            readable = images.BadImages(source, len(found[domain])).read(bar, images.read_size)
             paths = [path for path, _ in itertools.islice(readable, args.max_images)]
             if len(paths) < 2:
                 raise InputError(
@@ -196,10 +196,11 @@ def check_dataset(args: Namespace) -> None:
             digests |= {path.relative_to(folder): fact.digest for path, fact in facts.items()}
             if fault and split.startswith("train"):
                 faults.append(fault)
+    ranges = {domain: find_range(DataConfig(), domain, readable[f"train{domain}"]) for domain in "AB"}
     duplicates = checks.find_duplicates(digests)
     if args.sheet and digests:
         sheet = Path("generated_images") / args.dataset_name / "check.png"
-        images.save_image(checks.draw_sheet(readable), sheet)
+        images.save_image(checks.draw_sheet(readable, ranges), sheet)
         say(f"sheet: {sheet}")
     if args.remove_twins:
         checks.remove_duplicates(folder, duplicates, digests)

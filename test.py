@@ -7,6 +7,7 @@ python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
 from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
+from toolkit.values import ValueRange, parse_range, range_option
 from utils import (
     InputError,
     counted,
@@ -68,8 +70,15 @@ class TestConfig(DeviceConfig):
     skip_existing: bool = option(False, "keep earlier results, and leave out images that have just these already")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
+    range_A: str = range_option("A", "that of the weights")
+    range_B: str = range_option("B", "that of the weights")
     max_megapixels: float = datasets.MAX_MEGAPIXELS
     on_bad_image: str = datasets.ON_BAD_IMAGE
+
+    @property
+    def ranges(self) -> dict[str, ValueRange | None]:
+        """The value ranges that were given, by domain."""
+        return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -153,7 +162,8 @@ def plan(
     """Return the results that the inputs of a direction will have; photos never replace the results of others."""
     _, back = translator.generators(direction)
     others = folder.inputs(direction) if config.input else {}
-    return plan_results(direction, inputs, config.round_trip and back is not None, others)
+    has_range = direction.target in translator.ranges
+    return plan_results(direction, inputs, config.round_trip and back is not None, others, has_range)
 
 
 def check_metrics(config: TestConfig, networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
@@ -197,7 +207,7 @@ class Scorer:
         wanted = set(self.config.metrics)
         nets = self.translator.generators(direction)
         inputs = [result.input for result in results]
-        sources = images.LazyImages(inputs, self.size, self.translator.channels)
+        sources = images.LazyImages(inputs, self.translator.reader(direction.source, self.size))
         targets = self.test_images(direction.target) if "identity" in wanted else {}
         scores: dict[str, Any] = metrics.measure_direction(self.translator, nets, sources, targets, wanted - {"paired"})
         if "spike" in wanted:
@@ -212,11 +222,12 @@ class Scorer:
         """Compare all translations with the test and with the training images of the target domain."""
         size = self.translator.size or (299, 299)  # Inception resizes to 299
         files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
-        fakes = metrics.ImageFiles(files, size)
+        reader = dataclasses.replace(self.translator.reader(direction.target, size), channels=3)
+        fakes = metrics.ImageFiles(files, images.ImageReader(size))
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
-            reals = metrics.ImageFiles(self.readable(split), size)
+            reals = metrics.ImageFiles(self.readable(split), reader)
             tables[split] = metrics.fid_kid(fakes, reals, self.config.metrics, weights, self.translator.device)
         return tables
 
@@ -225,40 +236,56 @@ class Scorer:
 
         The baselines need no model: a copy of the input, and the mean of the training images of the target domain.
         """
-        real, fake, truth, _ = gallery.result_folders(direction)
-        scored = [result.files for result in results if result.truth]
+        scored = [result for result in results if result.truth]
         if not scored:
             raise InputError("--metrics paired: no image that has a truth could be translated (see above)")
         if len(scored) < len(results):
             say(f"{direction}: {len(scored)} of {len(results)} images have a truth; paired scores are of these alone")
-        size = self.translator.size or self.written(scored[0][fake]).shape[-2:]
-        mean_image = self.mean_image(f"train{direction.target}", size)
+        real, fake, truth, _ = gallery.result_folders(direction)
+        size = self.translator.size or self.pixels(scored[0], fake).shape[-2:]
+        mean_image = self.mean_image(direction.target, size)
 
-        def read(files: Mapping[str, Path]) -> tuple[dict[str, Tensor], Tensor]:
-            output = self.written(files[fake])
+        def read(result: Result) -> tuple[dict[str, Tensor], Tensor]:
+            output = self.pixels(result, fake)
             size = output.shape[-2:]
-            outputs = {"model": output, "copy": self.written(files[real], size), "mean image": mean_image}
-            return outputs, self.written(files[truth], size)
+            outputs = {"model": output, "copy": self.pixels(result, real, size), "mean image": mean_image}
+            return outputs, self.pixels(result, truth, size)
 
-        return metrics.paired_table(map(read, scored))
+        table = metrics.paired_table(map(read, scored))
+        value_range = self.translator.ranges.get(direction.target)
+        if value_range:
+            for row in table.values():
+                row["RMSE in units"] = row["RMSE"] * (value_range[1] - value_range[0]) / 255
+        return table
 
-    def written(self, file: Path, size: Any = None) -> Tensor:
-        """Read a result as uint8 (C, H, W), resized to (height, width) as in training."""
-        return images.range_to_bytes(images.load_image(self.config.output / file, size, self.translator.channels))
+    def pixels(self, result: Result, folder: str, size: Any = None) -> Tensor:
+        """Read an image of a result as (C, H, W) in [0, 255], resized to (height, width) as in training.
 
-    def mean_image(self, split: str, size: Any) -> Tensor:
-        """Return the mean of a split's images: uint8 (C, *size)."""
-        paths = datasets.split_images(self.dataset, split)
+        returns: uint8; of a domain with a value range float32, of the values that the file in the folder was made from
+        """
         channels = self.translator.channels
-        mean = torch.zeros(channels, *size, dtype=torch.float64)
-        read = images.load_images(self.dataset / split, paths, size, channels, self.config.on_bad_image)
+        value_range = self.translator.ranges.get(folder[-1])
+        if value_range is None:
+            return images.range_to_bytes(images.load_image(self.config.output / result.files[folder], size, channels))
+        sources: dict[str, Any] = {"real": result.input, "truth": result.truth}
+        sources["fake"] = self.config.output / str(result.values)
+        return (images.ImageReader(size, channels, value_range)(sources[folder[:-2]]) + 1) * 127.5
+
+    def mean_image(self, domain: str, size: Any) -> Tensor:
+        """Return the mean of a domain's training images: uint8 (C, *size)."""
+        split = f"train{domain}"
+        paths = datasets.split_images(self.dataset, split)
+        mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
+        read = images.load_images(
+            self.dataset / split, paths, self.translator.reader(domain, size), self.config.on_bad_image
+        )
         for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
         return mean.round().to(torch.uint8)
 
     def test_images(self, domain: str) -> images.LazyImages:
         paths = self.readable(f"test{domain}", self.config.num_test)
-        return images.LazyImages(paths, self.size, self.translator.channels)
+        return images.LazyImages(paths, self.translator.reader(domain, self.size))
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -271,9 +298,9 @@ class Scorer:
         bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
 
         def read(path: Path) -> None:
-            image = images.read_image(path)
-            if self.size is None and min(image.size) < self.translator.smallest_side:
-                raise images.UnreadableImage(f"{image.width}x{image.height} px, too small for the generator")
+            width, height = images.read_size(path)
+            if self.size is None and min(width, height) < self.translator.smallest_side:
+                raise images.UnreadableImage(f"{width}x{height} px, too small for the generator")
 
         return [path for path, _ in bad.read(paths, read)]
 
@@ -305,7 +332,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         config.weights, config.run_name, config.epoch, asked, needs_losses, config.assume
     )
     translator = Translator(
-        networks, metadata, config.device, config.precision, config.scale, config.tile, config.output_size
+        networks,
+        metadata,
+        config.device,
+        config.precision,
+        config.scale,
+        config.tile,
+        config.output_size,
+        config.ranges,
     )
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator, dataset)

@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from toolkit.distributed import first_rank, first_rank_first, gather, leave_rank
 from toolkit.images import limit_pixels
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
+from toolkit.values import ValueRange, range_in_text
 from toolkit.weights import load_pair
 from utils import InputError, RunError, counted, duration, say, warn
 
@@ -61,9 +62,11 @@ class Run:
         domains = list(monitor.domains)
         self.facts = {"stage": command_name, "args": config.flags, "domains": domains, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
+        images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
+        images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
-            metadata | {"stage": command_name, "size": list(config.data.size), "domains": domains},
+            metadata | {"stage": command_name, "domains": domains, **images},
             checkpoint_interval=config.run.checkpoint_interval,
             keep_checkpoints=config.run.keep_checkpoints,
             save_minutes=config.run.save_minutes,
@@ -257,9 +260,7 @@ class Run:
         config = self.config.data
         model = self.model
         try:
-            images = datasets.paired_images(
-                self.data.held_out, config.size, config.channels, config.on_bad_image, most=200
-            )
+            images = datasets.paired_images(self.data.held_out, config.readers, config.on_bad_image, most=200)
             measures = self.config.run.eval_metrics
             return metrics.measure_nets(model.ema_networks, images, measures, model.loss_config, model.precision)
         except (InputError, OSError) as error:
@@ -276,7 +277,10 @@ class Run:
         best_by = self.config.run.best_by
         if self.best:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
-            now = {name: self.config.flags[name] for name in ("dataset_name", "img_height", "img_width", *losses)}
+            now = {
+                name: self.config.flags[name]
+                for name in ("dataset_name", "img_height", "img_width", "preprocess", "range_A", "range_B", *losses)
+            }
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
                 changed.append("held-out images")
@@ -373,6 +377,12 @@ def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     return TrainingData(config.data, config.run.seed, device, held_out)
 
 
+def with_ranges(config: TrainConfig, ranges: Mapping[str, ValueRange | None]) -> TrainConfig:
+    """Return the config with the value ranges that were measured, so that they are saved with the run."""
+    found = {f"range_{domain}": range_in_text(limits) for domain, limits in ranges.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found), flags=config.flags | found)
+
+
 def make_networks(config: TrainConfig, pretrained: Networks) -> Networks:
     """Build the four networks from the seed; pretrained generators replace new ones."""
     devices.seed_everything(config.run.seed, config.run.deterministic)
@@ -423,7 +433,7 @@ def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable)
     """Make the monitor, with the test images and the watched photos that it shows."""
     data = config.data
     name = config.run.run_name
-    samples = load_samples(data.data_root / data.dataset_name, data.size, data.channels, data.on_bad_image)
+    samples = load_samples(data.data_root / data.dataset_name, data.readers, data.on_bad_image)
     domains = datasets.domain_names(data.data_root / data.dataset_name)
     photos = load_watched(config.run.watch, data.size, data.channels, resumed="watch" not in config.given)
     return Monitor(RUNS / name, IMAGES / name, name, domains, samples, photos, draw_rows, terms)
@@ -560,6 +570,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run(config, make_model(config, make_networks(config, pretrained), device))
         return
     data = load_data(config, device)
+    config = with_ranges(config, data.ranges)
     model = make_model(config, make_networks(config, pretrained), device)
     monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)
     Run("train", config, model, data, monitor).start(checkpoint)

@@ -199,7 +199,9 @@ def draw_rows(args, runs, path):
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     rows = []
     for direction in DIRECTIONS:
-        found = datasets.named_images(dataset / f"test{direction.source}", (SIDE, SIDE), 3, most=IMAGES_PER_ROW)
+        found = datasets.named_images(
+            dataset / f"test{direction.source}", images.ImageReader((SIDE, SIDE)), most=IMAGES_PER_ROW
+        )
         real = torch.cat(list(found.values()))
         rows.append((f"real_{direction.source}", real))
         for run in runs:

@@ -45,7 +45,7 @@ import datasets
 import utils
 from toolkit import cli, devices, process, synthetic
 from toolkit.files import atomic_write, write_text
-from toolkit.images import draw_grid, tensor_to_image
+from toolkit.images import ImageReader, draw_grid, tensor_to_image
 
 
 class Task(NamedTuple):
@@ -159,7 +159,7 @@ def load_reals(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, Ten
     dataset = datasets.find_dataset(args.data_root, args.dataset_name)
     if TASKS[args.dataset_name].has_pairs:
         return reference.load_pairs(dataset, size, 3)
-    found = {domain: datasets.named_images(dataset / f"test{domain}", size, 3) for domain in "AB"}
+    found = {domain: datasets.named_images(dataset / f"test{domain}", ImageReader(size)) for domain in "AB"}
     return {domain: torch.cat(list(images.values())) for domain, images in found.items()}
 
 

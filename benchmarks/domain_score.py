@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
 from datasets import named_images
 from toolkit import cli, process
+from toolkit.images import ImageReader
 
 SIDE = 64  # px
 SHIFT = 6  # px; training images are shifted by at most this much in each direction
@@ -33,7 +34,7 @@ VIEWS = {"": 3, " in greyscale": 1}  # suffix of a score's name → channels tha
 
 def read_folder(folder: Path, channels: int = 3) -> Tensor:
     """All images of a folder: (N, channels, 64, 64) in [-1, 1]."""
-    return torch.cat(list(named_images(folder, (SIDE, SIDE), channels).values()))
+    return torch.cat(list(named_images(folder, ImageReader((SIDE, SIDE), channels)).values()))
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def psnr_by_epoch(name):
 
 def first_images(domain, count=4):
     """The first test images of the demo set: (count, 3, 64, 64) in [-1, 1]."""
-    found = datasets.named_images(Path("datasets/day2night") / f"test{domain}", (64, 64), 3)
+    found = datasets.named_images(Path("datasets/day2night") / f"test{domain}", images.ImageReader((64, 64)))
     return torch.cat(list(found.values())[:count])
 
 

@@ -38,7 +38,7 @@ from models import DIRECTIONS
 from toolkit import cli, devices, metrics, process
 from toolkit.config import TrainConfig
 from toolkit.files import atomic_write
-from toolkit.images import range_to_bytes
+from toolkit.images import ImageReader, range_to_bytes
 
 CLASSIC = "--batch_size 1 --lr 2e-4 --load_scale 1.12 --flip"
 KEYS = ("which", "recipe", "threads", "limit", "seed")  # what identifies a run; limit: --minutes
@@ -166,7 +166,7 @@ def mean_psnr(learner: Learner, reals: Mapping[str, torch.Tensor]) -> dict[str, 
 
 def load_pairs(folder: Path, size: tuple[int, int], channels: int) -> dict[str, torch.Tensor]:
     """Load the test images whose names are in both domains, (pairs, C, H, W) each, by domain."""
-    found = {domain: datasets.named_images(folder / f"test{domain}", size, channels) for domain in "AB"}
+    found = {domain: datasets.named_images(folder / f"test{domain}", ImageReader(size, channels)) for domain in "AB"}
     names = sorted(found["A"].keys() & found["B"].keys())
     if not names:
         raise utils.InputError(f"{folder}: no image in testA has the name of one in testB; take a set with test pairs")

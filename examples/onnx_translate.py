@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Open a network that export.py wrote.
 
-    returns: the session, and from its metadata "channels" and "size", (height, width) in px or None
+    returns: the session, and from its metadata "channels", "size", (height, width) in px or None, and "preprocess"
     raises:  ValueError for any other file
     """
     if not Path(path).is_file():
@@ -31,7 +31,8 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
         if facts["size"] is not None:
             height, width = facts["size"]
             facts["size"] = (int(height), int(width))
-        return session, {"channels": facts["channels"], "size": facts["size"]}
+        kept = {"preprocess": facts.get("preprocess", "resize_and_crop")}  # older files do not say it
+        return session, {"channels": facts["channels"], "size": facts["size"]} | kept
     except Exception as error:  # onnxruntime has a dozen kinds of errors; other networks have other metadata
         raise ValueError(f"{path}: not a network written by export.py; make one with: python export.py") from error
 
@@ -82,6 +83,21 @@ def open_image(path: str, channels: int) -> Image.Image:
         raise ValueError(f"{path}: cannot be read ({error}); expected an image such as PNG or JPEG") from error
 
 
+def network_size(image: Image.Image, facts: dict) -> tuple[int, int]:
+    """Return the width and height at which a network gets an image, as in test.py."""
+    if facts["size"] is None or facts["preprocess"] == "crop":
+        return image.size
+    height, width = facts["size"]
+    factors = {
+        "scale_width_and_crop": width / image.width,
+        "scale_shortside_and_crop": max(width / image.width, height / image.height),
+    }
+    if facts["preprocess"] not in factors:  # the image is stretched
+        return width, height
+    factor = factors[facts["preprocess"]]
+    return max(1, round(factor * image.width)), max(1, round(factor * image.height))
+
+
 def translate(model: str, source: str, target: str) -> None:
     """Translate an image file at the size that the network was trained at, and write the result at the image's size.
 
@@ -91,7 +107,11 @@ def translate(model: str, source: str, target: str) -> None:
         raise ValueError(f"{target}: is the image that is read; choose another name for the result")
     session, facts = open_model(model)
     image = open_image(source, facts["channels"])
-    height, width = facts["size"] or image.size[::-1]
+    if all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
+        raise ValueError(
+            f"{source}: one colour alone, of which normalisation would enlarge rounding errors; use another"
+        )
+    width, height = network_size(image, facts)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]
     try:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import datasets
 from toolkit import images
+from toolkit.images import ImageReader
 from utils import InputError
 
 
@@ -69,15 +70,15 @@ def save_named(folder, names):
 
 def test_images_are_read_by_the_name_that_pairs_share(tmp_path, capsys):
     folder = save_named(tmp_path / "testA", ["1.png", "sub/2.jpg", "10.png"])
-    loaded = datasets.named_images(folder, (8, 6), 3)
+    loaded = datasets.named_images(folder, ImageReader((8, 6)))
     assert [str(name) for name in loaded] == ["1", "10", "sub/2"]
     assert torch.equal(loaded[Path("10")], images.load_image(folder / "10.png", (8, 6))[None])
-    assert [str(name) for name in datasets.named_images(folder, (8, 6), 3, most=2)] == ["1", "sub/2"]
+    assert [str(name) for name in datasets.named_images(folder, ImageReader((8, 6)), most=2)] == ["1", "sub/2"]
     (folder / "10.png").write_bytes(b"torn")
-    assert [str(name) for name in datasets.named_images(folder, (8, 6), 1)] == ["1", "sub/2"]
+    assert [str(name) for name in datasets.named_images(folder, ImageReader((8, 6), 1))] == ["1", "sub/2"]
     assert capsys.readouterr().err.count("skipped, unreadable") == 1
     with pytest.raises(InputError, match=r"10\.png"):
-        datasets.named_images(folder, (8, 6), 3, "stop")
+        datasets.named_images(folder, ImageReader((8, 6)), "stop")
 
 
 def test_the_fingerprint_of_held_out_images_leaves_unreadable_ones_out(tiny):
@@ -101,10 +102,10 @@ def test_a_limit_keeps_pairs_together(tmp_path):
         (10, pairs, ["a0", "a2", "a4"], ["q0", "q1", "q2"]),
         (None, pairs, [f"a{i}" for i in range(6)], ["q0", "q1", "q2"]),
     ):
-        loaded = datasets.paired_images(folders, (8, 6), 1, most=most)
+        loaded = datasets.paired_images(folders, dict.fromkeys("AB", ImageReader((8, 6), 1)), most=most)
         names = {domain: [str(name) for name in by_name] for domain, by_name in loaded.items()}
         assert names == {"A": some + others_A, "B": some + others_B}
-    alone = datasets.named_images(folders["A"], (8, 6), 1)
+    alone = datasets.named_images(folders["A"], ImageReader((8, 6), 1))
     assert all(torch.equal(x, alone[name]) for name, x in loaded["A"].items())
 
 
@@ -383,3 +384,17 @@ def test_an_existing_cache_that_cannot_be_mapped_is_kept(tiny, monkeypatch):
     with pytest.raises(InputError, match="Permission denied"):
         cached(dataset_of(tiny), tiny, "disk")
     assert sorted((tiny / ".cache").iterdir()) == files
+
+
+@pytest.mark.parametrize("preprocess", images.PREPROCESS)
+def test_training_crops_have_the_training_size_whatever_the_shape_of_the_images(preprocess):
+    paths = {"A": [Path("a.png")], "B": [Path("b.png")]}
+    noise_image(0, (50, 20)).save("a.png")
+    noise_image(1, (9, 30)).save("b.png")
+    dataset = datasets.UnpairedDataset(paths, (16, 12), preprocess=preprocess)
+    crops = set()
+    for i in range(8):
+        item = dataset[0, i, 0, 0]
+        assert item["A"].shape == item["B"].shape == (3, 16, 12)
+        crops.add(item["A"].numpy().tobytes())
+    assert len(crops) > 4

@@ -333,6 +333,7 @@ def test_the_student_of_a_unet_vit_can_only_have_fewer_blocks(student, message):
         (["--hidden_layers", "0,1", "--student_residual", "1"], "--hidden_layers 0,1: expected 1 "),
         (["--hidden_layers", "3", "--student_residual", "1"], "from 0 to 2"),
         (["--hidden_layers", "x"], "--hidden_layers: given 'x'"),
+        (["--student_residual", "0", "--lambda_hidden", "3"], "--lambda_hidden 3: networks of 0 blocks have no hidden"),
         (["--channels", "1"], "--channels 1: the teacher saved_models/tiny/latest.pt has 3"),
         (["--student_residual", "1", "--img_height", "4"], "images of 16x4 px: the generator needs 8 px"),
         (["--student_residual", "0", *NOTHING_ELSE], "--lambda_output are all 0: nothing is left to learn"),

@@ -17,7 +17,7 @@ import export
 import test as test_command
 from models import VIT_SIZES, GeneratorConfig, VitSize, build_generator
 from toolkit.converters import to_junyanz
-from toolkit.images import read_image
+from toolkit.images import PREPROCESS, fitted_size, read_image
 from toolkit.weights import load_generator, save_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -124,6 +124,15 @@ def test_the_example_returns_an_image_at_its_own_size(capsys):
     assert Image.open("output.png").tobytes() == noise_image(3, (30, 20)).tobytes()
 
 
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (9, 9), (101, 37)])
+@pytest.mark.parametrize("preprocess", PREPROCESS)
+def test_the_example_gives_a_network_images_of_the_same_size_as_test_py(preprocess, shape):
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_translate.py"))
+    facts = {"size": (24, 32), "preprocess": preprocess}
+    expected = fitted_size(shape, (32, 24), preprocess, to_crop=False)
+    assert example["network_size"](Image.new("L", shape), facts) == expected
+
+
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -161,6 +170,7 @@ def test_the_example_reads_images_as_test_py_does(mode, options):
         ("grey.onnx photo.png output.png", "photo.png: grey.onnx cannot translate 30x20 px ("),
         ("net.onnx none.png output.png", "none.png: no such file; expected an image"),
         ("net.onnx torn.png output.png", "torn.png: cannot be read"),
+        ("net.onnx clear.png output.png", "clear.png: one colour alone"),
         ("net.onnx deep.png output.png", "deep.png: cannot be read (its mode is I;16; convert it to 8 bits"),
         ("net.onnx float.tif output.png", "float.tif: cannot be read (its mode is F; convert it to 8 bits"),
         ("net.onnx photo.jp2 output.png", "photo.jp2: cannot be read (JPEG 2000; convert it"),
@@ -179,6 +189,7 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
         noise_image(3, (30, 20)).save(f"photo.{suffix}")
     for name, mode in {"deep.png": "I;16", "float.tif": "F"}.items():
         Image.new(mode, (30, 20)).save(name)
+    Image.new("RGBA", (30, 20)).save("clear.png")
     noise_image(3, (30, 20)).save("planes.tif")
     data = bytearray(Path("planes.tif").read_bytes())
     data[data.find(b"\x1c\x01\x03\x00\x01\x00\x00\x00") + 8] = 2  # tag 284: planes one after the other

@@ -29,8 +29,6 @@ def test_the_page_shows_the_tables_of_the_code():
         ("--n_epochs_decay 20", "--num_epochs 120 --decay_epoch 100"),
         ("--load_size 286 --crop_size 256", "--load_scale 1.117 --img_height 256 --img_width 256"),
         ("--crop_size=128", "--load_scale 2.234 --img_height 128 --img_width 128"),
-        ("--preprocess none", "--load_scale 1"),
-        ("--preprocess resize_and_crop", "not needed: leave it out"),
         ("--no_flip", "--no-flip"),
         ("--netG resnet_6blocks", "--num_residual 6"),
         ("--netD pixel", "--discriminator pixel"),
@@ -62,6 +60,11 @@ def test_the_same_flag_is_read_as_its_project_means_it():
     assert answers(["--n_epochs", "200"], {"decay_epoch"}) == (["--n_epochs 200 → --num_epochs 200"], [])
     (answer,), _ = answers(["--n_epochs", "200"], set())
     assert answer.endswith("--num_epochs 200 if it comes from PyTorch-GAN, else --num_epochs 300 --decay_epoch 200")
+
+
+def test_a_value_that_only_another_project_knows_is_answered_too():
+    with pytest.raises(InputError, match=r"invalid choice: 'none'.*--preprocess none → --load_scale 1, which suits"):
+        train.parse_args(["--preprocess", "none"])
 
 
 def test_unknown_words_beside_them_are_named_and_flags_that_a_command_lacks_are_not_needed():

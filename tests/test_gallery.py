@@ -401,3 +401,15 @@ def test_the_page_escapes_names_and_links_to_files(tmp_path, photo):
     assert "<script>" not in page
     assert 'href="fake_B/%3Cscript%3E%26%23%25.png"' in page
     assert set(gallery.read_record(tmp_path)[0]) == {"index.html", f"fake_B/{name}"}
+
+
+def test_unfinished_files_of_a_killed_test_are_removed_and_nothing_else(tmp_path):
+    left = [tmp_path / name / ".cyclegan-1-2.tmp" for name in (".", "fake_B/sub", "thumbnails/real_A")]
+    own = [tmp_path / "fake_B/.cyclegan-mine.tmp", tmp_path / "mine/.cyclegan-1-2.tmp"]
+    for path in (*left, *own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    with gallery.open_results(tmp_path, {}):
+        pass
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in own)

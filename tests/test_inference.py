@@ -12,7 +12,7 @@ from tiny_runs import save_pair, save_run
 
 from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, inference, tiles
-from toolkit.images import image_to_bytes, list_images, load_image, range_to_bytes
+from toolkit.images import image_to_pixels, list_images, load_image, range_to_bytes
 from toolkit.inference import Inputs, LoadedImage, Translator, plan_results, translate_folder
 from toolkit.weights import load_generator, save_generator
 from utils import InputError
@@ -151,9 +151,9 @@ def test_only_an_image_that_would_take_much_memory_is_cut_into_tiles(monkeypatch
     ours.networks["G_AB"].register_forward_hook(lambda net, inputs, output: sides.append(max(output.shape[-2:])))
     for name, size in (("whole", (side, side)), ("large", (side + 1, side)), ("larger", (side + 4, side))):
         noise_image(name, size).save(f"{name}.png")
-        loaded = ours.load(Path(f"{name}.png"))
+        loaded = ours.load(Path(f"{name}.png"), "A")
         sides.clear()
-        output = ours(ours.networks["G_AB"], image_to_bytes(loaded.network_input)[None])
+        output = ours(ours.networks["G_AB"], image_to_pixels(loaded.network_input)[None])
         assert output.shape[-2:] == size[::-1]
         assert max(sides) == side if name == "whole" else max(sides) < 32 + 4  # of the downsampling
     told = r"large\.png: would take about 0\.0 GB; in tiles of 32 px about 0\.0 GB and \S+ s for each network\n"
@@ -164,9 +164,9 @@ def test_an_image_that_is_too_large_even_for_tiles_is_left_out_unless_tiles_are_
     monkeypatch.setattr(inference, "WHOLE_BYTES", 0)
     monkeypatch.setattr(inference, "TILED_BYTES", 0)
     noise_image(1, (60, 70)).save("a.png")
-    reason = translator(scale="native").load(Path("a.png")).reason
+    reason = translator(scale="native").load(Path("a.png"), "A").reason
     assert reason == "60x70 px: needs about 0.0 GB even in tiles; test.py --tile 512 translates it all the same"
-    assert translator(scale="native", tile=32).load(Path("a.png")).reason is None
+    assert translator(scale="native", tile=32).load(Path("a.png"), "A").reason is None
 
 
 def test_what_a_user_may_not_expect_is_said_once(capsys):
@@ -175,7 +175,7 @@ def test_what_a_user_may_not_expect_is_said_once(capsys):
     for size, scale in ((None, "train"), ((16, 16), "train"), ((16, 16), "native"), ((30, 30), "train")):
         ours = translator(size=size, scale=scale)
         for i in range(2):
-            ours.load(Path(f"{i}.png"))
+            ours.load(Path(f"{i}.png"), "A")
     assert capsys.readouterr().out.splitlines() == [
         "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images",
         "0.png: translated at 16x16 px, then enlarged to 50x20 px; training at a larger size gives more detail",
@@ -220,10 +220,10 @@ def test_an_interrupted_translation_is_in_the_record(monkeypatch):
         noise_image(i).save(f"in/{i}.png")
     plain = Translator.load
 
-    def load(self, path):
+    def load(self, path, domain):
         if path.name == "2.png":
             raise KeyboardInterrupt
-        return plain(self, path)
+        return plain(self, path, domain)
 
     monkeypatch.setattr(Translator, "load", load)
     monkeypatch.setattr(inference, "BATCH", 1)

@@ -14,7 +14,7 @@ from torch import nn
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, VIT_SIZES, GeneratorConfig, VitSize, build_generator
 from toolkit import devices, metrics
-from toolkit.images import load_image, range_to_bytes, tensor_to_image
+from toolkit.images import ImageReader, load_image, range_to_bytes, tensor_to_image
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -387,7 +387,7 @@ def test_what_fid_needs_and_does_not_get_is_named_in_one_line(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
         noise_image(i).save(path)
-    folder = metrics.ImageFiles(paths, (32, 32))
+    folder = metrics.ImageFiles(paths, ImageReader((32, 32)))
     given = (folder, folder, ["fid"])
     with pytest.raises(InputError, match=r"none\.pth"):
         metrics.fid_kid(*given, tmp_path / "none.pth", CPU)
@@ -395,7 +395,7 @@ def test_what_fid_needs_and_does_not_get_is_named_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"weights of Inception from .*other\.pth "):
         metrics.fid_kid(*given, tmp_path / "other.pth", CPU)
     with pytest.raises(InputError, match="--metrics fid: 1 image on one side"):
-        metrics.fid_kid(metrics.ImageFiles(paths[:1], (32, 32)), folder, ["fid"], None, CPU)
+        metrics.fid_kid(metrics.ImageFiles(paths[:1], ImageReader((32, 32))), folder, ["fid"], None, CPU)
 
 
 def test_weights_that_cannot_be_downloaded_name_the_option_for_a_file(tmp_path, monkeypatch):
@@ -403,7 +403,7 @@ def test_weights_that_cannot_be_downloaded_name_the_option_for_a_file(tmp_path, 
         raise OSError("no network")
 
     monkeypatch.setattr(pytest.importorskip("torch_fidelity"), "calculate_metrics", offline)
-    folder = metrics.ImageFiles([tmp_path] * 2, (32, 32))
+    folder = metrics.ImageFiles([tmp_path] * 2, ImageReader((32, 32)))
     with pytest.raises(InputError, match=r"no network.*--inception_weights"):
         metrics.fid_kid(folder, folder, ["kid"], None, CPU)
 
@@ -420,8 +420,10 @@ def test_fid_of_a_folder_against_itself_is_zero_and_rises_with_blur(tmp_path, in
             photo = tensor_to_image(load_image(path, (64, 64)))
             side = 64 // (strength + 1)
             photo.resize((side, side)).resize((64, 64)).save(blurred[-1])
-        fakes = metrics.ImageFiles(blurred, (32, 32))
-        rows.append(metrics.fid_kid(fakes, metrics.ImageFiles(paths, (32, 32)), ["fid", "kid"], inception, CPU))
+        fakes = metrics.ImageFiles(blurred, ImageReader((32, 32)))
+        rows.append(
+            metrics.fid_kid(fakes, metrics.ImageFiles(paths, ImageReader((32, 32))), ["fid", "kid"], inception, CPU)
+        )
     assert "12 against 12 images are biased" in capsys.readouterr().err
     fids = [row["FID"] for row in rows]
     assert fids[0] == pytest.approx(0, abs=1e-3)

@@ -16,6 +16,7 @@ from PIL import Image
 from cyclegan import LossConfig, loss_names
 from toolkit import devices, monitor
 from toolkit.files import attempt
+from toolkit.images import ImageReader
 from toolkit.logs import read_losses
 from toolkit.monitor import Monitor, cyclegan_rows, load_samples, load_watched
 from utils import InputError
@@ -64,7 +65,7 @@ def epochs_on(page):
 @pytest.mark.parametrize(("counts", "columns"), [((1, 1, 13, 4), 4), ((1, 1, 13, 9), 6), ((3, 3, 0, 0), 3)], ids=str)
 def test_samples_are_spread_over_the_held_out_split_as_many_of_each_domain(tmp_path, counts, columns):
     dataset = make_dataset(tmp_path / "set", counts)
-    real_A, real_B = load_samples(dataset, (16, 12), 3, "skip")
+    real_A, real_B = load_samples(dataset, dict.fromkeys("AB", ImageReader((16, 12))), "skip")
     assert real_A.shape == real_B.shape == (columns, 3, 16, 12)
     second = dataset / ("testA/2.png" if counts[2] else "trainA/1.png")
     expected = np.array(Image.open(second).resize((12, 16), Image.Resampling.BICUBIC))

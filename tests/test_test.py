@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_runs import save_pair, save_run
 
 import test as test_command
+import train
 from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, images, inference, metrics
 from toolkit.checkpoints import load_state, networks_of, save_state
@@ -363,7 +364,9 @@ def test_the_spike_is_that_of_the_feature_maps_of_the_test_images(run):
     networks = networks_of(load_state(STATE), STATE)
     for direction in DIRECTIONS:
         paths = sorted(Path(f"datasets/tiny/test{direction.source}").iterdir())
-        expected = metrics.mean_spike(networks[direction.generator], images.LazyImages(paths, (16, 16)), "fp32")
+        expected = metrics.mean_spike(
+            networks[direction.generator], images.LazyImages(paths, images.ImageReader((16, 16))), "fp32"
+        )
         assert scores[str(direction)]["spike"] == pytest.approx(expected, rel=1e-5)
         assert 0 < expected < 1
 
@@ -652,8 +655,8 @@ def test_with_skip_existing_only_what_is_missing_is_written(run, capsys):
 def test_an_image_that_changes_while_it_is_translated_is_made_again(run, monkeypatch, folder):
     plain = Translator.load
 
-    def load(self, path):
-        loaded = plain(self, path)
+    def load(self, path, domain):
+        loaded = plain(self, path, domain)
         if path.parent.name == "testA":
             noise_image("changed", (20, 18)).save(Path("datasets/tiny", folder, path.name))
         return loaded
@@ -674,9 +677,9 @@ def test_a_result_that_is_edited_while_others_are_translated_is_not_replaced(run
     run("--output", "x", "--direction", "AtoB")
     plain = gallery.ResultFolder.save
 
-    def save(self, result, shown, origin):
+    def save(self, *args):
         Path("x/fake_B/2.png").write_text("mine")
-        plain(self, result, shown, origin)
+        plain(self, *args)
 
     monkeypatch.setattr(gallery.ResultFolder, "save", save)
     argv = ["--run_name", "tiny", *FP32, "--output", "x", "--direction", "AtoB", "--skip_existing", "--epoch", "1"]
@@ -831,3 +834,30 @@ def test_of_many_images_the_grid_shows_six_that_are_evenly_spread(run):
     shown = {red for red, green, blue in map(tuple, middle) if green == blue == 0 and red % 40 == 0}
     assert shown >= {40, 80, 120, 160, 200}
     assert len(shown) == 6
+
+
+def test_a_run_that_keeps_shapes_translates_whole_images_without_stretching():
+    folder = make_dataset(Path("datasets/tiny"), size=(40, 20))
+    options = ["--dataset_name", "tiny", *TINY, "--num_epochs", "1", "--preprocess", "scale_shortside_and_crop"]
+    train.main([*options, "--eval_interval", "1", "--eval_metrics", "cycle,paired"])
+    seen = []
+    plain = inference.Translator.load
+
+    def load(self, path, domain):
+        loaded = plain(self, path, domain)
+        seen.append(loaded.network_input.size)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference.Translator, "load", load)
+        for source in (["--run_name", "tiny"], ["--weights", "saved_models/tiny/G_AB.safetensors"]):
+            test_command.main([*source, "--input", str(folder / "testA"), "--output", f"out{len(seen)}"])
+    assert set(seen) == {(32, 16)}
+    with Image.open("out0/fake_B/0.png") as result:
+        assert result.size == (40, 20)
+    test_command.main(["--run_name", "tiny", "--metrics", "paired,cycle,losses,spike"])
+
+
+def test_a_cache_and_images_of_several_sizes_are_refused(refused):
+    line = refused(train.main, *TINY, "--cache", "ram", "--preprocess", "crop")
+    assert "--cache ram: keeps images of one size, and --preprocess crop has several" in line

@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
         if not path.is_file():
             found = list(map(str, numbered_checkpoints(folder)))
             found += [name for name in ("latest", "best") if (folder / f"{name}.pt").is_file()]
-            listed = ", ".join(found) or "none, nothing was saved yet"
+            listed = ", ".join(found) or f"none, nothing was saved yet; runs found: {found_runs()}"
             raise InputError(f"{flag} {epoch}: no {path}; expected one of: {listed}")
         return load_state(path, command), path
     except InputError as error:
@@ -284,10 +284,11 @@ def set_aside(run_name: str) -> None:
     folders = folders_of_run(run_name)
     names = [[str(path.relative_to(folder)) for path in found if folder in path.parents] for folder in folders]
     for folder in folders:
-        with suppress(OSError):  # what a killed process left
-            for path in filter(is_temporary, (folder / ASIDE).iterdir()):
-                path.unlink()
-            (folder / ASIDE).rmdir()
+        with suppress(OSError):  # what a killed process left: temporary files and empty folders
+            for parent, _, files in os.walk(folder / ASIDE, topdown=False):
+                for path in filter(is_temporary, (Path(parent, name) for name in files)):
+                    path.unlink()
+                Path(parent).rmdir()
         if os.path.lexists(folder / ASIDE):
             raise InputError(f"{folder / ASIDE}: needed for the run that is overwritten; move it away")
     record = {"files": names, "saved": None}

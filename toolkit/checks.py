@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datasets import spread
 from toolkit import images
+from toolkit.values import ValueRange
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message
@@ -32,6 +33,11 @@ class ImageFacts(NamedTuple):
 
 def inspect_image(path: Path) -> ImageFacts:
     """Read one image completely; raises UnreadableImage."""
+    values = images.read_values(path)
+    if values is not None:  # the file's own, since its range is not known
+        return ImageFacts(
+            hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest(), values.shape[::-1], True
+        )
     image = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
@@ -141,16 +147,17 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
         say(f"  {found}; of a paired set, move these too")
 
 
-def draw_sheet(splits: Mapping[str, list[Path]]) -> Image.Image:
+def draw_sheet(splits: Mapping[str, list[Path]], ranges: Mapping[str, ValueRange | None]) -> Image.Image:
     """Draw readable images by split, evenly spread: those of A on the left, of B on the right; at least one is needed."""
     rows = []
     for kind, most in (("train", 16), ("val", 4), ("test", 8)):
         chosen = [spread(splits.get(f"{kind}{domain}", []), most) for domain in "AB"]
         for i in range(0, max(map(len, chosen)), SHEET_COLUMNS):
             cells = torch.ones(2 * SHEET_COLUMNS + 1, 3, images.CELL, images.CELL)  # white; the middle remains a gap
-            for start, paths in ((0, chosen[0]), (SHEET_COLUMNS + 1, chosen[1])):
+            for domain, start, paths in zip("AB", (0, SHEET_COLUMNS + 1), chosen, strict=True):
                 for column, path in enumerate(paths[i : i + SHEET_COLUMNS], start):
-                    image = ImageOps.pad(images.read_image(path), (images.CELL, images.CELL), color="white")
+                    image = images.to_8_bit(images.read_image(path, value_range=ranges[domain])).convert("RGB")
+                    image = ImageOps.pad(image, (images.CELL, images.CELL), color="white")
                     cells[column] = images.image_to_tensor(image)
             rows.append((f"{kind}A | {kind}B", cells))
     return images.draw_grid(rows)

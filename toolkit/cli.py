@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
-            return shlex.split(arg_line, comments=True)
+            return [as_value(word) for word in shlex.split(arg_line, comments=True)]
         except ValueError as error:
             self.error(f"argument file, {arg_line.strip()}: {error}")
 
@@ -37,6 +38,10 @@ class Parser(argparse.ArgumentParser):
         for flag, replacement in REMOVED.items():
             if flag in message.replace("=", " ").split():
                 message = f"{flag} is no longer an option; use {replacement}"
+        choice = re.match(r"argument --(\w+): invalid choice: '([^']*)'", message)
+        answers, _ = foreign_flags.answers([f"--{choice[1]}={choice[2]}"], set()) if choice else ([], [])
+        if answers:
+            message += f"; of another project: {answers[0]} (docs/coming_from.md)"
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def _refuse(self, unknown: Sequence[str], given: set[str]) -> NoReturn:
@@ -54,7 +59,8 @@ class Parser(argparse.ArgumentParser):
         """Read the command line; args.given names the options that were given."""
         unset = object()
         try:
-            args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+            words = [as_value(word) for word in (sys.argv[1:] if argv is None else argv)]
+            args, unknown = self.parse_known_args(words, argparse.Namespace(**dict.fromkeys(self.options, unset)))
         except UnicodeDecodeError as error:
             self.error(f"an argument file is not text ({error})")
         args.given = {name for name in self.options if getattr(args, name) is not unset}
@@ -63,6 +69,11 @@ class Parser(argparse.ArgumentParser):
         for name in self.options.keys() - args.given:
             setattr(args, name, copy.copy(self.options[name].default))
         return args
+
+
+def as_value(word: str) -> str:
+    """Put a space before numbers such as -1000,3000, which argparse would take for an option."""
+    return f" {word}" if re.match(r"-[\d.]+,", word) else word
 
 
 def add_options(parser: Parser, title: str, kind: Any, inherited_from: str = "") -> None:

@@ -9,6 +9,7 @@ from models import GENERATOR_PARTS, INITS, DiscriminatorConfig, GeneratorConfig
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.executor import ExecutorConfig
+from toolkit.images import PREPROCESS
 from toolkit.metrics import BEST_BY, MEASURES
 from utils import InputError, epoch_name, folder_name, need_package, option, some_of
 
@@ -97,6 +98,11 @@ class TrainConfig:
             raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
         if needed and not evaluated and (run.eval_interval or "best_by" in self.given):
             raise InputError(f"--best_by {run.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
+        if self.data.cache != "none" and self.data.preprocess != PREPROCESS[0]:
+            raise InputError(
+                f"--cache {self.data.cache}: keeps images of one size, and --preprocess {self.data.preprocess} has several; "
+                "give --cache none"
+            )
         if self.data.rotate90 and self.data.img_height != self.data.img_width:
             raise InputError("--rotate90: needs square images; give --img_height and --img_width one value")
         if run.best_by == "SSIM" and min(self.data.size) < 11:

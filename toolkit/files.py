@@ -4,6 +4,7 @@ Every file is written under a temporary name, flushed, synced, then renamed: a c
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -182,9 +183,9 @@ def sole_process(folder: Path, *others: Path, remedy: str = "another --run_name"
             warn(f"{folder} cannot be locked ({error.strerror}); do not let a second process write there")
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        for locked in (folder, *others):
-            for path in filter(is_temporary, locked.glob(".*.tmp")):
-                path.unlink()
+        left = [folder.glob(".*.tmp"), *(other.rglob(".*.tmp") for other in others)]
+        for path in filter(is_temporary, itertools.chain(*left)):
+            path.unlink()
         yield
 
 

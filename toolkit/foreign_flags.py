@@ -103,10 +103,14 @@ JUNYANZ = (
         ("load_size", "crop_size"),
     ),
     Row(
-        "`--preprocess none`",
-        "`--load_scale 1`",
-        _choice(none="--load_scale 1", resize_and_crop=NOT_NEEDED, other="--load_scale 1 (images are resized)"),
-        ("preprocess",),
+        "`--preprocess resize_and_crop`, `crop`, `scale_width_and_crop`",
+        "[the same](images.md#shapes); images smaller than the crop are enlarged, not stretched",
+        {},
+    ),
+    Row(
+        "`--preprocess none`, `scale_width`",
+        "not there: all training images have one size; with square images `--load_scale 1`",
+        {"preprocess": "--load_scale 1, which suits images of one shape"},
     ),
     Row(
         "`--no_flip`",
@@ -204,7 +208,7 @@ def answers(words: Iterable[str], known: set[str]) -> tuple[list[str], list[str]
             values[name] = value
             flag = "" if value else name
         elif flag and not word.startswith("--"):
-            values[flag] = word
+            values[flag] = word.strip()
             flag = ""
         else:
             others.append(word)

@@ -40,6 +40,12 @@ class Result:
     name: Path  # of each of its files, within their folders
     files: dict[str, Path]  # by folder: real_A, fake_B and, if there are such images, truth_B and rec_A
     truth: Path | None = None  # what the input should become, if that is known
+    values: Path | None = None  # of the translation, in the units of its domain, if it has a value range
+
+    @property
+    def written(self) -> list[Path]:
+        """All its files."""
+        return [*self.files.values(), *([self.values] if self.values else [])]
 
 
 def result_folders(direction: Direction) -> tuple[str, str, str, str]:
@@ -48,10 +54,16 @@ def result_folders(direction: Direction) -> tuple[str, str, str, str]:
     return f"real_{source}", f"fake_{target}", f"truth_{target}", f"rec_{source}"
 
 
+def values_file(direction: Direction, name: Path) -> Path:
+    """Return the file of a translation in the units of its domain: a TIFF of 32-bit floats."""
+    return Path(f"values_{direction.target}", name).with_suffix(".tif")
+
+
 DIRECTION_OF = {folder: direction for direction in DIRECTIONS for folder in result_folders(direction)}
 ORIGIN = ("settings", "input", "truth")  # what a file was made from: the key of the settings, the hashes of two files
 NOTHING = dict.fromkeys(ORIGIN)
-OWN_NAMES = (*DIRECTION_OF, THUMBNAILS, PAGE, GRID, SCORES)
+OWN_FOLDERS = (*DIRECTION_OF, "values_A", "values_B", THUMBNAILS)
+OWN_NAMES = (*OWN_FOLDERS, PAGE, GRID, SCORES)
 
 
 def thumbnail(file: Path) -> Path:
@@ -133,6 +145,7 @@ class ResultFolder:
         """
         results = [result for of_direction in planned for result in of_direction]
         paths = [path for result in results for file in result.files.values() for path in (file, thumbnail(file))]
+        paths += [result.values for result in results if result.values]
         names = [path.as_posix() for path in paths] + [PAGE, GRID] + [SCORES] * with_scores
         for name in names:
             if name not in self.files:
@@ -213,7 +226,7 @@ class ResultFolder:
     def has(self, result: Result) -> bool:
         """Whether all files of a result are there, made from just this input, truth, networks and settings."""
         origin = self.origin(result)
-        return all(self.is_of(file, origin) for file in result.files.values())
+        return all(self.is_of(file, origin) for file in result.written)
 
     def inputs(self, direction: Direction) -> dict[str, str | None]:
         """Return the hashes of the inputs of a direction's results by their names in lower case."""
@@ -223,8 +236,12 @@ class ResultFolder:
             str(Path(*parts[name][1:])).lower(): self.files[name]["input"] for name in parts if parts[name][0] == fake
         }
 
-    def save(self, result: Result, images: Sequence[Image.Image], origin: Mapping) -> None:
-        """Write the images of a result in the order of its files, and thumbnails of large ones."""
+    def save(
+        self, result: Result, images: Sequence[Image.Image], origin: Mapping, values: Image.Image | None = None
+    ) -> None:
+        """Write the images of a result in the order of its files, and thumbnails of large ones; values: in mode F."""
+        if result.values and values:
+            self.write(result.values, functools.partial(values.save, format="TIFF"), origin)
         for file, image in zip(result.files.values(), images, strict=True):
             self.write(file, functools.partial(image.save, format="PNG"), origin)
             if max(image.size) > LARGEST_CELL:
@@ -240,7 +257,10 @@ class ResultFolder:
                 if folder == folders[1] and entry["settings"] in self.known_settings:
                     files = {folder: Path(folder, *rest) for folder in folders}
                     files = {folder: file for folder, file in files.items() if self.is_of(file, origin_of(entry))}
-                    found.setdefault((entry["settings"], direction), []).append(Result(Path(), Path(*rest), files))
+                    values = values_file(direction, Path(*rest))
+                    result = Result(Path(), Path(*rest), files)
+                    result.values = values if self.is_of(values, origin_of(entry)) else None
+                    found.setdefault((entry["settings"], direction), []).append(result)
         # threads wrote them, in any order
         return {group: sorted(found[group], key=lambda x: natural_order(x.name)) for group in found if found[group]}
 
@@ -274,6 +294,8 @@ class ResultFolder:
             names = dict(zip("AB", domain_names("", settings.get("domains")), strict=True))
             folders = dict.fromkeys(name for result in translated for name in result.files)
             legend = [(name, LEGEND[name[:-2]].format(names[name[-1]])) for name in folders]
+            if any(result.values for result in translated):
+                legend.append((f"values_{target}", "a folder with the translations in their own units"))
             rows = []
             for result in translated:
                 files = result.files.items()
@@ -293,7 +315,7 @@ class ResultFolder:
 def open_results(path: Path, settings: dict) -> Iterator[ResultFolder]:
     """Open a folder of results for one test at a time; raises InputError if another one writes there."""
     path.mkdir(parents=True, exist_ok=True)
-    with sole_process(path, *(path / folder for folder in DIRECTION_OF), remedy="another --output"):
+    with sole_process(path, *(path / name for name in OWN_FOLDERS), remedy="another --output"):
         folder = ResultFolder(path, settings)
         if folder.is_old:  # from now on hashes count, not names
             folder.write_record()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toolkit import files
 from toolkit.colour import to_srgb
+from toolkit.values import ValueRange, is_deep, scale_values
 from utils import InputError, counted, say, warn
 
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # no EPS: it needs Ghostscript
@@ -32,6 +33,8 @@ EXPECTED = "files such as .jpg .png .webp .tif .heic"  # for messages
 PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
 SUFFIXES |= PHONE_FORMATS.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
+# How images get the training size, as in junyanz's code; but nothing is stretched except by the first.
+PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
 LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
@@ -39,7 +42,7 @@ max_pixels = 178e6  # of one image; set by limit_pixels
 
 
 def bytes_to_range(x: Tensor) -> Tensor:
-    """Convert uint8 in [0, 255] to float32 in [-1, 1], any shape."""
+    """Convert uint8 or float in [0, 255] to float32 in [-1, 1], any shape."""
     return x.float() / 127.5 - 1
 
 
@@ -50,15 +53,17 @@ def range_to_bytes(x: Tensor) -> Tensor:
     return x.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
-def image_to_bytes(image: Image.Image) -> Tensor:
-    """Convert an RGB or L image to uint8 (3 or 1, H, W)."""
+def image_to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
+    """Convert an image as read_image returns it to (channels, H, W): uint8 or, of mode F, float32 in [0, 255]."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3) or (H, W)
+    if image.mode == "F":  # interpolation overshoots
+        return pixels.clamp_(0, 255).expand(channels, -1, -1)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Convert an RGB or L image to (3 or 1, H, W) in [-1, 1]."""
-    return bytes_to_range(image_to_bytes(image))
+def image_to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
+    """Convert an image as read_image returns it to (channels, H, W) in [-1, 1]."""
+    return bytes_to_range(image_to_pixels(image, channels))
 
 
 def tensor_to_image(x: Tensor) -> Image.Image:
@@ -140,15 +145,10 @@ def limit_pixels(pixels: float) -> None:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit, 32-bit and float greys to 8 bits, with their colour profile; return other images unchanged."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image).astype(np.float64)
+    """Convert an image of mode F, in [0, 255], to 8 bits, with its colour profile; return others unchanged."""
     if image.mode != "F":
-        values = values / 257  # 16 bits: 65535 → 255
-    elif np.nanmax(values, initial=0) <= 1:
-        values = values * 255  # floats are in [0, 1] or in [0, 255]
-    grey = Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+        return image
+    grey = Image.fromarray(np.asarray(image).clip(0, 255).round().astype(np.uint8))
     grey.info["icc_profile"] = image.info.get("icc_profile")
     return grey
 
@@ -196,9 +196,24 @@ def is_image(path: Path) -> bool:
     return True
 
 
-def read_image(path: Path, channels: int = 3) -> Image.Image:
+def read_size(path: Path) -> tuple[int, int]:
+    """Read an image to its end; returns width and height as stored; raises UnreadableImage."""
+    with open_image(path) as image, unreadable_on_error(path):
+        image.load()
+        return image.size
+
+
+def read_values(path: Path) -> np.ndarray | None:
+    """Return the values (H, W) of an image that has a value range, as stored; None for others; raises UnreadableImage."""
+    with open_image(path) as image, unreadable_on_error(path):
+        return np.asarray(image) if is_deep(image) and not image.info.get("icc_profile") else None
+
+
+def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> Image.Image:
     """Read any image as RGB (channels 3) or L (1) in sRGB, turned as EXIF says, transparency over white.
 
+    Greys of more than 8 bits become F, floats in [0, 255], by their domain's range; those with a colour profile are photos,
+    and become 8 bits.
     raises: UnreadableImage
     """
     with open_image(path) as image, unreadable_on_error(path):
@@ -206,14 +221,27 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
         with suppress(EOFError, OSError, ValueError, SyntaxError):  # of a torn later frame
             if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
                 warn_once("of animated images, and of files with several pages, only the first one is used")
-        # of a TIFF file of more than 8 bits in which 0 is white; Pillow inverts those of 8 bits
-        is_negative = image.format == "TIFF" and image.mode.startswith(("I", "F")) and image.tag_v2.get(262) == 0  # ty: ignore
-        image = to_8_bit(ImageOps.exif_transpose(image))
-        image = to_srgb(ImageOps.invert(image) if is_negative else image)
+        image = read_deep_image(image, value_range, path) if is_deep(image) else ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            return image
+        image = to_srgb(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB" if channels == 3 else "L")
+
+
+def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Path) -> Image.Image:
+    """Convert an opened grey image of more than 8 bits to F in [0, 255], turned; one with a colour profile to 8 bits."""
+    is_photo = bool(image.info.get("icc_profile"))
+    is_negative = image.format == "TIFF" and image.tag_v2.get(262) == 0  # ty: ignore (0 is white)
+    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    turned = ImageOps.exif_transpose(image)
+    grey = scale_values(turned, None if is_photo else value_range, is_16_bit, path)
+    if is_negative:
+        grey = Image.fromarray(255 - np.asarray(grey))
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return to_8_bit(grey) if is_photo else grey
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -221,10 +249,49 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
+def fitted_size(
+    size: tuple[int, int], target: tuple[int, int], preprocess: str, to_crop: bool = True
+) -> tuple[int, int]:
+    """Return the (width, height) to which an image of a size is resized, by one of PREPROCESS.
+
+    to_crop: whether it is then cropped to `target`, and so enlarged if it is smaller; else it is used as a whole
+    """
+    if preprocess == "resize_and_crop":
+        return target
+    factors = [wanted / side for wanted, side in zip(target, size, strict=True)]
+    factor = {"crop": 1.0, "scale_width_and_crop": factors[0], "scale_shortside_and_crop": max(factors)}[preprocess]
+    factor = max(factor, *factors) if to_crop else factor
+    width, height = (max(1, round(factor * side)) for side in size)
+    return (max(width, target[0]), max(height, target[1])) if to_crop else (width, height)  # rounding may lack a pixel
+
+
+def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut (width, height) out of the middle of an image, unless it has that size."""
+    left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, size, strict=True))
+    return image if image.size == size else image.crop((left, top, left + size[0], top + size[1]))
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How the image files of a domain become inputs of a network."""
+
+    size: tuple[int, int] | None  # height and width; None: their own
+    channels: int = 3
+    value_range: ValueRange | None = None
+    preprocess: str = PREPROCESS[0]
+
+    def __call__(self, path: Path) -> Tensor:
+        """Read an image as (channels, H, W) in [-1, 1]; raises UnreadableImage."""
+        image = read_image(path, self.channels, self.value_range)
+        if self.size:
+            target = self.size[::-1]
+            image = crop_centre(resize_image(image, fitted_size(image.size, target, self.preprocess)), target)
+        return image_to_tensor(image, self.channels)
+
+
 def load_image(path: Path | str, size: tuple[int, int] | None, channels: int = 3) -> Tensor:
-    """Read an image as (channels, H, W) in [-1, 1], at a height and width or its own; raises UnreadableImage."""
-    image = read_image(Path(path), channels)
-    return image_to_tensor(resize_image(image, size[::-1]) if size else image)
+    """Read an image as (channels, H, W) in [-1, 1], resized to a height and width or at its own; raises UnreadableImage."""
+    return ImageReader(size, channels)(Path(path))
 
 
 @dataclass
@@ -262,11 +329,9 @@ class BadImages:
         return [path for path, _ in self.read(paths, lambda path: open_image(path).close())]
 
 
-def load_images(
-    folder: Path, paths: Sequence[Path], size: tuple[int, int] | None, channels: int, on_bad: str
-) -> Iterator[tuple[Path, Tensor]]:
-    """Yield paths and images, read one by one as load_image does; unreadable ones are noted as by BadImages."""
-    return BadImages(folder, len(paths), on_bad).read(paths, lambda path: load_image(path, size, channels))
+def load_images(folder: Path, paths: Sequence[Path], reader: ImageReader, on_bad: str) -> Iterator[tuple[Path, Tensor]]:
+    """Yield paths and images, (channels, H, W) in [-1, 1], read one by one; unreadable ones are noted as by BadImages."""
+    return BadImages(folder, len(paths), on_bad).read(paths, reader)
 
 
 @dataclass
@@ -274,8 +339,7 @@ class LazyImages(Mapping):
     """Images by path, (1, channels, H, W) in [-1, 1], each read on access: memory holds one at a time."""
 
     paths: Sequence[Path]
-    size: tuple[int, int] | None
-    channels: int = 3
+    reader: ImageReader
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -284,7 +348,7 @@ class LazyImages(Mapping):
         return iter(self.paths)
 
     def __getitem__(self, path: Path) -> Tensor:
-        return load_image(path, self.size, self.channels)[None]
+        return self.reader(path)[None]
 
 
 def save_image(image: Image.Image, path: Path) -> None:

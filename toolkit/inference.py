@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
+from toolkit.values import ValueRange, parse_range, ranges_of, values_image
 from utils import InputError, check_options, counted, duration, say, warn
 
 BATCH = 16  # images in a batch, at most
@@ -114,6 +115,8 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
+        metadata["preprocess"] = saved.get("preprocess")
+        metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
     if not {"G_AB", "G_BA"} & networks.keys():
@@ -137,6 +140,8 @@ class LoadedImage:
     def joins(self, batch: Sequence["LoadedImage"]) -> bool:
         """Whether it can pass the networks together with a batch."""
         if not self.image or not batch[0].image or self.network_input.size != batch[0].network_input.size:
+            return False
+        if self.network_input.mode != batch[0].network_input.mode:  # bytes or floats
             return False
         # a batch also keeps the images at their own size
         most = min(BATCH_PIXELS // math.prod(self.network_input.size), QUEUE_PIXELS // max(1, self.pixels))
@@ -162,6 +167,7 @@ class Translator:
     scale: str = "train"  # "train": resize images to the training size, if it is known; "native": keep their own size
     tile: int | None = None  # translate larger images in overlapping tiles of so many px a side; None: those too large
     output_size: str = "input"  # of the results: that of their image, or "net": that of the networks' output
+    ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain, in place of those of the metadata
     hint: Callable[[Path, str], object] = say_about  # shows something about an image to the user
     said: set[str] = field(default_factory=set, init=False)  # kinds of hints that were given
 
@@ -173,7 +179,10 @@ class Translator:
             say(
                 "these weights do not say their training size: 256x256 px is assumed; --scale native keeps that of images"
             )
+        self.ranges = ranges_of(self.metadata) | {domain: found for domain, found in self.ranges.items() if found}
         self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
+        stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
+        self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
@@ -188,12 +197,23 @@ class Translator:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
+    def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
+        """Return what reads the images of a domain for these networks, at a height and width or at their own."""
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+
     def settings(self) -> dict:
         """Return, as plain values, all that a translation depends on besides its image."""
         networks = {str(d): weights.network_hash(self.networks[d.generator]) for d in self.directions}
         known = {name: self.metadata.get(name) for name in ("epoch", "step")}
         whole = {name: value if isinstance(value, int) else None for name, value in known.items()}  # a stranger's file
-        sizes = {"size": self.size, "scale": self.scale, "tile": self.tile, "output_size": self.output_size}
+        sizes: dict[str, Any] = {
+            "size": self.size,
+            "scale": self.scale,
+            "tile": self.tile,
+            "output_size": self.output_size,
+        }
+        sizes |= {"ranges": self.ranges} if self.ranges else {}
+        sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
         return whole | sizes | {"precision": self.precision, "networks": networks}
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
@@ -204,7 +224,7 @@ class Translator:
         return self.networks[direction.generator], self.networks.get(direction.reverse.generator)
 
     def __call__(self, net: Generator, x: Tensor) -> Tensor:
-        """Run (N, C, H, W), in [-1, 1] or uint8, through a network, in tiles where needed; returns float32 of that shape."""
+        """Run (N, C, H, W), float in [-1, 1] or uint8, through a network, in tiles where needed; returns float32 of that shape."""
 
         def run(x: Tensor) -> Tensor:
             x = images.bytes_to_range(x) if x.dtype == torch.uint8 else x
@@ -229,13 +249,15 @@ class Translator:
             seconds = time.perf_counter() - start
         return PASSES_IN_TILES * seconds * pixels / side**2
 
-    def load(self, path: Path) -> LoadedImage:
-        """Read an image and resize it for the networks."""
+    def load(self, path: Path, domain: str) -> LoadedImage:
+        """Read an image of a domain and resize it for the networks."""
         try:
-            image = images.read_image(path, self.channels)
+            image = images.read_image(path, self.channels, self.ranges.get(domain))
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = self.size[::-1] if self.scale == "train" else image.size
+        width, height = image.size
+        if self.scale == "train":
+            width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -293,11 +315,12 @@ def unique_name(name: Path, is_taken: Callable[[str], bool]) -> Path:
 
 
 def plan_results(
-    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str | None]
+    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str | None], with_values: bool = False
 ) -> list[gallery.Result]:
     """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix.
 
-    others: hashes of inputs by the lower-case names of their results, which only the same input may replace
+    others:      hashes of inputs by the lower-case names of their results, which only the same input may replace
+    with_values: whether the translations also get a file in the units of their domain
     """
     real, fake, truth, rec = gallery.result_folders(direction)
     count = Counter(path.with_suffix("") for path in inputs.paths)
@@ -323,7 +346,8 @@ def plan_results(
         taken.add(str(name).lower())
         present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
         paths = {folder: Path(folder, name) for folder in present if present[folder]}
-        results.append(gallery.Result(path, name, paths, inputs.truths.get(path)))
+        values = gallery.values_file(direction, name) if with_values else None
+        results.append(gallery.Result(path, name, paths, inputs.truths.get(path), values))
     if renamed:
         more = f", and {len(renamed) - 1} more" if renamed[1:] else ""
         say(
@@ -360,18 +384,26 @@ def run_ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator[L
 
 
 def translate_images(
-    translator: Translator, nets: Sequence[Generator], loaded: Iterable[LoadedImage], bad: images.BadImages
+    translator: Translator,
+    nets: Sequence[Generator],
+    loaded: Iterable[LoadedImage],
+    bad: images.BadImages,
+    as_floats: bool = False,
 ) -> Iterator[tuple[LoadedImage, list[Tensor]]]:
-    """Yield each image with the outputs, uint8 (C, H, W), of the networks, each of which gets what the one before put out."""
+    """Yield each image with the outputs of the networks, each of which gets what the one before put out.
+
+    yields: outputs (C, H, W): uint8, which takes less memory, or float32 in [-1, 1]
+    """
     for batch in in_batches(loaded):
         if batch[0].reason:
             bad.note(batch[0].path, batch[0].reason)
             continue
-        x = torch.stack([images.image_to_bytes(image.network_input) for image in batch])
+        x = torch.stack([images.image_to_pixels(image.network_input, translator.channels) for image in batch])
+        x = images.bytes_to_range(x) if x.is_floating_point() else x
         outputs = []
         for net in nets:
             x = translator(net, x)
-            outputs.append(images.range_to_bytes(x).cpu())
+            outputs.append((x if as_floats else images.range_to_bytes(x)).cpu())
         for i, image in enumerate(batch):
             yield image, [output[i] for output in outputs]
 
@@ -396,34 +428,38 @@ def translate_folder(
     existing = {result.input for result in results if skip_existing and folder.has(result)}
     waiting = {result.input: result for result in results if result.input not in existing}
     bad = images.BadImages(inputs.root, len(inputs.paths), inputs.on_bad)
+    value_range = translator.ranges.get(direction.target)
     origins: dict[Path, dict] = {}
     written = set()
 
     def read(path: Path) -> LoadedImage:
         origins[path] = folder.origin(waiting[path])  # before it is read: a file that changes meanwhile is made again
-        return translator.load(path)
+        return translator.load(path, direction.source)
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
         loaded, outputs = item
         result = waiting[loaded.path]
         image = loaded.image if translator.output_size == "input" else loaded.network_input
-        shown = [image, *(output_image(x, image.size) for x in outputs)]
+        shown = [images.to_8_bit(image), *(output_image(x, image.size) for x in outputs)]
         origin = origins.pop(loaded.path)
         if result.truth:
             try:
-                shown.insert(2, images.read_image(result.truth, translator.channels))
+                shown.insert(2, images.to_8_bit(images.read_image(result.truth, translator.channels, value_range)))
             except images.UnreadableImage as error:
                 warn(f"{result.truth}: neither shown nor scored ({error})")
                 result.files.pop(truth)
                 result.truth = None
                 origin["truth"] = None
-        folder.save(result, shown, origin)
+        values = None
+        if value_range:
+            values = values_image(outputs[0], image.size, value_range)
+        folder.save(result, shown, origin, values)
         written.add(loaded.path)
         return loaded
 
     start = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:
-        translated = translate_images(translator, nets, run_ahead(pool, read, waiting), bad)
+        translated = translate_images(translator, nets, run_ahead(pool, read, waiting), bad, bool(value_range))
         with tqdm(desc=str(direction), total=len(waiting), unit="image", mininterval=0.5) as bar:
             for _ in run_ahead(pool, write, translated):
                 bar.update()

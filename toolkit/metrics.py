@@ -19,7 +19,7 @@ from cyclegan import LossConfig, discriminator_loss, eval_mode, generator_loss, 
 from models import DIRECTIONS, Generator, Networks
 from toolkit.devices import autocast
 from toolkit.distributed import rank
-from toolkit.images import load_image, range_to_bytes
+from toolkit.images import ImageReader, range_to_bytes
 from utils import InputError, counted, warn
 
 MEASURES = ("losses", "cycle", "identity", "paired", "spike")  # fast enough to be computed during training
@@ -52,13 +52,13 @@ def mean_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of a uint8 image in dB, at most 100: infinity would spoil every mean."""
+    """Return the peak signal-to-noise ratio of an image in [0, 255], in dB, at most 100: infinity would spoil every mean."""
     mse = ((output.double() - target.double()) ** 2).mean().item()
     return min(100.0, 10 * math.log10(PEAK**2 / mse)) if mse else 100.0
 
 
 def ssim(output: Tensor, target: Tensor) -> float:
-    """Return the structural similarity of uint8 images (C, H, W), mean over the channels; nan below 11 px a side.
+    """Return the structural similarity of images (C, H, W) in [0, 255], mean over the channels; nan below 11 px a side.
 
     source: Wang et al. 2004: Gaussian window of 11x11 px with sigma 1.5, no padding
     """
@@ -98,13 +98,15 @@ def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
         return image
     x = image[None].float()
     x = nn.functional.interpolate(x, tuple(size), mode="bicubic", antialias=True, align_corners=False)
-    return x[0].clamp(0, PEAK).round().to(torch.uint8)
+    x = x[0].clamp(0, PEAK)
+    return x if image.is_floating_point() else x.round().to(torch.uint8)
 
 
 def paired_table(images: Iterable[tuple[dict[str, Tensor], Tensor]]) -> dict[str, dict[str, float]]:
     """Score one or more outputs for each image against its target; returns mean scores by name of output.
 
-    images:  outputs by name, such as "model" and "copy", and the target, uint8 (C, H, W); all are resized to the first output
+    images:  outputs by name, such as "model" and "copy", and the target, (C, H, W), uint8 or float in [0, 255]; all are
+             resized to the first output
     returns: L1, RMSE (8-bit levels), PSNR (dB), SSIM, the fractions within_5 and within_10 of pixels; match@1
     """
     rows = defaultdict(list)
@@ -293,16 +295,16 @@ def generator_cost(net: Generator, image: Tensor, precision: str, repeats: int =
 
 @dataclass
 class ImageFiles(Dataset):
-    """Image files as torch-fidelity wants them: uint8 (3, *size)."""
+    """Image files as torch-fidelity wants them: uint8 (3, H, W)."""
 
     paths: Sequence[Path]
-    size: tuple[int, int]
+    reader: ImageReader  # of 3 channels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        return range_to_bytes(load_image(self.paths[i], self.size))
+        return range_to_bytes(self.reader(self.paths[i]))
 
 
 def fid_kid(

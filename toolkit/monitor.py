@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -26,15 +26,18 @@ from utils import InputError, counted, duration, one_line, say, warn, with_domai
 Rows = list[tuple[str, Tensor]]  # of a grid: labels and images (N, C, H, W) in [-1, 1]
 
 
-def load_samples(dataset: Path, size: tuple[int, int], channels: int, on_bad: str) -> tuple[Tensor, Tensor]:
-    """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, *size) in [-1, 1]."""
+def load_samples(dataset: Path, readers: Mapping[str, images.ImageReader], on_bad: str) -> tuple[Tensor, Tensor]:
+    """Read up to 6 held-out images of A and as many of B, for all sample grids: (N, C, H, W) in [-1, 1].
+
+    readers: by domain, which give all images one size
+    """
     split = held_out_split(dataset)
     samples = []
     for domain in "AB":
         folder = dataset / f"{split}{domain}"
         paths = images.list_images(folder)
         chosen = paths[:: max(1, len(paths) // 6)][:6]
-        samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, size, channels, on_bad)]))
+        samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, readers[domain], on_bad)]))
     columns = min(map(len, samples))
     return samples[0][:columns], samples[1][:columns]
 
@@ -63,7 +66,7 @@ def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resume
             continue
         scale = shorter / min(photo.size)
         photo = photo.resize([min(4 * shorter, max(shorter, round(side * scale))) for side in photo.size])
-        photos[name] = images.image_to_tensor(photo)[None]
+        photos[name] = images.image_to_tensor(photo, channels)[None]
     return photos
 
 

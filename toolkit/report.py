@@ -1,5 +1,6 @@
 """A student beside its teacher: their costs before training, and a report on their quality after it."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,11 @@ class Report:
             for nets, _ in rows.values():
                 torch.nn.ModuleDict(nets).to(self.device)
             reals, truths = (
-                datasets.named_images(dataset / f"{split}{domain}", size, teacher.channels, self.data.on_bad_image)
+                datasets.named_images(
+                    dataset / f"{split}{domain}",
+                    dataclasses.replace(self.data.readers[domain], size=size, channels=teacher.channels),
+                    self.data.on_bad_image,
+                )
                 for domain in direction
             )
             tables[name], grid = compare_generators(rows, direction, reals, truths, self.precision)

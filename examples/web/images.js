@@ -70,3 +70,11 @@ export function draw(canvas, { data, width, height }) {
 export function toPng(canvas) {
   return new Promise((resolve) => canvas.toBlob(resolve));
 }
+
+/** The size at which a network gets an image, as in test.py: [height, width]. */
+export function networkSize({ width, height }, { size, preprocess }) {
+  if (!size || preprocess === "crop") return [height, width];
+  const factors = [size[0] / height, size[1] / width];
+  const factor = { scale_width_and_crop: factors[1], scale_shortside_and_crop: Math.max(...factors) }[preprocess];
+  return factor ? [height, width].map((side) => Math.max(1, Math.round(factor * side))) : size;
+}

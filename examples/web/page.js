@@ -4,7 +4,7 @@
 // training size, scaled to [-1, 1], translated, converted back to bytes, and resized to their own size.
 
 import { Camera } from "./camera.js";
-import { draw, readImage, resize, toPng } from "./images.js";
+import { draw, networkSize, readImage, resize, toPng } from "./images.js";
 
 const MOST_PIXELS_WHOLE = 2 ** 18; // per image, if the model file records no training size
 const SIDES = [128, 192, 256]; // px, sizes of camera frames besides the training size
@@ -61,9 +61,9 @@ async function translateImage() {
   if (!file) return "choose an image, or start the camera";
   element("images").hidden = true; // so that an older result is not mistaken for this one
   const image = await readImage(file, facts.channels, element("before"));
-  const [height, width] = facts.size ?? [image.height, image.width];
-  if (!facts.size && width * height > MOST_PIXELS_WHOLE) {
-    throw new Error(`${file.name}: too large for ${name}, which records no training size; choose one of at most ${MOST_PIXELS_WHOLE} px`);
+  const [height, width] = networkSize(image, facts);
+  if ((!facts.size || facts.preprocess === "crop") && width * height > MOST_PIXELS_WHOLE) {
+    throw new Error(`${file.name}: too large for ${name}, which translates images at their own size; choose one of at most ${MOST_PIXELS_WHOLE} px`);
   }
   let answer;
   try {
