@@ -497,6 +497,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     meaningless = args.given & set().union(*OPTIONS_OF.values()) - OPTIONS_OF[args.generator]
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
+    if "assume" in args.given and not args.init_from:
+        parser.error("--assume: has no effect without --init_from; give both or none")
     if args.skips and not args.n_downsampling and args.start_from == "0":
         parser.error("--skips: has no effect with --n_downsampling 0; leave it out")
     return args

@@ -84,7 +84,7 @@ def test_a_direction_that_contradicts_a_name_is_refused():
     torch.save(BA, "netG_B2A.pth")
     with pytest.raises(InputError, match=r"--direction AtoB: netG_B2A.pth translates BtoA"):
         load_networks(pathlib.Path("netG_B2A.pth"), "", asked=A_TO_B)
-    torch.save({"G_A2B": AB}, "netG_B2A.pth")
+    torch.save({"G_A2B": AB, "disc": D}, "netG_B2A.pth")
     with pytest.raises(
         InputError, match=r"G_A2B in it translates AtoB, but the file's name says BtoA; rename the file"
     ):
@@ -178,6 +178,7 @@ def test_safetensors_of_other_projects_are_read_like_pickles(state):
         ({"G_AB": AB, "old_G_AB": BA}, "holds several generators"),
         ({"D_A": D, "D_B": D}, "holds D_A (a discriminator), D_B (a discriminator); holds a discriminator; expected"),
         ([AB, BA], "holds several generators, and no name says which is which: 0 (pytorch-"),
+        ({"a.b": AB, "a": {"b": BA}}, "holds several generators"),
         ({"a\nb": AB, "c": BA}, r"a\nb (pytorch-"),
         ({f"{'g.' * 3000}weight": torch.zeros(1)}, "holds no tensors by name"),
         ({"optimizer": OPTIMISER, "epoch": 3}, "holds no tensors by name; expected the weights of a generator"),

@@ -230,6 +230,11 @@ def test_a_generator_of_images_from_0_to_1_with_a_sigmoid_becomes_one_of_ours(no
         assert torch.allclose(net.double()(x) / 2 + 0.5, theirs.double()(x / 2 + 0.5), rtol=0, atol=1e-6)
 
 
+def test_a_wrong_shape_is_found_whatever_is_assumed():
+    with pytest.raises(InputError, match=r"model.1.bias is \(5,\), expected \(4,\)"):
+        load(foreign() | {"model.1.bias": torch.zeros(5)}, assumed=["sigmoid"])
+
+
 def test_statistics_that_a_project_uses_in_eval_mode_can_be_told(capsys):
     theirs = tracked_statistics(ForeignGenerator(2))
     load(theirs.state_dict())

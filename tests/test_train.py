@@ -696,6 +696,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--n_layers_D 5", "--n_layers_D that fits is 2"),
         ("--img_height 5 --n_downsampling 0", "take --discriminator pixel"),
         ("--lambda_gan 0 --lambda_cycle 0 --lambda_identity 0", "--lambda_gan, --lambda_cycle, --lambda_identity are"),
+        ("--assume zeros", "--assume: has no effect without --init_from"),
         ("--gp_target 1", "--gp_target 1: has no effect without --lambda_gp"),
         ("--lambda_gan 0 --lambda_gp 0.1", "--lambda_gp 0.1: has no effect while the discriminators do not learn"),
         ("--freeze D --lambda_gp 0.1", "--lambda_gp 0.1: has no effect while the discriminators do not learn"),

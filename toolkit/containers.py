@@ -36,7 +36,7 @@ MOST_DOTS = 50  # in the name of a tensor; real ones have about ten
 COMMON_WORDS = {"", "ema", "average", "averaged", "swa", "state", "dict", "params", "model", "weights", "net", "module"}
 
 
-@dataclass
+@dataclass(eq=False)  # tensors cannot be compared
 class StoredNetwork:
     """The tensors of one network in a file."""
 

@@ -155,7 +155,9 @@ def read_foreign(
         stored = network.stored
         for note in network.notes:
             say(f"{path}: {note}")
-        direction = _direction_of(path, stored, is_alone=len(networks) == 1)
+        direction = _direction_of(
+            path, stored, is_alone=sum(other.stored.direction is not None for other in networks) == 1
+        )
         name = f"{stored.name} is read" if stored.name and len(networks) > 1 else ""
         averaged = "averaged weights" if stored.is_averaged else ""
         translates = f"translates {direction} by its name" if direction else ""
@@ -201,7 +203,9 @@ def _choose(path: Path, networks: list[ForeignNetwork], asked: Direction | None)
     found = [network.stored.direction for network in readable]
     if len(readable) > 1 and (None in found or len(set(found)) < len(found)):
         name = readable[0].stored.name
-        hint = f'save one alone: torch.save(torch.load("{path.name}")["{name}"], "{name}.pth")'
+        hint = "save one alone"
+        if name.isidentifier() and path.suffix != ".safetensors":
+            hint = f'{hint}: torch.save(torch.load("{path.name}")["{name}"], "{name}.pth")'
         raise InputError(
             f"{path}: holds several generators, and no name says which is which: {', '.join(names)[:300]}; {hint}"
         )
@@ -298,8 +302,9 @@ def _fold_unit_range(tensors: dict[str, Tensor], convs: list[str]) -> None:
     first = tensors[f"{convs[0]}.weight"].float()
     bias = tensors.get(f"{convs[0]}.bias", torch.zeros(len(first))).float()
     tensors[f"{convs[0]}.weight"] = first / 2
-    tensors[f"{convs[0]}.bias"] = bias + first.sum((1, 2, 3)) / 2
-    for leaf in ("weight", "bias"):
+    if bias.shape == (len(first),):
+        tensors[f"{convs[0]}.bias"] = bias + first.sum((1, 2, 3)) / 2
+    for leaf in ("weight", "bias"):  # a wrong shape is found later
         if f"{convs[-1]}.{leaf}" in tensors:
             tensors[f"{convs[-1]}.{leaf}"] = tensors[f"{convs[-1]}.{leaf}"].float() / 2
 
@@ -313,8 +318,10 @@ def _find_convs(what: str, tensors: dict[str, Tensor]) -> Convs:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
     kind = kind_of(tensors)
     if not convs or not kind.startswith("an unknown layout"):
-        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN; docs/extending.md shows how to convert another layout"
-        raise InputError(f"{what}: holds {kind}; expected {expected}")
+        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
+        raise InputError(
+            f"{what}: holds {kind}; expected {expected}; docs/extending.md shows how to convert another layout"
+        )
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 

@@ -55,6 +55,8 @@ def load_networks(
     returns: also metadata, of a file with its direction (of two: the first)
     raises:  InputError if the file is for the other direction, and as load_generators and load_run do
     """
+    if file is None and assumed:
+        raise InputError(f"--assume {','.join(assumed)}: has no effect without --weights; give both or none")
     if file is None:
         return load_run(run_name, epoch, discriminators)
     checkpoints.recover_run_of(file)
