@@ -31,6 +31,7 @@ from torch import Tensor
 from datasets import MAX_MEGAPIXELS
 from models import Direction
 from toolkit import cli, images, process
+from toolkit.converters import ASSUME
 from toolkit.checkpoints import ASIDE, RUNS, recover
 from toolkit.devices import DeviceConfig
 from toolkit.files import atomic_write
@@ -50,6 +51,7 @@ class AppConfig(DeviceConfig):
     """Which networks are shown, and to whom."""
 
     weights: Path | None = option(None, "generator file to list first", metavar="FILE")
+    assume: tuple[str, ...] = ASSUME
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 admits the whole network")
     port: int = option(7860, "port to listen at", least=1, most=65535)
     max_mb: float = option(20.0, "largest file to upload, in MiB", above=0, most=10**4)
@@ -75,7 +77,7 @@ def find_runs(generator: str = "G_??") -> list[str]:
 @functools.lru_cache(maxsize=4)
 def load_translator(config: AppConfig, name: str, file: Path | None, scale: str, times: tuple[int, ...]) -> Translator:
     """Load networks as test.py does; `times` are those of their files, so that a run in training is loaded again."""
-    networks, metadata = load_networks(file, name)
+    networks, metadata = load_networks(file, name, assumed=config.assume if file == config.weights else ())
     return Translator(networks, metadata, config.device, config.precision, scale, hint=show_hint)
 
 

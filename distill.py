@@ -38,7 +38,7 @@ from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
 from toolkit.values import range_in_text, ranges_of
-from toolkit.weights import load_generator
+from toolkit.weights import load_generators
 from utils import InputError, folder_name, in_range, is_folder_name, option, say
 
 
@@ -156,7 +156,7 @@ class Teacher:
     metadata: dict  # of a single file: size (height, width) in px, dataset_name
 
 
-def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
+def load_teacher(name: str, directions: Sequence[Direction], assumed: Collection[str] = ()) -> Teacher:
     """Read a run's latest state, any training state, or a single generator file (ours or another project's).
 
     directions: those that get a student; a file without a recorded direction counts as the first
@@ -173,11 +173,17 @@ def load_teacher(name: str, directions: Sequence[Direction]) -> Teacher:
         state = state or checkpoints.load_state(path)
         teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, metadata={})
     else:
-        net, metadata = load_generator(path)
-        direction = metadata["direction"]
-        generator = Direction.named(direction).generator if direction else directions[0].generator
-        say(f"{path}: a single generator, so the other one and the discriminators are newly initialised")
-        teacher = Teacher({generator: net}, None, path, metadata)
+        # of both directions a single generator is enough, which choose_direction looks at
+        asked = directions[0] if len(directions) == 1 else None
+        generators = load_generators(path, asked, assumed)
+        networks = {}
+        for net, metadata in generators:
+            if not metadata["direction"]:
+                say(f"{path}: does not say its direction; used as {directions[0]}")
+            networks[Direction.named(metadata["direction"] or str(directions[0])).generator] = net
+        new = "a pair of generators, so the" if len(networks) == 2 else "a single generator, so the other one and the"
+        say(f"{path}: {new} discriminators are newly initialised")
+        teacher = Teacher(networks, None, path, generators[0][1])
     check_together(teacher.networks, path)
     for net in teacher.networks.values():
         net.requires_grad_(False).eval()
@@ -400,7 +406,7 @@ def read_configs(args: Namespace) -> tuple[TrainConfig, DistillationConfig, Teac
     elif not (args.report or args.dry_run):
         checkpoints.refuse_second_run(args.run_name, args.overwrite)
     distillation = cli.config_of(DistillationConfig, args)
-    teacher = load_teacher(str(args.teacher), distillation.directions)
+    teacher = load_teacher(str(args.teacher), distillation.directions, args.assume)
     distillation = choose_direction(distillation, args.given, teacher)
     if teacher.path.resolve().parent == (RUNS / args.run_name).resolve():
         raise InputError(f"--run_name {args.run_name}: the teacher is there; a student needs a name of its own")

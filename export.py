@@ -1,8 +1,9 @@
-"""Export a generator: as ONNX, checked against PyTorch, or in the layout of pytorch-CycleGAN-and-pix2pix.
+"""Export a generator: as ONNX, checked against PyTorch, or in the layout of pytorch-CycleGAN-and-pix2pix; list a file.
 
 python export.py --run_name horse2zebra --direction AtoB
 python export.py --weights saved_models/horse2zebra_student/G_BA.safetensors --output zebra2horse.onnx
 python export.py --run_name horse2zebra --to junyanz
+python export.py --list checkpoint.pth
 """
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
@@ -22,12 +23,15 @@ from torch import Tensor
 
 from models import DIRECTIONS, Direction, Generator
 from toolkit import cli, converters, metrics, process
-from toolkit.checkpoints import RUNS
+from toolkit.checkpoints import RUNS, is_state, load_state, networks_of
+from toolkit.containers import direction_in
+from toolkit.converters import ASSUME
 from toolkit.files import atomic_write
 from toolkit.images import PREPROCESS
 from toolkit.inference import UNKNOWN_SIZE, load_networks
 from toolkit.values import ranges_of
-from utils import InputError, RunError, domain_names, epoch_name, folder_name, need_package, option, say
+from toolkit.weights import read_own
+from utils import InputError, RunError, domain_names, epoch_name, folder_name, need_package, one_line, option, say
 
 TOLERANCE = 1e-3  # largest difference between the outputs of PyTorch and onnxruntime, which are in [-1, 1]
 
@@ -39,6 +43,8 @@ class ExportOptions:
     run_name: str = option("horse2zebra", "run in saved_models", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
     weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
+    list: Path | None = option(None, "only show which networks a file of weights holds", metavar="FILE")
+    assume: tuple[str, ...] = ASSUME
     direction: str | None = option(None, "which generator (default: AtoB, or the file's)", choices=("AtoB", "BtoA"))
     to: str = option("onnx", "an ONNX model, or weights for pytorch-CycleGAN-and-pix2pix", choices=("onnx", "junyanz"))
     output: Path | None = option(None, "file to write (default: beside the weights)", metavar="FILE")
@@ -49,7 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog="export.py", description=__doc__)
     cli.add_options(parser, "export", ExportOptions)
     args = parser.parse_args(argv)
-    cli.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"))
+    others = [("list", name) for name in ("weights", "run_name", "epoch", "direction", "to", "output")]
+    cli.refuse_both(parser, args, ("weights", "run_name"), ("weights", "epoch"), *others)
     suffix = ".onnx" if args.to == "onnx" else ".pth"
     if args.output and (args.output.suffix != suffix or args.output.is_dir() or not args.output.parent.is_dir()):
         parser.error(f"--output {args.output}: expected a file that ends in {suffix}, in a folder that exists")
@@ -59,7 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_generator(args: argparse.Namespace) -> tuple[Generator, Direction, dict]:
     """Load the generator that the options name, its direction, and its metadata."""
     asked = Direction.named(args.direction) if args.direction else None
-    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked)
+    nets, metadata = load_networks(args.weights, args.run_name, args.epoch, asked, assumed=args.assume)
+    if args.weights and len(nets) > 1:
+        raise InputError(f"{args.weights}: holds generators of both directions; choose one with --direction")
     direction = Direction.named(metadata["direction"]) if args.weights else asked or DIRECTIONS[0]
     if direction.generator not in nets:
         raise InputError(f"--direction {direction}: the run {args.run_name} has no {direction.generator}")
@@ -152,10 +161,46 @@ def export_onnx(net: Generator, direction: Direction, metadata: dict, output: Pa
     say(f"{setting}: PyTorch fp32 {speeds[0]:.4g} ms, onnxruntime {speeds[1]:.4g} ms")
 
 
+def list_file(path: Path, assumed: Sequence[str]) -> None:
+    """Print a table of the networks in a file: of this project a generator or a training state, or of another project."""
+    rows = [("network", "layout", "direction", "parameters", "channels", "readable")]
+    if not path.is_file():
+        raise InputError(f"--list {path}: no such file")
+    if is_state(path):
+        for name, net in networks_of(load_state(path), path).items():
+            direction = direction_in(name) or "-"
+            rows.append(
+                (name, "this project", direction, count(net.state_dict()), net.config.channels, "with --run_name")
+            )
+    elif own := read_own(path):
+        config, tensors, metadata = own
+        rows.append(("the file", "this project", metadata["direction"], count(tensors), config.channels, "yes"))
+    for network in [] if rows[1:] else converters.foreign_networks(path, assumed):
+        name = network.stored.name or "the file"
+        direction = network.stored.direction or (None if network.stored.name else direction_in(path.name))
+        channels = network.config.channels if network.config else "-"
+        readable = f"no: {network.reason}" if network.reason else "yes"
+        readable = "no" if network.reason.startswith("holds ") else readable  # the layout says why
+        readable += ", averaged weights" if network.stored.is_averaged else ""
+        rows.append((name, network.layout, direction or "-", count(network.stored.tensors), channels, readable))
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def count(tensors: dict[str, Tensor]) -> str:
+    """Return the number of weights among some tensors, which excludes running statistics."""
+    return f"{sum(x.numel() for name, x in tensors.items() if name.endswith(('weight', 'bias', 'scale'))):,}"
+
+
 @process.command
 def main(argv: Sequence[str] | None = None) -> Path:
     """Export one generator; returns the file."""
     args = parse_args(argv)
+    if args.list:
+        list_file(args.list, args.assume)
+        return args.list
     net, direction, metadata = find_generator(args)
     output = output_path(args, direction)
     if args.to == "onnx":
@@ -163,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         with atomic_write(output) as temporary:
             torch.save(converters.to_junyanz(net), temporary)
+        for limit in converters.limits_of_junyanz(net.config):
+            say(f"{output}, in pytorch-CycleGAN-and-pix2pix: {limit}")
     say(f"{direction} written to {output}, {output.stat().st_size / 1e6:.1f} MB")
     return output
 

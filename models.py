@@ -20,6 +20,7 @@ from utils import InputError, check_options, option
 
 NORMS = ("instance", "instance_affine", "batch", "group", "none")
 INITS = ("normal", "xavier", "kaiming", "orthogonal")
+PADDINGS = {"reflect": ReflectionPad2d, "zeros": nn.ZeroPad2d, "replicate": nn.ReplicationPad2d}
 GENERATOR_PARTS = ("stem", "down", "blocks", "up", "skips", "head")  # that can be frozen
 INIT_GAIN = 0.02  # standard deviation of "normal", gain of "xavier" and "orthogonal"
 
@@ -83,6 +84,9 @@ class GeneratorConfig:
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
     upsample: str = option("deconv", "transposed convolution, or resize + convolution", choices=("deconv", "resize"))
+    # of a file of another project, after "resize"; no options, since they make no difference to training
+    resize_padding: str = field(default="reflect", metadata={"choices": tuple(PADDINGS)})
+    resize_mode: str = field(default="nearest", metadata={"choices": ("nearest", "bilinear")})
     norm: str = option("instance", "normalisation (affine: learned scale; group: generators only)", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
@@ -168,15 +172,16 @@ def norm_layer(norm: str, width: int) -> nn.Module:
     return nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
 
 
-def upsample_layers(upsample: str, width_in: int, width_out: int, bias: bool) -> list[nn.Module]:
+def upsample_layers(config: GeneratorConfig, width_in: int, width_out: int, bias: bool) -> list[nn.Module]:
     """Double height and width by the paper's transposed convolution, or by nearest neighbour + convolution.
 
     "resize" avoids checkerboard artefacts, which a kernel size that the stride does not divide can cause
     (Odena et al. 2016, Deconvolution and Checkerboard Artifacts).
     """
-    if upsample == "deconv":
+    if config.upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
-    return [nn.Upsample(scale_factor=2), ReflectionPad2d(1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
+    resize = nn.Upsample(scale_factor=2, mode=config.resize_mode)
+    return [resize, PADDINGS[config.resize_padding](1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
 
 
 def with_norm(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
@@ -243,7 +248,7 @@ class ResnetGenerator(nn.Module):
             self.down.append(with_norm(norm, width, conv))
         self.blocks.extend(ResnetBlock(width, norm) for _ in range(config.num_residual))
         for _ in range(config.n_downsampling):
-            layers = upsample_layers(config.upsample, width, width // 2, bias)
+            layers = upsample_layers(config, width, width // 2, bias)
             width //= 2
             self.up.append(with_norm(norm, width, *layers))
         if config.skips:  # without a nonlinearity after each, the input's colours show through
@@ -375,15 +380,17 @@ class UnetVitGenerator(nn.Module):
     def _level(self, thin: int, wide: int) -> tuple[nn.ModuleList, nn.ModuleList]:
         """Make the layers of one resolution: before and after its skip connection, downwards and upwards."""
         norm = self.config.norm
-        upsample = self.config.upsample
         if VIT_SIZES[self.config.vit_size].uvcgan_layers:
             down = [double_conv(thin, wide, wide, norm), nn.Conv2d(wide, wide, 2, stride=2)]
-            up = [nn.Sequential(*upsample_layers(upsample, wide, wide, True)), double_conv(2 * wide, wide, thin, norm)]
+            up = [
+                nn.Sequential(*upsample_layers(self.config, wide, wide, True)),
+                double_conv(2 * wide, wide, thin, norm),
+            ]
         else:
             bias = norm != "batch"
             conv = nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=bias)
             down = [nn.Identity(), with_norm(norm, wide, conv)]
-            upsample_to_thin = with_norm(norm, thin, *upsample_layers(upsample, wide, thin, bias))
+            upsample_to_thin = with_norm(norm, thin, *upsample_layers(self.config, wide, thin, bias))
             # without a nonlinearity after the skip connection, the input's colours show through
             up = [upsample_to_thin, with_norm(norm, thin, nn.Conv2d(2 * thin, thin, 1, bias=bias))]
         return nn.ModuleList(down), nn.ModuleList(up)

@@ -22,6 +22,7 @@ from cyclegan import LossConfig
 from models import Direction, Networks
 from toolkit import cli, files, gallery, images, metrics, process
 from toolkit.checkpoints import IMAGES
+from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
 from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
@@ -51,6 +52,7 @@ class TestConfig(DeviceConfig):
     run_name: str = option(None, "run in saved_models (default: --dataset_name)", parse=folder_name)
     epoch: str = option("latest", "latest, best, or the number of a checkpoint", parse=epoch_name)
     weights: Path | None = option(None, "generator file, instead of a run", metavar="FILE")
+    assume: tuple[str, ...] = ASSUME
     dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
     input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
@@ -325,7 +327,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if config.inception_weights:
         files.read_archive(config.inception_weights)  # torch-fidelity would execute code in a hostile file
     asked = Direction.named(config.direction) if config.direction in ("AtoB", "BtoA") else None
-    networks, metadata = load_networks(config.weights, config.run_name, config.epoch, asked, "losses" in config.metrics)
+    needs_losses = "losses" in config.metrics
+    networks, metadata = load_networks(
+        config.weights, config.run_name, config.epoch, asked, needs_losses, config.assume
+    )
     translator = Translator(
         networks,
         metadata,

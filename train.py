@@ -497,6 +497,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     meaningless = args.given & set().union(*OPTIONS_OF.values()) - OPTIONS_OF[args.generator]
     if meaningless and args.start_from == "0" and not args.init_from:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
+    if "assume" in args.given and not args.init_from:
+        parser.error("--assume: has no effect without --init_from; give both or none")
     if args.skips and not args.n_downsampling and args.start_from == "0":
         parser.error("--skips: has no effect with --n_downsampling 0; leave it out")
     return args
@@ -519,10 +521,11 @@ def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
     """Return the config of a new run, and the generators of --init_from, whose shape replaces options not given."""
     for path in config.init.init_from:
         checkpoints.recover_run_of(path)
-    networks = load_pair(config.init.init_from)
+    networks = load_pair(config.init.init_from, config.run.assume)
     generator = config.generator
     known = config.given
-    for path, net in zip(config.init.init_from, networks.values(), strict=True):
+    path = ", ".join(map(str, config.init.init_from))
+    for net in networks.values():
         shape = dataclasses.asdict(net.config)
         for name, value in shape.items():
             wanted = getattr(generator, name)

@@ -1,4 +1,4 @@
-"""Generator files of other projects. Their networks are built here as these projects build them."""
+"""Generator files of other projects; foreign_nets.py builds their networks as these projects do."""
 
 import re
 from collections import OrderedDict
@@ -7,101 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_nets import (
+    BLOCK_DECONV,
+    CONV_BLOCK_RESIZE,
+    COUNTED,
+    JUNYANZ,
+    NGF,
+    PYTORCH_GAN,
+    STATISTICS,
+    ForeignGenerator,
+    foreign,
+    tracked_statistics,
+)
 from torch import nn
 
 from models import GeneratorConfig, build_generator
 from toolkit.checkpoints import save_state
-from toolkit.converters import to_junyanz
-from toolkit.weights import load_generator
+from toolkit.converters import limits_of_junyanz, to_junyanz
+from toolkit.weights import load_generator, load_generators
 from utils import InputError
 
-NGF = 4
-JUNYANZ = ("conv_block", "deconv")  # the name of a block's layers, and how the image is upsampled
-PYTORCH_GAN = ("block", "resize")
-BLOCK_DECONV = ("block", "deconv")  # mixes of the two
-CONV_BLOCK_RESIZE = ("conv_block", "resize")
-NORMS = {
-    "instance": nn.InstanceNorm2d,
-    "instance_affine": lambda width: nn.InstanceNorm2d(width, affine=True),
-    "batch": nn.BatchNorm2d,
-    "none": lambda width: nn.Identity(),
-}
-STATISTICS = ("running_mean", "running_var")  # in files of old instance norms, which do not use them
-COUNTED = (*STATISTICS, "num_batches_tracked")
 
-
-class Block(nn.Module):
-    def __init__(self, name, layers):
-        super().__init__()
-        self.name = name
-        self.add_module(name, nn.Sequential(*layers))
-
-    def forward(self, x):
-        return x + getattr(self, self.name)(x)
-
-
-class ForeignGenerator(nn.Module):
-    """A ResNet generator of another project with random weights.
-
-    second: index of the second convolution in a block, 6 with dropout
-    lead:   number of layers before a convolution of "resize": an nn.Upsample, maybe padding as a layer of its own
-    """
-
-    def __init__(
-        self, blocks=1, project=JUNYANZ, n=2, channels=3, norm="instance", second=5, lead=1, biases=False, pad="reflect"
-    ):
-        super().__init__()
-        block, up = project
-        width = NGF
-        bias = biases or norm.startswith("instance")
-
-        def conv(width_in, width_out, side, **options):
-            return [nn.Conv2d(width_in, width_out, side, bias=bias, **options), NORMS[norm](width_out)]
-
-        layers = [nn.ReflectionPad2d(3), *conv(channels, width, 7), nn.ReLU()]
-        for _ in range(n):
-            layers += [*conv(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()]
-            width *= 2
-        for _ in range(blocks):
-            inner = [nn.ReflectionPad2d(1), *conv(width, width, 3), nn.ReLU()]
-            if second == 6:
-                inner.append(nn.Dropout())
-            layers.append(Block(block, [*inner, nn.ReflectionPad2d(1), *conv(width, width, 3)]))
-        for _ in range(n):
-            width //= 2
-            if up == "deconv":
-                convolution = nn.ConvTranspose2d(2 * width, width, 3, 2, 1, output_padding=1, bias=bias)
-                layers += [convolution, NORMS[norm](width), nn.ReLU()]
-            else:
-                layers += [nn.Upsample(scale_factor=2), nn.Identity(), nn.Identity()][:lead]
-                layers += [*conv(2 * width, width, 3, padding=1, padding_mode=pad), nn.ReLU()]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, channels, 7), nn.Tanh()]
-        self.model = nn.Sequential(*layers)
-        noise = torch.Generator().manual_seed(0)
-        for name, x in self.state_dict().items():
-            if x.is_floating_point():
-                x.copy_(0.1 * torch.randn(x.shape, generator=noise))
-                if name.endswith("running_var") or (x.dim() == 1 and name.endswith("weight")):
-                    x.add_(1)
-        self.eval().requires_grad_(False)
-
-    def forward(self, x):
-        return self.model(x)
-
-
-def foreign(*args, statistics=(), **kwargs):
-    """The state dict of a ForeignGenerator; statistics: of instance norms, as old files have them."""
-    net = ForeignGenerator(*args, **kwargs)
-    state = net.state_dict()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            state |= {f"{name}.{leaf}": torch.ones(module.num_features) for leaf in statistics}
-    return state
-
-
-def load(state, name="latest_net_G.pth", **options):
+def load(state, name="latest_net_G.pth", assumed=(), **options):
     torch.save(state, name, **options)
-    return load_generator(name)
+    (generator,) = load_generators(name, assumed=assumed)
+    return generator
 
 
 def random_images(channels=3, side=32):
@@ -163,7 +93,8 @@ def test_the_synthetic_files_have_the_names_of_real_ones(project, last):
 )
 def test_a_foreign_generator_computes_what_it_computes_in_its_project(project, variant):
     theirs = ForeignGenerator(project=project, **variant)
-    net, metadata = load(theirs.state_dict())
+    is_grey = variant.get("channels") == 1 and project[1] == "resize"
+    net, metadata = load(theirs.state_dict(), assumed=["zeros"] if is_grey else [])
     assert_same(theirs, net, metadata)
     config = net.config
     n = variant.get("n", 2)
@@ -263,16 +194,69 @@ def test_statistics_reveal_an_instance_norm_without_biases():
     assert load(state)[0].config.norm == "instance"
 
 
-def test_the_zero_padding_of_pytorch_gan_is_said_and_changes_little_but_the_border(capsys):
-    theirs = ForeignGenerator(2, PYTORCH_GAN, pad="zeros")
-    net, _ = load(theirs.state_dict(), "G_AB_9.pth")
-    assert "G_AB_9.pth: PyTorch-GAN pads with zeros after upsampling" in capsys.readouterr().out
-    x = random_images(side=64)
+@pytest.mark.parametrize("project", [PYTORCH_GAN, CONV_BLOCK_RESIZE], ids="-".join)
+@pytest.mark.parametrize(
+    ("net", "assumed"),
+    [
+        ({"pad": "reflect"}, ["reflect"]),
+        ({"pad": "replicate"}, ["replicate"]),
+        ({"resize": "bilinear"}, ["bilinear"]),
+        ({"resize": "bilinear", "pad": "replicate"}, ["bilinear", "replicate"]),
+        ({"lead": 2, "pad": "zeros"}, ["zeros"]),
+        ({"channels": 1, "pad": "reflect"}, ["reflect"]),
+    ],
+    ids=str,
+)
+def test_what_a_file_cannot_show_of_its_upsampling_can_be_told(capsys, project, net, assumed):
+    theirs = ForeignGenerator(2, project, **net)
+    assert_same(theirs, *load(theirs.state_dict(), assumed=assumed))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("lead", "padding"), [(1, "zeros"), (2, "reflect")])
+def test_how_upsampling_was_read_is_said(capsys, lead, padding):
+    load(foreign(2, PYTORCH_GAN, lead=lead), "G_9.pth")
+    assert capsys.readouterr().out.splitlines() == [
+        f"G_9.pth: read as upsampling by nearest neighbour with {padding} padding; --assume says otherwise"
+    ]
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_a_generator_of_images_from_0_to_1_with_a_sigmoid_becomes_one_of_ours(norm):
+    theirs = ForeignGenerator(2, norm=norm, last=nn.Sigmoid)
+    net, _ = load(theirs.state_dict(), assumed=["sigmoid"])
+    x = random_images().double()
     with torch.no_grad():
-        difference = (net(x) - theirs(x)).abs()
-    inner = difference[..., 8:-8, 8:-8].mean()
-    assert 0 < inner < 0.1
-    assert difference[..., :2].mean() > 3 * inner
+        assert torch.allclose(net.double()(x) / 2 + 0.5, theirs.double()(x / 2 + 0.5), rtol=0, atol=1e-6)
+
+
+def test_a_wrong_shape_is_found_whatever_is_assumed():
+    with pytest.raises(InputError, match=r"model.1.bias is \(5,\), expected \(4,\)"):
+        load(foreign() | {"model.1.bias": torch.zeros(5)}, assumed=["sigmoid"])
+
+
+def test_statistics_that_a_project_uses_in_eval_mode_can_be_told(capsys):
+    theirs = tracked_statistics(ForeignGenerator(2))
+    load(theirs.state_dict())
+    assert "if its project runs it in eval mode, add --assume statistics" in capsys.readouterr().out
+    net, metadata = load(theirs.state_dict(), assumed=["statistics"])
+    assert net.config.norm == "batch"
+    assert_same(theirs, net, metadata, tolerance=1e-5)  # biases become part of the means in float32
+
+
+@pytest.mark.parametrize(
+    ("net", "assumed", "words"),
+    [
+        ({}, ["zeros"], "has transposed convolutions; leave --assume zeros out"),
+        ({}, ["statistics"], "has no running statistics beside instance norms; leave --assume statistics out"),
+        ({"project": PYTORCH_GAN}, ["zeros", "reflect"], "--assume zeros,reflect: contradict each other"),
+        ({"project": PYTORCH_GAN, "channels": 1}, [], "a grey generator of PyTorch-GAN, which pads images by 1 px"),
+    ],
+)
+def test_assumptions_that_a_file_contradicts_are_refused(net, assumed, words):
+    with pytest.raises(InputError) as error:
+        load(foreign(2, **net), assumed=assumed)
+    assert words in str(error.value)
 
 
 DISCRIMINATOR = {"model.0.weight": torch.zeros(4, 3, 4, 4), "model.0.bias": torch.zeros(4)}
@@ -287,6 +271,11 @@ AFFINE = foreign(norm="instance_affine")
         (foreign() | {"model.7.filt": torch.zeros(4, 1, 3, 3)}, "holds a CUT generator with antialiasing filters"),
         ({"model.model.0.weight": torch.zeros(4, 3, 4, 4)}, "holds a U-Net of pytorch-CycleGAN-and-pix2pix"),
         ({"net.modnet.weight": torch.zeros(4)}, "holds a network of UVCGAN"),
+        ({"stem.1.weight": torch.zeros(4, 3, 7, 7)}, "holds a generator of this project without its config"),
+        (rename(foreign(), r"(model\.\d+)\.w", r"\1.0.w"), "holds a generator of nested layers, such as model.1.0"),
+        (rename(foreign(), "weight", "weight_orig"), "holds weights under a spectral or weight norm, which its own"),
+        (rename(foreign(), "weight", "parametrizations.weight.original0"), "holds weights under a spectral"),
+        (foreign() | {"model.1.weight": torch.zeros(4, 4, 7, 7)}, "reads images of 4 channels; expected 3, or 1"),
         (DISCRIMINATOR, "holds a discriminator; expected a ResNet generator"),
         ({"net.0.weight": torch.zeros(4, 3, 1, 1)}, "holds a discriminator"),
         ({name: torch.zeros(1) for name in "edcba"}, "holds an unknown layout (a (1,), b (1,), c (1,))"),
@@ -328,7 +317,7 @@ AFFINE = foreign(norm="instance_affine")
         (rename(foreign(2), r"model\.11\.", "model.111."), "model.12.weight is (16, 8, 3, 3); expected (16, 16, 3, 3)"),
         (
             foreign(2, PYTORCH_GAN, lead=3),
-            "model.15.weight is (8, 16, 3, 3); expected (8, 16, 3, 3) at position 13 or 14",
+            "model.15.weight is at another position; expected (8, 16, 3, 3) at position 13 or 14",
         ),
     ],
 )
@@ -382,3 +371,21 @@ def test_what_the_junyanz_layout_cannot_hold_is_refused(change, word):
     net.config = config
     with pytest.raises(InputError, match=rf"{word}.*junyanz layout cannot hold it"):
         to_junyanz(net)
+
+
+@pytest.mark.parametrize(
+    ("change", "limits"),
+    [
+        ({}, []),
+        ({"num_residual": 6, "channels": 1}, []),
+        ({"num_residual": 3}, ["its code builds 6 or 9 blocks, not 3"]),
+        ({"n_downsampling": 3}, ["its code has 2 downsampling layers, not 3"]),
+        ({"norm": "instance_affine", "num_residual": 1}, ["6 or 9 blocks", "no learned scale"]),
+        ({"norm": "batch"}, ["only with --eval"]),
+    ],
+    ids=str,
+)
+def test_what_the_code_of_junyanz_cannot_load_is_said(change, limits):
+    said = limits_of_junyanz(GeneratorConfig(**change))
+    assert len(said) == len(limits)
+    assert all(limit in line for limit, line in zip(limits, said, strict=True))

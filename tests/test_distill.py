@@ -238,6 +238,17 @@ def test_a_single_file_can_be_the_teacher_of_its_direction(teacher, capsys, refu
         assert f"--teacher {file}: translates BtoA, not AtoB" in error
 
 
+def test_a_file_of_another_project_can_be_the_teacher_of_both_directions_or_of_one_that_is_said(capsys):
+    nets = {name: to_junyanz(build_generator(GeneratorConfig(ngf=2, num_residual=1))) for name in ("G_BA", "G_AB")}
+    torch.save(nets, "both.pth")
+    assert distill.load_teacher("both.pth", DIRECTIONS).networks.keys() == nets.keys()
+    assert "a pair of generators, so the discriminators are newly initialised" in capsys.readouterr().out
+    assert [*distill.load_teacher("both.pth", DIRECTIONS[1:]).networks] == ["G_BA"]
+    torch.save(nets["G_AB"], "alone.pth")
+    assert [*distill.load_teacher("alone.pth", DIRECTIONS).networks] == ["G_AB"]
+    assert "alone.pth: does not say its direction; used as AtoB" in capsys.readouterr().out
+
+
 # -- resuming --------------------------------------------------------------------------------
 
 

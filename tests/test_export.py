@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -200,10 +202,11 @@ def test_the_example_refuses_in_one_line(capsys, argv, message):
     assert not list(Path().glob("output.*"))
 
 
-def test_the_junyanz_layout_can_be_written_and_read_again():
+def test_the_junyanz_layout_can_be_written_and_read_again(capsys):
     net = write_generator("G_BA.safetensors", "BtoA", ngf=2, num_residual=2)
     path = export.main(["--weights", "G_BA.safetensors", "--to", "junyanz"])
     assert path == Path("latest_net_G_B.pth")
+    assert "latest_net_G_B.pth, in pytorch-CycleGAN-and-pix2pix: its code builds 6 or 9" in capsys.readouterr().out
     loaded, metadata = load_generator(path)
     assert metadata["direction"] == "BtoA"
     for name, value in loaded.state_dict().items():
@@ -255,3 +258,54 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(refused, m
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     message = "the package onnxscript is missing; install it with: pip install -r requirements-export.txt"
     assert message in refused(export.main, "--weights", "G_AB.safetensors")
+
+
+def test_the_networks_of_a_file_are_listed(capsys, refused):
+    weights = {"model.1.weight": torch.zeros(4, 3, 7, 7), "model.5.weight": torch.zeros(3, 4, 7, 7)} | {
+        "model.5.bias": torch.zeros(3)
+    }
+    mobile = {"model.10.conv_block.1.conv.0.weight": torch.zeros(4, 1, 3, 3)}
+    parts = {"down.0.weight": torch.zeros(4, 3, 3, 3), "up.0.weight": torch.zeros(3, 4, 3, 3)}
+    odd = weights | {"model.9.weight": torch.zeros(2, 2, 2, 2)}
+    networks = {
+        "G_AB": weights,
+        "G_AB_ema": weights,
+        "netG_B2A": mobile,
+        "D_A": {"model.0.weight": torch.zeros(4, 3, 4, 4)},
+    }
+    torch.save({**networks, "parts": parts, "odd": odd, "epoch": 3}, "x.pth")
+    assert export.main(["--list", "x.pth"]) == Path("x.pth")
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["network", "layout", "direction", "parameters", "channels", "readable"]
+    assert rows[1:] == [
+        ["G_AB", "pytorch-CycleGAN-and-pix2pix", "AtoB", "1,179", "3", "yes"],
+        ["G_AB_ema", "pytorch-CycleGAN-and-pix2pix", "AtoB", "1,179", "3", "yes, averaged weights"],
+        ["netG_B2A", "a mobile generator of gan-compression, of separable convolutions", "BtoA", "36", "-", "no"],
+        ["D_A", "a discriminator", "-", "192", "-", "no"],
+        ["parts", "a network in named parts (down, up)", "-", "216", "-", "no"],
+        ["odd", rows[6][1], "-", "1,195", "-", rows[6][5]],
+    ]
+    assert rows[6][5] == "no: 3 convolutions outside of blocks; expected those of a ResNet generator"
+    assert "--list and --weights contradict each other" in refused(export.main, "--list", "x.pth", "--weights", "x.pth")
+    assert "no such file" in refused(export.main, "--list", "none.pth")
+
+
+def test_files_of_this_project_are_listed_too(capsys):
+    net = write_generator(**TINY_RESNET)
+    state = {"format": 1, "nets": {"G_BA": net.state_dict()}, "config": {"G_BA": dataclasses.asdict(net.config)}}
+    torch.save(state, "latest.pt")
+    size = f"{sum(x.numel() for x in net.parameters()):,}"
+    rows = {"G_AB.safetensors": f"the file this project AtoB {size} 3 yes"}
+    rows["latest.pt"] = f"G_BA this project BtoA {size} 3 with --run_name"
+    for file, row in rows.items():
+        export.main(["--list", file])
+        assert " ".join(capsys.readouterr().out.splitlines()[1].split()) == row
+
+
+def test_a_file_with_both_generators_is_exported_by_direction(refused):
+    nets = {f"G_{way}": to_junyanz(build_generator(GeneratorConfig(**TINY_RESNET))) for way in ("AB", "BA")}
+    torch.save(nets, "x.pth")
+    given = ["--weights", "x.pth", "--to", "junyanz"]
+    assert "x.pth: holds generators of both directions; choose one with --direction" in refused(export.main, *given)
+    assert export.main([*given, "--direction", "BtoA"]) == Path("latest_net_G_B.pth")
+    assert torch.equal(torch.load("latest_net_G_B.pth")["model.1.weight"], nets["G_BA"]["model.1.weight"])

@@ -56,10 +56,10 @@ def test_tiles_with_gaps_are_not_blended():
 
 
 @pytest.mark.parametrize("downsamplings", range(5))
-@pytest.mark.parametrize("upsample", ["deconv", "resize"])
+@pytest.mark.parametrize("upsampling", [{}, {"upsample": "resize"}, {"upsample": "resize", "resize_mode": "bilinear"}])
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_the_receptive_field_is_what_an_output_pixel_depends_on(downsamplings, upsample, blocks):
-    config = GeneratorConfig(ngf=1, num_residual=blocks, n_downsampling=downsamplings, upsample=upsample, norm="none")
+def test_the_receptive_field_is_what_an_output_pixel_depends_on(downsamplings, upsampling, blocks):
+    config = GeneratorConfig(ngf=1, num_residual=blocks, n_downsampling=downsamplings, norm="none", **upsampling)
     net = build_generator(config).double()
     for weight in net.parameters():  # positive, so that no ReLU hides a dependence
         nn.init.constant_(weight, 0 if weight.dim() == 1 else 1 / weight[0].numel())

@@ -72,7 +72,7 @@ def load_state(path: Path, command: str | None = None) -> dict:
 
 def is_state(path: Path) -> bool:
     """Return whether a file of weights is a training state."""
-    value = None if path.suffix == ".safetensors" else read_archive(path)
+    value = None if path.suffix == ".safetensors" else read_archive(path, skip_objects=True)
     return isinstance(value, dict) and {"format", "nets"} <= value.keys()
 
 

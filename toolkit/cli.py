@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from toolkit import foreign_flags
 from utils import InputError, existing_or_new_path, in_range, range_in_words, say
 
 REMOVED = {"--norm_output": "GeneratorConfig(norm_output=True) in Python (docs/experiments/norm_output.md)"}
@@ -37,17 +38,34 @@ class Parser(argparse.ArgumentParser):
         for flag, replacement in REMOVED.items():
             if flag in message.replace("=", " ").split():
                 message = f"{flag} is no longer an option; use {replacement}"
+        choice = re.match(r"argument --(\w+): invalid choice: '([^']*)'", message)
+        answers, _ = foreign_flags.answers([f"--{choice[1]}={choice[2]}"], set()) if choice else ([], [])
+        if answers:
+            message += f"; of another project: {answers[0]} (docs/coming_from.md)"
         raise InputError(f"{message}; all flags: python {self.prog} --help")
+
+    def _refuse(self, unknown: Sequence[str], given: set[str]) -> NoReturn:
+        """Raise InputError for words that are no options here; those of other projects are translated."""
+        answers, others = foreign_flags.answers(unknown, given)
+        for i, answer in enumerate(answers):
+            ours = re.findall(r"(?<!\S)--[\w-]+", answer.partition(" → ")[2])
+            if any(flag not in self._option_string_actions for flag in ours):
+                answers[i] = f"{answer}, which {self.prog} does not need: leave it out"
+        messages = [f"flags of another project: {', '.join(answers)} (docs/coming_from.md)"] if answers else []
+        messages += [f"unrecognized arguments: {' '.join(others)}"] if others else []
+        self.error("; ".join(messages))
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # ty: ignore
         """Read the command line; args.given names the options that were given."""
         unset = object()
         try:
             words = [as_value(word) for word in (sys.argv[1:] if argv is None else argv)]
-            args = super().parse_args(words, argparse.Namespace(**dict.fromkeys(self.options, unset)))
+            args, unknown = self.parse_known_args(words, argparse.Namespace(**dict.fromkeys(self.options, unset)))
         except UnicodeDecodeError as error:
             self.error(f"an argument file is not text ({error})")
         args.given = {name for name in self.options if getattr(args, name) is not unset}
+        if unknown:
+            self._refuse(unknown, args.given)
         for name in self.options.keys() - args.given:
             setattr(args, name, copy.copy(self.options[name].default))
         return args

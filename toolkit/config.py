@@ -6,6 +6,7 @@ from pathlib import Path
 from cyclegan import LossConfig, OptimConfig
 from datasets import DataConfig
 from models import GENERATOR_PARTS, INITS, DiscriminatorConfig, GeneratorConfig
+from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.executor import ExecutorConfig
 from toolkit.images import PREPROCESS
@@ -54,6 +55,7 @@ class RunConfig:
     best_by: str | None = option(None, "keep the best epoch by this measure as best.pt", choices=tuple(BEST_BY))
     save_minutes: float = option(10.0, "minutes between saves; 0: after each epoch only", least=0)
     watch: list[Path] = option([], "photos to translate after each epoch", nargs="*", metavar="PHOTO")
+    assume: tuple[str, ...] = ASSUME  # of --init_from, or of a teacher
     log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
     seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
     deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")

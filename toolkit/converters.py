@@ -8,23 +8,38 @@ built from this config. Each normalisation layer follows its convolution.
 import dataclasses
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import Generator, GeneratorConfig, meta_network
-from toolkit.files import check_tensors, is_state_dict, read_archive
-from utils import InputError, one_line, say
+from models import PADDINGS, Direction, Generator, GeneratorConfig, meta_network
+from toolkit.containers import StoredNetwork, direction_in, list_networks, prefer_averaged
+from toolkit.files import check_tensors, classes_in
+from utils import InputError, one_line, option, say, some_of
 
 Convs = dict[str, tuple[int, int]]  # name → index in the long Sequential, index in a residual block (outside: -1)
+ASSUMPTIONS = (*PADDINGS, "bilinear", "sigmoid", "statistics")  # what a file cannot show: see docs/weights.md
+ASSUME: Any = option(
+    (),
+    "facts that weights of another project do not show (default: none)",
+    parse=lambda text: tuple(some_of(ASSUMPTIONS)(text)),
+    metavar=",".join(ASSUMPTIONS),
+)
+LAYOUTS = {"deconv": "pytorch-CycleGAN-and-pix2pix", "resize": "PyTorch-GAN"}  # by the way they upsample
 OTHER_NETWORKS = {  # by a tensor, as name and shape
     r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
     r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
     r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
     r"^net\.": "a network of UVCGAN",
+    r"^[\w.]+\.conv\.0\.weight \(\d+, 1, 3, 3\)": "a mobile generator of gan-compression, of separable convolutions",
+    r"^stem\.1\.weight ": "a generator of this project without its config",
+    r"^\w+\.\d+\.\d+\.weight \(\d+, \d+, \d, \d\)": "a generator of nested layers, such as model.1.0",
+    r"\.(weight_orig|weight_bar|weight_v|parametrizations\.weight\.original\d?) \(": "weights under a spectral or weight "
+    "norm, which its own project has to remove before saving",
 }
 
 
@@ -86,56 +101,237 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
     return {theirs: tensors[ours].cpu().contiguous() for theirs, ours in names.items()}
 
 
-def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a generator of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, or a mix of their layouts.
+def limits_of_junyanz(config: GeneratorConfig) -> list[str]:
+    """Say what the code of pytorch-CycleGAN-and-pix2pix cannot do with a file that to_junyanz returns."""
+    limits = []
+    if config.num_residual not in (6, 9):
+        limits.append(
+            f"its code builds 6 or 9 blocks, not {config.num_residual}, and so cannot load this file unchanged"
+        )
+    if config.n_downsampling != 2:
+        limits.append(f"its code has 2 downsampling layers, not {config.n_downsampling}, and so cannot load this file")
+    if config.norm == "instance_affine":
+        limits.append("its instance norms have no learned scale, and so it cannot load this file unchanged")
+    if config.norm == "batch":
+        limits.append("with batch norms its results are the same only with --eval")
+    return limits
 
-    returns: config, state dict with our names, metadata (size None: such files do not record it)
-    raises:  InputError for a file that holds something else, or does not fit
+
+@dataclass
+class ForeignNetwork:
+    """A network in a file of another project, and what became of it here: a generator, or the reason why not."""
+
+    stored: StoredNetwork
+    config: Any = None  # a GeneratorConfig; None if it cannot be read
+    state: dict[str, Tensor] = field(default_factory=dict)  # with our names
+    notes: list[str] = field(default_factory=list)  # what was assumed or filled in
+    reason: str = ""
+
+    @property
+    def layout(self) -> str:
+        """Name of the project whose layout it has, or what else it is."""
+        return LAYOUTS[self.config.upsample] if self.config else kind_of(self.stored.tensors)
+
+
+def read_foreign(
+    path: Path, asked: Direction | None = None, assumed: Collection[str] = ()
+) -> list[tuple[GeneratorConfig, dict[str, Tensor], dict]]:
+    """Read the generators of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, or a mix of their layouts.
+
+    asked:   the direction that is wanted, where a file holds several generators
+    assumed: some of ASSUMPTIONS
+    returns: one generator, or the two of a pair if no direction is asked for: config, state dict with our names, metadata
+             (direction: None if no name tells, size: None since such files do not record it)
+    raises:  InputError for a file that holds something else, does not fit, or holds several generators without directions
     source:  eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet; others: _conv_positions
     """
-    value: Any = read_archive(path)
-    if isinstance(value, dict) and {"format", "nets"} <= value.keys():
-        raise InputError(f"{path}: holds a whole training state; give --run_name and --epoch, or a G_AB.safetensors")
-    if isinstance(value, dict):
-        value = value.get("state_dict", value.get("model_state_dict", value))
-    if not is_state_dict(value) or not value:
-        raise InputError(f"{path}: holds no tensors by name; expected the weights of one network")
-    # DataParallel and torch.compile add these prefixes, sometimes both
-    tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
-    convs = _find_convs(path, tensors)
-    config = _infer_config(path, tensors, convs)
-    net = meta_network(config)
-    state = _fit_tensors(path, tensors, net, _match_convs(path, tensors, convs, net))
-    if config.upsample == "resize":
-        say(f"{path}: PyTorch-GAN pads with zeros after upsampling, here it is reflection; borders will differ")
-    match = re.search(r"(?<![A-Za-z])(?:net_G_(A|B)|G_(AB|BA))(?![A-Za-z])", path.name)
-    direction = {"A": "AtoB", "B": "BtoA"}[(match[1] or match[2])[0]] if match else None
-    metadata = {"direction": direction, "size": None, "range": [-1, 1], "config": dataclasses.asdict(config)}
-    return config, state, metadata
+    networks = foreign_networks(path, assumed)
+    results = []
+    chosen = _choose(path, networks, asked)
+    for network in networks:
+        if network.reason and network.stored.direction and network.layout != "a discriminator":
+            say(f"{path}: {network.stored.name or 'it'} cannot be read: {network.reason}")
+    for network in chosen:
+        stored = network.stored
+        for note in network.notes:
+            say(f"{path}: {note}")
+        direction = _direction_of(
+            path, stored, is_alone=sum(other.stored.direction is not None for other in networks) == 1
+        )
+        name = f"{stored.name} is read" if stored.name and len(networks) > 1 else ""
+        averaged = "averaged weights" if stored.is_averaged else ""
+        translates = f"translates {direction} by its name" if direction else ""
+        said = ", ".join(part for part in (name, averaged, translates) if part)
+        if said:
+            say(f"{path}: {said}")
+        metadata = {"direction": str(direction) if direction else None, "size": None, "range": [-1, 1]}
+        results.append((network.config, network.state, metadata | {"config": dataclasses.asdict(network.config)}))
+    skipped = [name for name in classes_in(path) if not name.startswith(("builtins.", "collections."))]
+    if skipped:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        say(f"{path}: objects in it are skipped: {', '.join(name[:60] for name in skipped[:3])}{more}")
+    return results
 
 
-def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
+def foreign_networks(path: Path, assumed: Collection[str] = ()) -> list[ForeignNetwork]:
+    """Return all networks in a file, in its order; raises InputError if it cannot be read or holds none."""
+    networks = []
+    for stored in list_networks(path):
+        network = ForeignNetwork(stored)
+        what = f"{path}, {stored.name}" if stored.name else str(path)
+        try:
+            network.config, network.state = _convert(what, dict(stored.tensors), assumed, network.notes)
+        except InputError as error:
+            network.reason = str(error).removeprefix(f"{what}: ")
+        networks.append(network)
+    if not networks:
+        raise InputError(f"{path}: holds no tensors by name; expected the weights of a generator")
+    return networks
+
+
+def _choose(path: Path, networks: list[ForeignNetwork], asked: Direction | None) -> list[ForeignNetwork]:
+    """Return the only generator of a file, that of the direction asked for, or a pair; raises InputError if it is unclear."""
+    stored = prefer_averaged([network.stored for network in networks if network.config])
+    readable = [network for network in networks if network.stored in stored]
+    names = [
+        f"{network.stored.name or 'the file'} ({network.stored.direction or network.layout})" for network in networks
+    ]
+    if not readable:
+        inside = f"holds {', '.join(names)[:200]}; " if len(networks) > 1 else ""
+        generators = [network for network in networks if network.layout != "a discriminator"] or networks
+        raise InputError(f"{path}: {inside}{generators[0].reason}")
+    found = [network.stored.direction for network in readable]
+    if len(readable) > 1 and (None in found or len(set(found)) < len(found)):
+        name = readable[0].stored.name
+        hint = "save one alone"
+        if name.isidentifier() and path.suffix != ".safetensors":
+            hint = f'{hint}: torch.save(torch.load("{path.name}")["{name}"], "{name}.pth")'
+        raise InputError(
+            f"{path}: holds several generators, and no name says which is which: {', '.join(names)[:300]}; {hint}"
+        )
+    return [network for network in readable if len(readable) == 1 or asked in (None, network.stored.direction)]
+
+
+def _direction_of(path: Path, stored: StoredNetwork, is_alone: bool) -> Direction | None:
+    """Return the direction that the name in the file says, or else the file's own; InputError if they differ."""
+    of_file = direction_in(path.name)
+    if stored.direction and is_alone and of_file not in (None, stored.direction):
+        given = f"{stored.name} in it translates {stored.direction}, but the file's name says {of_file}"
+        raise InputError(f"{path}: {given}; rename the file")
+    return stored.direction or of_file
+
+
+def kind_of(tensors: dict[str, Tensor]) -> str:
+    """Say what kind of network some tensors are if they are not a ResNet generator in one long nn.Sequential."""
+    listing = [f"{one_line(name)[:80]} {tuple(tensors[name].shape)}" for name in sorted(tensors)]
+    for tensor, kind in OTHER_NETWORKS.items():
+        if re.search(tensor, "\n".join(listing), re.MULTILINE):
+            return kind
+    parts = list(dict.fromkeys(name.partition(".")[0] for name, x in tensors.items() if x.dim() == 4))
+    if len(parts) > 1:
+        return f"a network in named parts ({', '.join(map(one_line, parts))[:80]})"
+    return f"an unknown layout ({', '.join(listing[:3])})"
+
+
+def _convert(
+    what: str, tensors: dict[str, Tensor], assumed: Collection[str], notes: list[str]
+) -> tuple[GeneratorConfig, dict[str, Tensor]]:
+    """Infer the config of a generator and give its tensors our names; adds to `notes` what was assumed or filled in."""
+    convs = _find_convs(what, tensors)
+    if _unused_statistics(tensors, convs):
+        if "statistics" in assumed:
+            _use_statistics(tensors, convs)
+        else:
+            notes.append(
+                "has running statistics beside instance norms; if its project runs it in eval mode, add --assume statistics"
+            )
+    elif "statistics" in assumed:
+        raise InputError(f"{what}: has no running statistics beside instance norms; leave --assume statistics out")
+    config = _infer_config(what, tensors, convs)
+    matched, has_padding_layers = _match_convs(what, tensors, convs, meta_network(config))
+    config = _with_upsampling(what, config, has_padding_layers, assumed, notes)
+    if "sigmoid" in assumed:
+        _fold_unit_range(tensors, list(convs))
+    state = _fit_tensors(what, tensors, meta_network(config), matched, notes)
+    return config, state
+
+
+def _unused_statistics(tensors: dict[str, Tensor], convs: Iterable[str]) -> list[str]:
+    """Return the norms with running statistics but without a scale: instance norms, which use them in eval mode alone."""
+    norms = map(_next_layer, convs)
+    return [norm for norm in norms if f"{norm}.running_mean" in tensors and f"{norm}.weight" not in tensors]
+
+
+def _use_statistics(tensors: dict[str, Tensor], convs: Iterable[str]) -> None:
+    """Turn such instance norms into the batch norms that compute the same in eval mode: scale 1, shift 0."""
+    for norm in _unused_statistics(tensors, convs):
+        mean = tensors[f"{norm}.running_mean"]
+        tensors[f"{norm}.weight"] = torch.ones_like(mean)
+        tensors[f"{norm}.bias"] = torch.zeros_like(mean)
+
+
+def _with_upsampling(
+    what: str, config: GeneratorConfig, has_padding_layers: bool, assumed: Collection[str], notes: list[str]
+) -> GeneratorConfig:
+    """Complete the config by what a file does not show: the interpolation, and the padding after it."""
+    told = [word for word in assumed if word in (*PADDINGS, "bilinear")]
+    paddings = [word for word in told if word in PADDINGS]
+    if config.upsample == "deconv" and told:
+        raise InputError(f"{what}: has transposed convolutions; leave --assume {','.join(told)} out")
+    if len(paddings) > 1:
+        raise InputError(f"--assume {','.join(paddings)}: contradict each other; give one of them")
+    if config.upsample == "deconv":
+        return config
+    if config.channels == 1 and not has_padding_layers and not paddings:
+        raise InputError(
+            f"{what}: a grey generator of PyTorch-GAN, which pads images by 1 px and so shrinks them, cannot be read; "
+            "if this one pads by 3 px as those for colours do, add --assume zeros"
+        )
+    padding = paddings[0] if paddings else "reflect" if has_padding_layers else "zeros"
+    mode = "bilinear" if "bilinear" in told else "nearest"
+    if not told:
+        notes.append(f"read as upsampling by {mode} neighbour with {padding} padding; --assume says otherwise")
+    return dataclasses.replace(config, resize_padding=padding, resize_mode=mode)
+
+
+def _fold_unit_range(tensors: dict[str, Tensor], convs: list[str]) -> None:
+    """Turn a generator of images in [0, 1] that ends in a sigmoid into one of [-1, 1] that ends in a tanh.
+
+    sigmoid(x) = (1 + tanh(x / 2)) / 2. The input moves into the first convolution, exactly since it pads by reflection.
+    """
+    first = tensors[f"{convs[0]}.weight"].float()
+    bias = tensors.get(f"{convs[0]}.bias", torch.zeros(len(first))).float()
+    tensors[f"{convs[0]}.weight"] = first / 2
+    if bias.shape == (len(first),):
+        tensors[f"{convs[0]}.bias"] = bias + first.sum((1, 2, 3)) / 2
+    for leaf in ("weight", "bias"):  # a wrong shape is found later
+        if f"{convs[-1]}.{leaf}" in tensors:
+            tensors[f"{convs[-1]}.{leaf}"] = tensors[f"{convs[-1]}.{leaf}"].float() / 2
+
+
+def _find_convs(what: str, tensors: dict[str, Tensor]) -> Convs:
     """Find the convolutions of a ResNet generator, in order, whatever the names of the Sequential and of the blocks."""
     convs = {}
     for name, x in tensors.items():
         match = re.fullmatch(r"(\w+\.([0-9]{1,4})(?:\.\w+\.([0-9]{1,2}))?)\.weight", name)
         if match and x.dim() == 4:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
-    listing = [f"{one_line(name)[:80]} {tuple(tensors[name].shape)}" for name in sorted(tensors)]
-    found = [kind for tensor, kind in OTHER_NETWORKS.items() if re.search(tensor, "\n".join(listing), re.MULTILINE)]
-    if not convs:
-        found.append(f"an unknown layout ({', '.join(listing[:3])})")
-    if found:
+    kind = kind_of(tensors)
+    if not convs or not kind.startswith("an unknown layout"):
         expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
-        raise InputError(f"{path}: holds {found[0]}; expected {expected}")
+        raise InputError(
+            f"{what}: holds {kind}; expected {expected}; docs/extending.md shows how to convert another layout"
+        )
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
 
-def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> GeneratorConfig:
+def _infer_config(what: str, tensors: dict[str, Tensor], convs: Convs) -> GeneratorConfig:
     """Infer the config of a ResNet generator from its convolutions; _match_convs then compares each of them with it."""
     shapes = [tuple(tensors[f"{name}.weight"].shape) for name, (_, inner) in convs.items() if inner < 0]
     if len(shapes) < 2 or len(shapes) % 2:
-        raise InputError(f"{path}: {len(shapes)} convolutions outside of blocks; expected those of a ResNet generator")
+        raise InputError(f"{what}: {len(shapes)} convolutions outside of blocks; expected those of a ResNet generator")
+    if shapes[0][1] not in (1, 3):
+        raise InputError(f"{what}: reads images of {shapes[0][1]} channels; expected 3, or 1")
     first_up = shapes[len(shapes) // 2]  # (out, in, height, width), but (in, out, ...) of a transposed convolution
     try:
         return GeneratorConfig(
@@ -147,7 +343,7 @@ def _infer_config(path: Path, tensors: dict[str, Tensor], convs: Convs) -> Gener
             norm=_infer_norm(tensors, list(convs)),
         )
     except ValueError as error:
-        raise InputError(f"{path}: its names and shapes give {error}") from error
+        raise InputError(f"{what}: its names and shapes give {error}") from error
 
 
 def _infer_norm(tensors: dict[str, Tensor], convs: list[str]) -> str:
@@ -162,9 +358,13 @@ def _infer_norm(tensors: dict[str, Tensor], convs: list[str]) -> str:
     return "none" if kind == "instance" and not signs else kind
 
 
-def _match_convs(path: Path, tensors: dict[str, Tensor], convs: Convs, net: Generator) -> dict[str, str]:
-    """Pair the convolutions of a file with those of `net`, comparing shapes and positions: their name → our name."""
+def _match_convs(what: str, tensors: dict[str, Tensor], convs: Convs, net: Generator) -> tuple[dict[str, str], bool]:
+    """Pair the convolutions of a file with those of `net`, comparing shapes and positions.
+
+    returns: their name → our name; whether a padding layer of its own precedes the convolutions after upsampling
+    """
     matched = {}
+    gaps_in_up = set()
     previous = 0
     # strict=False: too many or too few convolutions in a block show as a wrong position
     for (theirs, (index, inner)), (ours, gaps, inners) in zip(convs.items(), _conv_positions(net), strict=False):
@@ -174,13 +374,20 @@ def _match_convs(path: Path, tensors: dict[str, Tensor], convs: Convs, net: Gene
         if shape != expected or index not in indices or inner not in inners:
             layer = "" if inners == [-1] else f"layer {' or '.join(map(str, inners))} of the block at "
             where = f"{layer}position {' or '.join(map(str, indices))}"
-            raise InputError(f"{path}: {theirs}.weight is {shape}; expected {expected} at {where}")
+            given = f"{theirs}.weight is {shape}" if shape != expected else f"{theirs}.weight is at another position"
+            raise InputError(f"{what}: {given}; expected {expected} at {where}")
+        if ours.startswith("up."):
+            gaps_in_up.add(indices.index(index))
         matched[theirs] = ours
         previous = index
-    return matched
+    if len(gaps_in_up) > 1:
+        raise InputError(f"{what}: pads in one upsampling layer, but not in another; expected one kind")
+    return matched, gaps_in_up == {1}
 
 
-def _fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, convs: dict[str, str]) -> dict[str, Tensor]:
+def _fit_tensors(
+    what: str, tensors: dict[str, Tensor], net: Generator, convs: dict[str, str], notes: list[str]
+) -> dict[str, Tensor]:
     """Convert the tensors of a file to the state dict of `net`, without unused running statistics of instance norms.
 
     A normalisation layer removes biases before it: missing ones are zeros, those before a batch norm go into its mean.
@@ -202,11 +409,11 @@ def _fit_tensors(path: Path, tensors: dict[str, Tensor], net: Generator, convs: 
             folded += 1
     missing = (optional & wanted.keys()) - tensors.keys()
     tensors |= {name: torch.zeros_like(wanted[name], device="cpu") for name in missing}
-    check_tensors(wanted, tensors, path)
+    check_tensors(wanted, tensors, what)
     if folded:
-        say(f"{path}: {folded} biases before batch norms became part of their means")
+        notes.append(f"{folded} biases before batch norms became part of their means")
     if missing:
-        say(f"{path}: missing {min(missing)} ({len(missing)} in all); filled with zeros")
+        notes.append(f"missing {min(missing)} ({len(missing)} in all); filled with zeros")
     if net.config.norm == "none":
-        say(f"{path}: no sign of a normalisation; read as a network without one")
+        notes.append("no sign of a normalisation; read as a network without one")
     return {ours: tensors[theirs] for theirs, ours in names.items()}

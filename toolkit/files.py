@@ -7,11 +7,13 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -202,8 +204,46 @@ def check_values(value: object) -> None:
             waiting += [(y, level + 1) for y in inner]
 
 
-def read_archive(path: Path) -> object:
-    """Read any torch file of plain values and tensors, else raise InputError; nothing in it is executed."""
+class SkippedObject(list):
+    """Stands for an object of any class in a file of weights; nothing of that class is imported or called."""
+
+    def __init__(self, *_: object, **__: object):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class SkippedMapping:
+    """The same for classes that derive from dict, which the unpickler fills entry by entry."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return OrderedDict()
+
+
+def classes_in(path: Path) -> list[str]:
+    """Return the classes and functions, other than those of plain tensors and values, that a torch file refers to."""
+    with suppress(Exception):  # of the old format, or damaged: torch.load says which
+        return sorted(map(one_line, torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    return []
+
+
+def _load(path: Path, skip_objects: bool) -> object:
+    """Call torch.load such that it executes nothing; skip_objects: other classes are replaced by SkippedObject."""
+    names = classes_in(path) if skip_objects else []
+    if names:
+        stand_ins: Any = [(SkippedMapping if name.lower().endswith("dict") else SkippedObject, name) for name in names]
+        with suppress(Exception), torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([(SkippedMapping, name) for name in names]):  # perhaps another is a mapping
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_archive(path: Path, skip_objects: bool = False) -> Any:
+    """Read any torch file of plain values and tensors, else raise InputError; nothing in it is executed.
+
+    skip_objects: objects of other classes (Path, Namespace, DictConfig) do not keep the rest from being read
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -216,12 +256,34 @@ def read_archive(path: Path) -> object:
                     raise ValueError(f"damaged: checksum of {damaged} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about the claims of a hostile file
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            value = _load(path, skip_objects)
         check_values(value)
     except Exception as error:  # torch and zipfile raise a dozen types on hostile files
-        reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
+        reason = _reason(path, error)
         raise InputError(f"{path}: not a readable checkpoint of plain tensors and values ({reason})") from error
     return value
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say what a file that torch.load refuses is, and how its tensors can be saved, or give the first line of an error."""
+    with suppress(Exception), zipfile.ZipFile(path) as archive:
+        names = " ".join(archive.namelist())
+        if "/constants.pkl" in names:
+            return 'TorchScript; save its tensors: torch.save(torch.jit.load(FILE).state_dict(), "weights.pth")'
+        if "/models/model.json" in names or "serialized_exported_program.json" in names:
+            return 'a program of torch.export; save its tensors: torch.save(program.state_dict, "weights.pth")'
+    with path.open("rb") as file:
+        start = file.read(100)
+    if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        shown = one_line(start.decode("ascii", "replace").split("\n")[0][:40])
+        return f"text that begins with {shown}: a Git LFS pointer or a web page; download the file itself"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
+    refused = re.search(r"GLOBAL ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and (refused or classes_in(path)):
+        classes = refused[1] if refused else ", ".join(classes_in(path))[:160]
+        return f'objects of {classes} in it; save the tensors alone: torch.save(net.state_dict(), "weights.pth")'
+    text = text.rpartition("WeightsUnpickler error: ")[2] or text  # after advice to load the file unsafely
+    return one_line(text.split("\n")[0][:120]) or type(error).__name__
 
 
 def is_state_dict(value: Any) -> bool:

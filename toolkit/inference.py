@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,23 +46,32 @@ def load_networks(
     epoch: str = "latest",
     asked: Direction | None = None,
     discriminators: bool = False,
+    assumed: Collection[str] = (),
 ) -> tuple[Networks, dict]:
-    """Load the generator of a file or, without one, the networks of a run; returns them by name, and metadata.
+    """Load the generators of a file or, without one, the networks of a run; returns them by name, and metadata.
 
-    asked:  the direction to translate; a file that does not say its own is used for it
-    raises: InputError if the file is for the other direction, and as load_generator and load_run do
+    asked:   the direction to translate; a file that does not say its own is used for it
+    assumed: of a file of another project, as load_generators takes it
+    returns: also metadata, of a file with its direction (of two: the first)
+    raises:  InputError if the file is for the other direction, and as load_generators and load_run do
     """
+    if file is None and assumed:
+        raise InputError(f"--assume {','.join(assumed)}: has no effect without --weights; give both or none")
     if file is None:
         return load_run(run_name, epoch, discriminators)
     checkpoints.recover_run_of(file)
-    net, metadata = weights.load_generator(file)
-    found = metadata["direction"]
-    if asked and found not in (None, str(asked)):
-        raise InputError(f"--direction {asked}: {file} translates {found}; leave the option out")
-    if found is None and asked is None:
-        say(f"{file}: does not say its direction; used as AtoB")
-    metadata["direction"] = found or str(asked or DIRECTIONS[0])
-    return {Direction.named(metadata["direction"]).generator: net}, metadata
+    networks = {}
+    generators = weights.load_generators(file, asked, assumed)
+    for net, metadata in generators:
+        found = metadata["direction"]
+        if asked and found not in (None, str(asked)):
+            raise InputError(f"--direction {asked}: {file} translates {found}; leave the option out")
+        if found is None and asked is None:
+            say(f"{file}: does not say its direction; used as AtoB")
+        metadata["direction"] = found or str(asked or DIRECTIONS[0])
+        networks[Direction.named(metadata["direction"]).generator] = net
+    check_together(networks, file)
+    return networks, generators[0][1]
 
 
 def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False) -> tuple[Networks, dict]:

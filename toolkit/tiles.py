@@ -127,8 +127,9 @@ def receptive_field(config: GeneratorConfig) -> float:
     for pixel in range(2**config.n_downsampling):  # depends on the position relative to the downsampling
         first, last = pixel - 3, pixel + 3  # the head's 7x7 convolution
         for _ in range(config.n_downsampling):  # upsampling layers, backwards
-            first = (first if config.upsample == "deconv" else first - 1) // 2
-            last = (last + 1) // 2
+            wider = config.upsample == "resize" and config.resize_mode == "bilinear"
+            first = (first if config.upsample == "deconv" else first - 1 - wider) // 2
+            last = (last + 1 + wider) // 2
         first, last = first - 2 * config.num_residual, last + 2 * config.num_residual  # two 3x3 convolutions per block
         for _ in range(config.n_downsampling):
             first, last = 2 * first - 1, 2 * last + 1

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -45,37 +45,58 @@ def load_generator(path: str | Path) -> tuple[Generator, dict]:
              has range, config, direction (None if the file name does not tell) and size (None)
     raises:  InputError if the file is missing, damaged, of an unknown layout, or does not fit its own metadata
     """
+    generators = load_generators(path)
+    if len(generators) > 1:
+        raise InputError(f"{path}: holds generators of both directions; take load_generators")
+    return generators[0]
+
+
+def load_generators(
+    path: str | Path, asked: Direction | None = None, assumed: Collection[str] = ()
+) -> list[tuple[Generator, dict]]:
+    """Load all generators of a file, as load_generator does one: of another project's file a pair, too.
+
+    asked:   of a pair, the one of this direction alone
+    assumed: of toolkit.converters.ASSUMPTIONS, what a file of another project does not show
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected such as saved_models/NAME/G_AB.safetensors")
-    with path.open("rb") as file:
-        start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
-    own = path.suffix == ".safetensors" or start[8:] == b"{"
-    config, tensors, metadata = _read_own(path) if own else read_foreign(path)
-    net = build_generator(config)
-    net.load_state_dict(tensors, strict=True)
-    return net.eval(), metadata
+    own = read_own(path)
+    if own and assumed:
+        raise InputError(
+            f"--assume {','.join(assumed)}: {path} is a file of this project, which says all; leave it out"
+        )
+    generators = []
+    for config, tensors, metadata in [own] if own else read_foreign(path, asked, assumed):
+        net = build_generator(config)
+        net.load_state_dict(tensors, strict=True)
+        generators.append((net.eval(), metadata))
+    return generators
 
 
-def load_pair(paths: Sequence[Path]) -> Networks:
+def load_pair(paths: Sequence[Path], assumed: Collection[str] = ()) -> Networks:
     """Load generators to start a training from, at most one per direction; returns them by name.
 
-    raises: InputError as load_generator does, or for a second file of one direction
+    Of files that do not say their direction, the first is used for AtoB, the second for BtoA.
+    raises: InputError as load_generators does, or for a second generator of one direction
     """
     nets: Networks = {}
     pairs: dict[str, object] = {}  # by run
-    for path in paths:
-        net, metadata = load_generator(path)
+    loaded = [(path, *generator) for path in paths for generator in load_generators(path, assumed=assumed)]
+    if [metadata["direction"] for _, _, metadata in loaded] == ["BtoA", "AtoB"]:
+        say("the files are in the order BtoA, AtoB; each is used for its own direction")
+    for index, (path, net, metadata) in enumerate(loaded):
         run, pair = str(metadata.get("run_name")), metadata.get("pair")
         if pairs.setdefault(run, pair) != pair:
             warn(f"{path}: of another save of {run} than the file for the other direction")
         if metadata["direction"]:
             name = Direction.named(metadata["direction"]).generator
         else:
-            name = "G_BA" if "G_AB" in nets else "G_AB"
+            name = DIRECTIONS[min(index, 1)].generator
             say(f"{path}: does not say its direction; used as {name}")
         if name in nets:
-            raise InputError(f"{path}: a second file for {name}; expected one file for each direction")
+            raise InputError(f"{path}: a second file for {name}; expected one file for each direction, AtoB first")
         nets[name] = net
         say(f"{name} starts from {path}")
     for direction in DIRECTIONS:
@@ -84,11 +105,17 @@ def load_pair(paths: Sequence[Path]) -> Networks:
     return nets
 
 
-def _read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a file of this project, which may come from a stranger."""
+def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict] | None:
+    """Read a file of this project, which may come from a stranger; None for one of another project."""
+    with path.open("rb") as file:
+        start = file.read(9)  # safetensors: the length of the header in 8 bytes, then JSON
+    if path.suffix != ".safetensors" and start[8:] != b"{":
+        return None
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            if METADATA_KEY not in (file.metadata() or {}):
+                return None
+            metadata = json.loads(file.metadata()[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({one_line(error)[:120]})") from error
