@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -116,13 +116,14 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
 
 def networks_of(state: dict, path: Path) -> Networks:
     """Build the networks of a state by name, generators with their EMA weights if it has them; raise InputError."""
-    builders: Any = {"G": (build_generator, GeneratorConfig), "D": (build_discriminator, DiscriminatorConfig)}
     networks: Networks = {}
     try:
         weights = state["nets"] | (state.get("ema") or {})
         for name, values in state["config"].items():
-            build, kind = builders[name[0]]
-            networks[name] = build(kind(**values))
+            if name.startswith("G"):
+                networks[name] = build_generator(GeneratorConfig.saved(values, weights[name]))
+            else:
+                networks[name] = build_discriminator(DiscriminatorConfig(**values))
             networks[name].load_state_dict(weights[name])
     except Exception as error:  # an edited file can raise anything
         raise unusable(path, error) from error

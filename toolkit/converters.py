@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Generator, GeneratorConfig, meta_network
+from toolkit import uvcgan
 from toolkit.files import check_tensors, is_state_dict, read_archive
 from utils import InputError, one_line, say
 
@@ -87,9 +88,9 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
 
 
 def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a generator of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, or a mix of their layouts.
+    """Read a generator of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, a mix of these, or UVCGAN.
 
-    returns: config, state dict with our names, metadata (size None: such files do not record it)
+    returns: config, state dict with our names, metadata (size None, except of a UNet-ViT: such files do not record it)
     raises:  InputError for a file that holds something else, or does not fit
     source:  eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet; others: _conv_positions
     """
@@ -102,16 +103,25 @@ def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
         raise InputError(f"{path}: holds no tensors by name; expected the weights of one network")
     # DataParallel and torch.compile add these prefixes, sometimes both
     tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): x for name, x in value.items()}
+    if uvcgan.is_unet_vit(tensors):
+        config, state, size = uvcgan.read_unet_vit(path, tensors)
+        return config, state, _metadata(path, config, size)
     convs = _find_convs(path, tensors)
+    if uvcgan.direction_of(path):
+        uvcgan.fold_resnet(path, tensors, list(convs))
     config = _infer_config(path, tensors, convs)
     net = meta_network(config)
     state = _fit_tensors(path, tensors, net, _match_convs(path, tensors, convs, net))
     if config.upsample == "resize":
         say(f"{path}: PyTorch-GAN pads with zeros after upsampling, here it is reflection; borders will differ")
+    return config, state, _metadata(path, config)
+
+
+def _metadata(path: Path, config: GeneratorConfig, size: list[int] | None = None) -> dict:
+    """Return the metadata of a foreign file; size: [height, width] of the training images in px, if it records them."""
     match = re.search(r"(?<![A-Za-z])(?:net_G_(A|B)|G_(AB|BA))(?![A-Za-z])", path.name)
-    direction = {"A": "AtoB", "B": "BtoA"}[(match[1] or match[2])[0]] if match else None
-    metadata = {"direction": direction, "size": None, "range": [-1, 1], "config": dataclasses.asdict(config)}
-    return config, state, metadata
+    direction = {"A": "AtoB", "B": "BtoA"}[(match[1] or match[2])[0]] if match else uvcgan.direction_of(path)
+    return {"direction": direction, "size": size, "range": [-1, 1], "config": dataclasses.asdict(config)}
 
 
 def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
@@ -126,7 +136,7 @@ def _find_convs(path: Path, tensors: dict[str, Tensor]) -> Convs:
     if not convs:
         found.append(f"an unknown layout ({', '.join(listing[:3])})")
     if found:
-        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
+        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT, PyTorch-GAN or UVCGAN"
         raise InputError(f"{path}: holds {found[0]}; expected {expected}")
     return dict(sorted(convs.items(), key=lambda item: item[1]))
 
