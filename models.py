@@ -87,6 +87,7 @@ class GeneratorConfig:
     norm: str = option("instance", "normalisation (affine: learned scale; group: generators only)", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
+    rotated: bool = False  # a resnet works on images turned by 180°, as one of Keras does (toolkit/keras.py)
     vit_size: str = option(
         "small", "unet_vit of the 64x64 study, or of UVCGAN", choices=("small", "uvcgan"), saved=("uvcgan_v0",)
     )
@@ -102,6 +103,8 @@ class GeneratorConfig:
         check_options(self)
         if self.is_published_uvcgan:
             object.__setattr__(self, "upsample", "resize")
+        if self.generator == "unet_vit" and self.rotated:
+            raise ValueError("rotated True: expected False for a unet_vit")
         if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
             raise ValueError(f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}")
 
@@ -274,7 +277,8 @@ class ResnetGenerator(nn.Module):
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
-        x = self.stem(pad_to_multiple(x, self.config))  # (N, ngf, H, W)
+        x = pad_to_multiple(x, self.config)
+        x = self.stem(x.flip(2, 3) if self.config.rotated else x)  # (N, ngf, H, W)
         skipped = []
         hidden = []
         for downsample in self.down:
@@ -289,7 +293,11 @@ class ResnetGenerator(nn.Module):
             x = upsample(x)  # (N, ngf * 2**(n - 1 - i), 2 * H', 2 * W')
             if self.config.skips:
                 x = self.skips[i](torch.cat([x, skipped.pop()], dim=1))
-        x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
+        x = torch.tanh(self.head(x))
+        if self.config.rotated:
+            x = x.flip(2, 3)
+            hidden = [state.flip(2, 3) for state in hidden]
+        x = x[..., :height, :width]  # (N, channels, H, W)
         return (x, hidden) if return_hidden else x
 
 

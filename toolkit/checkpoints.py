@@ -33,6 +33,7 @@ from toolkit.files import (
     temporary_name,
     write_json,
 )
+from toolkit.keras import is_keras
 from toolkit.weights import network_hash, save_generator
 from utils import InputError, counted, one_line, say, warn
 
@@ -72,7 +73,7 @@ def load_state(path: Path, command: str | None = None) -> dict:
 
 def is_state(path: Path) -> bool:
     """Return whether a file of weights is a training state."""
-    value = None if path.suffix == ".safetensors" else read_archive(path)
+    value = None if path.suffix == ".safetensors" or is_keras(path) else read_archive(path)
     return isinstance(value, dict) and {"format", "nets"} <= value.keys()
 
 

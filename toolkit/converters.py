@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Generator, GeneratorConfig, meta_network
-from toolkit import uvcgan
+from toolkit import keras, uvcgan
 from toolkit.files import check_tensors, is_state_dict, read_archive
 from utils import InputError, one_line, say
 
@@ -71,6 +71,7 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
         "norm": ["instance", "instance_affine", "batch"],  # without a norm, that project has no biases
         "norm_output": [False],
         "skips": [False],
+        "rotated": [False],
     }
     found = {name: getattr(net.config, name) for name in expected}
     obstacles = [f"{name} {value}" for name, value in found.items() if value not in expected[name]]
@@ -88,12 +89,15 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
 
 
 def read_foreign(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict]:
-    """Read a generator of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, a mix of these, or UVCGAN.
+    """Read a generator of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, a mix of these, UVCGAN, or Keras.
 
     returns: config, state dict with our names, metadata (size None, except of a UNet-ViT: such files do not record it)
     raises:  InputError for a file that holds something else, or does not fit
     source:  eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet; others: _conv_positions
     """
+    if keras.is_keras(path):
+        config, state = keras.read_keras(path)
+        return config, state, _metadata(path, config)
     value: Any = read_archive(path)
     if isinstance(value, dict) and {"format", "nets"} <= value.keys():
         raise InputError(f"{path}: holds a whole training state; give --run_name and --epoch, or a G_AB.safetensors")
