@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_dataset
+from edits import EDITS, FUZZ, edited
+from hypothesis import given
+from hypothesis import strategies as st
 
 import distill
 import export
@@ -321,6 +324,31 @@ def test_other_files_are_refused_in_one_line(name, write, words):
     assert str(error.value).startswith(f"{name}: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """One file of each kind, as bytes by name."""
+    pytest.importorskip("h5py")
+    folder = tmp_path_factory.mktemp("contents")
+    for name, write in WRITERS.items():
+        write(folder / name, keras_layers(n=1, blocks=0))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+@FUZZ
+@given(edits=EDITS, name=st.sampled_from(sorted(WRITERS)))
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, contents, edits, name):
+    path = tmp_path / name
+    path.write_bytes(edited(contents[name], edits))
+    line = str(path)
+    try:
+        load_generator(path)
+    except InputError as error:
+        line = str(error)
+    assert line.startswith(str(path))
+    assert "\n" not in line
 
 
 def test_without_h5py_the_command_that_installs_it_is_named(monkeypatch):
