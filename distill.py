@@ -204,11 +204,12 @@ def choose_direction(distillation: DistillationConfig, given: Collection[str], t
 
 # -- The students ----------------------------------------------------------------------------------
 def student_config(distillation: DistillationConfig, teacher_config: GeneratorConfig) -> GeneratorConfig:
-    """Return the teacher's config with the blocks, width and skip connections of the student."""
+    """Return the teacher's config with the blocks, width and skip connections of the student, which is never rotated."""
     if teacher_config.generator == "resnet":
         ngf = distillation.student_ngf or teacher_config.ngf
         skips = teacher_config.skips if distillation.student_skips is None else distillation.student_skips
-        return dataclasses.replace(teacher_config, num_residual=distillation.student_residual, ngf=ngf, skips=skips)
+        blocks = distillation.student_residual
+        return dataclasses.replace(teacher_config, num_residual=blocks, ngf=ngf, skips=skips, rotated=False)
     if distillation.student_ngf:
         raise InputError(
             f"--student_ngf {distillation.student_ngf}: fixed for a {teacher_config.generator}; leave it out"
@@ -224,6 +225,8 @@ def make_student(teacher_net: Generator, config: GeneratorConfig, transfer: bool
     if not transfer:
         return student
     available = teacher_net.state_dict()
+    if teacher_net.config.rotated:
+        available = {name: x.flip(2, 3) if x.dim() == 4 else x for name, x in available.items()}
     copied = {}
     for name, value in student.state_dict().items():
         if not name.startswith("blocks.") and name in available and available[name].shape == value.shape:
@@ -248,6 +251,7 @@ def make_student_networks(config: TrainConfig, distillation: DistillationConfig,
             report.refuse_large(shape, net.config)
         networks[direction.generator] = make_student(net, shape, distillation.transfer)
     config_G = teacher.networks[distillation.directions[0].generator].config
+    config_G = dataclasses.replace(config_G, rotated=False)
     config_D = DiscriminatorConfig(channels=config_G.channels)
     n_layers = max(1, min(config_D.n_layers, config_D.largest_n_layers(min(config.data.size))))
     config_D = dataclasses.replace(config_D, n_layers=n_layers)

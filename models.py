@@ -7,7 +7,7 @@ D = build_discriminator(DiscriminatorConfig(n_layers=3))
 
 import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ VIT_SIZES = {
     "small": VitSize((64, 128, 256), ffn=1024, blocks=4, heads=4, uvcgan_layers=False),
     "uvcgan": VitSize((48, 48, 96, 192, 384), ffn=1536, blocks=12, heads=6, uvcgan_layers=True),
 }
+VIT_SIZES["uvcgan_v0"] = VIT_SIZES["uvcgan"]  # other layers of those sizes, which "uvcgan" once was; in old files alone
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class GeneratorConfig:
     norm: str = option("instance", "normalisation (affine: learned scale; group: generators only)", choices=NORMS)
     norm_output: bool = False  # also before the tanh; no option, since training then stalls (docs/questions.md)
     skips: bool = option(False, "U-Net skip connections around the blocks of a resnet, which preserve edges")
-    vit_size: str = option("small", "unet_vit of the 64x64 study, or of UVCGAN", choices=tuple(VIT_SIZES))
+    rotated: bool = False  # a resnet works on images turned by 180°, as one of Keras does (toolkit/keras.py)
+    vit_size: str = option(
+        "small", "unet_vit of the 64x64 study, or of UVCGAN", choices=("small", "uvcgan"), saved=("uvcgan_v0",)
+    )
     vit_blocks: int = option(None, "blocks of a unet_vit (default: small 4, uvcgan 12)", least=0, most=1000)
     vit_heads: int = option(None, "attention heads of a unet_vit (default: small 4, uvcgan 6)", least=1, most=4096)
 
@@ -101,8 +105,26 @@ class GeneratorConfig:
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
         check_options(self)
+        if self.is_published_uvcgan:
+            object.__setattr__(self, "upsample", "resize")
+        if self.generator == "unet_vit" and self.rotated:
+            raise ValueError("rotated True: expected False for a unet_vit")
         if self.generator == "unet_vit" and self.hidden_width % self.vit_heads:
             raise ValueError(f"vit_heads {self.vit_heads}: expected a divisor of {self.hidden_width}")
+
+    @classmethod
+    def saved(cls, values: Mapping[str, Any], tensors: Collection[str]) -> "GeneratorConfig":
+        """Return the config of a file that has these values beside tensors of these names; errors: as of the class."""
+        config = cls(**values)
+        if config.is_published_uvcgan and "stem.0.weight" in tensors:  # the published layers have "stem.1.weight"
+            older: dict[str, Any] = {**values, "vit_size": "uvcgan_v0"}
+            config = cls(**older)
+        return config
+
+    @property
+    def is_published_uvcgan(self) -> bool:
+        """Whether this is the network of UVCGAN, layer by layer."""
+        return self.generator == "unet_vit" and self.vit_size == "uvcgan"
 
     @property
     def downsamplings(self) -> int:
@@ -260,7 +282,8 @@ class ResnetGenerator(nn.Module):
 
     def forward(self, x: Tensor, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
-        x = self.stem(pad_to_multiple(x, self.config))  # (N, ngf, H, W)
+        x = pad_to_multiple(x, self.config)
+        x = self.stem(x.flip(2, 3) if self.config.rotated else x)  # (N, ngf, H, W)
         skipped = []
         hidden = []
         for downsample in self.down:
@@ -275,7 +298,11 @@ class ResnetGenerator(nn.Module):
             x = upsample(x)  # (N, ngf * 2**(n - 1 - i), 2 * H', 2 * W')
             if self.config.skips:
                 x = self.skips[i](torch.cat([x, skipped.pop()], dim=1))
-        x = torch.tanh(self.head(x))[..., :height, :width]  # (N, channels, H, W)
+        x = torch.tanh(self.head(x))
+        if self.config.rotated:
+            x = x.flip(2, 3)
+            hidden = [state.flip(2, 3) for state in hidden]
+        x = x[..., :height, :width]  # (N, channels, H, W)
         return (x, hidden) if return_hidden else x
 
 
@@ -317,27 +344,31 @@ class Position(nn.Module):
     """Add a position to each token, computed from coordinates in [-1, 1], so that any image size works.
 
     x: (N, width, H, W) → tokens (N, H * W, width); source: Torbunov et al. 2022, UVCGAN, section 3.1
+
+    end_to_end: -1 and 1 are the centres of the outermost pixels, as in UVCGAN; else the edges of the map
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, end_to_end: bool = False):
         super().__init__()
+        self.end_to_end = end_to_end
         self.waves = nn.Linear(2, width)
         self.mix = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         centres = []  # of pixels, along each side
         for n in x.shape[-2:]:
-            centres.append((2 * torch.arange(n, device=x.device, dtype=self.waves.weight.dtype) + 1) / n - 1)
+            steps = 2 * torch.arange(n, device=x.device, dtype=self.waves.weight.dtype)
+            centres.append(steps / (n - 1) - 1 if self.end_to_end else (steps + 1) / n - 1)
         grid = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # (H * W, 2)
         tokens = x.flatten(2).transpose(1, 2)
         waves = torch.sin(self.waves(grid))
         return self.mix(torch.cat([tokens, waves.expand(len(x), -1, -1).to(tokens.dtype)], dim=-1))
 
 
-def double_conv(width_in: int, width: int, width_out: int, norm: str) -> nn.Sequential:
-    """Two convolutions with normalisation before each, as at every resolution of UVCGAN's U-Net."""
-    first = [norm_layer(norm, width_in), nn.Conv2d(width_in, width, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-    second = [norm_layer(norm, width), nn.Conv2d(width, width_out, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+def double_conv(width_in: int, width: int, width_out: int, norm: str, slope: float) -> nn.Sequential:
+    """Two convolutions with normalisation before each, as at every resolution of UVCGAN's U-Net; slope: of their ReLUs."""
+    first = [norm_layer(norm, width_in), nn.Conv2d(width_in, width, 3, padding=1), nn.LeakyReLU(slope, inplace=True)]
+    second = [norm_layer(norm, width), nn.Conv2d(width, width_out, 3, padding=1), nn.LeakyReLU(slope, inplace=True)]
     return nn.Sequential(*first, *second)
 
 
@@ -348,8 +379,8 @@ class UnetVitGenerator(nn.Module):
     returns: (N, channels, H, W) in [-1, 1]; with return_hidden also the list of the outputs of all
              transformer blocks, each (N, config.hidden_width, H / 2**n, W / 2**n), n = config.downsamplings
     raises:  ValueError if a side is too small
-    source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557. "uvcgan" with --upsample resize has as many parameters as
-             the published network, and tanh in place of the sigmoid since images are in [-1, 1]. "small" is that of a
+    source:  Torbunov et al. 2022, UVCGAN, arXiv:2203.02557. "uvcgan" is the published network, for images in [-1, 1]: what
+             it pads with 0, black, is -1 in the stem, and its sigmoid a tanh (toolkit/uvcgan.py). "small" is that of a
              study at 64x64 px: CycleGAN's stem and downsampling, skip connections, four blocks without normalisation;
              the 1x1 convolution after each skip connection is ours
     """
@@ -361,7 +392,11 @@ class UnetVitGenerator(nn.Module):
         widths = size.widths
         norm = config.norm
         bias = norm != "batch"
-        if size.uvcgan_layers:
+        if config.is_published_uvcgan:
+            conv = nn.Conv2d(config.channels, widths[0], 3)
+            self.stem = nn.Sequential(nn.ConstantPad2d(1, -1.0), conv, nn.LeakyReLU(0.01, inplace=True))
+            head = [nn.Conv2d(widths[0], config.channels, 1)]
+        elif size.uvcgan_layers:
             conv = nn.Conv2d(config.channels, widths[0], 3, padding=1)
             self.stem = nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True))
             head = [nn.Conv2d(widths[0], config.channels, 1)]
@@ -371,7 +406,7 @@ class UnetVitGenerator(nn.Module):
             head = [ReflectionPad2d(3), ThinConv2d(widths[0], config.channels, 7)]
         levels = [self._level(thin, wide) for thin, wide in itertools.pairwise(widths)]
         self.down = nn.ModuleList(down for down, _ in levels)
-        self.position = Position(widths[-1])
+        self.position = Position(widths[-1], end_to_end=config.is_published_uvcgan)
         self.blocks = nn.ModuleList(VitBlock(widths[-1], size, config.vit_heads) for _ in range(config.vit_blocks))
         self.leave = nn.Linear(widths[-1], widths[-1])
         self.up = nn.ModuleList(up for _, up in reversed(levels))
@@ -381,11 +416,13 @@ class UnetVitGenerator(nn.Module):
         """Make the layers of one resolution: before and after its skip connection, downwards and upwards."""
         norm = self.config.norm
         if VIT_SIZES[self.config.vit_size].uvcgan_layers:
-            down = [double_conv(thin, wide, wide, norm), nn.Conv2d(wide, wide, 2, stride=2)]
-            up = [
-                nn.Sequential(*upsample_layers(self.config, wide, wide, True)),
-                double_conv(2 * wide, wide, thin, norm),
-            ]
+            published = self.config.is_published_uvcgan
+            slope = 0.01 if published else 0.2
+            layers = upsample_layers(self.config, wide, wide, True)
+            if published:
+                layers = [nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1)]
+            down = [double_conv(thin, wide, wide, norm, slope), nn.Conv2d(wide, wide, 2, stride=2)]
+            up = [nn.Sequential(*layers), double_conv(2 * wide, wide, thin, norm, slope)]
         else:
             bias = norm != "batch"
             conv = nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=bias)

@@ -499,6 +499,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error(f"--{min(meaningless)}: has no meaning for --generator {args.generator}: leave it out")
     if "assume" in args.given and not args.init_from:
         parser.error("--assume: has no effect without --init_from; give both or none")
+    is_uvcgan = args.generator == "unet_vit" and args.vit_size == "uvcgan"
+    if is_uvcgan and "upsample" in args.given and args.upsample == "deconv" and args.start_from == "0":
+        parser.error("--upsample deconv: --vit_size uvcgan upsamples by resize; leave it out")
     if args.skips and not args.n_downsampling and args.start_from == "0":
         parser.error("--skips: has no effect with --n_downsampling 0; leave it out")
     return args
@@ -511,6 +514,7 @@ def with_network_configs(
     is_resumed = config.run.start_from != "0"
     models.check_image_size(generator, discriminator, *config.data.size, discriminator_is_fixed=is_resumed)
     flags = {name: value for name, value in dataclasses.asdict(generator).items() if name in config.flags}
+    flags["vit_size"] = generator.vit_size.removesuffix("_v0")  # the flag, if given again, is that of its first start
     data = dataclasses.replace(config.data, channels=generator.channels)
     return dataclasses.replace(
         config, data=data, flags=config.flags | flags, generator=generator, discriminator=discriminator
@@ -542,8 +546,9 @@ def config_and_pretrained(config: TrainConfig) -> tuple[TrainConfig, Networks]:
 def config_from_checkpoint(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     """Return the config with the networks of a training state."""
     try:
-        generator = GeneratorConfig(**checkpoint.state["config"]["G_AB"])
-        discriminator = DiscriminatorConfig(**checkpoint.state["config"]["D_A"])
+        state = checkpoint.state
+        generator = GeneratorConfig.saved(state["config"]["G_AB"], state["nets"]["G_AB"])
+        discriminator = DiscriminatorConfig(**state["config"]["D_A"])
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(checkpoint.path, error) from error
     return with_network_configs(config, generator, discriminator)

@@ -86,6 +86,7 @@ def option(default: Any, help: str, **allowed: Any) -> Any:
     least, most, above:      the range of a number; `above` itself is not allowed
     parse:                   turns the text of the command line into a value; raises ValueError if it cannot
     choices, nargs, metavar: as in argparse
+    saved:                   further choices that are in saved files alone
     flag:                    the option's name, where it is not the field's
     """
     metadata = {"help": help, **allowed}
@@ -103,7 +104,7 @@ def check_options(config: Any) -> None:
         kind: Any = field.type
         if type(value) is not kind:
             raise ValueError(f"{field.name} {value!r}: expected {kind.__name__}")
-        if value not in choices:
+        if value not in choices and value not in field.metadata.get("saved", ()):
             raise ValueError(f"{field.name} {value}: expected one of {', '.join(map(str, choices))}")
         if limits and not in_range(value, **field.metadata):
             raise ValueError(f"{field.name} {value}: expected {limits}")

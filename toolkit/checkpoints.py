@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +33,7 @@ from toolkit.files import (
     temporary_name,
     write_json,
 )
+from toolkit.keras import is_keras
 from toolkit.weights import network_hash, save_generator
 from utils import InputError, counted, one_line, say, warn
 
@@ -72,7 +73,9 @@ def load_state(path: Path, command: str | None = None) -> dict:
 
 def is_state(path: Path) -> bool:
     """Return whether a file of weights is a training state."""
-    value = None if path.suffix == ".safetensors" else read_archive(path, skip_objects=True)
+    value = None
+    if path.suffix != ".safetensors" and not is_keras(path):
+        value = read_archive(path, skip_objects=True)
     return isinstance(value, dict) and {"format", "nets"} <= value.keys()
 
 
@@ -116,13 +119,14 @@ def load_checkpoint(folder: Path, epoch: str, flag: str, command: str | None = N
 
 def networks_of(state: dict, path: Path) -> Networks:
     """Build the networks of a state by name, generators with their EMA weights if it has them; raise InputError."""
-    builders: Any = {"G": (build_generator, GeneratorConfig), "D": (build_discriminator, DiscriminatorConfig)}
     networks: Networks = {}
     try:
         weights = state["nets"] | (state.get("ema") or {})
         for name, values in state["config"].items():
-            build, kind = builders[name[0]]
-            networks[name] = build(kind(**values))
+            if name.startswith("G"):
+                networks[name] = build_generator(GeneratorConfig.saved(values, weights[name]))
+            else:
+                networks[name] = build_discriminator(DiscriminatorConfig(**values))
             networks[name].load_state_dict(weights[name])
     except Exception as error:  # an edited file can raise anything
         raise unusable(path, error) from error

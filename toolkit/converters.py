@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import PADDINGS, Direction, Generator, GeneratorConfig, meta_network
+from toolkit import keras, uvcgan
 from toolkit.containers import StoredNetwork, direction_in, list_networks, prefer_averaged
 from toolkit.files import check_tensors, classes_in
 from utils import InputError, one_line, option, say, some_of
@@ -85,6 +86,7 @@ def to_junyanz(net: Generator) -> dict[str, Tensor]:
         "norm": ["instance", "instance_affine", "batch"],  # without a norm, that project has no biases
         "norm_output": [False],
         "skips": [False],
+        "rotated": [False],
     }
     found = {name: getattr(net.config, name) for name in expected}
     obstacles = [f"{name} {value}" for name, value in found.items() if value not in expected[name]]
@@ -124,24 +126,29 @@ class ForeignNetwork:
     stored: StoredNetwork
     config: Any = None  # a GeneratorConfig; None if it cannot be read
     state: dict[str, Tensor] = field(default_factory=dict)  # with our names
+    size: list[int] | None = None  # height and width of the training images, if the file shows them
     notes: list[str] = field(default_factory=list)  # what was assumed or filled in
     reason: str = ""
 
     @property
     def layout(self) -> str:
         """Name of the project whose layout it has, or what else it is."""
-        return LAYOUTS[self.config.upsample] if self.config else kind_of(self.stored.tensors)
+        if self.config is None:
+            return kind_of(self.stored.tensors)
+        if self.config.rotated:
+            return "Keras"
+        return "UVCGAN" if self.config.generator == "unet_vit" else LAYOUTS[self.config.upsample]
 
 
 def read_foreign(
     path: Path, asked: Direction | None = None, assumed: Collection[str] = ()
 ) -> list[tuple[GeneratorConfig, dict[str, Tensor], dict]]:
-    """Read the generators of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, or a mix of their layouts.
+    """Read generators of pytorch-CycleGAN-and-pix2pix, CUT without antialiasing, PyTorch-GAN, a mix of these, UVCGAN, Keras.
 
     asked:   the direction that is wanted, where a file holds several generators
     assumed: some of ASSUMPTIONS
     returns: one generator, or the two of a pair if no direction is asked for: config, state dict with our names, metadata
-             (direction: None if no name tells, size: None since such files do not record it)
+             (direction: None if no name tells; size: None but for a UNet-ViT, since such files do not record it)
     raises:  InputError for a file that holds something else, does not fit, or holds several generators without directions
     source:  eriklindernoren/PyTorch-GAN, implementations/cyclegan/models.py, GeneratorResNet; others: _conv_positions
     """
@@ -164,7 +171,7 @@ def read_foreign(
         said = ", ".join(part for part in (name, averaged, translates) if part)
         if said:
             say(f"{path}: {said}")
-        metadata = {"direction": str(direction) if direction else None, "size": None, "range": [-1, 1]}
+        metadata = {"direction": str(direction) if direction else None, "size": network.size, "range": [-1, 1]}
         results.append((network.config, network.state, metadata | {"config": dataclasses.asdict(network.config)}))
     skipped = [name for name in classes_in(path) if not name.startswith(("builtins.", "collections."))]
     if skipped:
@@ -175,12 +182,24 @@ def read_foreign(
 
 def foreign_networks(path: Path, assumed: Collection[str] = ()) -> list[ForeignNetwork]:
     """Return all networks in a file, in its order; raises InputError if it cannot be read or holds none."""
+    if keras.is_keras(path):
+        if assumed:
+            raise InputError(f"--assume {','.join(assumed)}: a file of Keras needs none; leave it out")
+        config, state = keras.read_keras(path)
+        return [ForeignNetwork(StoredNetwork("", state, is_averaged=False), config, state)]
     networks = []
     for stored in list_networks(path):
         network = ForeignNetwork(stored)
         what = f"{path}, {stored.name}" if stored.name else str(path)
         try:
-            network.config, network.state = _convert(what, dict(stored.tensors), assumed, network.notes)
+            if uvcgan.is_unet_vit(stored.tensors):
+                network.config, network.state, network.size = uvcgan.read_unet_vit(what, dict(stored.tensors))
+                network.notes.append(
+                    "a UNet-ViT of UVCGAN, read as the published one, with images in [0, 1] and a sigmoid"
+                )
+            else:
+                is_uvcgan = uvcgan.direction_of(path) is not None
+                network.config, network.state = _convert(what, dict(stored.tensors), assumed, network.notes, is_uvcgan)
         except InputError as error:
             network.reason = str(error).removeprefix(f"{what}: ")
         networks.append(network)
@@ -234,10 +253,13 @@ def kind_of(tensors: dict[str, Tensor]) -> str:
 
 
 def _convert(
-    what: str, tensors: dict[str, Tensor], assumed: Collection[str], notes: list[str]
+    what: str, tensors: dict[str, Tensor], assumed: Collection[str], notes: list[str], is_uvcgan: bool
 ) -> tuple[GeneratorConfig, dict[str, Tensor]]:
     """Infer the config of a generator and give its tensors our names; adds to `notes` what was assumed or filled in."""
     convs = _find_convs(what, tensors)
+    if is_uvcgan:
+        uvcgan.check_resnet(what, tensors, list(convs))
+        notes.append("a ResNet with a file name of UVCGAN, so read as one with images in [0, 1] and a sigmoid")
     if _unused_statistics(tensors, convs):
         if "statistics" in assumed:
             _use_statistics(tensors, convs)
@@ -250,8 +272,9 @@ def _convert(
     config = _infer_config(what, tensors, convs)
     matched, has_padding_layers = _match_convs(what, tensors, convs, meta_network(config))
     config = _with_upsampling(what, config, has_padding_layers, assumed, notes)
-    if "sigmoid" in assumed:
-        _fold_unit_range(tensors, list(convs))
+    if is_uvcgan or "sigmoid" in assumed:
+        stem, *_, head = convs
+        uvcgan.fold_unit_range(tensors, stem, head)
     state = _fit_tensors(what, tensors, meta_network(config), matched, notes)
     return config, state
 
@@ -294,21 +317,6 @@ def _with_upsampling(
     return dataclasses.replace(config, resize_padding=padding, resize_mode=mode)
 
 
-def _fold_unit_range(tensors: dict[str, Tensor], convs: list[str]) -> None:
-    """Turn a generator of images in [0, 1] that ends in a sigmoid into one of [-1, 1] that ends in a tanh.
-
-    sigmoid(x) = (1 + tanh(x / 2)) / 2. The input moves into the first convolution, exactly since it pads by reflection.
-    """
-    first = tensors[f"{convs[0]}.weight"].float()
-    bias = tensors.get(f"{convs[0]}.bias", torch.zeros(len(first))).float()
-    tensors[f"{convs[0]}.weight"] = first / 2
-    if bias.shape == (len(first),):
-        tensors[f"{convs[0]}.bias"] = bias + first.sum((1, 2, 3)) / 2
-    for leaf in ("weight", "bias"):  # a wrong shape is found later
-        if f"{convs[-1]}.{leaf}" in tensors:
-            tensors[f"{convs[-1]}.{leaf}"] = tensors[f"{convs[-1]}.{leaf}"].float() / 2
-
-
 def _find_convs(what: str, tensors: dict[str, Tensor]) -> Convs:
     """Find the convolutions of a ResNet generator, in order, whatever the names of the Sequential and of the blocks."""
     convs = {}
@@ -318,7 +326,7 @@ def _find_convs(what: str, tensors: dict[str, Tensor]) -> Convs:
             convs[match[1]] = (int(match[2]), int(match[3] or -1))
     kind = kind_of(tensors)
     if not convs or not kind.startswith("an unknown layout"):
-        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT or PyTorch-GAN"
+        expected = "a ResNet generator of this project, pytorch-CycleGAN-and-pix2pix, CUT, PyTorch-GAN or UVCGAN"
         raise InputError(
             f"{what}: holds {kind}; expected {expected}; docs/extending.md shows how to convert another layout"
         )

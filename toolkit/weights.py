@@ -121,15 +121,15 @@ def read_own(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor], dict] | No
         raise InputError(f"{path}: not a readable safetensors file ({one_line(error)[:120]})") from error
     if not isinstance(metadata, dict) or metadata.get("format") != 1:
         raise InputError(f"{path}: has no metadata of this project; expected a file written by train.py or distill.py")
-    config = _check_metadata(metadata, path)
+    config = _check_metadata(metadata, tensors, path)
     check_tensors(meta_network(config).state_dict(), tensors, path)  # before memory is allocated for the network
     return config, tensors, metadata
 
 
-def _check_metadata(metadata: dict, path: Path) -> GeneratorConfig:
+def _check_metadata(metadata: dict, tensors: dict[str, Tensor], path: Path) -> GeneratorConfig:
     """Check direction and size, and build the config; fields that an older file lacks get their defaults."""
     try:
-        config = GeneratorConfig(**metadata["config"])
+        config = GeneratorConfig.saved(metadata["config"], tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its metadata holds no valid config: {one_line(error)[:120]}") from error
     size = metadata.get("size")
