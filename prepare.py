@@ -3,6 +3,7 @@
 python prepare.py draw day2night --size 64
 python prepare.py download horse2zebra
 python prepare.py split --A faces --B caricatures --dataset_name face2caricature
+python prepare.py split --pairs facades --sides BA --dataset_name facades
 python prepare.py check face2caricature --sheet
 """
 
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, DataConfig, find_dataset, find_range, outlook, split_images
@@ -181,6 +184,46 @@ def split_dataset(args: Namespace) -> None:
             write_json(unfinished / DOMAINS, [folder_A.name, folder_B.name])
 
 
+def cut_pair(path: Path) -> list[Image.Image]:
+    """Return the left and the right half of an image; raises UnreadableImage."""
+    values = images.read_values(path)  # of more than 8 bits, which are kept
+    image = images.read_image(path) if values is None else Image.fromarray(np.array(values))
+    half = image.width // 2
+    if not half:
+        raise images.UnreadableImage("1 px wide, so it shows no pair")
+    return [image.crop((left, 0, left + half, image.height)) for left in (0, image.width - half)]
+
+
+def split_pairs(args: Namespace) -> None:
+    """Make the layout from images that show both domains side by side; their own train, val and test folders remain."""
+    if not args.pairs.is_dir():
+        raise InputError(f"--pairs {args.pairs}: no such folder; expected a folder with images")
+    kinds = [kind for kind in ("train", "val", "test") if (args.pairs / kind).is_dir()]
+    found = {kind: images.list_images(args.pairs / kind)[: args.max_images] for kind in kinds}
+    if not found.get("train"):
+        paths = images.list_images(args.pairs)
+        random.Random(f"{args.seed}-pairs").shuffle(paths)
+        paths = paths[: args.max_images]
+        tests = min(len(paths) - 1, math.ceil(len(paths) * args.test_fraction))
+        found = {"train": paths[tests:], "test": paths[:tests]} if paths else {}
+    if not found:
+        raise InputError(f"--pairs {args.pairs}: no image inside; expected {images.EXPECTED}")
+    with new_folder(args.data_root / args.dataset_name) as unfinished:
+        for kind, paths in found.items():
+            folder = args.pairs / kind if kinds else args.pairs
+            bar = tqdm(paths, desc=kind, leave=False)
+            for path, halves in images.BadImages(folder, len(paths)).read(bar, cut_pair):
+                for domain, half in zip(args.sides, halves, strict=True):
+                    suffix = ".png" if half.mode == "RGB" else ".tif"
+                    target = unfinished / f"{kind}{domain}" / path.relative_to(folder).with_suffix(suffix)
+                    if target.exists():  # a.jpg beside a.png
+                        target = target.with_name(f"{path.name}{suffix}")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    half.save(target)
+        counts = ", ".join(f"{counted(len(paths), 'pair')} in {kind}" for kind, paths in found.items())
+        say(f"{args.dataset_name}: {counts}; the left half is {args.sides[0]}")
+
+
 def check_dataset(args: Namespace) -> None:
     """Count, measure and compare the images of a data set; raises InputError if it cannot be trained on."""
     folder = find_dataset(args.data_root, args.dataset_name)
@@ -227,7 +270,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     download.add_argument("--url", help="address of a zip, in place of the authors'")
     split = commands.add_parser("split", help="make a data set from two folders of images")
     for domain in "AB":
-        split.add_argument(f"--{domain}", type=source, required=True, metavar="DIR", help=f"images of domain {domain}")
+        split.add_argument(f"--{domain}", type=source, metavar="DIR", help=f"images of domain {domain}")
+    split.add_argument(
+        "--pairs", type=source, metavar="DIR", help="images that show A beside B, in place of --A and --B"
+    )
+    split.add_argument(
+        "--sides", default="AB", choices=("AB", "BA"), help="which domain is left in --pairs (default: AB)"
+    )
     split.add_argument("--dataset_name", type=new_name, required=True, help="name of the new data set")
     add_options(split, "settings", _SplitOptions)
     check = commands.add_parser("check", help="count, measure and compare the images of a data set")
@@ -237,7 +286,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         sub_parser.add_argument(
             "--data_root", type=Path, default="datasets", help="folder of the data sets (default: datasets)"
         )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "split" and args.pairs and (args.A or args.B):
+        parser.error("split: --pairs contradicts --A and --B; give it alone")
+    if args.command == "split" and not (args.pairs or (args.A and args.B)):
+        parser.error("split: needs --A and --B, or --pairs alone")
+    return args
 
 
 @command
@@ -246,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if "max_megapixels" in args:
         images.limit_pixels(1e6 * args.max_megapixels)
-    runs = {"download": download_dataset, "split": split_dataset, "check": check_dataset}
+    runs = {"download": download_dataset, "check": check_dataset}
+    runs["split"] = split_pairs if args.command == "split" and args.pairs else split_dataset
     runs["draw"] = lambda args: draw_dataset(args.data_root, args.size)
     runs[args.command](args)
 

@@ -12,8 +12,10 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import noise_image
+from PIL import Image
 
 import prepare
 from datasets import domain_names
@@ -490,3 +492,59 @@ def test_names_that_are_not_valid_text_are_split_and_checked(tmp_path, capsys):
     prepare.main(argv)
     prepare.main(["check", "f2d", "--sheet"])
     assert "trainA: 9 images, 0 unreadable" in capsys.readouterr().out
+
+
+def draw_pair(path, seed, mode="RGB"):
+    """Two images of noise side by side; returns them."""
+    halves = [noise_image(f"{seed}{side}", (6, 5), mode) for side in "lr"]
+    pair = Image.new(mode, (12, 5))
+    pair.paste(halves[0], (0, 0))
+    pair.paste(halves[1], (6, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pair.save(path)
+    return halves
+
+
+@pytest.mark.parametrize("sides", ["AB", "BA"])
+def test_pairs_side_by_side_are_cut_and_keep_their_split(tmp_path, sides):
+    drawn = {kind: draw_pair(tmp_path / "both" / kind / "sub/1.png", kind) for kind in ("train", "val", "test")}
+    prepare.main(["split", "--pairs", str(tmp_path / "both"), "--sides", sides, "--dataset_name", "cut"])
+    for kind, halves in drawn.items():
+        for domain, half in zip(sides, halves, strict=True):
+            with Image.open(f"datasets/cut/{kind}{domain}/sub/1.png") as found:
+                assert found.tobytes() == half.tobytes()
+
+
+def test_pairs_without_a_split_are_divided_by_chance_and_stay_pairs(tmp_path):
+    drawn = {f"{i}.png": draw_pair(tmp_path / "both" / f"{i}.png", i) for i in range(10)}
+    deep = np.arange(60, dtype=np.uint16).reshape(5, 12) * 500
+    Image.fromarray(deep).save(tmp_path / "both/deep.png")
+    prepare.main(["split", "--pairs", str(tmp_path / "both"), "--test_fraction", "0.3", "--dataset_name", "cut"])
+    root = Path("datasets/cut")
+    for split, count in (("train", 7), ("test", 4)):
+        names = [sorted(path.name for path in (root / f"{split}{domain}").iterdir()) for domain in "AB"]
+        assert names[0] == names[1]
+        assert len(names[0]) == count
+    for name, halves in drawn.items():
+        for domain, half in zip("AB", halves, strict=True):
+            (path,) = root.glob(f"*{domain}/{name}")
+            with Image.open(path) as found:
+                assert found.tobytes() == half.tobytes()
+    (left,) = root.glob("*A/deep.tif")
+    with Image.open(left) as found:
+        assert np.array_equal(np.asarray(found), deep[:, :6])
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--pairs", "none"], "--pairs none: no such folder"),
+        (["--pairs", "empty"], "--pairs empty: no image inside"),
+        (["--pairs", "empty", "--A", "x", "--B", "y"], "--pairs contradicts --A and --B"),
+        (["--A", "x"], "needs --A and --B, or --pairs alone"),
+    ],
+)
+def test_wrong_sources_of_a_split_are_refused(refused, argv, expected):
+    Path("empty").mkdir()
+    assert expected in refused(prepare.main, "split", *argv, "--dataset_name", "cut")
+    assert not Path("datasets/cut").exists()
