@@ -368,7 +368,7 @@ def test_a_folder_of_ones_own_is_not_used_to_set_a_run_aside(tiny, refused):
         shutil.rmtree(folder / ".overwritten")
         (folder / ".overwritten/watch/cat").mkdir(parents=True)  # an empty one is left by a kill
     assert snapshot() == before
-    (SAVED / ".overwritten/watch/.cyclegan-1-2.tmp").write_text("")
+    (DRAWN / ".overwritten/watch/.cyclegan-1-2.tmp").write_text("")
     run_tiny("--num_epochs", 1, "--overwrite", "--seed", 1)
     assert not [*SAVED.glob(".over*"), *DRAWN.glob(".over*")]
 

@@ -269,7 +269,7 @@ def test_an_edited_value_is_one_that_could_have_been_given_or_is_refused_in_one_
         assert isinstance(found, bool)
     elif action.choices:
         assert found in action.choices
-    elif action.nargs is None and not isinstance(found, list):
+    elif action.nargs is None and not isinstance(found, list | tuple):
         assert action.type(str(found)) == found
 
 

@@ -178,6 +178,7 @@ def test_training_images_keep_more_than_8_bits(cache):
                 assert (values - expected).abs().max() <= step + 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_records_its_ranges_and_everything_after_it_uses_them(capsys):
     make_ct(Path("datasets/ct"))
     options = ["--dataset_name", "ct", *TINY, "--num_epochs", "1"]
