@@ -423,6 +423,7 @@ def test_a_domain_score_is_the_mean_of_several_classifiers(tmp_path, monkeypatch
     assert domain_score.folder_score(tmp_path, tmp_path, "A", 1) == pytest.approx((1 + 2 + 3) / 3 / 4)
 
 
+@pytest.mark.slow
 def test_domains_are_predicted_from_colours_and_from_greyscale(tmp_path, capsys, refused, monkeypatch):
     """Red against blue of the same luminance: without colour, a classifier predicts one domain for all images."""
     monkeypatch.setattr(domain_score, "CLASSIFIERS", 1)
