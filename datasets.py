@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import zlib
@@ -348,7 +349,7 @@ def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
     """Find the val folders, else test folders, by domain; InputError if one is empty or, with paired, no names match."""
     split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
     folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
-    names_A, names_B = (_by_name(path).keys() for path in folders.values())
+    names_A, names_B = (paths.keys() for paths in by_name(folders).values())
     if paired and not names_A & names_B:
         raise InputError(f"--eval_metrics paired: no pair of names in {folders['A']} and {folders['B']}; leave it out")
     return folders
@@ -359,8 +360,28 @@ def pair_name(path: Path, folder: Path) -> Path:
     return path.relative_to(folder).with_suffix("")
 
 
-def _by_name(folder: Path) -> dict[Path, Path]:
-    return {pair_name(path, folder): path for path in split_images(folder.parent, folder.name)}
+def by_name(folders: Mapping[str, Path]) -> dict[str, dict[Path, Path]]:
+    """List the images of some folders, by domain, as paths by the name that pairs share: by pair_name.
+
+    1_A.png and 1_B.png are a pair, too, called 1, unless an image of the other domain has the full name of one of them.
+    """
+    found = {
+        domain: {pair_name(path, folder): path for path in split_images(folder.parent, folder.name)}
+        for domain, folder in folders.items()
+    }
+    if found.keys() != {"A", "B"}:
+        return found
+    lone = {}  # domain → name without its letter → full name
+    for domain, other in ("AB", "BA"):
+        names = found[domain].keys() - found[other].keys()
+        lone[domain] = {
+            name.with_name(name.name[:-2]): name for name in names if re.fullmatch(rf".+[_-]{domain}", name.name)
+        }
+    for name in sorted(lone["A"].keys() & lone["B"].keys()):
+        if not any(name in found[domain] for domain in "AB"):
+            for domain in "AB":
+                found[domain][name] = found[domain].pop(lone[domain][name])
+    return found
 
 
 def spread(paths: list[Path], most: int | None) -> list[Path]:
@@ -377,7 +398,7 @@ def paired_images(
     folders, readers: by domain
     returns:          by domain; the pairs come first, in the same order in all domains, the other images fill the rest
     """
-    paths = {domain: _by_name(folder) for domain, folder in folders.items()}
+    paths = by_name(folders)
     shared = set.intersection(*map(set, paths.values()))
     pairs = spread([name for name in next(iter(paths.values())) if name in shared], most)
     loaded = {}
@@ -386,7 +407,8 @@ def paired_images(
         others = spread(others, None if most is None else most - len(pairs))
         chosen = [paths[domain][name] for name in pairs + others]
         read = images.load_images(folder, chosen, readers[domain], on_bad)
-        loaded[domain] = {pair_name(path, folder): x[None] for path, x in read}
+        names = {path: name for name, path in paths[domain].items()}
+        loaded[domain] = {names[path]: x[None] for path, x in read}
     return loaded
 
 

@@ -150,9 +150,15 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     if config.input:
         return Inputs(root, paths, config.on_bad_image)
     target = dataset / f"test{direction.target}"
-    named = {datasets.pair_name(path, target): path for path in images.list_images(target)}
-    same = {path: target / path.relative_to(root) for path in paths}  # 0.png before 0.bmp for 0.png
-    truths = {path: same[path] if same[path].is_file() else named.get(datasets.pair_name(path, root)) for path in paths}
+    if not images.list_images(target):
+        return Inputs(root, paths, config.on_bad_image)
+    found = datasets.by_name({direction.source: root, direction.target: target})
+    names = {path: name for name, path in found[direction.source].items()}
+    truths = {}
+    for path in paths:
+        same = target / path.relative_to(root)  # 0.png before 0.bmp for 0.png
+        name = names.get(path, datasets.pair_name(path, root))
+        truths[path] = same if same.is_file() else found[direction.target].get(name)
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
 
 

@@ -398,3 +398,22 @@ def test_training_crops_have_the_training_size_whatever_the_shape_of_the_images(
         assert item["A"].shape == item["B"].shape == (3, 16, 12)
         crops.add(item["A"].numpy().tobytes())
     assert len(crops) > 4
+
+
+def test_names_that_end_with_their_domain_are_pairs_unless_they_have_partners_of_the_full_name(tmp_path):
+    names = {
+        "A": ["1_A", "2-A", "sub/3_A", "mouse_A", "mouse_B", "x_A", "lone_A", "5_A", "5"],
+        "B": ["1_B", "2-B", "sub/3_B", "mouse_A", "mouse_B", "y_B", "x", "5_B"],
+    }
+    folders = {domain: tmp_path / f"test{domain}" for domain in "AB"}
+    for domain, folder in folders.items():
+        for name in names[domain]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            noise_image(name, (8, 6)).save(folder / f"{name}.png")
+    found = datasets.by_name(folders)
+    shared = found["A"].keys() & found["B"].keys()
+    assert {str(name) for name in shared} == {"1", "2", "sub/3", "mouse_A", "mouse_B"}
+    assert [found[domain][Path("1")].name for domain in "AB"] == ["1_A.png", "1_B.png"]
+    read = datasets.paired_images(folders, dict.fromkeys("AB", ImageReader((8, 6))))
+    assert list(read["A"])[:5] == list(read["B"])[:5]
+    assert len(read["A"]) == len(names["A"])

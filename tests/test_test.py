@@ -861,3 +861,13 @@ def test_a_run_that_keeps_shapes_translates_whole_images_without_stretching():
 def test_a_cache_and_images_of_several_sizes_are_refused(refused):
     line = refused(train.main, *TINY, "--cache", "ram", "--preprocess", "crop")
     assert "--cache ram: keeps images of one size, and --preprocess crop has several" in line
+
+
+def test_test_images_named_by_their_domain_are_scored_as_pairs(run):
+    for domain in "AB":
+        folder = Path("datasets/tiny", f"test{domain}")
+        for path in list(folder.iterdir()):
+            path.rename(folder / f"{path.stem}_{domain}{path.suffix}")
+    scores = run("--metrics", "paired")
+    assert scores["AtoB"]["paired"]["copy"]["PSNR"] < 20
+    assert (Path("generated_images/tiny/test/truth_B/0_A.png")).is_file()

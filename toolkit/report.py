@@ -64,14 +64,12 @@ class Report:
                 continue
             for nets, _ in rows.values():
                 torch.nn.ModuleDict(nets).to(self.device)
-            reals, truths = (
-                datasets.named_images(
-                    dataset / f"{split}{domain}",
-                    dataclasses.replace(self.data.readers[domain], size=size, channels=teacher.channels),
-                    self.data.on_bad_image,
-                )
-                for domain in direction
-            )
+            folders = {domain: dataset / f"{split}{domain}" for domain in direction}
+            readers = {
+                domain: dataclasses.replace(reader, size=size, channels=teacher.channels)
+                for domain, reader in self.data.readers.items()
+            }
+            reals, truths = datasets.paired_images(folders, readers, self.data.on_bad_image).values()
             tables[name], grid = compare_generators(rows, direction, reals, truths, self.precision)
             setting = f"{self.device}, {torch.get_num_threads()} threads, {self.precision}"
             say(f"{direction} at {size[1]}x{size[0]} px; milliseconds on {setting}")
