@@ -5,6 +5,7 @@ import collections
 import enum
 import pathlib
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def found(path, **options):
         ("G_AA", None),
         ("net_G_Apples.pth", None),
         ("data2bits.pth", None),
+        ("Gab_latest.pth", None),  # projects that write it so mean B to A
         ("dog_b.pth", None),
         ("model_state_dict", None),
     ],
@@ -147,6 +149,9 @@ AVERAGED = {
     "EMA beside a state dict": {"state_dict": BA, "ema_state_dict": AB},
     "EMA beside a generator": {"generator": BA, "ema": AB},
     "AveragedModel": {"n_averaged": torch.tensor(3), **under("module.", AB)},
+    "WeightAveraging of Lightning": {"state_dict": AB, "current_model_state": BA, "averaging_state": {"steps": 3}},
+    "ema-pytorch": {**under("online_model.", BA), **under("ema_model.", AB), "initted": torch.tensor(True)},
+    "ema-pytorch beside raw": {"G": BA, "G_ema": {**under("online_model.", BA), **under("ema_model.", AB)}},
     "AveragedModel beside raw": {"model": BA, "swa_model": {"n_averaged": torch.tensor(3), **under("module.", AB)}},
 }
 
@@ -248,6 +253,13 @@ def test_what_was_downloaded_instead_of_the_file_is_named(start):
     pathlib.Path("x.pth").write_bytes(start)
     with pytest.raises(InputError, match="a Git LFS pointer or a web page; download the file itself"):
         load_generators("x.pth")
+
+
+@pytest.mark.parametrize(("suffix", "words"), [("onnx", "an ONNX model"), ("pdparams", "weights of Paddle")])
+def test_files_of_other_formats_are_named(suffix, words):
+    Path(f"G.{suffix}").write_bytes(b"\x08\x07\x12\x07pytorch")
+    with pytest.raises(InputError, match=f"{words}; expected weights of PyTorch, safetensors or Keras"):
+        load_generators(Path(f"G.{suffix}"))
 
 
 def test_files_that_are_code_are_refused_with_the_way_to_save_their_tensors():

@@ -163,22 +163,24 @@ def test_the_direction_is_in_the_file_name(name, direction):
 
 # -- messages -----------------------------------------------------------------------------------
 
+BATCH = "batch norms use their running statistics; pytorch-CycleGAN-and-pix2pix does so only with --eval"
+NO_NORM = "no sign of a normalisation; read as a network without one; if it has instance norms, add --assume instance"
 ZEROS = "missing model.1.bias ({} in all); filled with zeros"
 
 
 @pytest.mark.parametrize(
     ("net", "change", "said"),
     [
-        ({"norm": "batch"}, dict, []),
+        ({"norm": "batch"}, dict, [BATCH]),
         ({"project": PYTORCH_GAN, "n": 0}, dict, []),
         ({}, lambda state: without(state, "model.1.bias", "11.conv_block.5.bias", "12.bias"), [ZEROS.format(3)]),
-        ({"norm": "none"}, dict, [ZEROS.format(9), "no sign of a normalisation; read as a network without one"]),
+        ({"norm": "none"}, dict, [ZEROS.format(9), NO_NORM]),
         (
             {"norm": "batch"},
             lambda state: without(state, "tracked"),
-            ["missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros"],
+            ["missing model.10.conv_block.2.num_batches_tracked (9 in all); filled with zeros", BATCH],
         ),
-        ({"norm": "batch", "biases": True}, dict, ["9 biases before batch norms became part of their means"]),
+        ({"norm": "batch", "biases": True}, dict, ["9 biases before batch norms became part of their means", BATCH]),
     ],
 )
 def test_what_a_file_lacks_is_filled_in_and_said(capsys, net, change, said):

@@ -271,9 +271,32 @@ def with_norms(**changes):
     return lambda path: write_keras_archive(path, keras_layers(), architecture(keras_layers(), **changes))
 
 
+def with_layer(kind, **config):
+    """Another layer in the architecture, of which the weights show nothing."""
+
+    def write(path):
+        value = json.loads(architecture(keras_layers()))
+        value["config"]["layers"].append({"class_name": kind, "config": config})
+        write_keras_archive(path, keras_layers(), json.dumps(value))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("name", "write", "words"),
     [
+        (
+            "G.keras",
+            with_layer("LeakyReLU", negative_slope=0.2),
+            "has the activation LeakyReLU with a slope; expected ReLU",
+        ),
+        ("G.keras", with_layer("ReLU", negative_slope=0.2), "has the activation ReLU with a slope; expected ReLU"),
+        ("G.keras", with_layer("Activation", activation="sigmoid"), "has the activation sigmoid; expected ReLU"),
+        (
+            "G.keras",
+            with_layer("Conv2D", kernel_size=[3, 3], strides=[1, 1], padding="same"),
+            "pads with zeros before a convolution of stride 1; expected reflection",
+        ),
         (
             "G.npz",
             changed_npz(lambda a: a.pop(1)),

@@ -21,7 +21,8 @@ LAYER = r"\w+\.[0-9]{1,4}(\.\w+\.[0-9]{1,2})?\.\w+"  # a tensor in a long nn.Seq
 PAIR = r"(?P<{0}s>[abxy])(?:2|[_-]?to[_-]?{1})(?P<{0}t>[abxy])"
 DIRECTION = (
     re.compile(  # netG_A2B, G_AtoB, G_XtoY, gen_ab, genB2A; A2B alone; G_A of pytorch-CycleGAN-and-pix2pix; genX
-        rf"(?<![a-z])(?:g|gen|generator)[_-]?{PAIR.format('g', '|')}(?![a-z0-9])"
+        # not Gab: projects that write it so mean B to A
+        rf"(?<![a-z])(?:g[_-]|gen[_-]?|generator[_-]?){PAIR.format('g', '|')}(?![a-z0-9])"
         rf"|(?<![a-z])netg[_-]?{PAIR.format('n', '|')}(?![a-z0-9])"
         rf"|(?<![a-z0-9]){PAIR.format('p', '')}(?![a-z0-9])"
         r"|(?<![a-z])(?:net_?)?g_(?P<one>[ab])(?![a-z0-9])|(?<![a-z])gen(?P<lightning>[xy])(?![a-z0-9])",
@@ -29,11 +30,27 @@ DIRECTION = (
     )
 )
 NETWORK = re.compile(  # a name that people give to a generator or a discriminator in a larger module
-    r"(^|_)(net_?)?(g|d|gen|generator|dis|disc|discriminator|critic)(_?[abxy](_?(2|to)?_?[abxy])?)?(_|$)", re.IGNORECASE
+    r"(^|_)(net_?)?(g|d|gen|generator|dis|disc|discriminator|critic)(_?[abxy](_?(2|to)?_?[abxy])?)?(_|$)"
+    r"|^(online|ema)_model$",  # of ema-pytorch
+    re.IGNORECASE,
 )
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|swa)(?![a-z])", re.IGNORECASE)
 MOST_DOTS = 50  # in the name of a tensor; real ones have about ten
-COMMON_WORDS = {"", "ema", "average", "averaged", "swa", "state", "dict", "params", "model", "weights", "net", "module"}
+COMMON_WORDS = {
+    "",
+    "ema",
+    "average",
+    "averaged",
+    "swa",
+    "online",
+    "state",
+    "dict",
+    "params",
+    "model",
+    "weights",
+    "net",
+    "module",
+}
 
 
 @dataclass(eq=False)  # tensors cannot be compared
@@ -105,6 +122,8 @@ def _networks_in(value: Any, name: str) -> list[StoredNetwork]:
         value = {str(i): inner for i, inner in enumerate(value) if isinstance(inner, dict)}
     if not isinstance(value, dict) or "param_groups" in value:  # an optimiser has them
         return []
+    if "averaging_state" in value:  # of Lightning's WeightAveraging: state_dict holds the averaged weights
+        value = {"averaged": value.get("state_dict")}
     networks = []
     tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
     tensors = {key: x for key, x in tensors.items() if "." in key or x.dim() or key == "n_averaged"}  # no losses
@@ -129,13 +148,17 @@ def _split(network: StoredNetwork) -> list[StoredNetwork]:
     for key, x in network.tensors.items():
         first, _, rest = key.partition(".")
         parts.setdefault(first, {})[rest] = x
-    named = [part for part, tensors in parts.items() if NETWORK.search(part) and all("." in key for key in tensors)]
+    named = [
+        part
+        for part, tensors in parts.items()
+        if NETWORK.search(part) and all("." in key for key, x in tensors.items() if x.dim())
+    ]
     if named:
         networks = []
         for part, tensors in parts.items():
             name = _joined(network.name, part)
             if part in named:
-                is_averaged = network.is_averaged or AVERAGED.search(part) is not None
+                is_averaged = part != "online_model" and (network.is_averaged or AVERAGED.search(part) is not None)
                 networks += _split(StoredNetwork(name, tensors, is_averaged))
             elif any(x.dim() == 4 for x in tensors.values()):
                 networks.append(StoredNetwork(name, tensors, network.is_averaged))

@@ -23,7 +23,13 @@ from toolkit.files import check_tensors, classes_in
 from utils import InputError, one_line, option, say, some_of
 
 Convs = dict[str, tuple[int, int]]  # name → index in the long Sequential, index in a residual block (outside: -1)
-ASSUMPTIONS = (*PADDINGS, "bilinear", "sigmoid", "statistics")  # what a file cannot show: see docs/weights.md
+ASSUMPTIONS = (
+    *PADDINGS,
+    "bilinear",
+    "sigmoid",
+    "statistics",
+    "instance",
+)  # what a file cannot show: see docs/weights.md
 ASSUME: Any = option(
     (),
     "facts that weights of another project do not show (default: none)",
@@ -270,12 +276,18 @@ def _convert(
     elif "statistics" in assumed:
         raise InputError(f"{what}: has no running statistics beside instance norms; leave --assume statistics out")
     config = _infer_config(what, tensors, convs)
+    if "instance" in assumed:
+        if config.norm != "none":
+            raise InputError(f"{what}: shows its norms; leave --assume instance out")
+        config = dataclasses.replace(config, norm="instance")
     matched, has_padding_layers = _match_convs(what, tensors, convs, meta_network(config))
     config = _with_upsampling(what, config, has_padding_layers, assumed, notes)
     if is_uvcgan or "sigmoid" in assumed:
         stem, *_, head = convs
         uvcgan.fold_unit_range(tensors, stem, head)
     state = _fit_tensors(what, tensors, meta_network(config), matched, notes)
+    if config.norm == "batch" and "statistics" not in assumed:
+        notes.append("batch norms use their running statistics; pytorch-CycleGAN-and-pix2pix does so only with --eval")
     return config, state
 
 
@@ -423,5 +435,7 @@ def _fit_tensors(
     if missing:
         notes.append(f"missing {min(missing)} ({len(missing)} in all); filled with zeros")
     if net.config.norm == "none":
-        notes.append("no sign of a normalisation; read as a network without one")
+        notes.append(
+            "no sign of a normalisation; read as a network without one; if it has instance norms, add --assume instance"
+        )
     return {ours: tensors[theirs] for theirs, ours in names.items()}

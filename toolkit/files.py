@@ -264,8 +264,13 @@ def read_archive(path: Path, skip_objects: bool = False) -> Any:
     return value
 
 
+OTHER_FORMATS = {".onnx": "an ONNX model", ".pb": "a graph of TensorFlow", ".pdparams": "weights of Paddle"}
+
+
 def _reason(path: Path, error: Exception) -> str:
     """Say what a file that torch.load refuses is, and how its tensors can be saved, or give the first line of an error."""
+    if path.suffix.lower() in OTHER_FORMATS:
+        return f"{OTHER_FORMATS[path.suffix.lower()]}; expected weights of PyTorch, safetensors or Keras"
     with suppress(Exception), zipfile.ZipFile(path) as archive:
         names = " ".join(archive.namelist())
         if "/constants.pkl" in names:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,8 @@ def read_keras(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor]]:
         need_package("h5py", str(path), "pip install -r requirements-keras.txt")
     try:
         networks, architecture = _read_hdf5(path, path.stat().st_size) if is_hdf5 else _read_zip(path)
-        norms = list(_norms_in(json.loads(architecture))) if architecture else None
+        parts = list(_configs_in(json.loads(architecture))) if architecture else None
+        norms = None if parts is None else list(_norms_in(parts))
     except Exception as error:  # h5py, numpy and json raise a dozen types on hostile files
         reason = one_line(str(error).strip().split("\n")[0][:120]) or type(error).__name__
         raise InputError(f"{path}: not a readable file of Keras weights ({reason})") from error
@@ -73,6 +74,7 @@ def read_keras(path: Path) -> tuple[GeneratorConfig, dict[str, Tensor]]:
         raise InputError(
             f"{path}: holds {inside}; expected one ResNet generator, saved alone: generator.save_weights(FILE)"
         )
+    _check_parts(path, parts or [])
     layers = _layers_of(path, generators[0])
     config = _infer_config(path, [layer.kernel.shape for layer in layers])
     return config, _convert(path, config, layers, _epsilons(path, layers, norms))
@@ -148,18 +150,41 @@ def _in_order(network: dict[tuple[str, int], dict[int, np.ndarray]]) -> Arrays:
     return arrays + [x for norm in norms for x in norm]
 
 
-def _norms_in(value: Any) -> Iterator[tuple[str, float, Any]]:
-    """Yield class, epsilon and number of groups (None if it has no such option) of all norms in an architecture, in order."""
+def _configs_in(value: Any) -> Iterator[tuple[str, dict]]:
+    """Yield class and config of all layers, and of whatever else has them, in an architecture, in order."""
     if isinstance(value, dict):
-        config = value.get("config")
-        kind = str(value.get("class_name"))
-        if isinstance(config, dict) and "epsilon" in config and "Norm" in kind:  # an optimizer has an epsilon, too
-            yield kind, float(config["epsilon"]), config.get("groups")
+        if isinstance(value.get("config"), dict):
+            yield str(value.get("class_name")), value["config"]
         for inner in value.values():
-            yield from _norms_in(inner)
+            yield from _configs_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _norms_in(inner)
+            yield from _configs_in(inner)
+
+
+def _norms_in(parts: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, float, Any]]:
+    """Yield class, epsilon and number of groups (None if it has no such option) of all norms."""
+    for kind, config in parts:
+        if "epsilon" in config and "Norm" in kind:  # an optimizer has an epsilon, too
+            yield kind, float(config["epsilon"]), config.get("groups")
+
+
+def _check_parts(path: Path, parts: Iterable[tuple[str, dict]]) -> None:
+    """Raise InputError for activations and padding that a ResNet generator of ours does not have; weights do not show them."""
+    for kind, config in parts:
+        activation = config.get("activation", "linear")
+        is_leaky = kind in ("LeakyReLU", "PReLU", "ELU") or (kind == "ReLU" and config.get("negative_slope"))
+        found = f"{kind} with a slope" if is_leaky else one_line(activation)[:40]
+        if found not in ("linear", "relu", "tanh", "None"):
+            raise InputError(f"{path}: has the activation {found}; expected ReLU, and tanh at the end")
+        sides = (config.get("kernel_size"), config.get("strides"))
+        if (
+            kind == "Conv2D"
+            and config.get("padding") == "same"
+            and sides[1] in ([1, 1], 1)
+            and sides[0] not in ([1, 1], 1)
+        ):
+            raise InputError(f"{path}: pads with zeros before a convolution of stride 1; expected reflection")
 
 
 def _layers_of(path: Path, arrays: Arrays) -> list[Layer]:
