@@ -225,7 +225,10 @@ def start_worker(worker: int, max_pixels: float) -> None:
 class TrainingData:
     """The images of a training run, without those whose header is unreadable."""
 
-    def __init__(self, config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path]):
+    def __init__(
+        self, config: DataConfig, seed: int, device: torch.device, held_out: dict[str, Path], measure: bool = True
+    ):
+        """measure: find the value ranges that are not declared; False where networks have already learned with others."""
         self.held_out = held_out  # folders to evaluate on, by domain
         self.bad_images = {}
         paths = {}
@@ -235,7 +238,9 @@ class TrainingData:
             self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
             paths[domain] = self.bad_images[domain].readable(found)
         self.counts = {domain: len(found) for domain, found in paths.items()}
-        self.ranges = {domain: find_range(config, domain, paths[domain]) for domain in "AB"}
+        self.ranges = config.ranges
+        if measure:
+            self.ranges = {domain: find_range(config, domain, paths[domain]) for domain in "AB"}
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps

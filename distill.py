@@ -449,8 +449,7 @@ def make_run(
 ) -> train.Run:
     """Build the run that trains the students."""
     model = make_student_model(config, distillation, teacher, device)
-    data = train.load_data(config, device)  # after what may be refused: it can fill a cache
-    config = train.with_ranges(config, data.ranges)
+    data = train.load_data(config, device, measure=False)  # after what may be refused: it can fill a cache
     objective: Any = model.objective  # a DistillationLoss
     draw_rows = functools.partial(cyclegan_rows, teachers=objective.teachers)
     monitor = train.make_monitor(config, [*cyclegan.loss_names(config.loss), *objective.names], draw_rows)

@@ -229,7 +229,7 @@ class Scorer:
         size = self.translator.size or (299, 299)  # Inception resizes to 299
         files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
         reader = dataclasses.replace(self.translator.reader(direction.target, size), channels=3)
-        fakes = metrics.ImageFiles(files, images.ImageReader(size))
+        fakes = metrics.ImageFiles(files, dataclasses.replace(reader, value_range=None))  # PNGs of 8 bits
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
@@ -304,9 +304,9 @@ class Scorer:
         bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
 
         def read(path: Path) -> None:
-            width, height = images.read_size(path)
-            if self.size is None and min(width, height) < self.translator.smallest_side:
-                raise images.UnreadableImage(f"{width}x{height} px, too small for the generator")
+            image = images.read_image(path, value_range=self.translator.ranges.get(split[-1]))
+            if self.size is None and min(image.size) < self.translator.smallest_side:
+                raise images.UnreadableImage(f"{image.width}x{image.height} px, too small for the generator")
 
         return [path for path, _ in bad.read(paths, read)]
 

@@ -363,8 +363,8 @@ class Run:
 
 
 # -- Building a run --------------------------------------------------------------------------------
-def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
-    """Load the data set; the demo set is drawn if it does not exist."""
+def load_data(config: TrainConfig, device: torch.device, measure: bool) -> TrainingData:
+    """Load the data set; the demo set is drawn if it does not exist. measure: as TrainingData takes it."""
     name = config.data.dataset_name
     root = config.data.data_root
     limit_pixels(1e6 * config.data.max_megapixels)
@@ -374,7 +374,7 @@ def load_data(config: TrainConfig, device: torch.device) -> TrainingData:
     folder = datasets.find_dataset(root, name)
     paired = "paired" in config.run.eval_metrics
     held_out = datasets.held_out_folders(folder, paired) if config.run.eval_interval else {}
-    return TrainingData(config.data, config.run.seed, device, held_out)
+    return TrainingData(config.data, config.run.seed, device, held_out, measure)
 
 
 def with_ranges(config: TrainConfig, ranges: Mapping[str, ValueRange | None]) -> TrainConfig:
@@ -576,7 +576,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.run.dry_run:
         dry_run(config, make_model(config, make_networks(config, pretrained), device))
         return
-    data = load_data(config, device)
+    data = load_data(config, device, measure=checkpoint is None)  # an older run has learned without measured ranges
     config = with_ranges(config, data.ranges)
     model = make_model(config, make_networks(config, pretrained), device)
     monitor = make_monitor(config, loss_names(config.loss), cyclegan_rows)

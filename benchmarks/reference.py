@@ -181,7 +181,7 @@ def make_learner(args: argparse.Namespace, which: str, seed: object) -> tuple[Le
     flags += ["--dataset_name", args.dataset_name, "--data_root", args.data_root, "--seed", seed]
     config = train_config(flags)
     device = devices.pick_device(config.device.device)
-    data = train.load_data(config, device)
+    data = train.load_data(config, device, measure=True)
     learner = Reference(args, device, config.run.seed) if which == "reference" else Ours(config, device)
     return learner, data, config.data
 

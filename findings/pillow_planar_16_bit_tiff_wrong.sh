@@ -3,7 +3,7 @@
 # Guess:    Pillow, which has no mode for colour of 16 bits, reads such TIFF files as RGB of 8 bits by taking the upper byte
 #           of each value, as it does with PNG and with TIFF files whose samples are interleaved, or refuses them.
 # Happens:  where the planes lie one after the other, as tifffile writes an array (3, H, W) by default, and are uncompressed,
-#           each byte of a plane is taken for a pixel: upper and lower bytes alternate along the rows, and only the upper
+#           each byte of a plane is read as a pixel: upper and lower bytes alternate along the rows, and only the upper
 #           half of the image is read. There is no error and no warning. Compressed with deflate the same array is right.
 # Output:   interleaved:             largest error 0 of 255
 #           planes, deflate:         largest error 0 of 255

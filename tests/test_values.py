@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, tiny_networks
 from PIL import Image
+from tiny_runs import save_run
 
 import datasets
 import distill
@@ -234,3 +235,28 @@ def test_translations_are_also_written_in_the_units_of_their_domain(monkeypatch)
     (results / "values_B" / "0.tif").unlink()
     test_command.main(["--run_name", "ct", "--dataset_name", "ct", "--skip_existing", "--direction", "AtoB"])
     assert (results / "values_B" / "0.tif").is_file()
+
+
+def test_a_run_and_a_student_of_networks_without_ranges_do_not_measure_any(capsys):
+    for split in ("trainA", "trainB", "testA", "testB"):
+        Path("datasets/tiny", split).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray((RAMP * 40000).astype(np.uint16)).save(f"datasets/tiny/{split}/{i}.png")
+    save_run(epochs=1, num_residual=2)  # as a version without value ranges left it
+    train.main(["--run_name", "tiny", "--start_from", "latest", "--num_epochs", "2"])
+    distill.main(["--teacher", "tiny", "--run_name", "student", "--student_residual", "1", "--num_epochs", "1"])
+    assert "more than 8 bits" not in capsys.readouterr().out
+    for run in ("tiny", "student"):
+        flags = json.loads(Path(f"saved_models/{run}/run.json").read_text(encoding="utf-8"))["flags"]
+        assert flags["range_A"] == "auto"
+
+
+def test_test_images_of_unknown_range_are_named_and_not_scored(refused):
+    for split in ("trainA", "trainB", "testA", "testB"):
+        Path("datasets/tiny", split).mkdir(parents=True)
+        for i in range(2):
+            values = RAMP.astype(np.float32) * (255 if split == "testB" else 1)
+            Image.fromarray(values).save(f"datasets/tiny/{split}/{i}.tif")
+    save_run(epochs=1)
+    line = refused(test_command.main, "--run_name", "tiny", "--direction", "AtoB", "--metrics", "identity")
+    assert "images are unreadable; repair or remove them" in line
