@@ -18,11 +18,12 @@ import pytest
 import torch
 from conftest import noise_image
 from PIL import Image
+from profiles import rgb_profile
 
 import export
 import test as test_command
 from models import GeneratorConfig, build_generator
-from toolkit.images import image_to_tensor, load_image, tensor_to_image
+from toolkit.images import PREPROCESS, fitted_size, image_to_tensor, load_image, read_image, tensor_to_image
 from toolkit.weights import save_generator
 
 WEB = Path(export.__file__).parent / "examples" / "web"
@@ -195,6 +196,73 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
         assert mean_difference(output, wanted.convert("RGB")) < 0.3
 
 
+READ_AND_RESIZE = """async ([name, text, channels, sizes]) => {
+    const { readImage, resize } = await import("./images.js");
+    const file = new File([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], name);
+    const image = await readImage(file, channels, document.createElement("canvas"));
+    const results = [image, ...sizes.map(([width, height]) => resize(image, width, height))];
+    return results.map(({ width, height, data }) => [height, width, btoa(Array.from(data, (x) => String.fromCharCode(x)).join(""))]);
+}"""
+
+
+def read_in_browser(page, path, channels=3, sizes=()):
+    """Return an image as the page reads it, and resized, as arrays."""
+    text = base64.b64encode(path.read_bytes()).decode()
+    results = page.evaluate(READ_AND_RESIZE, [path.name, text, channels, sizes])
+    return [
+        np.frombuffer(base64.b64decode(x), np.uint8).reshape(height, width, 4)[..., :3] for height, width, x in results
+    ]
+
+
+@in_browser
+def test_images_are_read_and_resized_as_test_py_does(open_page):
+    clear, photo = noise_image(1, (45, 31), "RGBA"), noise_image(2, (45, 31))
+    for orientation in range(1, 9):
+        turned = Image.Exif()
+        turned[0x0112] = orientation
+        for suffix in ("jpg", "png", "webp"):
+            photo.save(f"turned{orientation}.{suffix}", exif=turned, lossless=True, quality=95)
+    exif = turned.tobytes().removeprefix(b"Exif\0\0")
+    photo.save("prefix.webp", exif=2 * b"Exif\0\0" + exif, lossless=True)  # Pillow removes one
+    photo.save("torn.webp", exif=exif[:4] + b"\0\1\0\0" + exif[8:], lossless=True)  # the directory is beyond the end
+    clear.save("clear.webp", lossless=True, exact=True)
+    clear.save("turned_clear.webp", exif=turned)
+    clear.save("clear.png")
+    photo.save("p3.jpg", icc_profile=rgb_profile("P3"), quality=95)
+    clear.save("p3.webp", icc_profile=rgb_profile("P3"), lossless=True)
+    page = open_page()
+    for path in sorted(Path().glob("*.*")):
+        if path.suffix not in (".jpg", ".png", ".webp"):
+            continue
+        for channels in (3, 1):
+            (read,) = read_in_browser(page, path, channels)
+            wanted = np.asarray(read_image(path, channels).convert("RGB")).astype(int)
+            assert read.shape == wanted.shape, path
+            assert np.abs(read - wanted).max() <= (2 if path.stem == "p3" else 0), (path, channels)
+    sizes = [(64, 64), (128, 40), (97, 61), (31, 200), (45, 31), (1, 1)]
+    ramp = Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64).astype(np.uint8))
+    ramp.save("ramp.png")
+    for path in (Path("ramp.png"), Path("clear.png")):
+        for size, resized in zip(sizes, read_in_browser(page, path, 3, sizes)[1:], strict=True):
+            assert np.array_equal(resized, read_image(path).resize(size, Image.Resampling.BICUBIC)), (path, size)
+
+
+@in_browser
+def test_a_network_gets_images_of_the_same_size_as_in_test_py(open_page):
+    page = open_page()
+    shapes = [(40, 20), (20, 40), (9, 9), (101, 37), (64, 25), (48, 27)]  # 32 / 64 of 25 is 12.5, 24 / 48 of 27 is 13.5
+    for preprocess in PREPROCESS:
+        sizes = page.evaluate(
+            """async ([shapes, facts]) => {
+                const { networkSize } = await import("./images.js");
+                return shapes.map(([width, height]) => networkSize({ width, height }, facts));
+            }""",
+            [shapes, {"size": [12, 32], "preprocess": preprocess}],
+        )
+        expected = [fitted_size(shape, (32, 12), preprocess, to_crop=False) for shape in shapes]
+        assert [(width, height) for height, width in sizes] == expected
+
+
 @in_browser
 def test_a_file_that_cannot_be_used_is_refused_in_one_line_and_the_page_goes_on(open_page):
     page = open_page()
@@ -212,8 +280,14 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_and_the_page_goes_on(
         "foreign": "does not say its channels",
         "two": "has 2 channels, the page shows 1 or 3",
         "huge": "says it was trained at [1,99999]",
+        "sizeless": "does not say its size",
+        "padded": 'says preprocess "pad", which the page cannot do',
+        "unsigned": "takes values in [0,1], the page has them in [-1,1]",
     }
     metadata = {"foreign": {}, "two": {"channels": "2"}, "huge": {"channels": "3", "size": "[1, 99999]"}}
+    metadata["sizeless"] = {"channels": "3"}
+    metadata["padded"] = {"channels": "3", "size": "[40, 48]", "preprocess": '"pad"'}
+    metadata["unsigned"] = {"channels": "3", "size": "[40, 48]", "range": "[0, 1]"}
     for name, values in metadata.items():
         onnx.helper.set_model_props(model, values)
         onnx.save(model, f"{name}.onnx")
@@ -224,6 +298,13 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_and_the_page_goes_on(
     Path("text.png").write_text("no image")
     assert "text.png: no image that this browser can read" in choose(page, "#image", "text.png")
     assert page.is_hidden("#after")  # an older result could be mistaken for this one's
+    images = {"red.png": Image.new("RGB", (48, 40), "red"), "deep.png": Image.new("I;16", (48, 40))}
+    images["scan.tif"] = noise_image(1, (48, 40), "L")
+    for name, image in images.items():
+        image.save(name)
+    assert "red.png: one colour alone, of which normalisation would enlarge" in choose(page, "#image", "red.png")
+    for name in ("deep.png", "scan.tif"):
+        assert f"{name}: may have more than 8 bits" in choose(page, "#image", name)
     Image.new("L", (8000, 5000)).save("large.png")
     assert "large.png: 8000×5000 px are too large" in choose(page, "#image", "large.png")
     assert "translated in " in choose(page, "#image", "good.png")

@@ -20,6 +20,8 @@ function* fields(bytes) {
   }
 }
 
+const PREPROCESS = [null, "resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop"]; // null: older files
+
 /** Whether `size` is [height, width], or null, as for weights of other projects. */
 function isSize(size) {
   return size === null || (size.length === 2 && size.every((side) => Number.isInteger(side) && side > 0 && side <= 4096));
@@ -29,19 +31,22 @@ function isSize(size) {
  * Read and check the metadata of a model: field 14 of the ONNX message holds keys and values.
  *
  * model:   the bytes of an .onnx file
- * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, direction and run_name
+ * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, direction, run_name, range
  * throws:  an error that says what is wrong with the file
  */
 export function readFacts(model) {
-  const facts = { channels: null, smallest_side: 64, size: null, preprocess: null, direction: null, run_name: null };
+  const facts = { channels: null, smallest_side: 64, size: undefined, preprocess: null, direction: null, run_name: null, range: [-1, 1] };
   const text = (bytes) => new TextDecoder().decode(bytes);
   for (const [number, entry] of fields(model)) {
     const { 1: key, 2: value } = number === 14 ? Object.fromEntries(fields(entry)) : {};
     if (text(key) in facts) facts[text(key)] = JSON.parse(text(value)); // keys of other tools are ignored
   }
-  const { channels, size, smallest_side } = facts;
+  const { channels, size, smallest_side, preprocess, range } = facts;
   if (channels === null) throw new Error("does not say its channels");
   if (channels !== 1 && channels !== 3) throw new Error(`has ${channels} channels, the page shows 1 or 3`);
+  if (size === undefined) throw new Error("does not say its size");
+  if (!PREPROCESS.includes(preprocess)) throw new Error(`says preprocess ${JSON.stringify(preprocess)}, which the page cannot do`);
+  if (JSON.stringify(range) !== "[-1,1]") throw new Error(`takes values in ${JSON.stringify(range)}, the page has them in [-1,1]`);
   if (!isSize(size)) {
     throw new Error(`says it was trained at ${JSON.stringify(size)}; expected [height, width], each up to 4096 px`);
   }

@@ -1,10 +1,10 @@
 // Translate the visitor's image or camera with a generator exported by export.py. README.md: how to serve this page.
 //
-// Images are processed as in test.py: rotated by their EXIF orientation, transparency over white, resized to the
+// Images are processed as in test.py: rotated by their EXIF orientation, in sRGB, transparency over white, resized to the
 // training size, scaled to [-1, 1], translated, converted back to bytes, and resized to their own size.
 
 import { Camera } from "./camera.js";
-import { draw, networkSize, readImage, resize, toPng } from "./images.js";
+import { draw, isOneColour, networkSize, readImage, resize, toPng } from "./images.js";
 
 const MOST_PIXELS_WHOLE = 2 ** 18; // per image, if the model file records no training size
 const SIDES = [128, 192, 256]; // px, sizes of camera frames besides the training size
@@ -61,6 +61,9 @@ async function translateImage() {
   if (!file) return "choose an image, or start the camera";
   element("images").hidden = true; // so that an older result is not mistaken for this one
   const image = await readImage(file, facts.channels, element("before"));
+  if (isOneColour(image)) {
+    throw new Error(`${file.name}: one colour alone, of which normalisation would enlarge rounding errors; use another`);
+  }
   const [height, width] = networkSize(image, facts);
   if ((!facts.size || facts.preprocess === "crop") && width * height > MOST_PIXELS_WHOLE) {
     throw new Error(`${file.name}: too large for ${name}, which translates images at their own size; choose one of at most ${MOST_PIXELS_WHOLE} px`);
