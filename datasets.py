@@ -36,8 +36,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils
 from toolkit import devices, images
+from toolkit.bands import Bands
 from toolkit.distributed import rank_slice
 from toolkit.files import sha256
+from toolkit.pages import CHOICES, file_of
+from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, common_range, extremes, parse_range, range_option
 from utils import InputError, counted, folder_name, option, say
 
@@ -59,7 +62,8 @@ class DataConfig:
     batch_size: int = option(10, "images of each domain per step, over all ranks", least=1, most=65536)
     img_height: int = option(256, "height of the training images in px", least=4, most=16384)
     img_width: int = option(256, "width of the training images in px", least=4, most=16384)
-    channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
+    channels: int = option(3, "3: colour; 1: grey; else that many bands of the images", least=1, most=16)
+    pages: str = option("first", "of a file of several images, such as a stack, use the first or all", choices=CHOICES)
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
     preprocess: str = option(
         images.PREPROCESS[0],
@@ -128,7 +132,7 @@ class UnpairedDataset(Dataset):
             item[domain] = self._augment(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
         return item
 
-    def _read(self, domain: str, index: int, bad: list) -> Image.Image:
+    def _read(self, domain: str, index: int, bad: list) -> Image.Image | Bands:
         paths = self.paths[domain]
         cache = self.caches.get(domain)
         for i in [*range(index, len(paths)), *range(index)]:
@@ -144,9 +148,9 @@ class UnpairedDataset(Dataset):
                 return image
             except images.UnreadableImage as error:
                 bad.append((domain, paths[i], str(error)))
-        return Image.new("RGB" if self.channels == 3 else "L", self.load_size[::-1])  # never seen: `bad` ends the run
+        return Bands(np.zeros((*self.load_size, self.channels), np.float32))  # never seen: `bad` ends the run
 
-    def _augment(self, image: Image.Image, rng: random.Random) -> Tensor:
+    def _augment(self, image: Image.Image | Bands, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
         height, width = self.size
@@ -241,6 +245,9 @@ class TrainingData:
         self.ranges = config.ranges
         if measure:
             self.ranges = {domain: find_range(config, domain, paths[domain]) for domain in "AB"}
+        self.colours = [
+            domain for domain in "AB" if self.ranges[domain] and is_in_colour(paths[domain], config.channels)
+        ]
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
@@ -284,7 +291,7 @@ def find_range(config: DataConfig, domain: str, paths: Sequence[Path]) -> ValueR
     deep = []  # extremes of each image of more than 8 bits
     for path in spread(list(paths), MEASURED):
         with suppress(images.UnreadableImage):
-            values = images.read_values(path)
+            values = images.read_values(path, config.channels)
             if values is not None:
                 deep.append(extremes(values))
     found = common_range(deep)
@@ -294,6 +301,16 @@ def find_range(config: DataConfig, domain: str, paths: Sequence[Path]) -> ValueR
         counts = f"train{domain}: {counted(len(deep), 'image')} of more than 8 bits"
         say(f"{counts}; values from {found[0]:g} to {found[1]:g} become black to white (--range_{domain})")
     return found
+
+
+def is_in_colour(paths: Sequence[Path], channels: int) -> bool:
+    """Whether the first image of more than 8 bits, among the first ten, has several bands that the networks get."""
+    for path in paths[:10]:
+        with suppress(images.UnreadableImage):
+            values = images.read_values(path, channels)
+            if values is not None:
+                return values.ndim == 3
+    return False
 
 
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
@@ -346,7 +363,7 @@ def fingerprint(folders: Iterable[Path]) -> str:
     for folder in folders:
         for path in images.list_images(folder):
             with suppress(OSError):  # it is not evaluated either
-                facts.append((folder.name, path.relative_to(folder).as_posix(), sha256(path)))
+                facts.append((folder.name, path.relative_to(folder).as_posix(), sha256(file_of(path))))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -362,7 +379,7 @@ def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
 
 def pair_name(path: Path, folder: Path) -> Path:
     """Return the name that both images of a pair share: relative to their folder, without the suffix."""
-    return path.relative_to(folder).with_suffix("")
+    return without_suffix(path.relative_to(folder))
 
 
 def by_name(folders: Mapping[str, Path]) -> dict[str, dict[Path, Path]]:
@@ -427,7 +444,7 @@ def named_images(
 class ImageCache:
     """Decoded and resized images that all processes share: of a file in a folder, else of plain memory.
 
-    They take a byte a channel or, in a domain with a value range, 16 bits a pixel. An image counts as cached if its checksum
+    They take a byte a channel; in a domain with a value range 16 bits a pixel, and 16 a channel where these are not 1 or 3. An image counts as cached if its checksum
     is right, so a half-written one does no harm.
     """
 
@@ -439,42 +456,53 @@ class ImageCache:
         folder: Path | None,
         value_range: ValueRange | None = None,
     ):
-        self.mode = "F" if value_range else "RGB" if channels == 3 else "L"
-        dtype = torch.uint16 if value_range else torch.uint8
+        self.is_8_bit = value_range is None and channels in (1, 3)
+        self.mode = ("RGB" if channels == 3 else "L") if self.is_8_bit else "F"
+        self.mode = self.mode if channels in (1, 3) else f"{channels} bands"
+        dtype = torch.uint8 if self.is_8_bit else torch.uint16
         start = 8 * len(paths)
         total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
-            facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
+            stats = [file_of(path).stat() for path in paths]
+            facts = [
+                (str(path), x.st_size, x.st_mtime_ns) for path, x in zip(paths, stats, strict=True)
+            ]  # changed: a new file
             described = [size, channels, facts, *([value_range] if value_range else [])]
             name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
-            memory = _map_file(folder / f"{name}.{'uint16' if value_range else 'uint8'}", total)
+            memory = _map_file(folder / f"{name}.{'uint8' if self.is_8_bit else 'uint16'}", total)
         else:
             memory = mmap.mmap(-1, total)
         values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
         self.pixels = values[start:].view(dtype).view(len(paths), *size, -1)
 
-    def get(self, i: int) -> Image.Image | None:
+    def get(self, i: int) -> Image.Image | Bands | None:
         pixels = self.pixels[i].numpy()
         if self.checksums[i] != zlib.crc32(pixels) + 1:
             return None
+        if self.mode.endswith("bands"):
+            return Bands(pixels / np.float32(257))
         image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
         return Image.fromarray(image / np.float32(257) if self.mode == "F" else image)  # copies
 
-    def put(self, i: int, image: Image.Image) -> None:
+    def put(self, i: int, image: Image.Image | Bands) -> None:
         """Keep an image; one of another mode than the domain's other images is not cached."""
         if image.mode != self.mode:
+            if isinstance(image, Bands):
+                images.warn_once("--cache: colours of more than 8 bits are not kept, but read each time")
             return
-        values = np.asarray(image)
-        if self.mode == "F":
+        values = image.levels if isinstance(image, Bands) else np.asarray(image)
+        if not self.is_8_bit:
             values = (values.clip(0, 255) * np.float32(257)).round()
-        pixels: Any = np.array(values, np.uint16 if self.mode == "F" else np.uint8).reshape(self.pixels.shape[1:])
+        pixels: Any = np.array(values, np.uint8 if self.is_8_bit else np.uint16).reshape(self.pixels.shape[1:])
         self.pixels[i] = torch.from_numpy(pixels)
         self.checksums[i] = zlib.crc32(pixels) + 1
 
 
 def bytes_in_cache(size: tuple[int, int], channels: int, value_range: ValueRange | None) -> int:
     """Return what an image takes in a cache."""
+    if channels not in (1, 3):
+        return math.prod(size) * 2 * channels
     return math.prod(size) * (2 if value_range else channels)
 
 

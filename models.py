@@ -80,7 +80,7 @@ class GeneratorConfig:
     """
 
     generator: str = option("resnet", "architecture of the generators", choices=("resnet", "unet_vit"))
-    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    channels: int = field(default=3, metadata={"least": 1, "most": 16})  # the option is DataConfig's
     ngf: int = option(64, "channels of the first layer of a resnet", least=1, most=4096)
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
@@ -156,7 +156,7 @@ class DiscriminatorConfig:
     """
 
     discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=("patch", "pixel"))
-    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    channels: int = field(default=3, metadata={"least": 1, "most": 16})  # the option is DataConfig's
     ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
     n_layers: int = option(3, "strided layers: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D")
     max_mult: int = option(8, "channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D")

@@ -31,7 +31,9 @@ from datasets import DEMO, DOMAINS, MAX_MEGAPIXELS, DataConfig, find_dataset, fi
 from toolkit import checks, images
 from toolkit.cli import Parser, add_options, argument_type
 from toolkit.files import new_folder, write_json
+from toolkit.pages import CHOICES, use_pages
 from toolkit.process import command
+from toolkit.readers import suffix_of
 from toolkit.synthetic import draw_dataset
 from utils import InputError, RunError, counted, existing_or_new_path, folder_name, one_line, option, say
 
@@ -57,6 +59,9 @@ class _SplitOptions:
 @dataclass(frozen=True)
 class _CheckOptions:
     sheet: bool = option(False, "also draw images of A beside images of B: generated_images/NAME/check.png")
+    pages: str = option(
+        "first", "of a file of several images, such as a stack, check the first or all", choices=CHOICES
+    )
     remove_twins: bool = option(False, "move all but one of each duplicate to removed/, train before test; no links")
     max_megapixels: float = MAX_MEGAPIXELS
 
@@ -108,7 +113,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, int]:
             if entry.external_attr >> 28 == 0xA or path.is_absolute() or ".." in path.parts:  # 0xA: a link
                 raise ValueError(f"would write outside its folder: {entry.filename}")
             parts = list(itertools.dropwhile(lambda part: part not in SPLITS, path.parts))
-            if len(parts) > 1 and path.suffix.lower() in images.SUFFIXES and not path.name.startswith("."):
+            if len(parts) > 1 and suffix_of(Path(path)) in images.SUFFIXES and not path.name.startswith("."):
                 target = folder.joinpath(*parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(entry) as source, target.open("wb") as copy:
@@ -187,7 +192,9 @@ def split_dataset(args: Namespace) -> None:
 def cut_pair(path: Path) -> list[Image.Image]:
     """Return the left and the right half of an image; raises UnreadableImage."""
     values = images.read_values(path)  # of more than 8 bits, which are kept
-    image = images.read_image(path) if values is None else Image.fromarray(np.array(values))
+    if values is not None and values.ndim == 3:
+        raise images.UnreadableImage("shows colours of more than 8 bits; cut it yourself, or convert it to 8 bits")
+    image = images.to_8_bit(images.read_image(path)) if values is None else Image.fromarray(np.array(values))
     half = image.width // 2
     if not half:
         raise images.UnreadableImage("1 px wide, so it shows no pair")
@@ -236,7 +243,7 @@ def check_dataset(args: Namespace) -> None:
         if (folder / split).is_dir():
             facts, fault = checks.check_split(folder / split)
             readable[split] = list(facts)
-            digests |= {path.relative_to(folder): fact.digest for path, fact in facts.items()}
+            digests |= checks.digests_of_files(facts, folder)
             if fault and split.startswith("train"):
                 faults.append(fault)
     ranges = {domain: find_range(DataConfig(), domain, readable[f"train{domain}"]) for domain in "AB"}
@@ -298,6 +305,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one sub-command."""
     args = parse_args(argv)
+    use_pages(args.pages if args.command == "check" else "whole")
     if "max_megapixels" in args:
         images.limit_pixels(1e6 * args.max_megapixels)
     runs = {"download": download_dataset, "check": check_dataset}

@@ -25,6 +25,8 @@ from toolkit.checkpoints import IMAGES
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
+from toolkit.pages import CHOICES, file_of, use_pages
+from toolkit.readers import INSTALL
 from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
 from toolkit.values import ValueRange, parse_range, range_option
 from utils import (
@@ -72,6 +74,9 @@ class TestConfig(DeviceConfig):
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
     range_A: str = range_option("A", "that of the weights")
     range_B: str = range_option("B", "that of the weights")
+    pages: str | None = option(
+        None, "of a file of several images, use the first or all (default: the run's)", choices=CHOICES
+    )
     max_megapixels: float = datasets.MAX_MEGAPIXELS
     on_bad_image: str = datasets.ON_BAD_IMAGE
 
@@ -140,7 +145,8 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
         root = config.input.parent if config.input.is_file() else config.input
-        paths = [config.input] if config.input.is_file() else images.list_images(root)
+        is_file = config.input.is_file()
+        paths = images.with_pages(config.input, [config.input]) if is_file else images.list_images(root)
     else:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
@@ -158,7 +164,7 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     for path in paths:
         same = target / path.relative_to(root)  # 0.png before 0.bmp for 0.png
         name = names.get(path, datasets.pair_name(path, root))
-        truths[path] = same if same.is_file() else found[direction.target].get(name)
+        truths[path] = same if file_of(same).is_file() else found[direction.target].get(name)
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
 
 
@@ -304,7 +310,7 @@ class Scorer:
         bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
 
         def read(path: Path) -> None:
-            image = images.read_image(path, value_range=self.translator.ranges.get(split[-1]))
+            image = images.read_image(path, self.translator.channels, self.translator.ranges.get(split[-1]))
             if self.size is None and min(image.size) < self.translator.smallest_side:
                 raise images.UnreadableImage(f"{image.width}x{image.height} px, too small for the generator")
 
@@ -347,6 +353,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         config.output_size,
         config.ranges,
     )
+    use_pages(config.pages or (metadata["pages"] if metadata.get("pages") in CHOICES else CHOICES[0]))
+    if translator.channels not in (1, 3) or translator.metadata.get("colours"):
+        need_package("tifffile", f"translations of {translator.channels} bands", INSTALL)
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator, dataset)
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}

@@ -28,6 +28,7 @@ from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
 from toolkit.images import limit_pixels
+from toolkit.pages import use_pages
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.values import ValueRange, range_in_text
@@ -60,10 +61,11 @@ class Run:
         self.data = data
         self.monitor = monitor
         domains = list(monitor.domains)
-        self.facts = {"stage": command_name, "args": config.flags, "domains": domains, **facts}
+        self.facts = {"stage": command_name, "args": config.flags, "domains": domains, "colours": data.colours, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
         images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
+        images |= {"colours": data.colours, "pages": config.data.pages}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
             metadata | {"stage": command_name, "domains": domains, **images},
@@ -279,7 +281,16 @@ class Run:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
             now = {
                 name: self.config.flags[name]
-                for name in ("dataset_name", "img_height", "img_width", "preprocess", "range_A", "range_B", *losses)
+                for name in (
+                    "dataset_name",
+                    "img_height",
+                    "img_width",
+                    "preprocess",
+                    "pages",
+                    "range_A",
+                    "range_B",
+                    *losses,
+                )
             }
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
@@ -368,6 +379,7 @@ def load_data(config: TrainConfig, device: torch.device, measure: bool) -> Train
     name = config.data.dataset_name
     root = config.data.data_root
     limit_pixels(1e6 * config.data.max_megapixels)
+    use_pages(config.data.pages)
     with first_rank_first():
         if name == datasets.DEMO and not (root / name).exists():
             synthetic.draw_dataset(root)

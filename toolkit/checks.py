@@ -7,7 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from datasets import spread
-from toolkit import images
+from toolkit import images, pages
 from toolkit.values import ValueRange
 from utils import InputError, counted, say
 
@@ -26,19 +26,42 @@ SHEET_COLUMNS = 4  # of each domain
 class ImageFacts(NamedTuple):
     """What the inspection keeps of one image."""
 
-    digest: bytes  # of its size and pixels
+    digest: bytes  # of its size and pixels; of a whole file, those of all its pages
     size: tuple[int, int]  # width, height, px
     is_grey: bool
 
 
 def inspect_image(path: Path) -> ImageFacts:
+    """Read one image completely, and the other pages of its file if it stands for all; raises UnreadableImage."""
+    facts = inspect_page(path)
+    count = images.pages_in(path)
+    if count == 1:
+        return facts
+    digests = [inspect_page(pages.page_path(path, number)).digest for number in range(count)]
+    return facts._replace(digest=digest_of_all(digests))
+
+
+def digest_of_all(digests: Sequence[bytes]) -> bytes:
+    """Return the digest of a file from those of its pages."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
+
+
+def digests_of_files(facts: Mapping[Path, ImageFacts], folder: Path) -> dict[Path, bytes]:
+    """Return the digests of the files that some images are in, by their path in the data set."""
+    found = defaultdict(list)
+    for path, fact in facts.items():
+        found[pages.file_of(path).relative_to(folder)].append(fact.digest)
+    return {file: digest_of_all(digests) for file, digests in found.items()}
+
+
+def inspect_page(path: Path) -> ImageFacts:
     """Read one image completely; raises UnreadableImage."""
-    values = images.read_values(path)
+    page = images.read_page(path)  # with all its bands
+    values = page.values if page else images.read_values(path)
     if values is not None:  # the file's own, since its range is not known
-        return ImageFacts(
-            hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest(), values.shape[::-1], True
-        )
-    image = images.read_image(path)
+        digest = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
+        return ImageFacts(digest, (values.shape[1], values.shape[0]), values.ndim == 2)
+    image: Any = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
     return ImageFacts(digest, image.size, bool(colours.max() <= 6))  # of 255, because JPEG adds some colour to grey

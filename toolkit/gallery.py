@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, remove_files, render_page, sha256, sole_process, write_text
 from toolkit.images import LARGEST_CELL, draw_grid, load_image, natural_order, read_image
+from toolkit.pages import file_of
 from utils import InputError, counted, domain_names, one_line, say, with_domain
 
 LEGEND = {  # of the page
@@ -210,7 +212,7 @@ class ResultFolder:
         for part, path in (("input", result.input), ("truth", result.truth)):
             hashes[part] = None
             with suppress(OSError):  # then it cannot be read either, which is said where it is
-                hashes[part] = path and sha256(path)
+                hashes[part] = path and sha256(file_of(path))
         return {"settings": self.key, **hashes}
 
     def is_of(self, file: Path, origin: Mapping) -> bool:
@@ -236,10 +238,8 @@ class ResultFolder:
             str(Path(*parts[name][1:])).lower(): self.files[name]["input"] for name in parts if parts[name][0] == fake
         }
 
-    def save(
-        self, result: Result, images: Sequence[Image.Image], origin: Mapping, values: Image.Image | None = None
-    ) -> None:
-        """Write the images of a result in the order of its files, and thumbnails of large ones; values: in mode F."""
+    def save(self, result: Result, images: Sequence[Image.Image], origin: Mapping, values: Any = None) -> None:
+        """Write the images of a result in the order of its files, and thumbnails of large ones; values: in mode F, or Bands."""
         if result.values and values:
             self.write(result.values, functools.partial(values.save, format="TIFF"), origin)
         for file, image in zip(result.files.values(), images, strict=True):

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from toolkit import files
+from toolkit import files, pages, readers
+from toolkit.bands import Bands, bands_of, page_to_image, pick_bands, shown_bands
 from toolkit.colour import to_srgb
+from toolkit.readers import UnreadableImage
 from toolkit.values import ValueRange, is_deep, scale_values
 from utils import InputError, counted, say, warn
 
@@ -31,7 +33,7 @@ SUFFIXES = {".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".
 SUFFIXES |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 EXPECTED = "files such as .jpg .png .webp .tif .heic"  # for messages
 PHONE_FORMATS = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}
-SUFFIXES |= PHONE_FORMATS.keys()
+SUFFIXES |= PHONE_FORMATS.keys() | readers.BY_SUFFIX.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
 # How images get the training size, as in junyanz's code; but nothing is stretched except by the first.
 PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
@@ -53,34 +55,26 @@ def range_to_bytes(x: Tensor) -> Tensor:
     return x.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
-def image_to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
-    """Convert an image as read_image returns it to (channels, H, W): uint8 or, of mode F, float32 in [0, 255]."""
+def image_to_pixels(image: Image.Image | Bands, channels: int = 3) -> Tensor:
+    """Convert an image as read_image returns it to (channels, H, W): uint8 or, of mode F and Bands, float32 in [0, 255]."""
+    if isinstance(image, Bands):
+        return torch.from_numpy(image.levels.clip(0, 255)).permute(2, 0, 1)
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3) or (H, W)
     if image.mode == "F":  # interpolation overshoots
         return pixels.clamp_(0, 255).expand(channels, -1, -1)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def image_to_tensor(image: Image.Image, channels: int = 3) -> Tensor:
+def image_to_tensor(image: Image.Image | Bands, channels: int = 3) -> Tensor:
     """Convert an image as read_image returns it to (channels, H, W) in [-1, 1]."""
     return bytes_to_range(image_to_pixels(image, channels))
 
 
 def tensor_to_image(x: Tensor) -> Image.Image:
-    """Convert (3 or 1, H, W), in [-1, 1] or uint8, to an RGB or L image."""
+    """Convert (channels, H, W), in [-1, 1] or uint8, to an RGB or, of one or two channels, L image; a fourth is not shown."""
+    x = shown_bands(x)
     pixels = (x if x.dtype == torch.uint8 else range_to_bytes(x)).cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def jpeg2000_bits(path: Path) -> int:
-    """Return the bits of a channel of a JPEG 2000 file, from the header of its codestream; 0 if there is none."""
-    data = path.read_bytes()
-    start = data.find(b"\xff\x4f\xff\x51")  # start of codestream, image size; at byte 42: bits - 1 (ITU-T T.800, A.5.1)
-    return 1 + (data[start + 42] & 0x7F) if 0 <= start < len(data) - 42 else 0
-
-
-class UnreadableImage(Exception):
-    """Raised for a file that is not a complete image, whatever is wrong with it."""
 
 
 @functools.cache
@@ -95,6 +89,9 @@ def formats() -> list[str]:
 
 def missing_package(path: Path) -> str:
     """Return the command that makes files of this suffix readable; "" if they are."""
+    reader = readers.DICOM if readers.is_dicom(path) else readers.BY_SUFFIX.get(readers.suffix_of(path))
+    if reader:
+        return reader.missing
     kind = PHONE_FORMATS.get(path.suffix.lower(), "PNG")
     return "" if kind in formats() else INSTALL[kind]
 
@@ -118,18 +115,46 @@ def list_images(folder: Path) -> list[Path]:
         for path in paths:
             if not path.is_file() and path.exists():  # a pipe, a device
                 continue
-            if path.suffix.lower() in SUFFIXES or (not path.suffix and is_image(path)):
+            suffix = readers.suffix_of(path)
+            if suffix in SUFFIXES or (not suffix and (is_image(path) or readers.is_dicom(path))):
                 found.append(path)
             elif path.is_file():
                 others[path.suffix.lower() or "without suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         warn_once(f"{folder}: left out, since they are no images that can be read: {kinds}")
-    skipped = Counter(f"({path.suffix.lower()}): {missing_package(path)}" for path in found if missing_package(path))
+    hints = {path: missing_package(path) for path in found}
+    skipped = Counter(f"({readers.suffix_of(path) or 'DICOM'}): {hint}" for path, hint in hints.items() if hint)
     for hint, count in sorted(skipped.items()):
         warn_once(f"{folder}: {counted(count, 'file')} skipped {hint}")
-    readable = [path for path in found if not missing_package(path)]
-    return sorted(readable, key=natural_order)
+    return with_pages(folder, sorted((path for path in found if not hints[path]), key=natural_order))
+
+
+def with_pages(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """List the images that some files hold, as pages.use_pages says."""
+    return pages.expand(folder, {path: pages_in(path) for path in paths})
+
+
+def pages_in(path: Path) -> int:
+    """Count the images in a file; 1 if they cannot be counted, which is said where it is read."""
+    try:
+        facts = path.stat()
+    except OSError:  # a broken link
+        return 1
+    return _count_pages(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**17)
+def _count_pages(path: Path, size: int, changed: int) -> int:
+    """Count the images in a file of this size and time of change."""
+    with suppress(Exception):  # of a dozen types
+        reader = readers.reader_of(path) if readers.suffix_of(path) in (*readers.BY_SUFFIX, *pages.SUFFIXES) else None
+        if reader and not reader.missing:
+            return reader.layout(path).pages
+        if readers.suffix_of(path) in pages.SUFFIXES and (path.suffix.lower() != ".png" or pages.may_be_animated(path)):
+            with unreadable_on_error(path), Image.open(path, formats=formats()) as image:
+                return len(pages.frames_of(image))
+    return 1
 
 
 def natural_order(path: Path) -> list[int | str]:
@@ -144,8 +169,10 @@ def limit_pixels(pixels: float) -> None:
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would also stop crops, and warn at half of it
 
 
-def to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert an image of mode F, in [0, 255], to 8 bits, with its colour profile; return others unchanged."""
+def to_8_bit(image: Image.Image | Bands) -> Image.Image:
+    """Convert an image of mode F, in [0, 255], to 8 bits, with its colour profile, and Bands to what is shown of them."""
+    if isinstance(image, Bands):
+        return image.to_8_bit()
     if image.mode != "F":
         return image
     grey = Image.fromarray(np.asarray(image).clip(0, 255).round().astype(np.uint8))
@@ -160,75 +187,145 @@ def unreadable_on_error(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UnreadableImage:
+        raise
     except Exception as error:  # Pillow's plug-ins raise a dozen types on hostile files
         command = missing_package(path)
         reason = f"nothing installed reads {path.suffix}: {command}" if command else f"{type(error).__name__}: {error}"
         raise UnreadableImage(reason) from error
 
 
+def reader_for(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> readers.Reader | None:
+    """Return what reads a file in place of Pillow; None: Pillow does.
+
+    raises: UnreadableImage if a package is missing, without which values or bands would be wrong
+    """
+    reader = readers.reader_of(path)
+    if reader is None or not reader.missing:
+        return reader
+    if channels in (1, 3) and value_range in (None, (0, 65535)) and readers.pillow_reduces(path):
+        warn_once(f"colours of 16 bits are reduced to 8, since {reader.package} is missing: {reader.missing}")
+        return None
+    raise UnreadableImage(f"{reader.package} is missing, which reads its bands and values: {reader.missing}")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise UnreadableImage for more pixels than max_pixels."""
+    if width * height > max_pixels:
+        raise UnreadableImage(f"{width}x{height} px; if you trust the file, raise --max_megapixels")
+
+
 def open_image(path: Path) -> Image.Image:
-    """Open an image and read its header; raises UnreadableImage, also if it claims more pixels than max_pixels."""
+    """Open an image, or a page of a file, and read its header; raises UnreadableImage, also for more pixels than max_pixels."""
+    file, page = pages.file_and_page(path)
     with unreadable_on_error(path):
-        image = Image.open(path, formats=formats())
-    image.filename = ""  # else Pillow maps uncompressed TIFF files, and turned ones (EXIF) become stripes
-    if image.format == "TIFF":
-        tags: Any = image.tag_v2  # ty: ignore[missing-attribute]
-        if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # planes one after the other
+        image = Image.open(file, formats=formats())
+        image.filename = ""  # else Pillow maps uncompressed TIFF files, and turned ones (EXIF) become stripes
+        try:
+            check_pixels(*image.size)
+            if page:
+                image.seek(pages.frames_of(image)[page])
+                check_pixels(*image.size)
+        except Exception:
             image.close()
-            raise UnreadableImage(
-                "Pillow reads TIFF files of separate planes of more than 8 bits wrongly; convert it to PNG"
-            )
-    if image.format == "JPEG2000" and image.mode in ("RGB", "RGBA") and jpeg2000_bits(path) > 8:
-        image.close()
-        raise UnreadableImage("Pillow reads JPEG 2000 in colour of more than 8 bits wrongly; convert it to PNG or TIFF")
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise UnreadableImage(f"{image.width}x{image.height} px; if you trust the file, raise --max_megapixels")
+            raise
     return image
+
+
+def check_header(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> None:
+    """Read the header of an image; raises UnreadableImage."""
+    file, page = pages.file_and_page(path)
+    with unreadable_on_error(path):
+        reader = reader_for(file, channels, value_range)
+        if reader is None:
+            open_image(path).close()
+            return
+        layout = reader.layout(file)
+        check_pixels(layout.width, layout.height)
+        if (page or 0) >= layout.pages:
+            raise UnreadableImage(f"holds {counted(layout.pages, 'image')}")
 
 
 def is_image(path: Path) -> bool:
     """Whether a file, whatever its name, has the header of an image."""
     try:
-        open_image(path).close()
+        check_header(path)
     except UnreadableImage:
         return False
     return True
 
 
+def read_page(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> readers.Page | None:
+    """Return an image that a reader of toolkit/readers.py reads; None for those that Pillow does; raises UnreadableImage."""
+    with unreadable_on_error(path):
+        file, page = pages.file_and_page(path)
+        reader = reader_for(file, channels, value_range)
+        if reader is None:
+            return None
+        check_header(path, channels, value_range)
+        return reader.read(file, page or 0)
+
+
 def read_size(path: Path) -> tuple[int, int]:
     """Read an image to its end; returns width and height as stored; raises UnreadableImage."""
+    page = read_page(path)
+    if page:
+        return page.values.shape[1], page.values.shape[0]
     with open_image(path) as image, unreadable_on_error(path):
         image.load()
         return image.size
 
 
-def read_values(path: Path) -> np.ndarray | None:
-    """Return the values (H, W) of an image that has a value range, as stored; None for others; raises UnreadableImage."""
-    with open_image(path) as image, unreadable_on_error(path):
-        return np.asarray(image) if is_deep(image) and not image.info.get("icc_profile") else None
+def read_values(path: Path, channels: int = 3) -> np.ndarray | None:
+    """Return the values of an image that has a value range, as stored: (H, W) or (H, W, bands) that networks get.
+
+    returns: None for images of 8 bits, and photos, which have a colour profile
+    raises:  UnreadableImage
+    """
+    page = read_page(path, channels)
+    with unreadable_on_error(path):
+        if page:
+            is_photo = page.values.dtype == np.uint8 or page.profile
+            return None if is_photo else pick_bands(page.values, channels, path)
+        with open_image(path) as image:
+            return np.asarray(image) if is_deep(image) and not image.info.get("icc_profile") else None
 
 
-def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> Image.Image:
+def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> Image.Image | Bands:
     """Read any image as RGB (channels 3) or L (1) in sRGB, turned as EXIF says, transparency over white.
 
-    Greys of more than 8 bits become F, floats in [0, 255], by their domain's range; those with a colour profile are photos,
-    and become 8 bits.
+    Images of more than 8 bits become floats in [0, 255] by their domain's range: greys of mode F, colours Bands; those with
+    a colour profile are photos, and become 8 bits. For other numbers of channels all images are Bands.
     raises: UnreadableImage
     """
-    with open_image(path) as image, unreadable_on_error(path):
-        image.load()
-        with suppress(EOFError, OSError, ValueError, SyntaxError):  # of a torn later frame
-            if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "n_frames", 1) > 1:
-                warn_once("of animated images, and of files with several pages, only the first one is used")
-        image = read_deep_image(image, value_range, path) if is_deep(image) else ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            return image
-        image = to_srgb(image)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB" if channels == 3 else "L")
+    page = read_page(path, channels, value_range)
+    with unreadable_on_error(path):
+        if page:
+            image = page_to_image(page, channels, value_range, path)
+            return image if isinstance(image, Bands) or image.mode == "F" else finished(image, channels, path)
+        with open_image(path) as image:
+            image.load()
+            is_tiff = image.format == "TIFF"
+            if is_deep(image):
+                image = read_deep_image(image, value_range, path)
+            else:
+                image = ImageOps.exif_transpose(image)
+            if is_tiff and image.mode == "RGBA" and not readers.looks_like_mask(np.asarray(image)[..., 3] / 255):
+                image = image.convert("RGB")  # the fourth band is infrared, or another
+            if image.mode == "F" and channels in (1, 3):
+                return image
+            return finished(image, channels, path)
+
+
+def finished(image: Image.Image, channels: int, path: Path) -> Image.Image | Bands:
+    """Convert an upright image to sRGB without transparency: RGB (channels 3) or L (1), else Bands."""
+    image = to_srgb(image)
+    if channels not in (1, 3):
+        return Bands(pick_bands(bands_of(image), channels, path).astype(np.float32))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Path) -> Image.Image:
@@ -244,7 +341,7 @@ def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Pa
     return to_8_bit(grey) if is_photo else grey
 
 
-def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_image(image: Any, size: tuple[int, int]) -> Any:
     """Resize to (width, height), unless it has that size."""
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -265,7 +362,7 @@ def fitted_size(
     return (max(width, target[0]), max(height, target[1])) if to_crop else (width, height)  # rounding may lack a pixel
 
 
-def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def crop_centre(image: Any, size: tuple[int, int]) -> Any:
     """Cut (width, height) out of the middle of an image, unless it has that size."""
     left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, size, strict=True))
     return image if image.size == size else image.crop((left, top, left + size[0], top + size[1]))
@@ -326,7 +423,7 @@ class BadImages:
 
     def readable(self, paths: Sequence[Path]) -> list[Path]:
         """Return the paths whose header can be read; note the others."""
-        return [path for path, _ in self.read(paths, lambda path: open_image(path).close())]
+        return [path for path, _ in self.read(paths, check_header)]
 
 
 def load_images(folder: Path, paths: Sequence[Path], reader: ImageReader, on_bad: str) -> Iterator[tuple[Path, Tensor]]:
@@ -371,10 +468,10 @@ def data_url(path: Path, most: tuple[int, int]) -> str:
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Draw labelled rows of images, (N, 3 or 1, H, W) in [-1, 1] of one size; each takes CELL to LARGEST_CELL px."""
+    """Draw labelled rows of images, (N, channels, H, W) in [-1, 1] of one size; each takes CELL to LARGEST_CELL px."""
     from torchvision.utils import make_grid  # here, because its import takes two seconds
 
-    cells = torch.cat([x.float().cpu() for _, x in rows])
+    cells = torch.cat([shown_bands(x.float().cpu()) for _, x in rows])
     factor = LARGEST_CELL / max(cells.shape[-2:])
     if factor < 1:
         size = [max(1, round(side * factor)) for side in cells.shape[-2:]]

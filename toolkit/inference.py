@@ -17,6 +17,9 @@ from tqdm import tqdm
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
+from toolkit.bands import band_values
+from toolkit.pages import file_of
+from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, parse_range, ranges_of, values_image
 from utils import InputError, check_options, counted, duration, say, warn
 
@@ -117,7 +120,8 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
-        metadata["preprocess"] = saved.get("preprocess")
+        metadata |= {name: saved.get(name) for name in ("preprocess", "pages")}
+        metadata["colours"] = state.get("colours")
         metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
@@ -188,6 +192,11 @@ class Translator:
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
+        if self.channels not in (
+            1,
+            3,
+        ):  # their PNGs show three bands; the values of all are written as those of ranges are
+            self.ranges = {"A": (0.0, 255.0), "B": (0.0, 255.0)} | self.ranges
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
         if self.tile and self.tile < self.smallest_side:
             raise InputError(f"--tile {self.tile}: the networks need at least {self.smallest_side} px; take as many")
@@ -198,6 +207,11 @@ class Translator:
         if self.tile and self.tile < receptive_field:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
+
+    def is_in_colour(self, domain: str) -> bool:
+        """Whether the values of a domain, in its units, have as many bands as the networks channels; else they are greys."""
+        stated = self.metadata.get("colours")
+        return self.channels not in (1, 3) or (self.channels == 3 and isinstance(stated, list) and domain in stated)
 
     def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
         """Return what reads the images of a domain for these networks, at a height and width or at their own."""
@@ -325,7 +339,7 @@ def plan_results(
     with_values: whether the translations also get a file in the units of their domain
     """
     real, fake, truth, rec = gallery.result_folders(direction)
-    count = Counter(path.with_suffix("") for path in inputs.paths)
+    count = Counter(without_suffix(path) for path in inputs.paths)
     folders = {parent for path in inputs.paths for parent in path.relative_to(inputs.root).parents}
     taken = {
         str(folder.with_suffix(suffix)).lower()
@@ -338,9 +352,9 @@ def plan_results(
     for path in inputs.paths:
 
         def is_taken(name: str, path: Path = path) -> bool:
-            return name in taken or (name in others and others[name] != files.sha256(path))
+            return name in taken or (name in others and others[name] != files.sha256(file_of(path)))
 
-        stem = path.with_suffix("")
+        stem = without_suffix(path)
         wanted = (stem if count[stem] == 1 else path).relative_to(inputs.root)
         name = unique_name(wanted, is_taken)
         if name != unique_name(wanted, taken.__contains__):
@@ -454,7 +468,8 @@ def translate_folder(
                 origin["truth"] = None
         values = None
         if value_range:
-            values = values_image(outputs[0], image.size, value_range)
+            in_units = band_values if translator.is_in_colour(direction.target) else values_image
+            values = in_units(outputs[0], image.size, value_range)
         folder.save(result, shown, origin, values)
         written.add(loaded.path)
         return loaded

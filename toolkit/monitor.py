@@ -57,7 +57,7 @@ def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resume
     shorter = min(size)
     for name, path in named.items():
         try:
-            photo = images.read_image(path, channels)
+            photo = images.read_image(images.with_pages(path, [path])[0], channels)
         except images.UnreadableImage as error:
             message = f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
             if not resumed:
