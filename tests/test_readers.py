@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import noise_image, warnings_in
+from conftest import TINY, noise_image, tiny_networks, warnings_in
 from PIL import Image
 from profiles import rgb_profile
 
 import datasets
+import test as test_command
+import train
 from toolkit import bands, checks, images, pages, readers
 
 SIDE = 24
@@ -20,7 +22,7 @@ FIVE = (np.dstack([RGB, Y, X * Y]) * 255).astype(np.uint8)
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet():
-    for cache in (images.warn_once, pages.warn_once, bands.said_of):
+    for cache in (images.warn_once, pages.warn_once, pages.say_once, bands.said_of):
         getattr(cache, "cache_clear", getattr(cache, "clear", None))()
 
 
@@ -387,3 +389,57 @@ def test_stacks_are_twins_if_all_their_pages_are(choice, tmp_path):
     digests = checks.digests_of_files(facts, tmp_path)
     assert list(digests) == [Path("a.tif"), Path("b.tif"), Path("c.tif")]
     assert digests[Path("a.tif")] == digests[Path("c.tif")] != digests[Path("b.tif")]
+
+
+# -- through the commands --------------------------------------------------------------------------
+
+
+def test_networks_of_four_channels_train_resume_and_translate_all_bands(no_plots):
+    tifffile = pytest.importorskip("tifffile")
+    for split in ("trainA", "trainB", "testA", "testB"):
+        Path("datasets/sat", split).mkdir(parents=True)
+        values = (np.dstack([RGB, Y]) * 3000).astype(np.uint16)
+        for i in range(2):
+            write_tiff(f"datasets/sat/{split}/{i}.tif", np.rot90(values, i), extrasamples=["unspecified"])
+    options = ["--dataset_name", "sat", *TINY, "--channels", "4", "--cache", "ram"]
+    train.main([*options, "--num_epochs", "1"])
+    train.main(["--run_name", "sat", "--start_from", "latest", "--num_epochs", "2"])
+    scores = test_command.main(["--run_name", "sat", "--metrics", "paired", "--direction", "AtoB"])
+    results = Path("generated_images/sat/test")
+    found = tifffile.imread(results / "values_B/0.tif")
+    assert (found.shape, found.dtype) == ((SIDE, SIDE, 4), np.float32)
+    assert 0 <= found.min() < found.max() <= 3000
+    shown = np.asarray(Image.open(results / "real_A/0.png"))
+    assert np.abs(shown - LEVELS).max() <= 1  # the first three bands
+    assert scores["AtoB"]["paired"]["copy"]["RMSE in units"] < 1
+    assert np.asarray(Image.open(results / "grid.png")).shape[2] == 3
+
+
+def test_translations_of_colours_in_units_keep_their_colours(monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    networks = {"G_AB": tiny_networks()["G_AB"]}
+    networks["G_AB"].forward = lambda x: x
+    metadata = {
+        "size": [SIDE, SIDE],
+        "range_A": [0, 3000],
+        "range_B": [0, 1],
+        "direction": "AtoB",
+        "colours": ["A", "B"],
+    }
+    monkeypatch.setattr(test_command, "load_networks", lambda *_: (networks, metadata))
+    write_tiff("a.tif", (RGB * 3000).astype(np.uint16))
+    test_command.main(["--run_name", "x", "--input", "a.tif", "--output", "out"])
+    assert np.abs(tifffile.imread("out/values_B/a.tif") - RGB).max() <= 1e-3
+
+
+def test_a_run_on_all_pages_is_tested_on_all_pages(no_plots):
+    for split in ("trainA", "trainB", "testA", "testB"):
+        Path("datasets/tiny", split).mkdir(parents=True)
+        stack = [noise_image(f"{split}{i}", mode="L") for i in range(3)]
+        stack[0].save(f"datasets/tiny/{split}/s.tif", save_all=True, append_images=stack[1:])
+    train.main(["--dataset_name", "tiny", *TINY, "--pages", "all", "--num_epochs", "1", "--steps_per_epoch", "1"])
+    results = Path("generated_images/tiny/test")
+    test_command.main(["--run_name", "tiny", "--direction", "AtoB", "--metrics", "paired"])
+    assert sorted(path.name for path in (results / "truth_B").iterdir()) == [f"s_p000{i}.png" for i in (1, 2, 3)]
+    test_command.main(["--run_name", "tiny", "--direction", "AtoB", "--skip_existing"])
+    assert len(list((results / "fake_B").iterdir())) == 3

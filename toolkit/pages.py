@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from toolkit.readers import without_suffix
-from utils import InputError, counted, warn
+from utils import InputError, counted, say, warn
 
 CHOICES = ("first", "all")
 FORMATS = (
@@ -74,6 +74,7 @@ def may_be_animated(path: Path) -> bool:
 
 
 warn_once = functools.cache(warn)
+say_once = functools.cache(say)
 
 
 def expand(folder: Path, counts: dict[Path, int]) -> list[Path]:
@@ -84,7 +85,8 @@ def expand(folder: Path, counts: dict[Path, int]) -> list[Path]:
     several = {path: count for path, count in counts.items() if count > 1}
     if several:
         hold = "holds" if len(several) == 1 else "hold"
-        warn_once(f"{folder}: {counted(len(several), 'file')} {hold} {sum(several.values())} images; {OUTCOME[choice]}")
+        tell = warn_once if choice == "first" else say_once
+        tell(f"{folder}: {counted(len(several), 'file')} {hold} {sum(several.values())} images; {OUTCOME[choice]}")
     if choice != "all":
         return list(counts)
     listed = []

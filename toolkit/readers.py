@@ -142,11 +142,13 @@ def dicom_frames(data: Any) -> int:
 
 
 def dicom_layout(path: Path) -> Layout:
-    """Read the header of a DICOM file; raises KeyError, AttributeError for one without an image."""
+    """Read the header of a DICOM file; raises ValueError for one without an image."""
     import pydicom
 
     wanted = ["NumberOfFrames", "Rows", "Columns"]
     data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=wanted)
+    if not data.get("Rows") or not data.get("Columns"):
+        raise ValueError("holds no image")
     return Layout(dicom_frames(data), int(data.Rows), int(data.Columns))
 
 
