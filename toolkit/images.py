@@ -147,12 +147,16 @@ def pages_in(path: Path) -> int:
 @functools.lru_cache(maxsize=2**17)
 def _count_pages(path: Path, size: int, changed: int) -> int:
     """Count the images in a file of this size and time of change."""
-    with suppress(Exception):  # of a dozen types
-        reader = readers.reader_of(path) if readers.suffix_of(path) in (*readers.BY_SUFFIX, *pages.SUFFIXES) else None
+    suffix = readers.suffix_of(path)
+    if suffix not in (*readers.BY_SUFFIX, *pages.SUFFIXES):
+        return 1
+    with suppress(UnreadableImage, OSError), unreadable_on_error(path):
+        reader = readers.reader_of(path)
         if reader and not reader.missing:
-            return reader.layout(path).pages
-        if readers.suffix_of(path) in pages.SUFFIXES and (path.suffix.lower() != ".png" or pages.may_be_animated(path)):
-            with unreadable_on_error(path), Image.open(path, formats=formats()) as image:
+            count = reader.layout(path).pages
+            return count if count <= readers.MOST_PAGES else 1
+        if suffix != ".png" or pages.may_be_animated(path):
+            with Image.open(path, formats=formats()) as image:
                 return len(pages.frames_of(image))
     return 1
 
@@ -263,7 +267,10 @@ def read_page(path: Path, channels: int = 3, value_range: ValueRange | None = No
         if reader is None:
             return None
         check_header(path, channels, value_range)
-        return reader.read(file, page or 0)
+        found = reader.read(file, page or 0)
+        if not found.values.size:
+            raise UnreadableImage("holds no pixels")
+        return found
 
 
 def read_size(path: Path) -> tuple[int, int]:

@@ -39,6 +39,8 @@ def page_path(path: Path, number: int) -> Path:
 
 def file_and_page(path: Path) -> tuple[Path, int | None]:
     """Return the file that an image is in, and which of its pages it is, counted from 0; None for a whole file."""
+    if "_p" not in path.name:  # of most files, at little cost
+        return path, None
     stem = without_suffix(path).name
     match = re.fullmatch(r"(.+)_p(\d{4,})", stem)
     if match is None or path.exists():

@@ -17,6 +17,7 @@ from PIL import Image
 
 INSTALL = "pip install -r requirements-science.txt"
 MOST_BANDS = 16
+MOST_PAGES = 100_000  # of a file; a damaged header may claim any number
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 JPEG_2000_MAGIC = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 FULL = {"u1": 255.0, "u2": 65535.0}  # opaque, by the type of the values; of floats 1
@@ -74,6 +75,16 @@ def without_suffix(path: Path) -> Path:
     """Return a path without its suffix, as of suffix_of."""
     suffix = suffix_of(path)
     return path.with_name(path.name[: -len(suffix)]) if suffix and path.name.lower() != suffix else path
+
+
+def quiet(package: str) -> Any:
+    """Import tifffile or nibabel, and drop what they log about odd headers."""
+    if package == "tifffile":
+        import tifffile as library
+    else:
+        import nibabel as library
+    logging.getLogger({"nibabel": "nibabel.global"}.get(package, package)).setLevel(logging.CRITICAL)
+    return library
 
 
 def native(values: np.ndarray) -> np.ndarray:
@@ -206,9 +217,7 @@ def nifti_axes(image: Any) -> list[tuple[int, int]]:
 
 def nifti_layout(path: Path) -> Layout:
     """Count the axial slices of a volume; those of several volumes follow one after the other."""
-    import nibabel
-
-    image: Any = nibabel.load(path)
+    image: Any = quiet("nibabel").load(path)
     sides = [(*image.shape, 1)[:3][[axis for axis, _ in nifti_axes(image)].index(i)] for i in range(3)]
     return Layout(sides[2] * math.prod(image.shape[3:]), sides[1], sides[0])
 
@@ -218,9 +227,7 @@ def read_nifti(path: Path, page: int) -> Page:
 
     Slices are counted from the feet. Only one is read, unless the file is compressed.
     """
-    import nibabel
-
-    image: Any = nibabel.load(path)
+    image: Any = quiet("nibabel").load(path)
     axes = nifti_axes(image)
     order = [axis for axis, _ in axes]
     upward = order.index(2)
@@ -249,17 +256,15 @@ def tiff_tags(path: Path) -> dict[int, Any] | None:
         return None
 
 
-def is_beyond_pillow(path: Path) -> bool:
-    """Whether Pillow cannot read all bands and bits of a TIFF file."""
+def is_beyond_pillow(path: Path, has_tifffile: bool) -> bool:
+    """Whether Pillow cannot read all bands and bits of a TIFF file; of a fourth one of 8 bits only if something else can."""
     tags = tiff_tags(path)
     if tags is None:
         return True
     samples = tags.get(277, 1)
     is_deep = max(tags.get(258, (8,))) > 8
-    if (
-        samples > 3 and tags.get(262) == 2 and is_installed("tifffile")
-    ):  # Pillow drops a fourth band, or multiplies by it
-        return True
+    if samples > 3 and tags.get(262) == 2 and has_tifffile:
+        return True  # Pillow drops a fourth band, or multiplies by it
     return is_deep and (samples > 2 or tags.get(284) == 2)
 
 
@@ -274,17 +279,9 @@ def open_series(file: Any) -> tuple[Any, list[int], int | None]:
     return level, pages, None if bands < 0 else bands
 
 
-def quiet_tifffile() -> Any:
-    """Import tifffile, and drop what it logs about odd tags."""
-    import tifffile
-
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    return tifffile
-
-
 def tiff_layout(path: Path) -> Layout:
     """Read the header of a TIFF file."""
-    with quiet_tifffile().TiffFile(path) as file:
+    with quiet("tifffile").TiffFile(path) as file:
         level, pages, _ = open_series(file)
         sides = dict(zip(level.axes, level.shape, strict=True))
         return Layout(math.prod(level.shape[i] for i in pages), sides["Y"], sides["X"])
@@ -292,7 +289,7 @@ def tiff_layout(path: Path) -> Layout:
 
 def read_tiff(path: Path, page: int) -> Page:
     """Read a page with all its bands, as the tags say: transparency, orientation, white as 0, colour profile."""
-    with quiet_tifffile().TiffFile(path) as file:
+    with quiet("tifffile").TiffFile(path) as file:
         level, pages, bands = open_series(file)
         first = level.keyframe
         if first.photometric not in (0, 1, 2, 6):  # greys, RGB, YCbCr
@@ -399,10 +396,20 @@ def reader_of(path: Path) -> Reader | None:
     reader = BY_SUFFIX.get(suffix_of(path))
     if reader:
         return reader
+    try:
+        facts = path.stat()
+    except OSError:  # it cannot be read either, which is said then
+        return None
+    return _reader_by_content(path, facts.st_size, facts.st_mtime_ns, is_installed("tifffile"))
+
+
+@functools.lru_cache(maxsize=2**17)
+def _reader_by_content(path: Path, size: int, changed: int, has_tifffile: bool) -> Reader | None:
+    """Find what reads a file of this size and time of change, which epochs ask for again and again."""
     head = first_bytes(path)
     if head[128:] == b"DICM" and not suffix_of(path):
         return DICOM
-    if head[:4] in TIFF_MAGIC and is_beyond_pillow(path):
+    if head[:4] in TIFF_MAGIC and is_beyond_pillow(path, has_tifffile):
         return TIFF
     if (
         head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:26] in (b"\x02", b"\x06")
