@@ -60,6 +60,8 @@ def open_image(path: str, channels: int) -> Image.Image:
 
     raises: ValueError if it cannot be read, or if it has 16 or 32 bits, which test.py scales to 8
     """
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: the model translates images of {channels} bands; use test.py")
     try:
         with Image.open(path) as file:
             file.filename = ""  # else Pillow maps the file, and turns some TIFF files into stripes

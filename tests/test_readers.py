@@ -91,9 +91,12 @@ def test_a_fourth_band_that_looks_like_a_mask_is_transparency():
 def test_pillow_alone_tells_infrared_from_transparency(monkeypatch):
     flat = np.full((SIDE, SIDE, 4), (10, 20, 30, 40), np.uint8)
     path = write_tiff("flat.tif", flat, extrasamples=["unassalpha"])
-    assert np.array_equal(pixels(path), flat[..., :3])
-    without_libraries(monkeypatch)
-    assert np.array_equal(pixels(path), flat[..., :3])
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"], **CONTIG}
+    two = write_tiff("two.tif", flat[..., :2], **options)
+    for _ in range(2):
+        assert np.array_equal(pixels(path), flat[..., :3])
+        assert (pixels(two, 1) == 10).all()
+        without_libraries(monkeypatch)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5])
@@ -159,6 +162,14 @@ def test_photos_of_16_bits_with_a_profile_become_8_bits_of_srgb():
 
 
 # -- PNG and JPEG 2000 -----------------------------------------------------------------------------
+
+
+def test_grey_png_of_16_bits_with_transparency_keeps_its_bits():
+    codecs = pytest.importorskip("imagecodecs")
+    grey = (X * 4095).astype(np.uint16)
+    Path("a.png").write_bytes(codecs.png_encode(np.dstack([grey, np.where(Y > 0.5, 65535, 0).astype(np.uint16)])))
+    expected = np.where(Y > 0.5, X * 255, 255)
+    assert np.abs(pixels("a.png", 1, (0, 4095))[..., 0] - expected).max() <= 0.1
 
 
 @pytest.mark.parametrize("kind", ["png", "jp2"])

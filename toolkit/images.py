@@ -317,8 +317,9 @@ def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = N
                 image = read_deep_image(image, value_range, path)
             else:
                 image = ImageOps.exif_transpose(image)
-            if is_tiff and image.mode == "RGBA" and not readers.looks_like_mask(np.asarray(image)[..., 3] / 255):
-                image = image.convert("RGB")  # the fourth band is infrared, or another
+            has_alpha = image.mode in ("LA", "RGBA")
+            if is_tiff and has_alpha and not readers.looks_like_mask(np.asarray(image)[..., -1] / 255):
+                image = image.convert(image.mode[:-1])  # the last band is infrared, or another
             if image.mode == "F" and channels in (1, 3):
                 return image
             return finished(image, channels, path)

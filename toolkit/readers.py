@@ -257,14 +257,14 @@ def tiff_tags(path: Path) -> dict[int, Any] | None:
 
 
 def is_beyond_pillow(path: Path, has_tifffile: bool) -> bool:
-    """Whether Pillow cannot read all bands and bits of a TIFF file; of a fourth one of 8 bits only if something else can."""
+    """Whether Pillow cannot read all bands and bits of a TIFF file; of two or four of 8 bits only if something else can."""
     tags = tiff_tags(path)
     if tags is None:
         return True
     samples = tags.get(277, 1)
     is_deep = max(tags.get(258, (8,))) > 8
-    if samples > 3 and tags.get(262) == 2 and has_tifffile:
-        return True  # Pillow drops a fourth band, or multiplies by it
+    if samples not in (1, 3) and tags.get(262) in (0, 1, 2) and has_tifffile:
+        return True  # Pillow drops the last of two or four bands, or takes it for transparency
     return is_deep and (samples > 2 or tags.get(284) == 2)
 
 
@@ -412,7 +412,7 @@ def _reader_by_content(path: Path, size: int, changed: int, has_tifffile: bool) 
     if head[:4] in TIFF_MAGIC and is_beyond_pillow(path, has_tifffile):
         return TIFF
     if (
-        head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:26] in (b"\x02", b"\x06")
+        head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10" and head[25:26] in (b"\x02", b"\x04", b"\x06")
     ):  # bits, colour
         return CODEC
     if head.startswith(JPEG_2000_MAGIC):
