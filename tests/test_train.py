@@ -690,7 +690,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--data_root nowhere", "nowhere/tiny: no such data set"),
         ("--batch_size 0", "--batch_size: given '0', expected an integer, at least 1"),
         ("--beta1 1", "--beta1: given '1', expected a number, at least 0 and at most 0.999999"),
-        ("--channels 4", "--channels: invalid choice"),
+        ("--channels 17", "argument --channels: given '17', expected an integer, at least 1 and at most 16"),
         ("--lambda_id 5", "--lambda_id 5 → --lambda_identity 5"),
         ("@nothing.txt", "No such file or directory: 'nothing.txt'"),
         ("--img_height 4 --img_width 4", "images of 4x4 px: the generator needs 8 px"),
