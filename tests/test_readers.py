@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, noise_image, tiny_networks, warnings_in
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from profiles import rgb_profile
 
 import datasets
@@ -400,6 +400,21 @@ def test_stacks_are_twins_if_all_their_pages_are(choice, tmp_path):
     digests = checks.digests_of_files(facts, tmp_path)
     assert list(digests) == [Path("a.tif"), Path("b.tif"), Path("c.tif")]
     assert digests[Path("a.tif")] == digests[Path("c.tif")] != digests[Path("b.tif")]
+
+
+def test_bands_are_written_with_further_tags():
+    tifffile = pytest.importorskip("tifffile")
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, kind, value in ((33550, 12, (2.0, 2.0, 0.0)), (34735, 3, (1, 1, 0)), (34737, 2, "WGS 84|")):
+        tags.tagtype[tag] = kind
+        tags[tag] = value
+    image = bands.Bands(FIVE.astype(np.float32))
+    image.save(Path("geo.tif"), format="TIFF", tiffinfo=tags)
+    assert np.array_equal(tifffile.imread("geo.tif"), FIVE)
+    assert np.array_equal(np.asarray(image), FIVE)
+    with tifffile.TiffFile("geo.tif") as file:
+        found = file.pages[0].tags
+        assert [found[tag].value for tag in (33550, 34735, 34737)] == [(2.0, 2.0, 0.0), (1, 1, 0), "WGS 84|"]
 
 
 # -- through the commands --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,9 +38,16 @@ class Bands:
     def mode(self) -> str:
         return f"{self.levels.shape[2]} bands"
 
-    def resize(self, size: Sequence[int], resample: Image.Resampling = Image.Resampling.BICUBIC) -> "Bands":
-        """Resize to (width, height); interpolation may overshoot."""
-        bands = [Image.fromarray(band).resize((size[0], size[1]), resample) for band in np.moveaxis(self.levels, 2, 0)]
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.levels.astype(dtype or self.levels.dtype, copy=bool(copy))
+
+    def resize(
+        self, size: Sequence[int], resample: Image.Resampling = Image.Resampling.BICUBIC, box: Any = None
+    ) -> "Bands":
+        """Resize a part, or the whole, to (width, height), as Pillow does; interpolation may overshoot."""
+        bands = [
+            Image.fromarray(band).resize((size[0], size[1]), resample, box) for band in np.moveaxis(self.levels, 2, 0)
+        ]
         return Bands(np.stack([np.asarray(band) for band in bands], axis=2))
 
     def crop(self, box: tuple[int, int, int, int]) -> "Bands":
@@ -47,12 +55,17 @@ class Bands:
         left, top, right, bottom = box
         return Bands(self.levels[top:bottom, left:right])
 
-    def save(self, path: Path, format: str = "TIFF") -> None:  # as of Pillow
-        """Write the bands, in any units, as a TIFF of 32-bit floats; needs tifffile."""
+    def save(self, path: Path, format: str = "TIFF", tiffinfo: Any = None) -> None:  # as of Pillow
+        """Write the bands, in any units, as a TIFF of 32-bit floats; needs tifffile. tiffinfo: further tags, as of Pillow."""
         import tifffile
 
         kind = "rgb" if self.levels.shape[2] == 3 else "minisblack"
-        tifffile.imwrite(path, self.levels.astype(np.float32), photometric=kind, planarconfig="contig")
+        tags = []
+        for tag, value in (tiffinfo or {}).items():
+            count = len(value) if isinstance(value, str | tuple) else 1
+            tags.append((tag, tiffinfo.tagtype[tag], count, value, True))
+        values = self.levels.astype(np.float32)
+        tifffile.imwrite(path, values, photometric=kind, planarconfig="contig", metadata=None, extratags=tags)
 
     def to_8_bit(self) -> Image.Image:
         """Return what is shown of it: the first three bands as RGB, of two bands the first."""
