@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY, noise_image, tiny_networks, warnings_in
 from PIL import Image, TiffImagePlugin
 from profiles import rgb_profile
+from tiny_runs import save_run
 
 import datasets
 import test as test_command
@@ -420,7 +421,8 @@ def test_bands_are_written_with_further_tags():
 # -- through the commands --------------------------------------------------------------------------
 
 
-def test_networks_of_four_channels_train_resume_and_translate_all_bands(no_plots):
+@pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])  # the second is resumed
+def test_networks_of_four_channels_train_resume_and_translate_all_bands(no_plots, epochs):
     tifffile = pytest.importorskip("tifffile")
     for split in ("trainA", "trainB", "testA", "testB"):
         Path("datasets/sat", split).mkdir(parents=True)
@@ -429,7 +431,8 @@ def test_networks_of_four_channels_train_resume_and_translate_all_bands(no_plots
             write_tiff(f"datasets/sat/{split}/{i}.tif", np.rot90(values, i), extrasamples=["unspecified"])
     options = ["--dataset_name", "sat", *TINY, "--channels", "4", "--cache", "ram"]
     train.main([*options, "--num_epochs", "1"])
-    train.main(["--run_name", "sat", "--start_from", "latest", "--num_epochs", "2"])
+    if epochs > 1:
+        train.main(["--run_name", "sat", "--start_from", "latest", "--num_epochs", str(epochs)])
     scores = test_command.main(["--run_name", "sat", "--metrics", "paired", "--direction", "AtoB"])
     results = Path("generated_images/sat/test")
     found = tifffile.imread(results / "values_B/0.tif")
@@ -458,14 +461,12 @@ def test_translations_of_colours_in_units_keep_their_colours(monkeypatch):
     assert np.abs(tifffile.imread("out/values_B/a.tif") - RGB).max() <= 1e-3
 
 
-def test_a_run_on_all_pages_is_tested_on_all_pages(no_plots):
-    for split in ("trainA", "trainB", "testA", "testB"):
+def test_a_run_on_all_pages_is_tested_on_all_pages():
+    for split in ("testA", "testB"):
         Path("datasets/tiny", split).mkdir(parents=True)
         stack = [noise_image(f"{split}{i}", mode="L") for i in range(3)]
         stack[0].save(f"datasets/tiny/{split}/s.tif", save_all=True, append_images=stack[1:])
-    train.main(["--dataset_name", "tiny", *TINY, "--pages", "all", "--num_epochs", "1", "--steps_per_epoch", "1"])
+    save_run(epochs=1, argv=("--pages", "all"))
     results = Path("generated_images/tiny/test")
-    test_command.main(["--run_name", "tiny", "--direction", "AtoB", "--metrics", "paired"])
+    test_command.main(["--run_name", "tiny", "--epoch", "1", "--direction", "AtoB"])
     assert sorted(path.name for path in (results / "truth_B").iterdir()) == [f"s_p000{i}.png" for i in (1, 2, 3)]
-    test_command.main(["--run_name", "tiny", "--direction", "AtoB", "--skip_existing"])
-    assert len(list((results / "fake_B").iterdir())) == 3
