@@ -155,7 +155,11 @@ def choose_directions(
         other = "; --direction chooses the other way" if translator.directions[1:] else ""
         say(f"--input {config.input}: translates {translator.directions[0]}{other}")
         return translator.directions[:1]
-    found = [way for way in translator.directions if config.input or images.list_images(dataset / f"test{way.source}")]
+    found = [
+        way
+        for way in translator.directions
+        if config.input or images.list_images(datasets.split_folder(dataset, f"test{way.source}"))
+    ]
     if config.direction is None and 0 < len(found) < len(translator.directions):
         say(f"{dataset}: has test images of {found[0].source} alone, so {found[0]} is all that is translated")
         return found
@@ -186,14 +190,14 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         root = config.input.parent if config.input.is_file() else config.input
         paths = [config.input] if config.input.is_file() else images.list_images(root)
     else:
-        root = dataset / f"test{direction.source}"
-        paths = datasets.split_images(dataset, root.name)
+        root = datasets.split_folder(dataset, f"test{direction.source}")
+        paths = datasets.split_images(dataset, f"test{direction.source}")
     if not paths:
         raise InputError(f"--input {config.input}: no image there; expected {images.EXPECTED}")
     paths = images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
     if config.input:
         return Inputs(root, paths, config.on_bad_image)
-    target = dataset / f"test{direction.target}"
+    target = datasets.split_folder(dataset, f"test{direction.target}")
     if not images.list_images(target):
         return Inputs(root, paths, config.on_bad_image)
     found = datasets.by_name({direction.source: root, direction.target: target})
@@ -337,7 +341,10 @@ class Scorer:
         paths = datasets.split_images(self.dataset, split)
         mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
         read = images.load_images(
-            self.dataset / split, paths, self.translator.reader(domain, size), self.config.on_bad_image
+            datasets.split_folder(self.dataset, split),
+            paths,
+            self.translator.reader(domain, size),
+            self.config.on_bad_image,
         )
         for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
@@ -355,7 +362,7 @@ class Scorer:
     def readable(self, split: str, most: int | None = None) -> list[Path]:
         """List the images of a split that can be read to their end, and are large enough; the others are named."""
         paths = datasets.split_images(self.dataset, split, most)
-        bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
+        bad = images.BadImages(datasets.split_folder(self.dataset, split), len(paths), self.config.on_bad_image)
 
         def read(path: Path) -> None:
             image = images.read_image(path, value_range=self.translator.ranges.get(split[-1]))
