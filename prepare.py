@@ -57,7 +57,8 @@ SPLITS = ("trainA", "valA", "testA", "trainB", "valB", "testB")
 ADDRESS = "http://efrosgans.eecs.berkeley.edu/cyclegan/datasets"  # of the authors; --url names a mirror
 OFFICIAL = "ae_photos, apple2orange, cezanne2photo, facades, horse2zebra, iphone2dslr_flower, maps, monet2photo, summer2winter_yosemite, ukiyoe2photo, vangogh2photo"
 MOST_BYTES = 30 * 2**30  # unpacked; the largest official data set has 3 GiB
-MOST_BYTES_AT_ONCE = 2**26  # that may be read from a tar in one go: its headers are small
+MOST_BYTES_AT_ONCE = 2**20  # that may be read from a tar in one go: its headers are small
+MOST_HEADERS = 2**29  # bytes in all of a tar, which tarfile keeps in memory; enough for half a million files
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # of compressed files, by their first bytes
 
 
@@ -149,11 +150,13 @@ def entries_of_tar(archive: Path, folder: Path) -> Iterator[tuple[str, bool, Cal
     size = 0
     with opener(archive, "rb") as unpacked, tarfile.open(fileobj=SmallReads(unpacked), mode="r:") as file:  # ty: ignore
         for entry in file:  # one by one, so that a small file of zeros is not unpacked before its size is known
+            if entry.offset_data - size > MOST_HEADERS:
+                raise ValueError("has more headers than any data set")
             size += entry.size
             check_unpacked_size(size if size > MOST_BYTES else entry.size, archive, folder)
             tarfile.data_filter(entry, str(folder))  # refuses devices, and links that lead out
             if not entry.isdir():
-                yield entry.name, not entry.isreg(), lambda entry=entry: file.extractfile(entry)
+                yield entry.name, entry.issparse() or not entry.isreg(), lambda entry=entry: file.extractfile(entry)
 
 
 def unpack_images(archive: Path, folder: Path, place: Callable[[PurePosixPath], Sequence[str]]) -> None:

@@ -126,7 +126,20 @@ def test_values_are_written_once_in_the_units_of_their_domain(translate, asked, 
     assert thumbnail.is_file() == (asked not in ("png", "jpg"))  # what browsers cannot show
 
 
-@pytest.mark.parametrize("asked", ["same", "tif", "jpg"])
+def test_results_of_another_photo_or_format_are_not_mistaken(translate):
+    write_inputs("deep.png", "a.jpg")
+    Path("other").mkdir()
+    noise_image(2, (SIDE, SIDE)).save("other/a.jpg")
+    for folder in ("in", "other"):
+        translate("--run_name", "a2b", "--input", f"{folder}/a.jpg", "--format", "jpg")
+    assert written().keys() == {"fake_B/a.jpg", "fake_B/a_.jpg"}
+    for asked, bits in (("png", "L"), ("same", "I;16")):
+        options = ["--input", "in/deep.png", "--skip_existing", "--range_A", "0,4095"]
+        translate("--run_name", "a2b", "--format", asked, *options, **DEPTH)
+        assert opened(written()["fake_B/deep.png"]).mode in (bits, "RGB" if bits == "L" else bits)
+
+
+@pytest.mark.parametrize("asked", ["same", "jpg"])
 def test_scores_read_what_was_written(translate, asked, monkeypatch):
     for split in ("trainA", "trainB", "testA", "testB"):
         Path("datasets/a2b", split).mkdir(parents=True)
@@ -210,8 +223,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(translate, refused, monke
     assert [path.name for path in Path.cwd().iterdir() if path.name.endswith(".tmp")] == []
 
 
-@pytest.mark.parametrize("asked", ["png", "tif", "same"])
-@pytest.mark.parametrize("size", ["input", "net"])
+@pytest.mark.parametrize(("asked", "size"), [("png", "input"), ("tif", "net"), ("same", "net")])
 def test_keep_alpha_puts_the_transparency_back(translate, asked, size):
     write_inputs("alpha.webp" if asked == "same" else "alpha.png", "plain.png")
     noise_image(1, (20, 24), "RGBA").save("in/alpha.png")

@@ -203,12 +203,16 @@ def entry(name="trainA/x.png", kind=tarfile.REGTYPE, target="", size=0):
         (entry(kind=tarfile.FIFOTYPE), "special file"),
         (entry(size=3000), "claims"),
         (entry(name=f"trainA/{'x' * 5000}.png"), "larger than"),
+        ([entry(f"{i}.txt") for i in range(9)], "more headers"),
     ],
 )
 def test_hostile_tars_are_refused(tmp_path, monkeypatch, extra, expected):
     monkeypatch.setattr(prepare, "MOST_BYTES", 2000)
     monkeypatch.setattr(prepare, "MOST_BYTES_AT_ONCE", 4096)
-    archive = make_tar(tmp_path / "set.tgz", ("trainA/0.png", "trainB/1.png"), extra=[extra])
+    monkeypatch.setattr(prepare, "MOST_HEADERS", 5000)
+    archive = make_tar(
+        tmp_path / "set.tgz", ("trainA/0.png", "trainB/1.png"), extra=extra if isinstance(extra, list) else [extra]
+    )
     folder = tmp_path / "into"
     folder.mkdir()
     with pytest.raises(Exception, match=expected):
