@@ -4,6 +4,7 @@ datasets/horse2zebra/
   trainA/  trainB/   training images of the two domains, also in sub-folders
   testA/   testB/    test images; those of one name in both are pairs with known truth
   valA/    valB/     optional: used by --eval_interval instead of the test images
+train/A and train_A are other names of trainA, and so on.
 
 data = TrainingData(DataConfig(), seed=0, device=torch.device("cuda"), held_out={})
 for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("cuda")):
@@ -239,7 +240,9 @@ class TrainingData:
         folder = find_dataset(config.data_root, config.dataset_name)
         for domain in "AB":
             found = split_images(folder, f"train{domain}", config.max_images)
-            self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
+            self.bad_images[domain] = images.BadImages(
+                split_folder(folder, f"train{domain}"), len(found), config.on_bad_image
+            )
             paths[domain] = self.bad_images[domain].readable(found)
         self.counts = {domain: len(found) for domain, found in paths.items()}
         self.ranges = config.ranges
@@ -338,21 +341,29 @@ def outlook(images: int, steps: int | None = None) -> str:
     return f"what to expect: {seen}" + (f"; {' and '.join(few)} are a trial" if few else "")
 
 
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the folder of a split in a data set: trainA, or else train/A or train_A; trainA if there is none."""
+    kind, domain = split[:-1], split[-1]
+    spellings = [folder / split, folder / kind / domain, folder / f"{kind}_{domain}"]
+    return next((path for path in spellings if path.is_dir()), spellings[0])
+
+
 def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
     """List the images of a split, such as trainA; raises InputError if it is missing or contains no image."""
-    if not (folder / split).is_dir():
+    inside = split_folder(folder, split)
+    if not inside.is_dir():
         found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise InputError(f"{folder}: no {split}/ inside (found: {found}); python prepare.py split makes the layout")
-    paths = images.list_images(folder / split)
+    paths = images.list_images(inside)
     if not paths:
-        raise InputError(f"{folder / split}: no image inside; expected {images.EXPECTED}")
+        raise InputError(f"{inside}: no image inside; expected {images.EXPECTED}")
     return paths[:max_images]
 
 
 def held_out_split(folder: Path) -> str:
     """Name the split to show during training: test, else val, else train itself."""
     for split in ("test", "val"):
-        if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
+        if all(images.list_images(split_folder(folder, f"{split}{domain}")) for domain in "AB"):
             return split
     return "train"
 
@@ -369,8 +380,8 @@ def fingerprint(folders: Iterable[Path]) -> str:
 
 def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
     """Find the val folders, else test folders, by domain; InputError if one is empty or, with paired, no names match."""
-    split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
-    folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
+    split = "val" if any(split_folder(folder, f"val{domain}").is_dir() for domain in "AB") else "test"
+    folders = {domain: split_folder(folder, f"{split}{domain}") for domain in "AB"}
     names_A, names_B = (paths.keys() for paths in by_name(folders).values())
     if paired and not names_A & names_B:
         raise InputError(f"--eval_metrics paired: no pair of names in {folders['A']} and {folders['B']}; leave it out")

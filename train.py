@@ -27,7 +27,7 @@ from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
-from toolkit.images import limit_pixels
+from toolkit.images import limit_pixels, list_images
 from toolkit.pages import use_pages
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
@@ -370,7 +370,15 @@ class Run:
             raise SystemExit(128 + signum)
         done = f"{counted(self.epoch, 'epoch')}, {counted(self.finished_steps, 'step')}"
         grid = self.monitor.images / f"epoch_{self.epoch:04d}.png"
-        say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
+        say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name, *self.inputs_to_test())}")
+
+    def inputs_to_test(self) -> list[str]:
+        """Return what test.py needs to be told of a data set without test images: to translate those of training."""
+        folder = datasets.find_dataset(self.config.data.data_root, self.config.data.dataset_name)
+        tests = [datasets.split_folder(folder, f"test{domain}") for domain in "AB"]
+        if any(map(list_images, tests)):
+            return []
+        return ["--input", str(datasets.split_folder(folder, "trainA"))]
 
 
 # -- Building a run --------------------------------------------------------------------------------

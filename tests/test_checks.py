@@ -110,7 +110,7 @@ def test_held_out_images_whose_partner_was_moved_are_named(tiny, capsys):
     prepare.main(["check", "tiny", "--remove_twins"])
     out = capsys.readouterr().out
     assert contents(tiny).keys() >= {"testB/1.png", "removed/testA/1.png", "removed/valA/2.png", "removed/valB/3.png"}
-    message = "  3 images whose partner of the same name was moved: valA/3.png, valB/2.png, testB/1.png; "
+    message = "  3 images whose partner was moved: valA/3.png, valB/2.png, testB/1.png; "
     assert f"{message}of a paired set, move these too\n" in out
     prepare.main(["check", "tiny", "--remove_twins"])
     assert "partner" not in capsys.readouterr().out

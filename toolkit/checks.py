@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 import shutil
 import statistics
 from collections import Counter, defaultdict
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from datasets import spread
+from datasets import split_folder, spread
 from toolkit import images, pages
 from toolkit.values import ValueRange
 from utils import InputError, counted, say
@@ -46,11 +47,14 @@ def digest_of_all(digests: Sequence[bytes]) -> bytes:
     return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
 
 
-def digests_of_files(facts: Mapping[Path, ImageFacts], folder: Path) -> dict[Path, bytes]:
-    """Return the digests of the files that some images are in, by their path in the data set."""
+def digests_of_files(facts: Mapping[Path, ImageFacts], folder: Path, split: str) -> dict[Path, bytes]:
+    """Return the digests of the files that the images of a split are in, by their path in the data set.
+
+    folder: of the split; its name may differ, as in train/A, but paths begin with the usual one
+    """
     found = defaultdict(list)
     for path, fact in facts.items():
-        found[pages.file_of(path).relative_to(folder)].append(fact.digest)
+        found[split / pages.file_of(path).relative_to(folder)].append(fact.digest)
     return {file: digest_of_all(digests) for file, digests in found.items()}
 
 
@@ -67,11 +71,12 @@ def inspect_page(path: Path) -> ImageFacts:
     return ImageFacts(digest, image.size, bool(colours.max() <= 6))  # of 255, because JPEG adds some colour to grey
 
 
-def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
+def check_split(dataset: Path, split: str) -> tuple[dict[Path, ImageFacts], str]:
     """Read every image of one split, and print what it contains; returns facts by path, and what makes it unusable."""
+    folder = split_folder(dataset, split)
     paths = images.list_images(folder)
     facts = {}
-    for path in tqdm(paths, desc=folder.name, leave=False):
+    for path in tqdm(paths, desc=split, leave=False):
         try:
             facts[path] = inspect_image(path)
         except images.UnreadableImage as error:
@@ -81,14 +86,14 @@ def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
     common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
     if len(sizes) > 3:
         common.append(counted(len(sizes) - 3, "other size"))
-    say(f"{folder.name}: {counted(len(paths), 'image')}, {unreadable} unreadable; {', '.join(common)} px")
+    say(f"{split}: {counted(len(paths), 'image')}, {unreadable} unreadable; {', '.join(common)} px")
     if not facts:
-        return facts, f"{folder.name} holds no readable image"
+        return facts, f"{split} holds no readable image"
     for description, odd in odd_images(facts).items():
         if odd:
-            names = ", ".join(str(path.relative_to(folder.parent)) for path in odd[:NAMED])
+            names = ", ".join(str(split / path.relative_to(folder)) for path in odd[:NAMED])
             say(f"  {len(odd)} {description}: {names}{', ...' if odd[NAMED:] else ''}")
-    fault = f"{unreadable} of {len(paths)} images in {folder.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
+    fault = f"{unreadable} of {len(paths)} images in {split} are unreadable, more than {images.BAD_FRACTION:.0%}"
     return facts, fault if unreadable > max(1, images.BAD_FRACTION * len(paths)) else ""
 
 
@@ -131,12 +136,21 @@ def extra_copies(groups: Sequence[Sequence[Path]]) -> list[Path]:
     return extra
 
 
+def partner_names(path: Path) -> set[Path]:
+    """Return the names, without suffix, that the partner of an image may have: testB/1 of testA/1, also testB/1_B of testA/1_A."""
+    split = path.parts[0]
+    domain, other = split[-1], {"A": "B", "B": "A"}[split[-1]]
+    same = Path(split[:-1] + other, *path.with_suffix("").parts[1:])
+    return {same, same.with_name(re.sub(rf"(?<=.[_-]){domain}$", other, same.name))}
+
+
 def left_without_partner(paths: Collection[Path], moved: Collection[Path]) -> list[Path]:
-    """List the val and test images that remain, whose partner of the same name in the other domain is moved."""
-    partners = {"valA": "valB", "valB": "valA", "testA": "testB", "testB": "testA"}
-    remaining = [path for path in paths if path not in moved and path.parts[0] in partners]
-    gone = {path.with_suffix("") for path in moved} - {path.with_suffix("") for path in remaining}
-    return [path for path in remaining if Path(partners[path.parts[0]], *path.with_suffix("").parts[1:]) in gone]
+    """List the val and test images that remain, whose partner in the other domain is moved."""
+    remaining = [path for path in paths if path not in moved and path.parts[0][:-1] in ("val", "test")]
+    present = {path.with_suffix("") for path in remaining}
+    gone = {path.with_suffix("") for path in moved}
+    left = [path for path in remaining if not present & partner_names(path)]
+    return [path for path in left if gone & partner_names(path)]
 
 
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
@@ -144,7 +158,8 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
 
     raises: InputError, and moves nothing, if an image is a link, or if no image would be left in a split
     """
-    links = [path for path in paths if (folder / path).resolve() != folder.resolve() / path]
+    places = {path: split_folder(folder, path.parts[0]).joinpath(*path.parts[1:]) for path in paths}
+    links = [path for path in paths if places[path].resolve() != folder.resolve() / places[path].relative_to(folder)]
     if links:
         raise InputError(f"--remove_twins: does not move links such as {links[0]}; replace them by their files")
     moved = extra_copies(groups)
@@ -158,7 +173,7 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
         numbers = itertools.count(2)
         while target.exists():
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
-        shutil.move(folder / path, target)
+        shutil.move(places[path], target)
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}")
     both = [group for group in groups if len({path.parts[0][-1] for path in group}) > 1]
     if both:
@@ -166,7 +181,7 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
     left = left_without_partner(paths, set(moved))
     if left:  # these would have no truth in paired scores
         names = ", ".join(map(str, left[:NAMED])) + (", ..." if left[NAMED:] else "")
-        found = f"{counted(len(left), 'image')} whose partner of the same name was moved: {names}"
+        found = f"{counted(len(left), 'image')} whose partner was moved: {names}"
         say(f"  {found}; of a paired set, move these too")
 
 

@@ -336,6 +336,17 @@ def finished(image: Image.Image, channels: int, path: Path) -> Image.Image | Ban
     return image.convert("RGB" if channels == 3 else "L")
 
 
+def read_alpha(path: Path) -> Image.Image | None:
+    """Return the transparency of an image, mode L, turned as EXIF says; None if it has none; raises UnreadableImage."""
+    file = pages.file_of(path)
+    if readers.reader_of(file):  # its bands are values
+        return None
+    with open_image(file) as image, unreadable_on_error(path):
+        image = ImageOps.exif_transpose(image)
+        has_alpha = image.has_transparency_data and not is_deep(image)
+        return image.convert("RGBA").getchannel("A") if has_alpha else None
+
+
 def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Path) -> Image.Image:
     """Convert an opened grey image of more than 8 bits to F in [0, 255], turned; one with a colour profile to 8 bits."""
     is_photo = bool(image.info.get("icc_profile"))
