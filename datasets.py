@@ -28,9 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -101,7 +99,8 @@ class UnpairedDataset(Dataset):
     """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
 
     The random choices for image i depend on (seed, epoch, i) alone, not on workers or interruptions. An item has "A" and
-    "B", (channels, height, width) in [-1, 1], and "bad": unreadable files, replaced by the next readable ones.
+    "B", (channels, height, width), uint8 or float32 in [0, 255], and "bad": unreadable files, replaced by the next
+    readable ones.
     """
 
     paths: dict[str, list[Path]]  # by domain
@@ -124,42 +123,43 @@ class UnpairedDataset(Dataset):
         epoch, i, *indices = key
         item = {"bad": []}
         for domain, index in zip("AB", indices, strict=True):
-            image = self._read(domain, index, item["bad"])
-            item[domain] = self._augment(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
+            pixels = self._read(domain, index, item["bad"])
+            item[domain] = self._augment(pixels, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
         return item
 
-    def _read(self, domain: str, index: int, bad: list) -> Image.Image:
+    def _read(self, domain: str, index: int, bad: list) -> Tensor:
         paths = self.paths[domain]
         cache = self.caches.get(domain)
         for i in [*range(index, len(paths)), *range(index)]:
-            image = cache.get(i) if cache else None
+            pixels = cache.get(i) if cache else None
             try:
-                if image is None:
-                    image = images.read_image(paths[i], self.channels, self.ranges.get(domain))
-                    target = self.size if self.preprocess == "crop" else self.load_size
-                    fitted = images.fitted_size(image.size, target[::-1], self.preprocess)
-                    image = images.resize_image(image, fitted)
+                if pixels is None:
+                    pixels = self._reader(domain).pixels(paths[i])
                     if cache:
-                        cache.put(i, image)
-                return image
+                        cache.put(i, pixels)
+                return pixels
             except images.UnreadableImage as error:
                 bad.append((domain, paths[i], str(error)))
-        return Image.new("RGB" if self.channels == 3 else "L", self.load_size[::-1])  # never seen: `bad` ends the run
+        return torch.zeros(self.channels, *self.load_size, dtype=torch.uint8)  # never seen: `bad` ends the run
 
-    def _augment(self, image: Image.Image, rng: random.Random) -> Tensor:
+    def _reader(self, domain: str) -> images.ImageReader:
+        size = self.size if self.preprocess == "crop" else self.load_size
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+
+    def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
         height, width = self.size
-        top = rng.randint(0, image.height - height)
-        left = rng.randint(0, image.width - width)
-        x = functional.crop(images.image_to_pixels(image, self.channels), top, left, height, width)
+        top = rng.randint(0, pixels.shape[1] - height)
+        left = rng.randint(0, pixels.shape[2] - width)
+        x = functional.crop(pixels, top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
         if self.flip_vertical and rng.random() < 0.5:
             x = functional.vertical_flip(x)
         if self.rotate90:
             x = torch.rot90(x, rng.randrange(4), dims=(1, 2))
-        return images.bytes_to_range(x)
+        return x
 
 
 @dataclass
@@ -197,7 +197,10 @@ class EpochSampler:
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says."""
+    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says.
+
+    The images are uint8 or float32 in [0, 255], as those of the data set; images.bytes_to_range makes them inputs.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -262,7 +265,8 @@ class TrainingData:
         for batch in self.loader:
             for domain, path, reason in batch["bad"]:
                 self.bad_images[domain].note(path, reason)
-            yield batch["A"].to(device, non_blocking=True), batch["B"].to(device, non_blocking=True)
+            real_A, real_B = (batch[domain].to(device, non_blocking=True) for domain in "AB")  # bytes: less to copy
+            yield images.bytes_to_range(real_A), images.bytes_to_range(real_B)
 
     def paths_of_step(self, step: int) -> list[str]:
         """List the files that this rank reads in a step of the current epoch, for a message."""
@@ -439,38 +443,36 @@ class ImageCache:
         folder: Path | None,
         value_range: ValueRange | None = None,
     ):
-        self.mode = "F" if value_range else "RGB" if channels == 3 else "L"
+        self.channels = channels
         dtype = torch.uint16 if value_range else torch.uint8
         start = 8 * len(paths)
         total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
             facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            described = [size, channels, facts, *([value_range] if value_range else [])]
+            described = ["planes", size, channels, facts, *([value_range] if value_range else [])]
             name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
             memory = _map_file(folder / f"{name}.{'uint16' if value_range else 'uint8'}", total)
         else:
             memory = mmap.mmap(-1, total)
         values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
-        self.pixels = values[start:].view(dtype).view(len(paths), *size, -1)
+        self.pixels = values[start:].view(dtype).view(len(paths), -1, *size)
 
-    def get(self, i: int) -> Image.Image | None:
-        pixels = self.pixels[i].numpy()
-        if self.checksums[i] != zlib.crc32(pixels) + 1:
+    def get(self, i: int) -> Tensor | None:
+        """Return the pixels of an image, (channels, H, W), as they were put; None if it is not cached."""
+        pixels = self.pixels[i]
+        if self.checksums[i] != zlib.crc32(pixels.numpy()) + 1:
             return None
-        image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-        return Image.fromarray(image / np.float32(257) if self.mode == "F" else image)  # copies
+        return pixels if pixels.dtype == torch.uint8 else (pixels.float() / 257).expand(self.channels, -1, -1)
 
-    def put(self, i: int, image: Image.Image) -> None:
-        """Keep an image; one of another mode than the domain's other images is not cached."""
-        if image.mode != self.mode:
+    def put(self, i: int, pixels: Tensor) -> None:
+        """Keep the pixels of an image; one of another type than the domain's other images is not cached."""
+        if pixels.is_floating_point() != (self.pixels.dtype == torch.uint16):
             return
-        values = np.asarray(image)
-        if self.mode == "F":
-            values = (values.clip(0, 255) * np.float32(257)).round()
-        pixels: Any = np.array(values, np.uint16 if self.mode == "F" else np.uint8).reshape(self.pixels.shape[1:])
-        self.pixels[i] = torch.from_numpy(pixels)
-        self.checksums[i] = zlib.crc32(pixels) + 1
+        if pixels.is_floating_point():
+            pixels = (pixels[:1] * 257).round().to(torch.uint16)
+        self.pixels[i] = pixels
+        self.checksums[i] = zlib.crc32(self.pixels[i].numpy()) + 1
 
 
 def bytes_in_cache(size: tuple[int, int], channels: int, value_range: ValueRange | None) -> int:

@@ -12,6 +12,7 @@ from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
+from profiles import rgb_profile
 
 from toolkit import images
 from utils import InputError
@@ -440,3 +441,39 @@ def test_a_circle_remains_a_circle_unless_images_are_stretched(preprocess):
     assert disc.shape == (40, 40)
     assert abs(int(disc.any(0).sum()) - int(disc.any(1).sum())) <= 1
     assert disc[20, 20]
+
+
+# -- speed that changes hardly a pixel ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "F"])
+@pytest.mark.parametrize("size", [(9, 20), (57, 40), (20, 5)])
+def test_resizing_gives_what_pillow_does_to_one_level(mode, size):
+    image = noise_image(0, (20, 18), "L" if mode == "F" else mode).convert(mode)
+    resized = images.resize_image(image, size)
+    expected = image.resize(size, Image.Resampling.BICUBIC)
+    assert (resized.mode, resized.size) == (mode, size)
+    assert np.abs(np.asarray(resized, float) - np.asarray(expected, float)).max() <= (mode != "F")
+    pixels = images.resized_pixels(image, size, len(mode))
+    assert torch.equal(pixels, images.image_to_pixels(resized, len(mode)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "P3"])
+def test_large_jpegs_are_reduced_while_they_are_decoded_to_nearly_the_same_pixels(kind, orientation):
+    options = {"quality": 95, "icc_profile": rgb_profile("P3")} if kind == "P3" else {"quality": 95}
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = noise_image(1, (24, 20)).resize((243, 203), Image.Resampling.BICUBIC)  # 8 divides neither side
+    image.convert("RGB" if kind == "P3" else kind).save("x.jpg", exif=exif, **options)
+    reader = images.ImageReader((23, 27))
+    assert images.read_image(Path("x.jpg"), fit=reader.fit).size == (27, 23)
+    whole = images.read_image(Path("x.jpg")).resize((27, 23), Image.Resampling.BICUBIC)
+    error = np.asarray(images.tensor_to_image(reader(Path("x.jpg"))), float) - np.asarray(whole, float)
+    assert 10 * math.log10(255**2 / (error**2).mean()) > 40  # a pixel that is off costs more
+
+
+def test_jpegs_that_are_not_much_larger_are_read_at_their_own_size():
+    noise_image(0, (80, 79)).save("x.jpg")
+    for size, expected in (((20, 20), (80, 79)), ((19, 20), (20, 19))):
+        assert images.read_image(Path("x.jpg"), fit=images.ImageReader(size).fit).size == expected

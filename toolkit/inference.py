@@ -1,5 +1,6 @@
 """Find networks, and translate images and folders with them."""
 
+import dataclasses
 import math
 import time
 from collections import Counter, deque
@@ -253,13 +254,15 @@ class Translator:
 
     def load(self, path: Path, domain: str) -> LoadedImage:
         """Read an image of a domain and resize it for the networks."""
+        size = self.size if self.scale == "train" else None
+        reader = dataclasses.replace(self.reader(domain, size), to_crop=False)
         try:
             image = images.read_image(path, self.channels, self.ranges.get(domain))
+            width, height = reader.fit(image.size)
+            is_reduced = images.is_reduced(image.size, (width, height))  # by libjpeg, as in training
+            reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = image.size
-        if self.scale == "train":
-            width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -284,7 +287,7 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(path, image, images.resize_image(image, (width, height)))
+        return LoadedImage(path, image, images.resize_image(reduced, (width, height)))
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""
