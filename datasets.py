@@ -61,7 +61,7 @@ class DataConfig:
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
     preprocess: str = option(
         images.PREPROCESS[0],
-        "stretch images to one shape, or keep theirs: crop only, or scale the width or the shorter side before",
+        "stretch images to one shape, or keep theirs: scale the width, the shorter side or nothing; with or without a crop",
         choices=images.PREPROCESS,
     )
     flip: bool = option(True, "mirror half of the images")
@@ -143,13 +143,14 @@ class UnpairedDataset(Dataset):
         return torch.zeros(self.channels, *self.load_size, dtype=torch.uint8)  # never seen: `bad` ends the run
 
     def _reader(self, domain: str) -> images.ImageReader:
-        size = self.size if self.preprocess == "crop" else self.load_size
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+        is_whole = self.preprocess in images.WHOLE
+        size = self.size if is_whole or self.preprocess == "crop" else self.load_size
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole)
 
     def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
-        height, width = self.size
+        height, width = pixels.shape[1:] if self.preprocess in images.WHOLE else self.size
         top = rng.randint(0, pixels.shape[1] - height)
         left = rng.randint(0, pixels.shape[2] - width)
         x = functional.crop(pixels, top, left, height, width)
@@ -251,6 +252,8 @@ class TrainingData:
         dataset = UnpairedDataset(
             paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
         )
+        if config.preprocess in images.WHOLE:
+            say(f"--preprocess {config.preprocess}: images are whole; sides become multiples of {images.MULTIPLE} px")
         dataset.caches = open_caches(config.cache, dataset, folder)
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers

@@ -27,7 +27,7 @@ from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
-from toolkit.images import limit_pixels
+from toolkit.images import WHOLE, limit_pixels
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.values import ValueRange, range_in_text
@@ -222,7 +222,9 @@ class Run:
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
         for domain, buffer in self.model.buffers.items():
-            if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
+            expected = (self.config.data.channels, *self.config.data.size)
+            are_whole = self.config.data.preprocess in WHOLE  # of any size
+            if not are_whole and any(image.shape != expected for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
         say(f"resuming after epoch {self.epoch}, step {self.finished_steps} of {path}")

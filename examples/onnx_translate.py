@@ -89,13 +89,19 @@ def network_size(image: Image.Image, facts: dict) -> tuple[int, int]:
         return image.size
     height, width = facts["size"]
     factors = {
-        "scale_width_and_crop": width / image.width,
-        "scale_shortside_and_crop": max(width / image.width, height / image.height),
+        "none": 1.0,
+        "scale_width": width / image.width,
+        "scale_shortside": max(width / image.width, height / image.height),
     }
-    if facts["preprocess"] not in factors:  # the image is stretched
+    kind = facts["preprocess"].removesuffix("_and_crop")
+    if kind not in factors:  # the image is stretched
         return width, height
-    factor = factors[facts["preprocess"]]
-    return max(1, round(factor * image.width)), max(1, round(factor * image.height))
+    factor = factors[kind]
+    is_whole = kind == facts["preprocess"]  # in training, too
+    if is_whole:
+        factor = max(factor, min(64, height, width) / min(image.size))
+    sides = [max(1, round(factor * side)) for side in image.size]
+    return tuple((side + 2) // 4 * 4 for side in sides) if is_whole else tuple(sides)
 
 
 def translate(model: str, source: str, target: str) -> None:

@@ -428,6 +428,12 @@ def test_every_way_of_preprocessing_fills_the_training_size_and_only_the_first_s
         return
     assert fitted[0] * height == pytest.approx(fitted[1] * width, rel=0.03)
     whole = images.fitted_size((width, height), (32, 24), preprocess, to_crop=False)
+    if preprocess in images.WHOLE:
+        least = max(24, min(width, height) if preprocess == "none" else 0)
+        assert all(side % 4 == 0 and side >= 24 for side in whole)
+        assert preprocess != "none" or min(whole) == pytest.approx(least, abs=2)
+        assert whole[0] * height == pytest.approx(whole[1] * width, rel=0.15)
+        return
     expected = {"crop": (width, height), "scale_width_and_crop": (32, round(32 * height / width))}
     assert whole == expected.get(preprocess, fitted)
 

@@ -35,6 +35,10 @@ SUFFIXES |= PHONE_FORMATS.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
 # How images get the training size, as in junyanz's code; but nothing is stretched except by the first.
 PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
+WHOLE = ("none", "scale_width", "scale_shortside")  # without a crop: each image keeps its shape, so their sizes differ
+PREPROCESS += WHOLE
+MULTIPLE = 4  # of which the sides of whole images are, as in junyanz's code
+LEAST_SIDE = 64  # px; smaller whole images are enlarged, if they are smaller than the training size, too
 DRAFT = 2  # times the wanted size, at least: what libjpeg reduces a much larger JPEG to while it decodes it
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
@@ -303,13 +307,19 @@ def fitted_size(
     """Return the (width, height) to which an image of a size is resized, by one of PREPROCESS.
 
     to_crop: whether it is then cropped to `target`, and so enlarged if it is smaller; else it is used as a whole
+    returns: of WHOLE, unless cropped, multiples of MULTIPLE
     """
     if preprocess == "resize_and_crop":
         return target
     factors = [wanted / side for wanted, side in zip(target, size, strict=True)]
-    factor = {"crop": 1.0, "scale_width_and_crop": factors[0], "scale_shortside_and_crop": max(factors)}[preprocess]
+    whole = preprocess in WHOLE and not to_crop
+    by_name = {"crop": 1.0, "scale_width": factors[0], "scale_shortside": max(factors), "none": 1.0}
+    factor = by_name[preprocess.removesuffix("_and_crop")]
     factor = max(factor, *factors) if to_crop else factor
+    factor = max(factor, min(LEAST_SIDE, *target) / min(size)) if whole else factor
     width, height = (max(1, round(factor * side)) for side in size)
+    if whole:
+        return (width + MULTIPLE // 2) // MULTIPLE * MULTIPLE, (height + MULTIPLE // 2) // MULTIPLE * MULTIPLE
     return (max(width, target[0]), max(height, target[1])) if to_crop else (width, height)  # rounding may lack a pixel
 
 

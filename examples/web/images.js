@@ -75,6 +75,10 @@ export function toPng(canvas) {
 export function networkSize({ width, height }, { size, preprocess }) {
   if (!size || preprocess === "crop") return [height, width];
   const factors = [size[0] / height, size[1] / width];
-  const factor = { scale_width_and_crop: factors[1], scale_shortside_and_crop: Math.max(...factors) }[preprocess];
-  return factor ? [height, width].map((side) => Math.max(1, Math.round(factor * side))) : size;
+  const kind = String(preprocess).replace(/_and_crop$/, ""), isWhole = kind === preprocess; // in training, too
+  let factor = { none: 1, scale_width: factors[1], scale_shortside: Math.max(...factors) }[kind];
+  if (!factor) return size; // the image is stretched
+  if (isWhole) factor = Math.max(factor, Math.min(64, ...size) / Math.min(height, width));
+  const sides = [height, width].map((side) => Math.max(1, Math.round(factor * side)));
+  return isWhole ? sides.map((side) => 4 * Math.floor((side + 2) / 4)) : sides;
 }
