@@ -71,6 +71,8 @@ class DataConfig:
     cache: str = option("none", "keep decoded images in memory or DATA_SET/.cache", choices=("none", "ram", "disk"))
     range_A: str = range_option("A")
     range_B: str = range_option("B")
+    resample_A: str = option("bicubic", "how images of A are resized; nearest: label images", choices=images.RESAMPLE)
+    resample_B: str = option("bicubic", "the same for B", choices=images.RESAMPLE)
     max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
     steps_per_epoch: int | None = option(None, "steps per epoch (default: one pass over the larger domain)", least=1)
     max_megapixels: float = MAX_MEGAPIXELS
@@ -86,10 +88,17 @@ class DataConfig:
         return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
 
     @property
+    def resamples(self) -> dict[str, str]:
+        """How images are resized, by domain."""
+        return {"A": self.resample_A, "B": self.resample_B}
+
+    @property
     def readers(self) -> dict[str, images.ImageReader]:
         """What reads the images of a domain for a network, without random changes."""
         return {
-            domain: images.ImageReader(self.size, self.channels, value_range, self.preprocess)
+            domain: images.ImageReader(
+                self.size, self.channels, value_range, self.preprocess, resample=self.resamples[domain]
+            )
             for domain, value_range in self.ranges.items()
         }
 
@@ -113,6 +122,7 @@ class UnpairedDataset(Dataset):
     seed: int = 0
     ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain
     preprocess: str = images.PREPROCESS[0]
+    resamples: dict[str, str] = field(default_factory=dict)  # by domain
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
@@ -145,7 +155,8 @@ class UnpairedDataset(Dataset):
     def _reader(self, domain: str) -> images.ImageReader:
         is_whole = self.preprocess in images.WHOLE
         size = self.size if is_whole or self.preprocess == "crop" else self.load_size
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole)
+        resample = self.resamples.get(domain, images.RESAMPLE[0])
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole, resample)
 
     def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
@@ -248,7 +259,7 @@ class TrainingData:
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        names = ("size", "channels", "load_scale", "preprocess", "flip", "flip_vertical", "rotate90")
+        names = ("size", "channels", "load_scale", "preprocess", "resamples", "flip", "flip_vertical", "rotate90")
         dataset = UnpairedDataset(
             paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
         )
@@ -445,6 +456,7 @@ class ImageCache:
         channels: int,
         folder: Path | None,
         value_range: ValueRange | None = None,
+        resample: str = images.RESAMPLE[0],
     ):
         self.channels = channels
         dtype = torch.uint16 if value_range else torch.uint8
@@ -452,7 +464,7 @@ class ImageCache:
         total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
             facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            described = ["planes", size, channels, facts, *([value_range] if value_range else [])]
+            described = ["planes", resample, size, channels, facts, *([value_range] if value_range else [])]
             name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
             memory = _map_file(folder / f"{name}.{'uint16' if value_range else 'uint8'}", total)
         else:
@@ -517,6 +529,8 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
         raise InputError(f"--cache ram: needs {total / 2**30:.2f} GiB, {free / 2**30:.2f} are free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
-        domain: ImageCache(paths, dataset.load_size, dataset.channels, where, ranges[domain])
+        domain: ImageCache(
+            paths, dataset.load_size, dataset.channels, where, ranges[domain], dataset.resamples.get(domain, "bicubic")
+        )
         for domain, paths in dataset.paths.items()
     }

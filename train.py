@@ -64,6 +64,7 @@ class Run:
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
         images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
+        images |= {f"resample_{domain}": kind for domain, kind in config.data.resamples.items()}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
             metadata | {"stage": command_name, "domains": domains, **images},
@@ -279,10 +280,8 @@ class Run:
         best_by = self.config.run.best_by
         if self.best:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
-            now = {
-                name: self.config.flags[name]
-                for name in ("dataset_name", "img_height", "img_width", "preprocess", "range_A", "range_B", *losses)
-            }
+            read_by = ("img_height", "img_width", "preprocess", "range_A", "range_B", "resample_A", "resample_B")
+            now = {name: self.config.flags[name] for name in ("dataset_name", *read_by, *losses)}
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
                 changed.append("held-out images")

@@ -471,6 +471,7 @@ def test_large_jpegs_are_reduced_while_they_are_decoded_to_nearly_the_same_pixel
     exif = Image.Exif()
     exif[274] = orientation
     image = noise_image(1, (24, 20)).resize((243, 203), Image.Resampling.BICUBIC)  # 8 divides neither side
+    image = image.point(lambda level: 64 + level // 2)  # within sRGB
     image.convert("RGB" if kind == "P3" else kind).save("x.jpg", exif=exif, **options)
     reader = images.ImageReader((23, 27))
     assert images.read_image(Path("x.jpg"), fit=reader.fit).size == (27, 23)
@@ -483,3 +484,15 @@ def test_jpegs_that_are_not_much_larger_are_read_at_their_own_size():
     noise_image(0, (80, 79)).save("x.jpg")
     for size, expected in (((20, 20), (80, 79)), ((19, 20), (20, 19))):
         assert images.read_image(Path("x.jpg"), fit=images.ImageReader(size).fit).size == expected
+
+
+def test_label_images_keep_their_colours_when_they_are_resized_to_the_nearest():
+    labels = noise_image(0, (5, 1)).resize((100, 100), Image.Resampling.NEAREST)
+    labels.quantize(5).save("labels.png")
+    labels.save("labels.bmp")
+    for name in ("labels.png", "labels.bmp"):
+        colours = {}
+        for resample in images.RESAMPLE:
+            x = images.ImageReader((24, 24), resample=resample).pixels(Path(name))
+            colours[resample] = len(torch.unique(x.flatten(1), dim=1).T)
+        assert colours["nearest"] == 5 < colours["bicubic"]

@@ -891,3 +891,17 @@ def test_test_images_named_by_their_domain_are_scored_as_pairs(run):
     scores = run("--metrics", "paired")
     assert scores["AtoB"]["paired"]["copy"]["PSNR"] < 20
     assert (Path("generated_images/tiny/test/truth_B/0_A.png")).is_file()
+
+
+def test_label_images_are_resized_to_the_nearest_wherever_the_network_is_used():
+    make_dataset(Path("datasets/tiny"), size=(40, 40))
+    train.main(["--dataset_name", "tiny", *TINY, "--num_epochs", "1", "--resample_B", "nearest"])
+    weights = Path("saved_models/tiny/G_BA.safetensors")
+    path = Path("datasets/tiny/testB/0.png")
+    with Image.open(path) as image:
+        expected = {"A": images.resize_image(image.convert("RGB"), (16, 16)).tobytes()}
+        expected["B"] = image.resize((16, 16), Image.Resampling.NEAREST).tobytes()
+    for found in (inference.load_networks(None, "tiny"), inference.load_networks(weights, "")):
+        ours = inference.Translator(*found, "cpu", "fp32")
+        for domain, pixels in expected.items():
+            assert ours.load(path, domain).network_input.tobytes() == pixels

@@ -37,6 +37,7 @@ INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pil
 PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
 WHOLE = ("none", "scale_width", "scale_shortside")  # without a crop: each image keeps its shape, so their sizes differ
 PREPROCESS += WHOLE
+RESAMPLE = ("bicubic", "nearest")  # nearest keeps the colours of label images
 MULTIPLE = 4  # of which the sides of whole images are, as in junyanz's code
 LEAST_SIDE = 64  # px; smaller whole images are enlarged, if they are smaller than the training size, too
 DRAFT = 2  # times the wanted size, at least: what libjpeg reduces a much larger JPEG to while it decodes it
@@ -277,26 +278,29 @@ def load_reduced(image: Image.Image, fit: Fit) -> Image.Image:
     return resize_image(image, size, drafted[1]) if drafted else image
 
 
-def resize_image(image: Image.Image, size: Size, box: tuple[float, float, float, float] | None = None) -> Image.Image:
-    """Resize to (width, height), unless it has that size; bicubic, antialiased.
+def resize_image(
+    image: Image.Image, size: Size, box: tuple[float, float, float, float] | None = None, resample: str = RESAMPLE[0]
+) -> Image.Image:
+    """Resize to (width, height), unless it has that size; by default bicubic, antialiased.
 
-    box: the part to take: left, top, right, bottom; None: the whole image
+    box:      the part to take: left, top, right, bottom; None: the whole image
+    resample: of RESAMPLE
     """
     whole = (0, 0, *image.size)
     if image.size == size and box in (None, whole):
         return image
-    if image.mode not in ("L", "RGB") or box not in (None, whole):
-        return image.resize(size, Image.Resampling.BICUBIC, box)
+    if resample == "nearest" or image.mode not in ("L", "RGB") or box not in (None, whole):
+        return image.resize(size, Image.Resampling[resample.upper()], box)
     return tensor_to_image(resized_pixels(image, size, len(image.getbands())))
 
 
-def resized_pixels(image: Image.Image, size: Size, channels: int = 3) -> Tensor:
+def resized_pixels(image: Image.Image, size: Size, channels: int = 3, resample: str = RESAMPLE[0]) -> Tensor:
     """Return the pixels of an image, as image_to_pixels does, of (width, height).
 
     Bytes are resized by torch, which gives what Pillow does to 1 level, but reduces several times as fast.
     """
-    if image.size == size or image.mode == "F":
-        return image_to_pixels(resize_image(image, size), channels)
+    if image.size == size or image.mode == "F" or resample == "nearest":
+        return image_to_pixels(resize_image(image, size, resample=resample), channels)
     pixels = image_to_pixels(image, channels)[None]
     return F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0]
 
@@ -338,6 +342,7 @@ class ImageReader:
     value_range: ValueRange | None = None
     preprocess: str = PREPROCESS[0]
     to_crop: bool = True  # whether images are cropped to `size` then; else they are used as a whole
+    resample: str = RESAMPLE[0]
 
     def fit(self, size: Size) -> Size:
         """Return the (width, height) that an image of a size gets, before it is cropped."""
@@ -345,8 +350,9 @@ class ImageReader:
 
     def pixels(self, path: Path) -> Tensor:
         """Read an image at the size that `fit` says, (channels, H, W) as image_to_pixels; raises UnreadableImage."""
-        image = read_image(path, self.channels, self.value_range, self.fit)
-        return resized_pixels(image, self.fit(image.size), self.channels)
+        fit = self.fit if self.resample != "nearest" else None  # libjpeg would mix colours
+        image = read_image(path, self.channels, self.value_range, fit)
+        return resized_pixels(image, self.fit(image.size), self.channels, self.resample)
 
     def __call__(self, path: Path) -> Tensor:
         """Read an image as (channels, H, W) in [-1, 1], cropped from the middle; raises UnreadableImage."""

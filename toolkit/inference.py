@@ -118,7 +118,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
-        metadata["preprocess"] = saved.get("preprocess")
+        metadata |= {name: saved.get(name) for name in ("preprocess", "resample_A", "resample_B")}
         metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
@@ -186,6 +186,10 @@ class Translator:
         self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
         stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
         self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
+        stated = {domain: self.metadata.get(f"resample_{domain}") for domain in "AB"}
+        self.resamples = {
+            domain: kind if kind in images.RESAMPLE else images.RESAMPLE[0] for domain, kind in stated.items()
+        }
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
@@ -202,7 +206,8 @@ class Translator:
 
     def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
         """Return what reads the images of a domain for these networks, at a height and width or at their own."""
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+        resample = self.resamples[domain]
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, resample=resample)
 
     def settings(self) -> dict:
         """Return, as plain values, all that a translation depends on besides its image."""
@@ -217,6 +222,7 @@ class Translator:
         }
         sizes |= {"ranges": self.ranges} if self.ranges else {}
         sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
+        sizes |= {"resample": self.resamples} if "nearest" in self.resamples.values() else {}
         return whole | sizes | {"precision": self.precision, "networks": networks}
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
@@ -259,7 +265,8 @@ class Translator:
         try:
             image = images.read_image(path, self.channels, self.ranges.get(domain))
             width, height = reader.fit(image.size)
-            is_reduced = images.is_reduced(image.size, (width, height))  # by libjpeg, as in training
+            # by libjpeg, as in training
+            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, (width, height))
             reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
@@ -287,7 +294,7 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(path, image, images.resize_image(reduced, (width, height)))
+        return LoadedImage(path, image, images.resize_image(reduced, (width, height), resample=reader.resample))
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""
