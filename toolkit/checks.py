@@ -20,7 +20,7 @@ from toolkit.values import ValueRange
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message
-LABELS = 32  # colours, at most, of an image that is taken for a map of labels: photos have hundreds at least
+LABELS = 32  # colours, at most, of an image that counts as a map of labels: photos have hundreds at least
 SHEET_COLUMNS = 4  # of each domain
 
 
