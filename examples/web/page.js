@@ -67,7 +67,7 @@ async function translateImage() {
   }
   let answer;
   try {
-    answer = await translate(resize(image, width, height));
+    answer = await translate(resize(image, width, height, facts.resample));
   } catch (error) {
     throw new Error(`${name}: could not translate ${width}×${height} px (${firstLine(error)})`);
   }
