@@ -858,11 +858,21 @@ def test_a_run_that_keeps_shapes_translates_whole_images_without_stretching():
     test_command.main(["--run_name", "tiny", "--metrics", "paired,cycle,losses,spike"])
 
 
-def test_whole_images_of_several_sizes_train_resume_and_are_translated_at_the_sizes_of_training(capsys):
+def test_whole_images_of_several_sizes_train_resume_and_are_translated_at_the_sizes_of_training(capsys, no_plots):
     make_dataset(Path("datasets/tiny"), size=(40, 20))
     for domain in "AB":
         noise_image(domain, (21, 50)).save(f"datasets/tiny/train{domain}/tall.png")
-    options = ["--dataset_name", "tiny", *TINY, "--batch_size", "1", "--preprocess", "scale_width"]
+    options = [
+        "--dataset_name",
+        "tiny",
+        *TINY,
+        "--batch_size",
+        "1",
+        "--steps_per_epoch",
+        "3",
+        "--preprocess",
+        "scale_width",
+    ]
     train.main([*options, "--num_epochs", "1", "--flip_vertical"])
     assert "images are whole; sides become multiples of 4 px" in capsys.readouterr().out
     train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
@@ -893,9 +903,11 @@ def test_test_images_named_by_their_domain_are_scored_as_pairs(run):
     assert (Path("generated_images/tiny/test/truth_B/0_A.png")).is_file()
 
 
-def test_label_images_are_resized_to_the_nearest_wherever_the_network_is_used():
+def test_label_images_are_resized_to_the_nearest_wherever_the_network_is_used(no_plots):
     make_dataset(Path("datasets/tiny"), size=(40, 40))
-    train.main(["--dataset_name", "tiny", *TINY, "--num_epochs", "1", "--resample_B", "nearest"])
+    train.main(
+        ["--dataset_name", "tiny", *TINY, "--num_epochs", "1", "--steps_per_epoch", "1", "--resample_B", "nearest"]
+    )
     weights = Path("saved_models/tiny/G_BA.safetensors")
     path = Path("datasets/tiny/testB/0.png")
     with Image.open(path) as image:
