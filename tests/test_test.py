@@ -860,8 +860,8 @@ def test_a_run_that_keeps_shapes_translates_whole_images_without_stretching():
 
 def test_whole_images_of_several_sizes_train_resume_and_are_translated_at_the_sizes_of_training(capsys, no_plots):
     make_dataset(Path("datasets/tiny"), size=(40, 20))
-    for domain in "AB":
-        noise_image(domain, (21, 50)).save(f"datasets/tiny/train{domain}/tall.png")
+    for i in range(5):  # so that D_A gets images of two sizes
+        noise_image(i, (21, 50)).save(f"datasets/tiny/trainA/{i}.png")
     options = [
         "--dataset_name",
         "tiny",
