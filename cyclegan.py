@@ -150,9 +150,9 @@ class Translation(NamedTuple):
 def run_together(net: Any, first: Tensor, second: Tensor) -> Sequence[Tensor]:
     """Run two equally large batches through a network in one call, which is faster than two calls.
 
-    A batch norm would mix their statistics, so it gets them one after the other.
+    A batch norm would mix their statistics, so it gets them one after the other; so do images of two sizes.
     """
-    if net.config.norm == "batch":
+    if net.config.norm == "batch" or first.shape != second.shape:
         return net(first), net(second)
     return net(torch.cat([first, second])).chunk(2)
 

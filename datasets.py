@@ -29,15 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import utils
 from toolkit import devices, images
-from toolkit.bands import Bands
 from toolkit.distributed import rank_slice
 from toolkit.files import sha256
 from toolkit.pages import CHOICES, file_of
@@ -68,7 +65,7 @@ class DataConfig:
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
     preprocess: str = option(
         images.PREPROCESS[0],
-        "stretch images to one shape, or keep theirs: crop only, or scale the width or the shorter side before",
+        "stretch images to one shape, or keep theirs: scale the width, the shorter side or nothing; with or without a crop",
         choices=images.PREPROCESS,
     )
     flip: bool = option(True, "mirror half of the images")
@@ -78,6 +75,8 @@ class DataConfig:
     cache: str = option("none", "keep decoded images in memory or DATA_SET/.cache", choices=("none", "ram", "disk"))
     range_A: str = range_option("A")
     range_B: str = range_option("B")
+    resample_A: str = option("bicubic", "how images of A are resized; nearest: label images", choices=images.RESAMPLE)
+    resample_B: str = option("bicubic", "the same for B", choices=images.RESAMPLE)
     max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
     steps_per_epoch: int | None = option(None, "steps per epoch (default: one pass over the larger domain)", least=1)
     max_megapixels: float = MAX_MEGAPIXELS
@@ -93,10 +92,17 @@ class DataConfig:
         return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
 
     @property
+    def resamples(self) -> dict[str, str]:
+        """How images are resized, by domain."""
+        return {"A": self.resample_A, "B": self.resample_B}
+
+    @property
     def readers(self) -> dict[str, images.ImageReader]:
         """What reads the images of a domain for a network, without random changes."""
         return {
-            domain: images.ImageReader(self.size, self.channels, value_range, self.preprocess)
+            domain: images.ImageReader(
+                self.size, self.channels, value_range, self.preprocess, resample=self.resamples[domain]
+            )
             for domain, value_range in self.ranges.items()
         }
 
@@ -106,7 +112,8 @@ class UnpairedDataset(Dataset):
     """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
 
     The random choices for image i depend on (seed, epoch, i) alone, not on workers or interruptions. An item has "A" and
-    "B", (channels, height, width) in [-1, 1], and "bad": unreadable files, replaced by the next readable ones.
+    "B", (channels, height, width), uint8 or float32 in [0, 255], and "bad": unreadable files, replaced by the next
+    readable ones.
     """
 
     paths: dict[str, list[Path]]  # by domain
@@ -119,6 +126,7 @@ class UnpairedDataset(Dataset):
     seed: int = 0
     ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain
     preprocess: str = images.PREPROCESS[0]
+    resamples: dict[str, str] = field(default_factory=dict)  # by domain
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
@@ -129,42 +137,45 @@ class UnpairedDataset(Dataset):
         epoch, i, *indices = key
         item = {"bad": []}
         for domain, index in zip("AB", indices, strict=True):
-            image = self._read(domain, index, item["bad"])
-            item[domain] = self._augment(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
+            pixels = self._read(domain, index, item["bad"])
+            item[domain] = self._augment(pixels, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
         return item
 
-    def _read(self, domain: str, index: int, bad: list) -> Image.Image | Bands:
+    def _read(self, domain: str, index: int, bad: list) -> Tensor:
         paths = self.paths[domain]
         cache = self.caches.get(domain)
         for i in [*range(index, len(paths)), *range(index)]:
-            image = cache.get(i) if cache else None
+            pixels = cache.get(i) if cache else None
             try:
-                if image is None:
-                    image = images.read_image(paths[i], self.channels, self.ranges.get(domain))
-                    target = self.size if self.preprocess == "crop" else self.load_size
-                    fitted = images.fitted_size(image.size, target[::-1], self.preprocess)
-                    image = images.resize_image(image, fitted)
+                if pixels is None:
+                    pixels = self._reader(domain).pixels(paths[i])
                     if cache:
-                        cache.put(i, image)
-                return image
+                        cache.put(i, pixels)
+                return pixels
             except images.UnreadableImage as error:
                 bad.append((domain, paths[i], str(error)))
-        return Bands(np.zeros((*self.load_size, self.channels), np.float32))  # never seen: `bad` ends the run
+        return torch.zeros(self.channels, *self.load_size, dtype=torch.uint8)  # never seen: `bad` ends the run
 
-    def _augment(self, image: Image.Image | Bands, rng: random.Random) -> Tensor:
+    def _reader(self, domain: str) -> images.ImageReader:
+        is_whole = self.preprocess in images.WHOLE
+        size = self.size if is_whole or self.preprocess == "crop" else self.load_size
+        resample = self.resamples.get(domain, images.RESAMPLE[0])
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole, resample)
+
+    def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
-        height, width = self.size
-        top = rng.randint(0, image.height - height)
-        left = rng.randint(0, image.width - width)
-        x = functional.crop(images.image_to_pixels(image, self.channels), top, left, height, width)
+        height, width = pixels.shape[1:] if self.preprocess in images.WHOLE else self.size
+        top = rng.randint(0, pixels.shape[1] - height)
+        left = rng.randint(0, pixels.shape[2] - width)
+        x = functional.crop(pixels, top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
         if self.flip_vertical and rng.random() < 0.5:
             x = functional.vertical_flip(x)
         if self.rotate90:
             x = torch.rot90(x, rng.randrange(4), dims=(1, 2))
-        return images.bytes_to_range(x)
+        return x
 
 
 @dataclass
@@ -202,7 +213,10 @@ class EpochSampler:
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says."""
+    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says.
+
+    The images are uint8 or float32 in [0, 255], as those of the data set; images.bytes_to_range makes them inputs.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -254,10 +268,12 @@ class TrainingData:
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        names = ("size", "channels", "load_scale", "preprocess", "flip", "flip_vertical", "rotate90")
+        names = ("size", "channels", "load_scale", "preprocess", "resamples", "flip", "flip_vertical", "rotate90")
         dataset = UnpairedDataset(
             paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
         )
+        if config.preprocess in images.WHOLE:
+            say(f"--preprocess {config.preprocess}: images are whole; sides become multiples of {images.MULTIPLE} px")
         dataset.caches = open_caches(config.cache, dataset, folder)
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers
@@ -272,7 +288,8 @@ class TrainingData:
         for batch in self.loader:
             for domain, path, reason in batch["bad"]:
                 self.bad_images[domain].note(path, reason)
-            yield batch["A"].to(device, non_blocking=True), batch["B"].to(device, non_blocking=True)
+            real_A, real_B = (batch[domain].to(device, non_blocking=True) for domain in "AB")  # bytes: less to copy
+            yield images.bytes_to_range(real_A), images.bytes_to_range(real_B)
 
     def paths_of_step(self, step: int) -> list[str]:
         """List the files that this rank reads in a step of the current epoch, for a message."""
@@ -455,8 +472,8 @@ def named_images(
 class ImageCache:
     """Decoded and resized images that all processes share: of a file in a folder, else of plain memory.
 
-    They take a byte a channel; in a domain with a value range 16 bits a pixel, and 16 a channel where these are not 1 or 3. An image counts as cached if its checksum
-    is right, so a half-written one does no harm.
+    They take a byte a channel; in a domain with a value range 16 bits a pixel, and 16 a channel where these are not 1 or 3.
+    An image counts as cached if its checksum is right, so a half-written one does no harm.
     """
 
     def __init__(
@@ -466,48 +483,45 @@ class ImageCache:
         channels: int,
         folder: Path | None,
         value_range: ValueRange | None = None,
+        resample: str = images.RESAMPLE[0],
     ):
+        self.channels = channels
         self.is_8_bit = value_range is None and channels in (1, 3)
-        self.mode = ("RGB" if channels == 3 else "L") if self.is_8_bit else "F"
-        self.mode = self.mode if channels in (1, 3) else f"{channels} bands"
         dtype = torch.uint8 if self.is_8_bit else torch.uint16
         start = 8 * len(paths)
         total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
             stats = [file_of(path).stat() for path in paths]
-            facts = [
-                (str(path), x.st_size, x.st_mtime_ns) for path, x in zip(paths, stats, strict=True)
-            ]  # changed: a new file
-            described = [size, channels, facts, *([value_range] if value_range else [])]
+            facts = [(str(path), x.st_size, x.st_mtime_ns) for path, x in zip(paths, stats, strict=True)]
+            # of other facts, or an image that has changed, it is a new file
+            described = ["planes", resample, size, channels, facts, *([value_range] if value_range else [])]
             name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
             memory = _map_file(folder / f"{name}.{'uint8' if self.is_8_bit else 'uint16'}", total)
         else:
             memory = mmap.mmap(-1, total)
         values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
-        self.pixels = values[start:].view(dtype).view(len(paths), *size, -1)
+        self.pixels = values[start:].view(dtype).view(len(paths), -1, *size)
 
-    def get(self, i: int) -> Image.Image | Bands | None:
-        pixels = self.pixels[i].numpy()
-        if self.checksums[i] != zlib.crc32(pixels) + 1:
+    def get(self, i: int) -> Tensor | None:
+        """Return the pixels of an image, (channels, H, W), as they were put; None if it is not cached."""
+        pixels = self.pixels[i]
+        if self.checksums[i] != zlib.crc32(pixels.numpy()) + 1:
             return None
-        if self.mode.endswith("bands"):
-            return Bands(pixels / np.float32(257))
-        image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-        return Image.fromarray(image / np.float32(257) if self.mode == "F" else image)  # copies
+        return pixels if self.is_8_bit else (pixels.float() / 257).expand(self.channels, -1, -1)
 
-    def put(self, i: int, image: Image.Image | Bands) -> None:
-        """Keep an image; one of another mode than the domain's other images is not cached."""
-        if image.mode != self.mode:
-            if isinstance(image, Bands):
-                images.warn_once("--cache: colours of more than 8 bits are not kept, but read each time")
+    def put(self, i: int, pixels: Tensor) -> None:
+        """Keep the pixels of an image; one of another type than the domain's other images is not cached."""
+        if pixels.is_floating_point() == self.is_8_bit:
             return
-        values = image.levels if isinstance(image, Bands) else np.asarray(image)
         if not self.is_8_bit:
-            values = (values.clip(0, 255) * np.float32(257)).round()
-        pixels: Any = np.array(values, np.uint8 if self.is_8_bit else np.uint16).reshape(self.pixels.shape[1:])
-        self.pixels[i] = torch.from_numpy(pixels)
-        self.checksums[i] = zlib.crc32(pixels) + 1
+            planes = self.pixels.shape[1]
+            if planes < len(pixels) and pixels.stride(0):  # not one grey plane that is seen several times
+                images.warn_once("--cache: colours of more than 8 bits are not kept, but read each time")
+                return
+            pixels = (pixels[:planes] * 257).round().to(torch.uint16)
+        self.pixels[i] = pixels
+        self.checksums[i] = zlib.crc32(self.pixels[i].numpy()) + 1
 
 
 def bytes_in_cache(size: tuple[int, int], channels: int, value_range: ValueRange | None) -> int:
@@ -551,6 +565,8 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
         raise InputError(f"--cache ram: needs {total / 2**30:.2f} GiB, {free / 2**30:.2f} are free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
-        domain: ImageCache(paths, dataset.load_size, dataset.channels, where, ranges[domain])
+        domain: ImageCache(
+            paths, dataset.load_size, dataset.channels, where, ranges[domain], dataset.resamples.get(domain, "bicubic")
+        )
         for domain, paths in dataset.paths.items()
     }

@@ -33,7 +33,7 @@ from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.files import sha256
-from toolkit.images import PREPROCESS, limit_pixels
+from toolkit.images import PREPROCESS, RESAMPLE, limit_pixels
 from toolkit.pages import CHOICES, use_pages
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
@@ -374,6 +374,9 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
         old["preprocess"] = teacher.metadata["preprocess"]
     if teacher.metadata.get("pages") in CHOICES:
         old["pages"] = teacher.metadata["pages"]
+    for name in ("resample_A", "resample_B"):
+        if teacher.metadata.get(name) in RESAMPLE:
+            old[name] = teacher.metadata[name]
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels

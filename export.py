@@ -27,7 +27,7 @@ from toolkit.checkpoints import RUNS, is_state, load_state, networks_of
 from toolkit.containers import direction_in
 from toolkit.converters import ASSUME
 from toolkit.files import atomic_write
-from toolkit.images import PREPROCESS
+from toolkit.images import PREPROCESS, RESAMPLE
 from toolkit.inference import UNKNOWN_SIZE, load_networks
 from toolkit.values import ranges_of
 from toolkit.weights import read_own
@@ -111,6 +111,7 @@ def onnx_bytes(net: Generator, direction: Direction, metadata: dict) -> bytes:
     facts |= {name: metadata.get(name) for name in ("dataset_name", "run_name", "epoch", "step")}
     facts["size"] = metadata["size"] or UNKNOWN_SIZE
     facts["preprocess"] = metadata.get("preprocess") or PREPROCESS[0]
+    facts["resample"] = metadata.get(f"resample_{direction.source}") or RESAMPLE[0]
     facts |= {f"range_{domain}": limits for domain, limits in ranges_of(metadata).items()}
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})

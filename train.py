@@ -27,7 +27,7 @@ from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
-from toolkit.images import limit_pixels, list_images
+from toolkit.images import WHOLE, limit_pixels, list_images
 from toolkit.pages import use_pages
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
@@ -66,6 +66,7 @@ class Run:
         images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
         images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
         images |= {"colours": data.colours, "pages": config.data.pages}
+        images |= {f"resample_{domain}": kind for domain, kind in config.data.resamples.items()}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
             metadata | {"stage": command_name, "domains": domains, **images},
@@ -224,7 +225,9 @@ class Run:
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
         for domain, buffer in self.model.buffers.items():
-            if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
+            expected = (self.config.data.channels, *self.config.data.size)
+            are_whole = self.config.data.preprocess in WHOLE  # of any size
+            if not are_whole and any(image.shape != expected for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
         say(f"resuming after epoch {self.epoch}, step {self.finished_steps} of {path}")
@@ -279,19 +282,17 @@ class Run:
         best_by = self.config.run.best_by
         if self.best:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
-            now = {
-                name: self.config.flags[name]
-                for name in (
-                    "dataset_name",
-                    "img_height",
-                    "img_width",
-                    "preprocess",
-                    "pages",
-                    "range_A",
-                    "range_B",
-                    *losses,
-                )
-            }
+            read_by = (
+                "img_height",
+                "img_width",
+                "preprocess",
+                "pages",
+                "range_A",
+                "range_B",
+                "resample_A",
+                "resample_B",
+            )
+            now = {name: self.config.flags[name] for name in ("dataset_name", *read_by, *losses)}
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
                 changed.append("held-out images")

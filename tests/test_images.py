@@ -12,6 +12,7 @@ from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
+from profiles import rgb_profile
 
 from toolkit import images, readers
 from utils import InputError
@@ -430,6 +431,12 @@ def test_every_way_of_preprocessing_fills_the_training_size_and_only_the_first_s
         return
     assert fitted[0] * height == pytest.approx(fitted[1] * width, rel=0.03)
     whole = images.fitted_size((width, height), (32, 24), preprocess, to_crop=False)
+    if preprocess in images.WHOLE:
+        least = max(24, min(width, height) if preprocess == "none" else 0)
+        assert all(side % 4 == 0 and side >= 24 for side in whole)
+        assert preprocess != "none" or min(whole) == pytest.approx(least, abs=2)
+        assert whole[0] * height == pytest.approx(whole[1] * width, rel=0.15)
+        return
     expected = {"crop": (width, height), "scale_width_and_crop": (32, round(32 * height / width))}
     assert whole == expected.get(preprocess, fitted)
 
@@ -443,3 +450,54 @@ def test_a_circle_remains_a_circle_unless_images_are_stretched(preprocess):
     assert disc.shape == (40, 40)
     assert abs(int(disc.any(0).sum()) - int(disc.any(1).sum())) <= 1
     assert disc[20, 20]
+
+
+# -- speed that changes hardly a pixel ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "F"])
+@pytest.mark.parametrize("size", [(9, 20), (57, 40), (20, 5)])
+def test_resizing_gives_what_pillow_does_to_one_level(mode, size):
+    image = noise_image(0, (20, 18), "L" if mode == "F" else mode).convert(mode)
+    resized = images.resize_image(image, size)
+    expected = image.resize(size, Image.Resampling.BICUBIC)
+    assert (resized.mode, resized.size) == (mode, size)
+    assert np.abs(np.asarray(resized, float) - np.asarray(expected, float)).max() <= (mode != "F")
+    pixels = images.resized_pixels(image, size, len(mode))
+    assert torch.equal(pixels, images.image_to_pixels(resized, len(mode)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "size"), [("RGB", (243, 203)), ("L", (243, 203)), ("CMYK", (243, 203)), ("P3", (240, 208))]
+)
+def test_large_jpegs_are_reduced_while_they_are_decoded_to_nearly_the_same_pixels(kind, size, orientation):
+    options = {"quality": 95, "icc_profile": rgb_profile("P3")} if kind == "P3" else {"quality": 95}
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = noise_image(1, (24, 20)).resize(size, Image.Resampling.BICUBIC)  # 8 divides both sides, or none
+    image = image.point(lambda level: 64 + level // 2)  # within sRGB
+    image.convert("RGB" if kind == "P3" else kind).save("x.jpg", exif=exif, **options)
+    reader = images.ImageReader((23, 27))
+    assert images.read_image(Path("x.jpg"), fit=reader.fit).size == (27, 23)
+    whole = images.read_image(Path("x.jpg")).resize((27, 23), Image.Resampling.BICUBIC)
+    error = np.asarray(images.tensor_to_image(reader(Path("x.jpg"))), float) - np.asarray(whole, float)
+    assert 10 * math.log10(255**2 / (error**2).mean()) > 40  # a pixel that is off costs more
+
+
+def test_jpegs_that_are_not_much_larger_are_read_at_their_own_size():
+    noise_image(0, (80, 79)).save("x.jpg")
+    for size, expected in (((20, 20), (80, 79)), ((19, 20), (20, 19))):
+        assert images.read_image(Path("x.jpg"), fit=images.ImageReader(size).fit).size == expected
+
+
+def test_label_images_keep_their_colours_when_they_are_resized_to_the_nearest():
+    labels = noise_image(0, (5, 1)).resize((100, 100), Image.Resampling.NEAREST)
+    labels.quantize(5).save("labels.png")
+    labels.save("labels.bmp")
+    for name in ("labels.png", "labels.bmp"):
+        colours = {}
+        for resample in images.RESAMPLE:
+            x = images.ImageReader((24, 24), resample=resample).pixels(Path(name))
+            colours[resample] = len(torch.unique(x.flatten(1), dim=1).T)
+        assert colours["nearest"] == 5 < colours["bicubic"]

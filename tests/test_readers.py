@@ -398,9 +398,9 @@ def test_stacks_are_twins_if_all_their_pages_are(choice, tmp_path):
         greys[0].save(f"{name}.tif", save_all=True, append_images=others)
     pages.use_pages(choice)
     facts = {path: checks.inspect_image(path) for path in images.list_images(tmp_path)}
-    digests = checks.digests_of_files(facts, tmp_path)
-    assert list(digests) == [Path("a.tif"), Path("b.tif"), Path("c.tif")]
-    assert digests[Path("a.tif")] == digests[Path("c.tif")] != digests[Path("b.tif")]
+    digests = checks.digests_of_files(facts, tmp_path, "trainA")
+    assert list(digests) == [Path("trainA/a.tif"), Path("trainA/b.tif"), Path("trainA/c.tif")]
+    assert digests[Path("trainA/a.tif")] == digests[Path("trainA/c.tif")] != digests[Path("trainA/b.tif")]
 
 
 def test_bands_are_written_with_further_tags():

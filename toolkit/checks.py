@@ -21,6 +21,7 @@ from toolkit.values import ValueRange
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message
+LABELS = 32  # colours, at most, of an image that counts as a map of labels: photos have hundreds at least
 SHEET_COLUMNS = 4  # of each domain
 
 
@@ -30,6 +31,7 @@ class ImageFacts(NamedTuple):
     digest: bytes  # of its size and pixels; of a whole file, those of all its pages
     size: tuple[int, int]  # width, height, px
     is_grey: bool
+    is_label: bool  # whether it has few colours
 
 
 def inspect_image(path: Path) -> ImageFacts:
@@ -64,11 +66,14 @@ def inspect_page(path: Path) -> ImageFacts:
     values = page.values if page else images.read_values(path)
     if values is not None:  # the file's own, since its range is not known
         digest = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
-        return ImageFacts(digest, (values.shape[1], values.shape[0]), values.ndim == 2)
+        return ImageFacts(digest, (values.shape[1], values.shape[0]), values.ndim == 2, False)
     image: Any = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
-    return ImageFacts(digest, image.size, bool(colours.max() <= 6))  # of 255, because JPEG adds some colour to grey
+    is_label = image.getcolors(LABELS) is not None
+    return ImageFacts(
+        digest, image.size, bool(colours.max() <= 6), is_label
+    )  # of 255, because JPEG adds some colour to grey
 
 
 def check_split(dataset: Path, split: str) -> tuple[dict[Path, ImageFacts], str]:
@@ -93,6 +98,10 @@ def check_split(dataset: Path, split: str) -> tuple[dict[Path, ImageFacts], str]
         if odd:
             names = ", ".join(str(split / path.relative_to(folder)) for path in odd[:NAMED])
             say(f"  {len(odd)} {description}: {names}{', ...' if odd[NAMED:] else ''}")
+    is_training = split.startswith("train")
+    for advice in (shape_advice(facts), label_advice(facts, split[-1])) if is_training else ():
+        if advice:
+            say(f"  {advice}")
     fault = f"{unreadable} of {len(paths)} images in {split} are unreadable, more than {images.BAD_FRACTION:.0%}"
     return facts, fault if unreadable > max(1, images.BAD_FRACTION * len(paths)) else ""
 
@@ -107,6 +116,30 @@ def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
         f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
         "very elongated (over 3:1)": [path for path, (a, b) in sides.items() if b > 3 * a],  # squeezed in training
     }
+
+
+def shape_advice(facts: Mapping[Path, ImageFacts]) -> str:
+    """Say how far a square training size stretches the images of a split, and what avoids it; "" if hardly."""
+    shapes = [fact.size[0] / fact.size[1] for fact in facts.values()]
+    factors = [max(shape, 1 / shape) for shape in shapes]
+    if max(factors) < 1.05:
+        return ""
+    stretched = f"a square training size stretches them {statistics.median(factors):.2f} times (median)"
+    remedy = "--preprocess scale_shortside_and_crop keeps their shapes"
+    if max(shapes) / min(shapes) < 1.05:
+        shape = statistics.median(shapes)
+        height, width = 4 * round(64 / max(1, shape)), 4 * round(64 * min(1, shape))
+        remedy += f", and so does --img_height {height} --img_width {width}"
+    return f"{stretched}, at most {max(factors):.2f} times; {remedy}"
+
+
+def label_advice(facts: Mapping[Path, ImageFacts], domain: str) -> str:
+    """Recommend --resample nearest if nearly all images of a split have few colours; else ""."""
+    count = sum(fact.is_label for fact in facts.values())
+    if count < 0.9 * len(facts):
+        return ""
+    found = f"{count} of {len(facts)} have at most {LABELS} colours"
+    return f"{found}; if these are labels, --resample_{domain} nearest mixes no new ones"
 
 
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:

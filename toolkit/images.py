@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from toolkit import files, pages, readers
@@ -37,15 +37,23 @@ SUFFIXES |= PHONE_FORMATS.keys() | readers.BY_SUFFIX.keys()
 INSTALL = {"HEIF": "pip install pillow-heif", "AVIF": "pip install --upgrade pillow"}  # AVIF: from Pillow 11.3 on
 # How images get the training size, as in junyanz's code; but nothing is stretched except by the first.
 PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop")
+WHOLE = ("none", "scale_width", "scale_shortside")  # without a crop: each image keeps its shape, so their sizes differ
+PREPROCESS += WHOLE
+RESAMPLE = ("bicubic", "nearest")  # nearest keeps the colours of label images
+MULTIPLE = 4  # of which the sides of whole images are, as in junyanz's code
+LEAST_SIDE = 64  # px; smaller whole images are enlarged, if they are smaller than the training size, too
+DRAFT = 2  # times the wanted size, at least: what libjpeg reduces a much larger JPEG to while it decodes it
 BAD_FRACTION = 0.05  # a run stops if more of a domain's images are unreadable
 CELL = 128  # px; grids enlarge smaller images to this side, by a whole factor
 LARGEST_CELL = 256  # px; grids and galleries reduce larger images to this side
 max_pixels = 178e6  # of one image; set by limit_pixels
+Size = tuple[int, int]  # width, height, px
+Fit = Callable[[Size], Size]  # from the size of an image to that which it gets
 
 
 def bytes_to_range(x: Tensor) -> Tensor:
     """Convert uint8 or float in [0, 255] to float32 in [-1, 1], any shape."""
-    return x.float() / 127.5 - 1
+    return (x.float() / 127.5).sub_(1)
 
 
 def range_to_bytes(x: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ def image_to_tensor(image: Image.Image | Bands, channels: int = 3) -> Tensor:
 def tensor_to_image(x: Tensor) -> Image.Image:
     """Convert (channels, H, W), in [-1, 1] or uint8, to an RGB or, of one or two channels, L image; a fourth is not shown."""
     x = shown_bands(x)
-    pixels = (x if x.dtype == torch.uint8 else range_to_bytes(x)).cpu().permute(1, 2, 0).numpy()
+    pixels = (x if x.dtype == torch.uint8 else range_to_bytes(x)).cpu().permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
@@ -298,11 +306,14 @@ def read_values(path: Path, channels: int = 3) -> np.ndarray | None:
             return np.asarray(image) if is_deep(image) and not image.info.get("icc_profile") else None
 
 
-def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = None) -> Image.Image | Bands:
+def read_image(
+    path: Path, channels: int = 3, value_range: ValueRange | None = None, fit: Fit | None = None
+) -> Image.Image | Bands:
     """Read any image as RGB (channels 3) or L (1) in sRGB, turned as EXIF says, transparency over white.
 
     Images of more than 8 bits become floats in [0, 255] by their domain's range: greys of mode F, colours Bands; those with
     a colour profile are photos, and become 8 bits. For other numbers of channels all images are Bands.
+    fit:    to which size to reduce a JPEG that is much larger, which is faster than reading it at its own
     raises: UnreadableImage
     """
     page = read_page(path, channels, value_range)
@@ -311,12 +322,13 @@ def read_image(path: Path, channels: int = 3, value_range: ValueRange | None = N
             image = page_to_image(page, channels, value_range, path)
             return image if isinstance(image, Bands) or image.mode == "F" else finished(image, channels, path)
         with open_image(path) as image:
-            image.load()
             is_tiff = image.format == "TIFF"
+            image = load_reduced(image, fit) if fit else image
+            image.load()
             if is_deep(image):
                 image = read_deep_image(image, value_range, path)
             else:
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             has_alpha = image.mode in ("LA", "RGBA")
             if is_tiff and has_alpha and not readers.looks_like_mask(np.asarray(image)[..., -1] / 255):
                 image = image.convert(image.mode[:-1])  # the last band is infrared, or another
@@ -360,9 +372,51 @@ def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Pa
     return to_8_bit(grey) if is_photo else grey
 
 
-def resize_image(image: Any, size: tuple[int, int]) -> Any:
-    """Resize to (width, height), unless it has that size."""
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def is_reduced(size: Size, fitted: Size) -> bool:
+    """Whether a JPEG of a size is reduced to another one, both (width, height), while it is decoded."""
+    return all(side >= 2 * DRAFT * wanted for side, wanted in zip(size, fitted, strict=True))
+
+
+def load_reduced(image: Image.Image, fit: Fit) -> Image.Image:
+    """Decode a JPEG that is much larger than needed at 1/2, 1/4 or 1/8 of its size, and resize it; return others unchanged.
+
+    The JPEG comes out as it is stored, not yet turned, so that what libjpeg adds to its right and bottom edge is cut off.
+    """
+    is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
+    fitted = fit(image.size[::-1] if is_turned else image.size)
+    size = fitted[::-1] if is_turned else fitted
+    if not is_reduced(image.size, size):
+        return image
+    drafted = image.draft(None, (DRAFT * size[0], DRAFT * size[1]))  # None: no JPEG
+    # by Pillow, whose result keeps the profile and the turn for what follows
+    return image.resize(size, Image.Resampling.BICUBIC, drafted[1]) if drafted else image
+
+
+def resize_image(
+    image: Any, size: Size, box: tuple[float, float, float, float] | None = None, resample: str = RESAMPLE[0]
+) -> Any:
+    """Resize to (width, height), unless it has that size; by default bicubic, antialiased.
+
+    box:      the part to take: left, top, right, bottom; None: the whole image
+    resample: of RESAMPLE
+    """
+    whole = (0, 0, *image.size)
+    if image.size == size and box in (None, whole):
+        return image
+    if resample == "nearest" or image.mode not in ("L", "RGB") or box not in (None, whole):
+        return image.resize(size, Image.Resampling[resample.upper()], box)
+    return tensor_to_image(resized_pixels(image, size, len(image.getbands())))
+
+
+def resized_pixels(image: Image.Image | Bands, size: Size, channels: int = 3, resample: str = RESAMPLE[0]) -> Tensor:
+    """Return the pixels of an image, as image_to_pixels does, of (width, height).
+
+    Bytes are resized by torch, which gives what Pillow does to 1 level, but reduces several times as fast.
+    """
+    if image.size == size or image.mode not in ("L", "RGB") or resample == "nearest":
+        return image_to_pixels(resize_image(image, size, resample=resample), channels)
+    pixels = image_to_pixels(image, channels)[None]
+    return F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0]
 
 
 def fitted_size(
@@ -371,20 +425,26 @@ def fitted_size(
     """Return the (width, height) to which an image of a size is resized, by one of PREPROCESS.
 
     to_crop: whether it is then cropped to `target`, and so enlarged if it is smaller; else it is used as a whole
+    returns: of WHOLE, unless cropped, multiples of MULTIPLE
     """
     if preprocess == "resize_and_crop":
         return target
     factors = [wanted / side for wanted, side in zip(target, size, strict=True)]
-    factor = {"crop": 1.0, "scale_width_and_crop": factors[0], "scale_shortside_and_crop": max(factors)}[preprocess]
+    whole = preprocess in WHOLE and not to_crop
+    by_name = {"crop": 1.0, "scale_width": factors[0], "scale_shortside": max(factors), "none": 1.0}
+    factor = by_name[preprocess.removesuffix("_and_crop")]
     factor = max(factor, *factors) if to_crop else factor
+    factor = max(factor, min(LEAST_SIDE, *target) / min(size)) if whole else factor
     width, height = (max(1, round(factor * side)) for side in size)
+    if whole:
+        return (width + MULTIPLE // 2) // MULTIPLE * MULTIPLE, (height + MULTIPLE // 2) // MULTIPLE * MULTIPLE
     return (max(width, target[0]), max(height, target[1])) if to_crop else (width, height)  # rounding may lack a pixel
 
 
-def crop_centre(image: Any, size: tuple[int, int]) -> Any:
-    """Cut (width, height) out of the middle of an image, unless it has that size."""
-    left, top = ((side - wanted) // 2 for side, wanted in zip(image.size, size, strict=True))
-    return image if image.size == size else image.crop((left, top, left + size[0], top + size[1]))
+def crop_centre(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut (height, width) out of the middle of an image, (C, H, W)."""
+    top, left = ((side - wanted) // 2 for side, wanted in zip(x.shape[-2:], size, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
 
 
 @dataclass(frozen=True)
@@ -395,14 +455,23 @@ class ImageReader:
     channels: int = 3
     value_range: ValueRange | None = None
     preprocess: str = PREPROCESS[0]
+    to_crop: bool = True  # whether images are cropped to `size` then; else they are used as a whole
+    resample: str = RESAMPLE[0]
+
+    def fit(self, size: Size) -> Size:
+        """Return the (width, height) that an image of a size gets, before it is cropped."""
+        return fitted_size(size, self.size[::-1], self.preprocess, self.to_crop) if self.size else size
+
+    def pixels(self, path: Path) -> Tensor:
+        """Read an image at the size that `fit` says, (channels, H, W) as image_to_pixels; raises UnreadableImage."""
+        fit = self.fit if self.resample != "nearest" else None  # libjpeg would mix colours
+        image = read_image(path, self.channels, self.value_range, fit)
+        return resized_pixels(image, self.fit(image.size), self.channels, self.resample)
 
     def __call__(self, path: Path) -> Tensor:
-        """Read an image as (channels, H, W) in [-1, 1]; raises UnreadableImage."""
-        image = read_image(path, self.channels, self.value_range)
-        if self.size:
-            target = self.size[::-1]
-            image = crop_centre(resize_image(image, fitted_size(image.size, target, self.preprocess)), target)
-        return image_to_tensor(image, self.channels)
+        """Read an image as (channels, H, W) in [-1, 1], cropped from the middle; raises UnreadableImage."""
+        x = self.pixels(path)
+        return bytes_to_range(crop_centre(x, self.size) if self.size and self.to_crop else x)
 
 
 def load_image(path: Path | str, size: tuple[int, int] | None, channels: int = 3) -> Tensor:

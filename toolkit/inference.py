@@ -1,5 +1,6 @@
 """Find networks, and translate images and folders with them."""
 
+import dataclasses
 import math
 import os
 import time
@@ -121,7 +122,7 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
-        metadata |= {name: saved.get(name) for name in ("preprocess", "pages")}
+        metadata |= {name: saved.get(name) for name in ("preprocess", "resample_A", "resample_B", "pages")}
         metadata["colours"] = state.get("colours")
         metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -190,6 +191,10 @@ class Translator:
         self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
         stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
         self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
+        stated = {domain: self.metadata.get(f"resample_{domain}") for domain in "AB"}
+        self.resamples = {
+            domain: kind if kind in images.RESAMPLE else images.RESAMPLE[0] for domain, kind in stated.items()
+        }
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
@@ -216,7 +221,8 @@ class Translator:
 
     def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
         """Return what reads the images of a domain for these networks, at a height and width or at their own."""
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+        resample = self.resamples[domain]
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, resample=resample)
 
     def settings(self) -> dict:
         """Return, as plain values, all that a translation depends on besides its image."""
@@ -231,6 +237,7 @@ class Translator:
         }
         sizes |= {"ranges": self.ranges} if self.ranges else {}
         sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
+        sizes |= {"resample": self.resamples} if "nearest" in self.resamples.values() else {}
         return whole | sizes | {"precision": self.precision, "networks": networks}
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
@@ -268,13 +275,16 @@ class Translator:
 
     def load(self, path: Path, domain: str) -> LoadedImage:
         """Read an image of a domain and resize it for the networks."""
+        size = self.size if self.scale == "train" else None
+        reader = dataclasses.replace(self.reader(domain, size), to_crop=False)
         try:
             image = images.read_image(path, self.channels, self.ranges.get(domain))
+            width, height = reader.fit(image.size)
+            # by libjpeg, as in training
+            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, (width, height))
+            reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = image.size
-        if self.scale == "train":
-            width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -299,7 +309,7 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(path, image, images.resize_image(image, (width, height)))
+        return LoadedImage(path, image, images.resize_image(reduced, (width, height), resample=reader.resample))
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""

@@ -71,7 +71,7 @@ class Translation:
 
     def save(self, path: Path, written: OutputFormat) -> None:
         """Write the file in a format; the name may have any suffix."""
-        image = self.values if written.in_units and self.values else self.image
+        image: Any = self.values if written.in_units and self.values else self.image
         if self.alpha and isinstance(image, Image.Image) and image is self.image:
             image = image.copy()
             image.putalpha(self.alpha)

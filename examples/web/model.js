@@ -29,11 +29,11 @@ function isSize(size) {
  * Read and check the metadata of a model: field 14 of the ONNX message holds keys and values.
  *
  * model:   the bytes of an .onnx file
- * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, direction and run_name
+ * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, resample, direction and run_name
  * throws:  an error that says what is wrong with the file
  */
 export function readFacts(model) {
-  const facts = { channels: null, smallest_side: 64, size: null, preprocess: null, direction: null, run_name: null };
+  const facts = { channels: null, smallest_side: 64, size: null, preprocess: null, resample: "bicubic", direction: null, run_name: null };
   const text = (bytes) => new TextDecoder().decode(bytes);
   for (const [number, entry] of fields(model)) {
     const { 1: key, 2: value } = number === 14 ? Object.fromEntries(fields(entry)) : {};
