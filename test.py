@@ -3,6 +3,7 @@
 python test.py --dataset_name horse2zebra
 python test.py --run_name horse2zebra --input photos --direction AtoB --scale native
 python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
+python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input clip.mp4
 """
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
@@ -20,7 +21,7 @@ from torch import Tensor
 import datasets
 from cyclegan import LossConfig
 from models import Direction, Networks
-from toolkit import cli, files, gallery, images, metrics, process
+from toolkit import cli, files, gallery, images, metrics, process, video
 from toolkit.checkpoints import IMAGES
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
@@ -38,6 +39,7 @@ from utils import (
     option,
     say,
     some_of,
+    warn,
 )
 
 METRICS = metrics.MEASURES + ("fid", "kid")
@@ -55,7 +57,7 @@ class TestConfig(DeviceConfig):
     assume: tuple[str, ...] = ASSUME
     dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
-    input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
+    input: Path | None = option(None, "images or clips of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
     direction: str | None = option(
         None, "which way (default: both; with --input one)", choices=("both", "AtoB", "BtoA")
@@ -67,6 +69,7 @@ class TestConfig(DeviceConfig):
     output: Path = option(
         None, "folder for the results (default: generated_images/RUN/test or translated)", metavar="DIR"
     )
+    fps: float = option(25.0, "images a second in --output FILE.mp4, of the images of --input", above=0, most=1000)
     skip_existing: bool = option(False, "keep earlier results, and leave out images that have just these already")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
@@ -92,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
     if args.tile and args.scale == "train":
         parser.error("--tile: cuts images at their own size, and --scale train resizes them; leave one of them out")
+    if "fps" in args.given and not (args.output and video.is_clip(args.output)):
+        parser.error("--fps: has no effect without --output FILE.mp4; give both or none")
     args.run_name = args.weights.stem if args.weights else args.run_name or args.dataset_name or "horse2zebra"
     args.output = args.output or IMAGES / args.run_name / ("translated" if args.input else "test")
     args.scale = args.scale or ("native" if args.tile else "train")
@@ -140,7 +145,7 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
         root = config.input.parent if config.input.is_file() else config.input
-        paths = [config.input] if config.input.is_file() else images.list_images(root)
+        paths = [config.input] if config.input.is_file() else images.list_images(root, video.SUFFIXES)
     else:
         root = dataset / f"test{direction.source}"
         paths = datasets.split_images(dataset, root.name)
@@ -160,6 +165,52 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         name = names.get(path, datasets.pair_name(path, root))
         truths[path] = same if same.is_file() else found[direction.target].get(name)
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
+
+
+def translate_videos(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], settings: dict
+) -> bool:
+    """Translate the clips of --input, or its images into one clip; returns whether images are left to be translated."""
+    clips = video.list_clips(config.input) if config.input else []
+    to_file = video.is_clip(config.output)
+    if not clips and not to_file:
+        return True
+    root = config.input if config.input and config.input.is_dir() else Path(config.input or "").parent
+    has_images = config.input not in clips and bool(images.list_images(root, video.SUFFIXES))
+    missing = video.missing_package()
+    if missing and has_images and not to_file:
+        warn(f"{config.input}: leaves out {counted(len(clips), 'clip')}: {missing}")
+        return True
+    if missing:
+        raise InputError(f"--input {config.input}: {missing}")
+    if config.round_trip:
+        warn("--round_trip: is of images alone, clips are translated one way")
+    if to_file:
+        translate_to_file(config, translator, directions, clips)
+        return False
+    with gallery.open_results(config.output, settings) as folder:
+        for direction in directions:
+            inputs = Inputs(root, clips, config.on_bad_image)
+            video.translate_clips(translator, direction, inputs, folder, config.num_test, config.skip_existing)
+    return has_images
+
+
+def translate_to_file(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], clips: Sequence[Path]
+) -> None:
+    """Write --output FILE.mp4: a translated clip, or the translated images of a folder."""
+    name = config.output
+    if not config.input or directions[1:] or (clips and clips != [config.input]):
+        raise InputError(f"--output {name}: takes one clip or one folder of images, one way; or choose a folder for it")
+    if name.suffix.lower() not in video.WRITTEN:
+        raise InputError(f"--output {name}: video is written as {', '.join(video.WRITTEN)}; choose one of them")
+    if name.exists():
+        raise InputError(f"--output {name}: exists already; move it away, or choose another name")
+    if clips:
+        video.translate_clip_to(translator, directions[0], config.input, name, config.num_test)
+    else:
+        inputs = find_inputs(config, Path(), directions[0])
+        video.video_of_images(translator, directions[0], inputs, name, config.fps)
 
 
 def plan(
@@ -349,11 +400,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator, dataset)
-    inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
-    check_metrics(config, networks, dataset, inputs)
     domains = name_domains(dataset_name, dataset, metadata)
     settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
     settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
+    if not translate_videos(config, translator, directions, settings):
+        return {}
+    inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
+    check_metrics(config, networks, dataset, inputs)
     keep = config.skip_existing or config.input is not None  # results of photos add up
     with gallery.open_results(config.output, settings) as folder:
         planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}

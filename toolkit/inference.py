@@ -257,6 +257,10 @@ class Translator:
             image = images.read_image(path, self.channels, self.ranges.get(domain))
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
+        return self.fit(path, image)
+
+    def fit(self, path: Path, image: Image.Image) -> LoadedImage:
+        """Resize an image, as read_image returns it, for the networks."""
         width, height = image.size
         if self.scale == "train":
             width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
