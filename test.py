@@ -3,6 +3,7 @@
 python test.py --dataset_name horse2zebra
 python test.py --run_name horse2zebra --input photos --direction AtoB --scale native
 python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
+python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input clip.mp4
 """
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
@@ -20,7 +21,7 @@ from torch import Tensor
 import datasets
 from cyclegan import LossConfig
 from models import Direction, Networks
-from toolkit import cli, files, gallery, images, metrics, outputs, process
+from toolkit import cli, files, gallery, images, metrics, outputs, process, video
 from toolkit.checkpoints import IMAGES
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
@@ -48,6 +49,7 @@ from utils import (
     option,
     say,
     some_of,
+    warn,
 )
 
 METRICS = metrics.MEASURES + ("fid", "kid")
@@ -65,7 +67,7 @@ class TestConfig(DeviceConfig):
     assume: tuple[str, ...] = ASSUME
     dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
-    input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
+    input: Path | None = option(None, "images or clips of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
     direction: str | None = option(
         None, "which way (default: both; with --input one)", choices=("both", "AtoB", "BtoA")
@@ -86,6 +88,7 @@ class TestConfig(DeviceConfig):
         choices=outputs.CHOICES,
     )
     keep_alpha: bool = option(False, "give translations the transparency of their inputs")
+    fps: float = option(25.0, "images a second in --output FILE.mp4, of the images of --input", above=0, most=1000)
     skip_existing: bool = option(False, "keep earlier results, and leave out images that have just these already")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
@@ -131,6 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.keep_alpha and args.format in ("jpg", "npy"):
         parser.error(f"--keep_alpha: {args.format} files have no transparency; take --format png, tif or same")
     args.format = args.format or "png"
+    if "fps" in args.given and not (args.output and video.is_clip(args.output)):
+        parser.error("--fps: has no effect without --output FILE.mp4; give both or none")
     args.run_name = args.weights.stem if args.weights else args.run_name or args.dataset_name or "horse2zebra"
     args.output = args.output or IMAGES / args.run_name / ("translated" if args.input else "test")
     args.scale = args.scale or ("native" if args.tile else "train")
@@ -193,8 +198,9 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
         root = config.input.parent if config.input.is_file() else config.input
+        expected = video.SUFFIXES
         is_file = config.input.is_file()
-        paths = images.with_pages(config.input, [config.input]) if is_file else images.list_images(root)
+        paths = images.with_pages(config.input, [config.input]) if is_file else images.list_images(root, expected)
     else:
         root = datasets.split_folder(dataset, f"test{direction.source}")
         paths = datasets.split_images(dataset, f"test{direction.source}")
@@ -214,6 +220,54 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
         name = names.get(path, datasets.pair_name(path, root))
         truths[path] = same if file_of(same).is_file() else found[direction.target].get(name)
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
+
+
+def translate_videos(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], settings: dict
+) -> bool:
+    """Translate the clips of --input, or its images into one clip; returns whether images are left to be translated."""
+    clips = video.list_clips(config.input) if config.input else []
+    to_file = video.is_clip(config.output)
+    if not clips and not to_file:
+        return True
+    root = config.input if config.input and config.input.is_dir() else Path(config.input or "").parent
+    has_images = config.input not in clips and bool(images.list_images(root, video.SUFFIXES))
+    if translator.channels not in (1, 3):
+        raise InputError(f"--input {config.input}: video has 3 channels, the networks {translator.channels}")
+    missing = video.missing_package()
+    if missing and has_images and not to_file:
+        warn(f"{config.input}: leaves out {counted(len(clips), 'clip')}: {missing}")
+        return True
+    if missing:
+        raise InputError(f"--input {config.input}: {missing}")
+    if config.round_trip:
+        warn("--round_trip: is of images alone, clips are translated one way")
+    if to_file:
+        translate_to_file(config, translator, directions, clips)
+        return False
+    with gallery.open_results(config.output, settings) as folder:
+        for direction in directions:
+            inputs = Inputs(root, clips, config.on_bad_image)
+            video.translate_clips(translator, direction, inputs, folder, config.num_test, config.skip_existing)
+    return has_images
+
+
+def translate_to_file(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], clips: Sequence[Path]
+) -> None:
+    """Write --output FILE.mp4: a translated clip, or the translated images of a folder."""
+    name = config.output
+    if not config.input or directions[1:] or (clips and clips != [config.input]):
+        raise InputError(f"--output {name}: takes one clip or one folder of images, one way; or choose a folder for it")
+    if name.suffix.lower() not in video.WRITTEN:
+        raise InputError(f"--output {name}: video is written as {', '.join(video.WRITTEN)}; choose one of them")
+    if name.exists():
+        raise InputError(f"--output {name}: exists already; move it away, or choose another name")
+    if clips:
+        video.translate_clip_to(translator, directions[0], config.input, name, config.num_test)
+    else:
+        inputs = find_inputs(config, Path(), directions[0])
+        video.video_of_images(translator, directions[0], inputs, name, config.fps)
 
 
 def plan(
@@ -393,6 +447,16 @@ def score_lines(scores: dict) -> list[str]:
     return lines
 
 
+def all_settings(
+    config: TestConfig, translator: Translator, dataset_name: str | None, domains: Sequence[str]
+) -> dict[str, Any]:
+    """Return, as plain values, all that results depend on besides their input."""
+    settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
+    settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
+    settings |= {"format": config.format} if config.format != "png" else {}
+    return settings | ({"keep_alpha": True} if config.keep_alpha else {})
+
+
 @process.command
 def main(argv: Sequence[str] | None = None) -> dict:
     """Find networks and images, translate, show, score; returns the scores."""
@@ -420,15 +484,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         need_package("tifffile", f"translations of {translator.channels} bands", INSTALL)
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator, dataset)
+    domains = name_domains(dataset_name, dataset, metadata)
+    settings = all_settings(config, translator, dataset_name, domains)
+    if not translate_videos(config, translator, directions, settings):
+        return {}
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config, networks, dataset, inputs)
     if config.is_one_file:
         return write_file(config, translator, directions[0], inputs[directions[0]])
-    domains = name_domains(dataset_name, dataset, metadata)
-    settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
-    settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
-    settings |= {"format": config.format} if config.format != "png" else {}
-    settings |= {"keep_alpha": True} if config.keep_alpha else {}
     keep = config.skip_existing or config.input is not None  # results of photos add up
     with gallery.open_results(config.output, settings) as folder:
         planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}

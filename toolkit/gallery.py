@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ ORIGIN = ("settings", "input", "truth")  # what a file was made from: the key of
 NOTHING = dict.fromkeys(ORIGIN)
 OWN_FOLDERS = (*DIRECTION_OF, "values_A", "values_B", THUMBNAILS)
 OWN_NAMES = (*OWN_FOLDERS, PAGE, GRID, SCORES)
+CLIPS = re.compile(r".*_fake_[AB]_*\.mp4", re.DOTALL)  # translated clips, which are in none of these folders
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file, relative to a folder of results, has a name that test.py gives."""
+    is_inside = ".." not in file.parts and not file.anchor
+    return is_inside and (file.parts[0] in OWN_NAMES or CLIPS.fullmatch(file.name) is not None)
 
 
 def thumbnail(file: Path) -> Path:
@@ -109,8 +117,7 @@ def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
             else:
                 name = entry["file"]
                 os.fsencode(name)  # raises for what can be no name
-                parts = Path(name).parts
-                if parts[0] in OWN_NAMES and ".." not in parts and "\0" not in name and Path(name).as_posix() == name:
+                if is_own(Path(name)) and "\0" not in name and Path(name).as_posix() == name:
                     facts = {part: entry.get(part) and str(entry[part]) for part in ("sha256", *ORIGIN)}
                     entries.setdefault(name, []).append(facts)
             understood = True

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +107,13 @@ def missing_package(path: Path) -> str:
 warn_once = functools.cache(warn)  # however often a folder is listed
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, expected: Collection[str] = ()) -> list[Path]:
     """List all images below a folder, by their suffix, in natural order; of the other files, hidden ones aside, it is warned.
 
     Files without suffix are listed if they are images, broken links so that they are reported as unreadable. A sub-folder
     that cannot be read is only warned of.
+
+    expected: suffixes of other files that belong there
     """
     found = []
     others: Counter[str] = Counter()
@@ -126,7 +128,7 @@ def list_images(folder: Path) -> list[Path]:
             suffix = readers.suffix_of(path)
             if suffix in SUFFIXES or (not suffix and (is_image(path) or readers.is_dicom(path))):
                 found.append(path)
-            elif path.is_file():
+            elif path.is_file() and path.suffix.lower() not in expected:
                 others[path.suffix.lower() or "without suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, outputs, tiles, weights
-from toolkit.bands import band_values
+from toolkit.bands import Bands, band_values
 from toolkit.pages import file_of
 from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, parse_range, ranges_of, values_image
@@ -275,16 +275,27 @@ class Translator:
 
     def load(self, path: Path, domain: str) -> LoadedImage:
         """Read an image of a domain and resize it for the networks."""
-        size = self.size if self.scale == "train" else None
-        reader = dataclasses.replace(self.reader(domain, size), to_crop=False)
+        reader = self.whole_reader(domain)
         try:
-            image = images.read_image(path, self.channels, self.ranges.get(domain))
-            width, height = reader.fit(image.size)
+            image = images.read_image(path, self.channels, reader.value_range)
             # by libjpeg, as in training
-            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, (width, height))
+            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, reader.fit(image.size))
             reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
+        return self.fit(path, image, domain, reduced)
+
+    def whole_reader(self, domain: str) -> images.ImageReader:
+        """Return what reads the images of a domain without cropping them."""
+        size = self.size if self.scale == "train" else None
+        return dataclasses.replace(self.reader(domain, size), to_crop=False)
+
+    def fit(
+        self, path: Path, image: Image.Image | Bands, domain: str, reduced: Image.Image | Bands | None = None
+    ) -> LoadedImage:
+        """Resize an image of a domain, as read_image returns it, for the networks; reduced: the same, if it is smaller."""
+        reader = self.whole_reader(domain)
+        width, height = reader.fit(image.size)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -309,7 +320,9 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(path, image, images.resize_image(reduced, (width, height), resample=reader.resample))
+        return LoadedImage(
+            path, image, images.resize_image(reduced or image, (width, height), resample=reader.resample)
+        )
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""
