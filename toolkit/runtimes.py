@@ -185,7 +185,8 @@ def to_aoti(source: Source, folder: Path) -> tuple[list[Path], Run]:
     path = folder / "net.pt2"
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise InputError("--for aoti: needs a C++ compiler; install g++, or take --for torch")
-    torch._inductor.aoti_compile_and_package(source.program(), package_path=str(path))
+    options = {"aot_inductor.check_lowerbound": False}  # else a batch of 1 would be refused where inputs are checked
+    torch._inductor.aoti_compile_and_package(source.program(), package_path=str(path), inductor_configs=options)
     return [path], torch._inductor.aoti_load_package(str(path))
 
 
