@@ -44,17 +44,22 @@ class ThinConv2d(nn.Conv2d):
 
 
 def mirror(x: Tensor, pad: Sequence[int]) -> Tensor:
-    """Return F.pad(x, pad, mode="reflect"), computed by slices; pad: left, right, above, below in px."""
+    """Return F.pad(x, pad, mode="reflect"), computed by slices of one row each; pad: left, right, above, below in px."""
     for dim, before, after in ((3, pad[0], pad[1]), (2, pad[2], pad[3])):
-        first = x.narrow(dim, 1, before).flip(dim)
-        last = x.narrow(dim, x.shape[dim] - 1 - after, after).flip(dim)
-        x = torch.cat([first, x, last], dim)
+        first = [x.narrow(dim, i, 1) for i in range(before, 0, -1)]
+        last = [x.narrow(dim, x.shape[dim] - 1 - i, 1) for i in range(1, after + 1)]
+        x = torch.cat([*first, x, *last], dim)
     return x
 
 
 def reflection_pad(x: Tensor, pad: Sequence[int]) -> Tensor:
-    """Pad (N, C, H, W) by reflection; with --deterministic on a GPU, where torch's own gradient is an error, by slices."""
-    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+    """Pad (N, C, H, W) by reflection.
+
+    By slices with --deterministic on a GPU, where torch's own gradient is an error, and in an export of a fixed size, since
+    few programs that run networks can pad by reflection.
+    """
+    is_fixed = torch.compiler.is_exporting() and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
+    if is_fixed or (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return mirror(x, pad)
     return F.pad(x, pad, mode="reflect")
 
