@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
+from toolkit.executor import set_inference_format
 from toolkit.values import ValueRange, parse_range, ranges_of, values_image
 from utils import InputError, check_options, counted, duration, say, warn
 
@@ -186,6 +187,8 @@ class Translator:
         stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
         self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
+        for direction in self.directions:
+            set_inference_format(self.networks[direction.generator], self.device, self.precision)
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
