@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
+from toolkit.layers import Conv3x3, InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 from utils import InputError, check_options, option
 
 NORMS = ("instance", "instance_affine", "batch", "group", "none")
@@ -203,7 +203,7 @@ def upsample_layers(config: GeneratorConfig, width_in: int, width_out: int, bias
     if config.upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
     resize = nn.Upsample(scale_factor=2, mode=config.resize_mode)
-    return [resize, PADDINGS[config.resize_padding](1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
+    return [resize, PADDINGS[config.resize_padding](1), Conv3x3(width_in, width_out, bias)]
 
 
 def with_norm(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
@@ -217,8 +217,8 @@ class ResnetBlock(nn.Module):
     def __init__(self, width: int, norm: str):
         super().__init__()
         bias = norm != "batch"  # a batch norm has its own shift
-        first = with_norm(norm, width, ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
-        second = [ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias), norm_layer(norm, width)]
+        first = with_norm(norm, width, ReflectionPad2d(1), Conv3x3(width, width, bias=bias))
+        second = [ReflectionPad2d(1), Conv3x3(width, width, bias=bias), norm_layer(norm, width)]
         self.body = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
-from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
+from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank, world_size
+from toolkit.executor import pick_memory_format
 from toolkit.images import WHOLE, limit_pixels, list_images
 from toolkit.pages import use_pages
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
@@ -216,6 +217,8 @@ class Run:
             if not 0 <= micro_batch_size < 2**63:  # as Tensor.split takes
                 raise ValueError(f"micro_batch_size {micro_batch_size}")
             self.model.executor.micro_batch_size = micro_batch_size
+            if "memory_format" in self.config.given and self.config.executor.memory_format != "auto":
+                self.model.set_memory_format(self.config.executor.memory_format)
             self.monitor.meter.load_state_dict(own["meter"], self.model.device)
             self.epoch = int(state["epoch"])
             self.step_in_epoch = int(state["step_in_epoch"])
@@ -438,7 +441,7 @@ def make_model(
         module.to(device)
     seed = config.run.seed
     torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
-    return CycleGAN(
+    model = CycleGAN(
         networks,
         config.loss,
         config.optim,
@@ -448,6 +451,22 @@ def make_model(
         adapters=adapters,
         objective=objective,
     )
+    model.set_memory_format(choose_memory_format(config, model))
+    return model
+
+
+def choose_memory_format(config: TrainConfig, model: CycleGAN) -> str:
+    """Return the memory format of a run: as given, as its state has it (until that is loaded: contiguous), or as measured."""
+    asked = config.executor.memory_format
+    if asked != "auto":
+        return asked
+    if config.run.start_from != "0" or config.run.deterministic:  # measured times differ from run to run
+        return "contiguous"
+    executor = model.executor
+    size = executor.micro_batch_size or config.data.batch_size // world_size()
+    shape = (size, config.data.channels, *config.data.size)
+    in_order = executor.in_order or executor.micro_batch_size > 0
+    return pick_memory_format(model.networks["G_AB"], model.networks["D_B"], shape, model.precision, in_order)
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:

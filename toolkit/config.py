@@ -58,7 +58,9 @@ class RunConfig:
     assume: tuple[str, ...] = ASSUME  # of --init_from, or of a teacher
     log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
     seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
-    deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
+    deterministic: bool = option(
+        False, "use only algorithms that repeat bit for bit; on a CPU, do not measure --memory_format"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
 from toolkit import checkpoints, devices, files, gallery, images, outputs, tiles, weights
 from toolkit.bands import Bands, band_values
+from toolkit.executor import set_inference_format
 from toolkit.pages import file_of
 from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, parse_range, ranges_of, values_image
@@ -196,6 +197,8 @@ class Translator:
             domain: kind if kind in images.RESAMPLE else images.RESAMPLE[0] for domain, kind in stated.items()
         }
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
+        for direction in self.directions:
+            set_inference_format(self.networks[direction.generator], self.device, self.precision)
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
         if self.channels not in (
