@@ -329,7 +329,8 @@ def test_the_faster_memory_format_is_measured_without_a_trace(monkeypatch, capsy
     before = (torch.get_rng_state(), copy.deepcopy(model.state_dict()["nets"]))
     monkeypatch.setattr(executor, "run_in_threads", lambda calls, at_once: [call() for call in calls])
     for seconds, expected in (((3.0, 1.0), "channels_last"), ((1.0, 3.0), "contiguous"), ((1.0, 1.0), "contiguous")):
-        ends = itertools.accumulate(x for pair in [seconds] * 3 for side in pair for x in (0.0, side))
+        turns = [x for side in 2 * seconds for x in (0.0, side)]
+        ends = itertools.accumulate([0.0, 0.0, *turns])  # the first turn has no end
         monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=functools.partial(next, ends)))
         networks = model.networks
         assert pick_memory_format(networks["G_AB"], networks["D_B"], (1, 3, 16, 16), "fp32", True) == expected
