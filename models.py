@@ -361,8 +361,8 @@ class Position(nn.Module):
             centres.append(steps / (n - 1) - 1 if self.end_to_end else (steps + 1) / n - 1)
         grid = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # (H * W, 2)
         tokens = x.flatten(2).transpose(1, 2)
-        waves = torch.sin(self.waves(grid))
-        return self.mix(torch.cat([tokens, waves.expand(len(x), -1, -1).to(tokens.dtype)], dim=-1))
+        waves = torch.sin(self.waves(grid)).expand(x.shape[0], -1, -1)  # len(x) would be a constant in an export
+        return self.mix(torch.cat([tokens, waves.to(tokens.dtype)], dim=-1))
 
 
 def double_conv(width_in: int, width: int, width_out: int, norm: str, slope: float) -> nn.Sequential:
