@@ -5,12 +5,13 @@
 # make slow     the tests that take longer
 # make browser  install what the slow tests with a browser need, as root on Debian; without it they are skipped
 # make gpu      what only a GPU can show, written to docs/gpu.md; DATA=DIR contains horse2zebra
+# make runtimes run every kind of generator in every runtime of docs/deploy.md, each installed by itself
 # make results  train and score the rows of docs/experiments again: many hours; DATA=DIR contains the data sets
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := @recipes/day2night.txt
 
-.PHONY: demo smoke test format slow browser gpu results clean
+.PHONY: demo smoke test format slow browser gpu runtimes results clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -53,6 +54,9 @@ browser:
 DATA ?= datasets
 results: .venv/installed
 	$(BIN)/python benchmarks/reproduce.py day2night mnist2usps daisy2sunflower checkerboards distillation ablations fine_tuning pixels maps skips facades --data_root $(DATA)
+
+runtimes: .venv/installed-dev
+	$(BIN)/python benchmarks/runtimes.py
 
 DEVICE ?= cuda
 gpu: .venv/installed-dev

@@ -142,6 +142,9 @@ def load_upload(translator: Translator, direction: Direction, path: Path) -> tup
     if loaded.reason:
         reason = str(loaded.reason).replace(str(path), path.name)
         raise InputError(f"{path.name}: {reason}; expected an image such as PNG or JPEG")
+    count = images.pages_in(path)
+    if count > 1:
+        translator.say_once("pages", path, f"holds {count} images, of which the first is translated")
     return images.to_8_bit(loaded.image), images.image_to_tensor(loaded.network_input, translator.channels)[None]
 
 

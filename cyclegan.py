@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import DIRECTIONS, Direction, Networks
 from toolkit.devices import autocast, rng_state, set_rng_state
 from toolkit.distributed import average, rank
-from toolkit.executor import Executor, ExecutorConfig, retry_in_micro_batches
+from toolkit.executor import MEMORY_FORMATS, Executor, ExecutorConfig, retry_in_micro_batches
 from utils import FakeImageBuffer, option
 
 GAN_LOSSES = ("lsgan", "bce", "hinge")
@@ -150,9 +150,9 @@ class Translation(NamedTuple):
 def run_together(net: Any, first: Tensor, second: Tensor) -> Sequence[Tensor]:
     """Run two equally large batches through a network in one call, which is faster than two calls.
 
-    A batch norm would mix their statistics, so it gets them one after the other.
+    A batch norm would mix their statistics, so it gets them one after the other; so do images of two sizes.
     """
-    if net.config.norm == "batch":
+    if net.config.norm == "batch" or first.shape != second.shape:
         return net(first), net(second)
     return net(torch.cat([first, second])).chunk(2)
 
@@ -280,6 +280,7 @@ class CycleGAN:
         self.objective = objective
         self.finished_steps = 0
         self.precision = precision
+        self.memory_format = "contiguous"
         self.generators = nn.ModuleList([networks["G_AB"], networks["G_BA"]])
         self.discriminators = nn.ModuleList([networks["D_A"], networks["D_B"]])
         self.adapters = nn.ModuleDict() if adapters is None else adapters
@@ -391,6 +392,14 @@ class CycleGAN:
             for target, value in zip(ema.buffers(), net.buffers(), strict=True):
                 target.copy_(value)
 
+    def set_memory_format(self, name: str) -> None:
+        """Lay out all weights and their moments in a format of MEMORY_FORMATS; the results are the same but for rounding."""
+        for net in (*self.networks.values(), *self.ema.values()):
+            net.to(memory_format=MEMORY_FORMATS[name])
+        for optimizer in self.optimizers.values():
+            match_moments(optimizer)
+        self.memory_format = name
+
     def set_learning_rate(self, factor: float) -> None:
         """Set the learning rates to `factor` times those of the config."""
         rates = {"G": self.optim_config.lr, "D": self.optim_config.lr_D or self.optim_config.lr}
@@ -407,6 +416,7 @@ class CycleGAN:
             "optims": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.executor.scaler.state_dict() or None,
             "step": self.finished_steps,
+            "memory_format": self.memory_format,
             "buffers": {domain: buffer.state_dict() for domain, buffer in self.buffers.items()},  # of this rank
             "rng": rng_state(),  # of this rank
         }
@@ -414,9 +424,11 @@ class CycleGAN:
     def load_state_dict(self, state: dict) -> None:
         """Restore what state_dict returned. EMA weights that it lacks start as copies of the weights.
 
-        Learning rates and betas are those of the config. Without buffers (of a new rank) the present ones are kept.
+        Learning rates and betas are those of the config; the memory format is the state's, since it changes the rounding.
+        Without buffers (of a new rank) the present ones are kept.
         raises: an exception of any kind if the state belongs to other networks
         """
+        self.set_memory_format(state.get("memory_format", "contiguous"))
         for name, net in self.networks.items():
             net.load_state_dict(state["nets"][name])
         for name, net in self.ema.items():

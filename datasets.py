@@ -4,6 +4,7 @@ datasets/horse2zebra/
   trainA/  trainB/   training images of the two domains, also in sub-folders
   testA/   testB/    test images; those of one name in both are pairs with known truth
   valA/    valB/     optional: used by --eval_interval instead of the test images
+train/A and train_A are other names of trainA, and so on.
 
 data = TrainingData(DataConfig(), seed=0, device=torch.device("cuda"), held_out={})
 for real_A, real_B in data.batches(epoch=0, first_step=0, device=torch.device("cuda")):
@@ -28,9 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,6 +37,8 @@ import utils
 from toolkit import devices, images
 from toolkit.distributed import rank_slice
 from toolkit.files import sha256
+from toolkit.pages import CHOICES, file_of
+from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, common_range, extremes, parse_range, range_option
 from utils import InputError, counted, folder_name, option, say
 
@@ -59,11 +60,12 @@ class DataConfig:
     batch_size: int = option(10, "images of each domain per step, over all ranks", least=1, most=65536)
     img_height: int = option(256, "height of the training images in px", least=4, most=16384)
     img_width: int = option(256, "width of the training images in px", least=4, most=16384)
-    channels: int = option(3, "3: colour; 1: grey", choices=(3, 1))
+    channels: int = option(3, "3: colour; 1: grey; else that many bands of the images", least=1, most=16)
+    pages: str = option("first", "of a file of several images, such as a stack, use the first or all", choices=CHOICES)
     load_scale: float = option(1.12, "resize to this times the training size, then crop at random", least=1, most=8)
     preprocess: str = option(
         images.PREPROCESS[0],
-        "stretch images to one shape, or keep theirs: crop only, or scale the width or the shorter side before",
+        "stretch images to one shape, or keep theirs: scale the width, the shorter side or nothing; with or without a crop",
         choices=images.PREPROCESS,
     )
     flip: bool = option(True, "mirror half of the images")
@@ -73,6 +75,8 @@ class DataConfig:
     cache: str = option("none", "keep decoded images in memory or DATA_SET/.cache", choices=("none", "ram", "disk"))
     range_A: str = range_option("A")
     range_B: str = range_option("B")
+    resample_A: str = option("bicubic", "how images of A are resized; nearest: label images", choices=images.RESAMPLE)
+    resample_B: str = option("bicubic", "the same for B", choices=images.RESAMPLE)
     max_images: int | None = option(None, "use only the first N images of each domain (default: all)", least=1)
     steps_per_epoch: int | None = option(None, "steps per epoch (default: one pass over the larger domain)", least=1)
     max_megapixels: float = MAX_MEGAPIXELS
@@ -88,10 +92,17 @@ class DataConfig:
         return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
 
     @property
+    def resamples(self) -> dict[str, str]:
+        """How images are resized, by domain."""
+        return {"A": self.resample_A, "B": self.resample_B}
+
+    @property
     def readers(self) -> dict[str, images.ImageReader]:
         """What reads the images of a domain for a network, without random changes."""
         return {
-            domain: images.ImageReader(self.size, self.channels, value_range, self.preprocess)
+            domain: images.ImageReader(
+                self.size, self.channels, value_range, self.preprocess, resample=self.resamples[domain]
+            )
             for domain, value_range in self.ranges.items()
         }
 
@@ -101,7 +112,8 @@ class UnpairedDataset(Dataset):
     """Images of two domains, drawn independently; the key of an item is (epoch, i, index_A, index_B).
 
     The random choices for image i depend on (seed, epoch, i) alone, not on workers or interruptions. An item has "A" and
-    "B", (channels, height, width) in [-1, 1], and "bad": unreadable files, replaced by the next readable ones.
+    "B", (channels, height, width), uint8 or float32 in [0, 255], and "bad": unreadable files, replaced by the next
+    readable ones.
     """
 
     paths: dict[str, list[Path]]  # by domain
@@ -114,6 +126,7 @@ class UnpairedDataset(Dataset):
     seed: int = 0
     ranges: dict[str, ValueRange | None] = field(default_factory=dict)  # by domain
     preprocess: str = images.PREPROCESS[0]
+    resamples: dict[str, str] = field(default_factory=dict)  # by domain
     caches: dict[str, "ImageCache"] = field(default_factory=dict)  # by domain; filled as images are read
 
     @property
@@ -124,42 +137,45 @@ class UnpairedDataset(Dataset):
         epoch, i, *indices = key
         item = {"bad": []}
         for domain, index in zip("AB", indices, strict=True):
-            image = self._read(domain, index, item["bad"])
-            item[domain] = self._augment(image, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
+            pixels = self._read(domain, index, item["bad"])
+            item[domain] = self._augment(pixels, random.Random(f"{self.seed}-{epoch}-{i}-{domain}"))
         return item
 
-    def _read(self, domain: str, index: int, bad: list) -> Image.Image:
+    def _read(self, domain: str, index: int, bad: list) -> Tensor:
         paths = self.paths[domain]
         cache = self.caches.get(domain)
         for i in [*range(index, len(paths)), *range(index)]:
-            image = cache.get(i) if cache else None
+            pixels = cache.get(i) if cache else None
             try:
-                if image is None:
-                    image = images.read_image(paths[i], self.channels, self.ranges.get(domain))
-                    target = self.size if self.preprocess == "crop" else self.load_size
-                    fitted = images.fitted_size(image.size, target[::-1], self.preprocess)
-                    image = images.resize_image(image, fitted)
+                if pixels is None:
+                    pixels = self._reader(domain).pixels(paths[i])
                     if cache:
-                        cache.put(i, image)
-                return image
+                        cache.put(i, pixels)
+                return pixels
             except images.UnreadableImage as error:
                 bad.append((domain, paths[i], str(error)))
-        return Image.new("RGB" if self.channels == 3 else "L", self.load_size[::-1])  # never seen: `bad` ends the run
+        return torch.zeros(self.channels, *self.load_size, dtype=torch.uint8)  # never seen: `bad` ends the run
 
-    def _augment(self, image: Image.Image, rng: random.Random) -> Tensor:
+    def _reader(self, domain: str) -> images.ImageReader:
+        is_whole = self.preprocess in images.WHOLE
+        size = self.size if is_whole or self.preprocess == "crop" else self.load_size
+        resample = self.resamples.get(domain, images.RESAMPLE[0])
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole, resample)
+
+    def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds
 
-        height, width = self.size
-        top = rng.randint(0, image.height - height)
-        left = rng.randint(0, image.width - width)
-        x = functional.crop(images.image_to_pixels(image, self.channels), top, left, height, width)
+        height, width = pixels.shape[1:] if self.preprocess in images.WHOLE else self.size
+        top = rng.randint(0, pixels.shape[1] - height)
+        left = rng.randint(0, pixels.shape[2] - width)
+        x = functional.crop(pixels, top, left, height, width)
         if self.flip and rng.random() < 0.5:
             x = functional.horizontal_flip(x)
         if self.flip_vertical and rng.random() < 0.5:
             x = functional.vertical_flip(x)
         if self.rotate90:
             x = torch.rot90(x, rng.randrange(4), dims=(1, 2))
-        return images.bytes_to_range(x)
+        return x
 
 
 @dataclass
@@ -197,7 +213,10 @@ class EpochSampler:
 
 
 def make_loader(dataset: UnpairedDataset, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says."""
+    """Make a data loader of batches {"A": (N, channels, H, W), "B": the same, "bad": of all items}, as `sampler` says.
+
+    The images are uint8 or float32 in [0, 255], as those of the data set; images.bytes_to_range makes them inputs.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -235,19 +254,26 @@ class TrainingData:
         folder = find_dataset(config.data_root, config.dataset_name)
         for domain in "AB":
             found = split_images(folder, f"train{domain}", config.max_images)
-            self.bad_images[domain] = images.BadImages(folder / f"train{domain}", len(found), config.on_bad_image)
+            self.bad_images[domain] = images.BadImages(
+                split_folder(folder, f"train{domain}"), len(found), config.on_bad_image
+            )
             paths[domain] = self.bad_images[domain].readable(found)
         self.counts = {domain: len(found) for domain, found in paths.items()}
         self.ranges = config.ranges
         if measure:
             self.ranges = {domain: find_range(config, domain, paths[domain]) for domain in "AB"}
+        self.colours = [
+            domain for domain in "AB" if self.ranges[domain] and is_in_colour(paths[domain], config.channels)
+        ]
         counts = (self.counts["A"], self.counts["B"])
         self.sampler = EpochSampler(counts, config.batch_size, config.steps_per_epoch or 0, seed)
         self.steps_per_epoch = self.sampler.steps
-        names = ("size", "channels", "load_scale", "preprocess", "flip", "flip_vertical", "rotate90")
+        names = ("size", "channels", "load_scale", "preprocess", "resamples", "flip", "flip_vertical", "rotate90")
         dataset = UnpairedDataset(
             paths, **{name: getattr(config, name) for name in names}, seed=seed, ranges=self.ranges
         )
+        if config.preprocess in images.WHOLE:
+            say(f"--preprocess {config.preprocess}: images are whole; sides become multiples of {images.MULTIPLE} px")
         dataset.caches = open_caches(config.cache, dataset, folder)
         default_workers = 0 if device.type == "cpu" else 4  # a CPU has no cores to spare; 4 for a GPU are a guess
         workers = default_workers if config.num_workers is None else config.num_workers
@@ -262,7 +288,8 @@ class TrainingData:
         for batch in self.loader:
             for domain, path, reason in batch["bad"]:
                 self.bad_images[domain].note(path, reason)
-            yield batch["A"].to(device, non_blocking=True), batch["B"].to(device, non_blocking=True)
+            real_A, real_B = (batch[domain].to(device, non_blocking=True) for domain in "AB")  # bytes: less to copy
+            yield images.bytes_to_range(real_A), images.bytes_to_range(real_B)
 
     def paths_of_step(self, step: int) -> list[str]:
         """List the files that this rank reads in a step of the current epoch, for a message."""
@@ -284,7 +311,7 @@ def find_range(config: DataConfig, domain: str, paths: Sequence[Path]) -> ValueR
     deep = []  # extremes of each image of more than 8 bits
     for path in spread(list(paths), MEASURED):
         with suppress(images.UnreadableImage):
-            values = images.read_values(path)
+            values = images.read_values(path, config.channels)
             if values is not None:
                 deep.append(extremes(values))
     found = common_range(deep)
@@ -294,6 +321,16 @@ def find_range(config: DataConfig, domain: str, paths: Sequence[Path]) -> ValueR
         counts = f"train{domain}: {counted(len(deep), 'image')} of more than 8 bits"
         say(f"{counts}; values from {found[0]:g} to {found[1]:g} become black to white (--range_{domain})")
     return found
+
+
+def is_in_colour(paths: Sequence[Path], channels: int) -> bool:
+    """Whether the first image of more than 8 bits, among the first ten, has several bands that the networks get."""
+    for path in paths[:10]:
+        with suppress(images.UnreadableImage):
+            values = images.read_values(path, channels)
+            if values is not None:
+                return values.ndim == 3
+    return False
 
 
 def find_dataset(data_root: Path, dataset_name: str) -> Path:
@@ -321,21 +358,29 @@ def outlook(images: int, steps: int | None = None) -> str:
     return f"what to expect: {seen}" + (f"; {' and '.join(few)} are a trial" if few else "")
 
 
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the folder of a split in a data set: trainA, or else train/A or train_A; trainA if there is none."""
+    kind, domain = split[:-1], split[-1]
+    spellings = [folder / split, folder / kind / domain, folder / f"{kind}_{domain}"]
+    return next((path for path in spellings if path.is_dir()), spellings[0])
+
+
 def split_images(folder: Path, split: str, max_images: int | None = None) -> list[Path]:
     """List the images of a split, such as trainA; raises InputError if it is missing or contains no image."""
-    if not (folder / split).is_dir():
+    inside = split_folder(folder, split)
+    if not inside.is_dir():
         found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise InputError(f"{folder}: no {split}/ inside (found: {found}); python prepare.py split makes the layout")
-    paths = images.list_images(folder / split)
+    paths = images.list_images(inside)
     if not paths:
-        raise InputError(f"{folder / split}: no image inside; expected {images.EXPECTED}")
+        raise InputError(f"{inside}: no image inside; expected {images.EXPECTED}")
     return paths[:max_images]
 
 
 def held_out_split(folder: Path) -> str:
     """Name the split to show during training: test, else val, else train itself."""
     for split in ("test", "val"):
-        if all(images.list_images(folder / f"{split}{domain}") for domain in "AB"):
+        if all(images.list_images(split_folder(folder, f"{split}{domain}")) for domain in "AB"):
             return split
     return "train"
 
@@ -346,14 +391,14 @@ def fingerprint(folders: Iterable[Path]) -> str:
     for folder in folders:
         for path in images.list_images(folder):
             with suppress(OSError):  # it is not evaluated either
-                facts.append((folder.name, path.relative_to(folder).as_posix(), sha256(path)))
+                facts.append((folder.name, path.relative_to(folder).as_posix(), sha256(file_of(path))))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
     """Find the val folders, else test folders, by domain; InputError if one is empty or, with paired, no names match."""
-    split = "val" if any((folder / f"val{domain}").is_dir() for domain in "AB") else "test"
-    folders = {domain: folder / f"{split}{domain}" for domain in "AB"}
+    split = "val" if any(split_folder(folder, f"val{domain}").is_dir() for domain in "AB") else "test"
+    folders = {domain: split_folder(folder, f"{split}{domain}") for domain in "AB"}
     names_A, names_B = (paths.keys() for paths in by_name(folders).values())
     if paired and not names_A & names_B:
         raise InputError(f"--eval_metrics paired: no pair of names in {folders['A']} and {folders['B']}; leave it out")
@@ -362,7 +407,7 @@ def held_out_folders(folder: Path, paired: bool) -> dict[str, Path]:
 
 def pair_name(path: Path, folder: Path) -> Path:
     """Return the name that both images of a pair share: relative to their folder, without the suffix."""
-    return path.relative_to(folder).with_suffix("")
+    return without_suffix(path.relative_to(folder))
 
 
 def by_name(folders: Mapping[str, Path]) -> dict[str, dict[Path, Path]]:
@@ -427,8 +472,8 @@ def named_images(
 class ImageCache:
     """Decoded and resized images that all processes share: of a file in a folder, else of plain memory.
 
-    They take a byte a channel or, in a domain with a value range, 16 bits a pixel. An image counts as cached if its checksum
-    is right, so a half-written one does no harm.
+    They take a byte a channel; in a domain with a value range 16 bits a pixel, and 16 a channel where these are not 1 or 3.
+    An image counts as cached if its checksum is right, so a half-written one does no harm.
     """
 
     def __init__(
@@ -438,43 +483,51 @@ class ImageCache:
         channels: int,
         folder: Path | None,
         value_range: ValueRange | None = None,
+        resample: str = images.RESAMPLE[0],
     ):
-        self.mode = "F" if value_range else "RGB" if channels == 3 else "L"
-        dtype = torch.uint16 if value_range else torch.uint8
+        self.channels = channels
+        self.is_8_bit = value_range is None and channels in (1, 3)
+        dtype = torch.uint8 if self.is_8_bit else torch.uint16
         start = 8 * len(paths)
         total = start + len(paths) * bytes_in_cache(size, channels, value_range)
         if folder:
-            facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]  # changed: a new file
-            described = [size, channels, facts, *([value_range] if value_range else [])]
+            stats = [file_of(path).stat() for path in paths]
+            facts = [(str(path), x.st_size, x.st_mtime_ns) for path, x in zip(paths, stats, strict=True)]
+            # of other facts, or an image that has changed, it is a new file
+            described = ["planes", resample, size, channels, facts, *([value_range] if value_range else [])]
             name = hashlib.sha256(repr(described).encode()).hexdigest()[:20]
-            memory = _map_file(folder / f"{name}.{'uint16' if value_range else 'uint8'}", total)
+            memory = _map_file(folder / f"{name}.{'uint8' if self.is_8_bit else 'uint16'}", total)
         else:
             memory = mmap.mmap(-1, total)
         values = torch.frombuffer(memory, dtype=torch.uint8)
         self.checksums = values[:start].view(torch.int64)  # CRC32 of the image + 1; 0: not cached
-        self.pixels = values[start:].view(dtype).view(len(paths), *size, -1)
+        self.pixels = values[start:].view(dtype).view(len(paths), -1, *size)
 
-    def get(self, i: int) -> Image.Image | None:
-        pixels = self.pixels[i].numpy()
-        if self.checksums[i] != zlib.crc32(pixels) + 1:
+    def get(self, i: int) -> Tensor | None:
+        """Return the pixels of an image, (channels, H, W), as they were put; None if it is not cached."""
+        pixels = self.pixels[i]
+        if self.checksums[i] != zlib.crc32(pixels.numpy()) + 1:
             return None
-        image = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-        return Image.fromarray(image / np.float32(257) if self.mode == "F" else image)  # copies
+        return pixels if self.is_8_bit else (pixels.float() / 257).expand(self.channels, -1, -1)
 
-    def put(self, i: int, image: Image.Image) -> None:
-        """Keep an image; one of another mode than the domain's other images is not cached."""
-        if image.mode != self.mode:
+    def put(self, i: int, pixels: Tensor) -> None:
+        """Keep the pixels of an image; one of another type than the domain's other images is not cached."""
+        if pixels.is_floating_point() == self.is_8_bit:
             return
-        values = np.asarray(image)
-        if self.mode == "F":
-            values = (values.clip(0, 255) * np.float32(257)).round()
-        pixels: Any = np.array(values, np.uint16 if self.mode == "F" else np.uint8).reshape(self.pixels.shape[1:])
-        self.pixels[i] = torch.from_numpy(pixels)
-        self.checksums[i] = zlib.crc32(pixels) + 1
+        if not self.is_8_bit:
+            planes = self.pixels.shape[1]
+            if planes < len(pixels) and pixels.stride(0):  # not one grey plane that is seen several times
+                images.warn_once("--cache: colours of more than 8 bits are not kept, but read each time")
+                return
+            pixels = (pixels[:planes] * 257).round().to(torch.uint16)
+        self.pixels[i] = pixels
+        self.checksums[i] = zlib.crc32(self.pixels[i].numpy()) + 1
 
 
 def bytes_in_cache(size: tuple[int, int], channels: int, value_range: ValueRange | None) -> int:
     """Return what an image takes in a cache."""
+    if channels not in (1, 3):
+        return math.prod(size) * 2 * channels
     return math.prod(size) * (2 if value_range else channels)
 
 
@@ -512,6 +565,8 @@ def open_caches(kind: str, dataset: UnpairedDataset, folder: Path) -> dict[str, 
         raise InputError(f"--cache ram: needs {total / 2**30:.2f} GiB, {free / 2**30:.2f} are free; use --cache disk")
     where = folder / ".cache" if kind == "disk" else None
     return {
-        domain: ImageCache(paths, dataset.load_size, dataset.channels, where, ranges[domain])
+        domain: ImageCache(
+            paths, dataset.load_size, dataset.channels, where, ranges[domain], dataset.resamples.get(domain, "bicubic")
+        )
         for domain, paths in dataset.paths.items()
     }

@@ -33,7 +33,8 @@ from toolkit import checkpoints, cli, devices, report
 from toolkit.checkpoints import RUNS, Checkpoint
 from toolkit.config import RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
 from toolkit.files import sha256
-from toolkit.images import PREPROCESS, limit_pixels
+from toolkit.images import PREPROCESS, RESAMPLE, limit_pixels
+from toolkit.pages import CHOICES, use_pages
 from toolkit.inference import check_together
 from toolkit.monitor import cyclegan_rows
 from toolkit.process import command
@@ -371,6 +372,11 @@ def inherit(args: Namespace, teacher: Teacher) -> Namespace:
     old |= {f"range_{domain}": range_in_text(limits) for domain, limits in ranges_of(teacher.metadata).items()}
     if teacher.metadata.get("preprocess") in PREPROCESS:
         old["preprocess"] = teacher.metadata["preprocess"]
+    if teacher.metadata.get("pages") in CHOICES:
+        old["pages"] = teacher.metadata["pages"]
+    for name in ("resample_A", "resample_B"):
+        if teacher.metadata.get(name) in RESAMPLE:
+            old[name] = teacher.metadata[name]
     if "num_epochs" in args.given:
         old["decay_epoch"] = None  # half of the new number
     channels = next(iter(teacher.networks.values())).config.channels
@@ -460,6 +466,7 @@ def make_run(
 def write_report(config: TrainConfig, distillation: DistillationConfig, teacher: Teacher, device: torch.device) -> None:
     """Compare teacher, student, and the student from scratch where it exists."""
     limit_pixels(1e6 * config.data.max_megapixels)
+    use_pages(config.data.pages)
     report.Report(
         teacher.networks,
         teacher.path,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.layers import InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
+from toolkit.layers import Conv3x3, InstanceNorm2d, ReflectionPad2d, ThinConv2d, reflection_pad
 from utils import InputError, check_options, option
 
 NORMS = ("instance", "instance_affine", "batch", "group", "none")
@@ -80,7 +80,7 @@ class GeneratorConfig:
     """
 
     generator: str = option("resnet", "architecture of the generators", choices=("resnet", "unet_vit"))
-    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    channels: int = field(default=3, metadata={"least": 1, "most": 16})  # the option is DataConfig's
     ngf: int = option(64, "channels of the first layer of a resnet", least=1, most=4096)
     num_residual: int = option(9, "residual blocks of a resnet", least=0, most=1000)
     n_downsampling: int = option(2, "downsampling layers of a resnet, and as many upsampling ones", least=0, most=4)
@@ -156,7 +156,7 @@ class DiscriminatorConfig:
     """
 
     discriminator: str = option("patch", "judge overlapping patches, or single pixels", choices=("patch", "pixel"))
-    channels: int = field(default=3, metadata={"choices": (3, 1)})  # the option is DataConfig's
+    channels: int = field(default=3, metadata={"least": 1, "most": 16})  # the option is DataConfig's
     ndf: int = option(64, "channels of the discriminators' first layer", least=1, most=4096)
     n_layers: int = option(3, "strided layers: 1-5 see 16 34 70 142 286 px", least=1, most=16, flag="n_layers_D")
     max_mult: int = option(8, "channels grow up to this times --ndf", least=1, most=4096, flag="max_mult_D")
@@ -203,7 +203,7 @@ def upsample_layers(config: GeneratorConfig, width_in: int, width_out: int, bias
     if config.upsample == "deconv":
         return [nn.ConvTranspose2d(width_in, width_out, 3, 2, 1, output_padding=1, bias=bias)]
     resize = nn.Upsample(scale_factor=2, mode=config.resize_mode)
-    return [resize, PADDINGS[config.resize_padding](1), nn.Conv2d(width_in, width_out, 3, bias=bias)]
+    return [resize, PADDINGS[config.resize_padding](1), Conv3x3(width_in, width_out, bias)]
 
 
 def with_norm(norm: str, width: int, *layers: nn.Module) -> nn.Sequential:
@@ -217,8 +217,8 @@ class ResnetBlock(nn.Module):
     def __init__(self, width: int, norm: str):
         super().__init__()
         bias = norm != "batch"  # a batch norm has its own shift
-        first = with_norm(norm, width, ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias))
-        second = [ReflectionPad2d(1), nn.Conv2d(width, width, 3, bias=bias), norm_layer(norm, width)]
+        first = with_norm(norm, width, ReflectionPad2d(1), Conv3x3(width, width, bias=bias))
+        second = [ReflectionPad2d(1), Conv3x3(width, width, bias=bias), norm_layer(norm, width)]
         self.body = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -361,8 +361,8 @@ class Position(nn.Module):
             centres.append(steps / (n - 1) - 1 if self.end_to_end else (steps + 1) / n - 1)
         grid = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # (H * W, 2)
         tokens = x.flatten(2).transpose(1, 2)
-        waves = torch.sin(self.waves(grid))
-        return self.mix(torch.cat([tokens, waves.expand(len(x), -1, -1).to(tokens.dtype)], dim=-1))
+        waves = torch.sin(self.waves(grid)).expand(x.shape[0], -1, -1)  # len(x) would be a constant in an export
+        return self.mix(torch.cat([tokens, waves.to(tokens.dtype)], dim=-1))
 
 
 def double_conv(width_in: int, width: int, width_out: int, norm: str, slope: float) -> nn.Sequential:

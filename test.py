@@ -3,6 +3,7 @@
 python test.py --dataset_name horse2zebra
 python test.py --run_name horse2zebra --input photos --direction AtoB --scale native
 python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input photo.jpg
+python test.py --weights saved_models/horse2zebra/G_AB.safetensors --input clip.mp4
 """
 
 import toolkit.startup  # noqa: F401, I001  (must come before torch)
@@ -20,12 +21,22 @@ from torch import Tensor
 import datasets
 from cyclegan import LossConfig
 from models import Direction, Networks
-from toolkit import cli, files, gallery, images, metrics, process
+from toolkit import cli, files, gallery, images, metrics, outputs, process, video
 from toolkit.checkpoints import IMAGES
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.gallery import Result
-from toolkit.inference import Inputs, Translator, load_networks, plan_results, translate_folder
+from toolkit.inference import (
+    Inputs,
+    Translator,
+    load_networks,
+    plan_results,
+    refuse_existing,
+    translate_file,
+    translate_folder,
+)
+from toolkit.pages import CHOICES, file_of, use_pages
+from toolkit.readers import INSTALL
 from toolkit.values import ValueRange, parse_range, range_option
 from utils import (
     InputError,
@@ -38,6 +49,7 @@ from utils import (
     option,
     say,
     some_of,
+    warn,
 )
 
 METRICS = metrics.MEASURES + ("fid", "kid")
@@ -55,7 +67,7 @@ class TestConfig(DeviceConfig):
     assume: tuple[str, ...] = ASSUME
     dataset_name: str | None = option(None, "data set to translate (default: the run's)", parse=folder_name)
     data_root: Path | None = option(None, "folder that contains the data sets (default: the run's)")
-    input: Path | None = option(None, "images of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
+    input: Path | None = option(None, "images or clips of one domain, instead of a data set", metavar="FILE_OR_FOLDER")
     num_test: int | None = option(None, "translate only the first N images (default: all)", least=1)
     direction: str | None = option(
         None, "which way (default: both; with --input one)", choices=("both", "AtoB", "BtoA")
@@ -65,13 +77,26 @@ class TestConfig(DeviceConfig):
     tile: int | None = option(None, "native scale in tiles of N px a side (default: whole)", least=16, most=2**16)
     output_size: str = option("input", "size of the results: the input's or the network's", choices=("input", "net"))
     output: Path = option(
-        None, "folder for the results (default: generated_images/RUN/test or translated)", metavar="DIR"
+        None,
+        "folder for the results (default: generated_images/RUN/test or translated); of one --input also a new image file",
+        metavar="DIR_OR_FILE",
     )
+    format: str = option(
+        None,
+        "of the translations; same: that of the input; tif and npy hold the units of a domain with a value range"
+        " (default: png)",
+        choices=outputs.CHOICES,
+    )
+    keep_alpha: bool = option(False, "give translations the transparency of their inputs")
+    fps: float = option(25.0, "images a second in --output FILE.mp4, of the images of --input", above=0, most=1000)
     skip_existing: bool = option(False, "keep earlier results, and leave out images that have just these already")
     metrics: list[str] = option([], f"some of {','.join(METRICS)} (default: none)", parse=some_of(METRICS))
     inception_weights: Path | None = option(None, "weights for fid and kid (default: download)", metavar="FILE")
     range_A: str = range_option("A", "that of the weights")
     range_B: str = range_option("B", "that of the weights")
+    pages: str | None = option(
+        None, "of a file of several images, use the first or all (default: the run's)", choices=CHOICES
+    )
     max_megapixels: float = datasets.MAX_MEGAPIXELS
     on_bad_image: str = datasets.ON_BAD_IMAGE
 
@@ -79,6 +104,16 @@ class TestConfig(DeviceConfig):
     def ranges(self) -> dict[str, ValueRange | None]:
         """The value ranges that were given, by domain."""
         return {"A": parse_range(self.range_A), "B": parse_range(self.range_B)}
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether --output names an image file, not a folder."""
+        return names_a_file(self.output)
+
+
+def names_a_file(output: Path) -> bool:
+    """Whether a path is that of an image file, of a kind that can be written, unless there is a folder of that name."""
+    return output.suffix.lower() in outputs.KINDS and not output.is_dir()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -92,12 +127,31 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--inception_weights: has no effect without --metrics fid or kid; give both or none")
     if args.tile and args.scale == "train":
         parser.error("--tile: cuts images at their own size, and --scale train resizes them; leave one of them out")
+    if args.output and names_a_file(args.output):
+        refuse_with_one_file(parser, args)
+    if args.format == "npy" and {"paired", "fid", "kid"} & set(args.metrics):
+        parser.error("--format npy: paired, fid and kid compare image files; leave it or --metrics out")
+    if args.keep_alpha and args.format in ("jpg", "npy"):
+        parser.error(f"--keep_alpha: {args.format} files have no transparency; take --format png, tif or same")
+    args.format = args.format or "png"
+    if "fps" in args.given and not (args.output and video.is_clip(args.output)):
+        parser.error("--fps: has no effect without --output FILE.mp4; give both or none")
     args.run_name = args.weights.stem if args.weights else args.run_name or args.dataset_name or "horse2zebra"
     args.output = args.output or IMAGES / args.run_name / ("translated" if args.input else "test")
     args.scale = args.scale or ("native" if args.tile else "train")
     if args.round_trip is None:
         args.round_trip = args.input is None
     return args
+
+
+def refuse_with_one_file(parser: cli.Parser, args: Namespace) -> None:
+    """Refuse what contradicts an --output that is one image file."""
+    if not args.input:
+        parser.error(f"--output {args.output}: one image file needs --input with one image; give a folder")
+    cli.refuse_both(parser, args, *(("output", name) for name in ("format", "skip_existing", "round_trip")))
+    if args.direction == "both":
+        parser.error(f"--output {args.output}: one file holds one direction; give AtoB or BtoA")
+    refuse_existing(args.output)
 
 
 def choose_directions(
@@ -111,7 +165,11 @@ def choose_directions(
         other = "; --direction chooses the other way" if translator.directions[1:] else ""
         say(f"--input {config.input}: translates {translator.directions[0]}{other}")
         return translator.directions[:1]
-    found = [way for way in translator.directions if config.input or images.list_images(dataset / f"test{way.source}")]
+    found = [
+        way
+        for way in translator.directions
+        if config.input or images.list_images(datasets.split_folder(dataset, f"test{way.source}"))
+    ]
     if config.direction is None and 0 < len(found) < len(translator.directions):
         say(f"{dataset}: has test images of {found[0].source} alone, so {found[0]} is all that is translated")
         return found
@@ -140,16 +198,18 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     """Return the images to translate; those of a data set with the test images of the same names in the target domain."""
     if config.input:
         root = config.input.parent if config.input.is_file() else config.input
-        paths = [config.input] if config.input.is_file() else images.list_images(root)
+        expected = video.SUFFIXES
+        is_file = config.input.is_file()
+        paths = images.with_pages(config.input, [config.input]) if is_file else images.list_images(root, expected)
     else:
-        root = dataset / f"test{direction.source}"
-        paths = datasets.split_images(dataset, root.name)
+        root = datasets.split_folder(dataset, f"test{direction.source}")
+        paths = datasets.split_images(dataset, f"test{direction.source}")
     if not paths:
         raise InputError(f"--input {config.input}: no image there; expected {images.EXPECTED}")
     paths = images.BadImages(root, len(paths), config.on_bad_image).readable(paths)[: config.num_test]
     if config.input:
         return Inputs(root, paths, config.on_bad_image)
-    target = dataset / f"test{direction.target}"
+    target = datasets.split_folder(dataset, f"test{direction.target}")
     if not images.list_images(target):
         return Inputs(root, paths, config.on_bad_image)
     found = datasets.by_name({direction.source: root, direction.target: target})
@@ -158,8 +218,56 @@ def find_inputs(config: TestConfig, dataset: Path, direction: Direction) -> Inpu
     for path in paths:
         same = target / path.relative_to(root)  # 0.png before 0.bmp for 0.png
         name = names.get(path, datasets.pair_name(path, root))
-        truths[path] = same if same.is_file() else found[direction.target].get(name)
+        truths[path] = same if file_of(same).is_file() else found[direction.target].get(name)
     return Inputs(root, paths, config.on_bad_image, {path: truth for path, truth in truths.items() if truth})
+
+
+def translate_videos(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], settings: dict
+) -> bool:
+    """Translate the clips of --input, or its images into one clip; returns whether images are left to be translated."""
+    clips = video.list_clips(config.input) if config.input else []
+    to_file = video.is_clip(config.output)
+    if not clips and not to_file:
+        return True
+    root = config.input if config.input and config.input.is_dir() else Path(config.input or "").parent
+    has_images = config.input not in clips and bool(images.list_images(root, video.SUFFIXES))
+    if translator.channels not in (1, 3):
+        raise InputError(f"--input {config.input}: video has 3 channels, the networks {translator.channels}")
+    missing = video.missing_package()
+    if missing and has_images and not to_file:
+        warn(f"{config.input}: leaves out {counted(len(clips), 'clip')}: {missing}")
+        return True
+    if missing:
+        raise InputError(f"--input {config.input}: {missing}")
+    if config.round_trip:
+        warn("--round_trip: is of images alone, clips are translated one way")
+    if to_file:
+        translate_to_file(config, translator, directions, clips)
+        return False
+    with gallery.open_results(config.output, settings) as folder:
+        for direction in directions:
+            inputs = Inputs(root, clips, config.on_bad_image)
+            video.translate_clips(translator, direction, inputs, folder, config.num_test, config.skip_existing)
+    return has_images
+
+
+def translate_to_file(
+    config: TestConfig, translator: Translator, directions: Sequence[Direction], clips: Sequence[Path]
+) -> None:
+    """Write --output FILE.mp4: a translated clip, or the translated images of a folder."""
+    name = config.output
+    if not config.input or directions[1:] or (clips and clips != [config.input]):
+        raise InputError(f"--output {name}: takes one clip or one folder of images, one way; or choose a folder for it")
+    if name.suffix.lower() not in video.WRITTEN:
+        raise InputError(f"--output {name}: video is written as {', '.join(video.WRITTEN)}; choose one of them")
+    if name.exists():
+        raise InputError(f"--output {name}: exists already; move it away, or choose another name")
+    if clips:
+        video.translate_clip_to(translator, directions[0], config.input, name, config.num_test)
+    else:
+        inputs = find_inputs(config, Path(), directions[0])
+        video.video_of_images(translator, directions[0], inputs, name, config.fps)
 
 
 def plan(
@@ -168,8 +276,19 @@ def plan(
     """Return the results that the inputs of a direction will have; photos never replace the results of others."""
     _, back = translator.generators(direction)
     others = folder.inputs(direction) if config.input else {}
-    has_range = direction.target in translator.ranges
-    return plan_results(direction, inputs, config.round_trip and back is not None, others, has_range)
+    value_range = translator.ranges.get(direction.target)
+    round_trip = config.round_trip and back is not None
+    in_colour = translator.is_in_colour(direction.target)
+    return plan_results(direction, inputs, round_trip, others, value_range, config.format, in_colour)
+
+
+def write_file(config: TestConfig, translator: Translator, direction: Direction, inputs: Inputs) -> dict:
+    """Translate the only input into the file --output; returns no scores."""
+    if len(inputs.paths) > 1:
+        raise InputError(f"--output {config.output}: one file for {len(inputs.paths)} images; give a folder")
+    translate_file(translator, direction, inputs.paths[0], config.output, config.keep_alpha)
+    say(f"{inputs.paths[0]}: translated; open {config.output}")
+    return {}
 
 
 def check_metrics(config: TestConfig, networks: Networks, dataset: Path, inputs: Mapping[Direction, Inputs]) -> None:
@@ -229,7 +348,7 @@ class Scorer:
         size = self.translator.size or (299, 299)  # Inception resizes to 299
         files = [self.config.output / result.files[f"fake_{direction.target}"] for result in results]
         reader = dataclasses.replace(self.translator.reader(direction.target, size), channels=3)
-        fakes = metrics.ImageFiles(files, dataclasses.replace(reader, value_range=None))  # PNGs of 8 bits
+        fakes = metrics.ImageFiles(files, reader)
         weights = self.config.inception_weights
         tables = {}
         for split in (f"test{direction.target}", f"train{direction.target}"):
@@ -274,7 +393,7 @@ class Scorer:
         if value_range is None:
             return images.range_to_bytes(images.load_image(self.config.output / result.files[folder], size, channels))
         sources: dict[str, Any] = {"real": result.input, "truth": result.truth}
-        sources["fake"] = self.config.output / str(result.values)
+        sources["fake"] = self.config.output / (result.values or result.files[folder])
         return (images.ImageReader(size, channels, value_range)(sources[folder[:-2]]) + 1) * 127.5
 
     def mean_image(self, domain: str, size: Any) -> Tensor:
@@ -283,7 +402,10 @@ class Scorer:
         paths = datasets.split_images(self.dataset, split)
         mean = torch.zeros(self.translator.channels, *size, dtype=torch.float64)
         read = images.load_images(
-            self.dataset / split, paths, self.translator.reader(domain, size), self.config.on_bad_image
+            datasets.split_folder(self.dataset, split),
+            paths,
+            self.translator.reader(domain, size),
+            self.config.on_bad_image,
         )
         for count, (_, x) in enumerate(read, start=1):
             mean += (images.range_to_bytes(x) - mean) / count
@@ -301,10 +423,10 @@ class Scorer:
     def readable(self, split: str, most: int | None = None) -> list[Path]:
         """List the images of a split that can be read to their end, and are large enough; the others are named."""
         paths = datasets.split_images(self.dataset, split, most)
-        bad = images.BadImages(self.dataset / split, len(paths), self.config.on_bad_image)
+        bad = images.BadImages(datasets.split_folder(self.dataset, split), len(paths), self.config.on_bad_image)
 
         def read(path: Path) -> None:
-            image = images.read_image(path, value_range=self.translator.ranges.get(split[-1]))
+            image = images.read_image(path, self.translator.channels, self.translator.ranges.get(split[-1]))
             if self.size is None and min(image.size) < self.translator.smallest_side:
                 raise images.UnreadableImage(f"{image.width}x{image.height} px, too small for the generator")
 
@@ -323,6 +445,16 @@ def score_lines(scores: dict) -> list[str]:
         for table in tables:
             lines += metrics.format_table(table)
     return lines
+
+
+def all_settings(
+    config: TestConfig, translator: Translator, dataset_name: str | None, domains: Sequence[str]
+) -> dict[str, Any]:
+    """Return, as plain values, all that results depend on besides their input."""
+    settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
+    settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
+    settings |= {"format": config.format} if config.format != "png" else {}
+    return settings | ({"keep_alpha": True} if config.keep_alpha else {})
 
 
 @process.command
@@ -347,19 +479,27 @@ def main(argv: Sequence[str] | None = None) -> dict:
         config.output_size,
         config.ranges,
     )
+    use_pages(config.pages or (metadata["pages"] if metadata.get("pages") in CHOICES else CHOICES[0]))
+    if translator.channels not in (1, 3) or translator.metadata.get("colours"):
+        need_package("tifffile", f"translations of {translator.channels} bands", INSTALL)
     dataset_name, dataset = choose_dataset(config, metadata)
     directions = choose_directions(config, asked, translator, dataset)
+    domains = name_domains(dataset_name, dataset, metadata)
+    settings = all_settings(config, translator, dataset_name, domains)
+    if not translate_videos(config, translator, directions, settings):
+        return {}
     inputs = {direction: find_inputs(config, dataset, direction) for direction in directions}
     check_metrics(config, networks, dataset, inputs)
-    domains = name_domains(dataset_name, dataset, metadata)
-    settings: dict[str, Any] = {"network": str(config.weights or config.run_name), "domains": list(domains)}
-    settings |= {"dataset_name": None if config.input else dataset_name} | translator.settings()
+    if config.is_one_file:
+        return write_file(config, translator, directions[0], inputs[directions[0]])
     keep = config.skip_existing or config.input is not None  # results of photos add up
     with gallery.open_results(config.output, settings) as folder:
         planned = {direction: plan(config, translator, direction, found, folder) for direction, found in inputs.items()}
         folder.claim(planned.values(), keep, bool(config.metrics))
         results = {
-            direction: translate_folder(translator, direction, found, planned[direction], folder, config.skip_existing)
+            direction: translate_folder(
+                translator, direction, found, planned[direction], folder, config.skip_existing, config.keep_alpha
+            )
             for direction, found in inputs.items()
         }
         folder.write_page([])  # now, since scores may fail

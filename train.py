@@ -26,8 +26,10 @@ from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, Networks
 from toolkit import checkpoints, cli, devices, files, metrics, synthetic
 from toolkit.checkpoints import IMAGES, RUNS, Checkpoint, CheckpointSaver
 from toolkit.config import FIXED_OPTIONS, NETWORK_CONFIGS, OPTIONS_OF, RUN_CONFIGS, SHARED_CONFIGS, TrainConfig
-from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank
-from toolkit.images import limit_pixels
+from toolkit.distributed import first_rank, first_rank_first, gather, leave_ranks, max_over_ranks, rank, world_size
+from toolkit.executor import pick_memory_format
+from toolkit.images import WHOLE, limit_pixels, list_images
+from toolkit.pages import use_pages
 from toolkit.monitor import Monitor, command_line, cyclegan_rows, load_samples, load_watched, say_duration
 from toolkit.process import StopRequest, command
 from toolkit.values import ValueRange, range_in_text
@@ -60,10 +62,12 @@ class Run:
         self.data = data
         self.monitor = monitor
         domains = list(monitor.domains)
-        self.facts = {"stage": command_name, "args": config.flags, "domains": domains, **facts}
+        self.facts = {"stage": command_name, "args": config.flags, "domains": domains, "colours": data.colours, **facts}
         metadata: dict[str, Any] = {name: str(config.flags[name]) for name in ("run_name", "dataset_name", "data_root")}
         images: dict[str, Any] = {f"range_{domain}": limits for domain, limits in config.data.ranges.items() if limits}
         images |= {"size": list(config.data.size), "preprocess": config.data.preprocess}
+        images |= {"colours": data.colours, "pages": config.data.pages}
+        images |= {f"resample_{domain}": kind for domain, kind in config.data.resamples.items()}
         self.saver = CheckpointSaver(
             RUNS / config.run.run_name,
             metadata | {"stage": command_name, "domains": domains, **images},
@@ -213,6 +217,8 @@ class Run:
             if not 0 <= micro_batch_size < 2**63:  # as Tensor.split takes
                 raise ValueError(f"micro_batch_size {micro_batch_size}")
             self.model.executor.micro_batch_size = micro_batch_size
+            if "memory_format" in self.config.given and self.config.executor.memory_format != "auto":
+                self.model.set_memory_format(self.config.executor.memory_format)
             self.monitor.meter.load_state_dict(own["meter"], self.model.device)
             self.epoch = int(state["epoch"])
             self.step_in_epoch = int(state["step_in_epoch"])
@@ -222,7 +228,9 @@ class Run:
         except Exception as error:  # an edited file can raise anything
             raise checkpoints.unusable(path, error) from error
         for domain, buffer in self.model.buffers.items():
-            if any(image.shape != (self.config.data.channels, *self.config.data.size) for image in buffer.images):
+            expected = (self.config.data.channels, *self.config.data.size)
+            are_whole = self.config.data.preprocess in WHOLE  # of any size
+            if not are_whole and any(image.shape != expected for image in buffer.images):
                 buffer.images = []
                 say(f"image buffer of {domain} starts empty: the image size has changed")
         say(f"resuming after epoch {self.epoch}, step {self.finished_steps} of {path}")
@@ -277,10 +285,17 @@ class Run:
         best_by = self.config.run.best_by
         if self.best:
             losses = vars(self.config.loss) if self.best["metric"] == "loss_G" else ()
-            now = {
-                name: self.config.flags[name]
-                for name in ("dataset_name", "img_height", "img_width", "preprocess", "range_A", "range_B", *losses)
-            }
+            read_by = (
+                "img_height",
+                "img_width",
+                "preprocess",
+                "pages",
+                "range_A",
+                "range_B",
+                "resample_A",
+                "resample_B",
+            )
+            now = {name: self.config.flags[name] for name in ("dataset_name", *read_by, *losses)}
             changed = [f"--{name}" for name, value in now.items() if args.get(name, value) != value]
             if self.data.held_out and self.best.get("images", self.held_out_images) != self.held_out_images:
                 changed.append("held-out images")
@@ -359,7 +374,15 @@ class Run:
             raise SystemExit(128 + signum)
         done = f"{counted(self.epoch, 'epoch')}, {counted(self.finished_steps, 'step')}"
         grid = self.monitor.images / f"epoch_{self.epoch:04d}.png"
-        say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name)}")
+        say(f"done: {done}; see {grid}, then: {command_line('test.py', '--run_name', name, *self.inputs_to_test())}")
+
+    def inputs_to_test(self) -> list[str]:
+        """Return what test.py needs to be told of a data set without test images: to translate those of training."""
+        folder = datasets.find_dataset(self.config.data.data_root, self.config.data.dataset_name)
+        tests = [datasets.split_folder(folder, f"test{domain}") for domain in "AB"]
+        if any(map(list_images, tests)):
+            return []
+        return ["--input", str(datasets.split_folder(folder, "trainA"))]
 
 
 # -- Building a run --------------------------------------------------------------------------------
@@ -368,6 +391,7 @@ def load_data(config: TrainConfig, device: torch.device, measure: bool) -> Train
     name = config.data.dataset_name
     root = config.data.data_root
     limit_pixels(1e6 * config.data.max_megapixels)
+    use_pages(config.data.pages)
     with first_rank_first():
         if name == datasets.DEMO and not (root / name).exists():
             synthetic.draw_dataset(root)
@@ -417,7 +441,7 @@ def make_model(
         module.to(device)
     seed = config.run.seed
     torch.manual_seed(seed + rank())  # the weights are equal on all ranks; from here each draws its own numbers
-    return CycleGAN(
+    model = CycleGAN(
         networks,
         config.loss,
         config.optim,
@@ -427,6 +451,22 @@ def make_model(
         adapters=adapters,
         objective=objective,
     )
+    model.set_memory_format(choose_memory_format(config, model))
+    return model
+
+
+def choose_memory_format(config: TrainConfig, model: CycleGAN) -> str:
+    """Return the memory format of a run: as given, as its state has it (until that is loaded: contiguous), or as measured."""
+    asked = config.executor.memory_format
+    if asked != "auto":
+        return asked
+    if config.run.start_from != "0" or config.run.deterministic:  # measured times differ from run to run
+        return "contiguous"
+    executor = model.executor
+    size = executor.micro_batch_size or config.data.batch_size // world_size()
+    shape = (size, config.data.channels, *config.data.size)
+    in_order = executor.in_order or executor.micro_batch_size > 0
+    return pick_memory_format(model.networks["G_AB"], model.networks["D_B"], shape, model.precision, in_order)
 
 
 def make_monitor(config: TrainConfig, terms: Sequence[str], draw_rows: Callable) -> Monitor:

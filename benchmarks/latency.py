@@ -20,6 +20,7 @@ from common import markdown_table
 import export
 from models import Direction
 from toolkit import cli, devices, process
+from toolkit.runtimes import open_session
 from toolkit.weights import load_generator
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def main(argv=None):
     for file in args.files:
         net, metadata = load_generator(file)
         model = export.onnx_bytes(net, Direction.named(metadata["direction"] or "AtoB"), metadata)
-        runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": export.open_session(model)}
+        runs = {"PyTorch fp32": net, "PyTorch bf16": in_bf16(net), "onnxruntime": open_session(model)}
         size = metadata["size"] or (256, 256)
         difference = max(export.largest_differences(net, runs["onnxruntime"], size).values())
         parameters = sum(p.numel() for p in net.parameters())

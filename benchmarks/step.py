@@ -139,10 +139,13 @@ class Reference:
 
 
 class Ours:
-    def __init__(self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool):
+    def __init__(
+        self, config: argparse.Namespace, device: torch.device, precision: str, compiled: bool, layout: str = "auto"
+    ):
         argv = ["--img_height", config.size, "--img_width", config.size, "--batch_size", config.batch]
         argv += ["--ngf", config.ngf, "--num_residual", config.blocks]
         argv += ["--ndf", config.ngf, "--n_layers_D", config.n_layers_D, "--precision", precision]
+        argv += ["--memory_format", layout]
         if compiled:
             argv.append("--compile")
         self.model = build_model(train_config(argv), device)
@@ -151,24 +154,17 @@ class Ours:
         return self.model.step(real_A, real_B)
 
 
-def channels_last(config: argparse.Namespace, device: torch.device, precision: str) -> Ours:
-    """Our step with networks in the channels_last memory format."""
-    variant = Ours(config, device, precision, False)
-    for net in variant.model.networks.values():
-        net.to(memory_format=torch.channels_last)
-    return variant
-
-
 def make_variants(config: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
     """Functions that build what is compared, by name."""
     variants = {"reference": lambda: Reference(config, device)}
     for precision in config.precisions:
-        variants[precision] = lambda precision=precision: Ours(config, device, precision, False)
+        layout = "contiguous" if config.choices else "auto"
+        variants[precision] = lambda precision=precision, layout=layout: Ours(config, device, precision, False, layout)
         if config.compile:
             variants[f"{precision} compiled"] = lambda precision=precision: Ours(config, device, precision, True)
         if config.choices:
-            variants[f"{precision} channels_last"] = lambda precision=precision: channels_last(
-                config, device, precision
+            variants[f"{precision} channels_last"] = lambda precision=precision: Ours(
+                config, device, precision, False, "channels_last"
             )
     return variants
 
@@ -379,7 +375,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n_layers_D", type=int, default=3, help="strided layers of the discriminators")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"], help="values of --precision")
     parser.add_argument("--compile", action="store_true", help="also measure with --compile")
-    parser.add_argument("--choices", action="store_true", help="also measure channels_last")
+    parser.add_argument(
+        "--choices", action="store_true", help="compare the memory formats contiguous and channels_last"
+    )
     parser.add_argument("--untried", action="store_true", help="switch off the benchmark mode of cuDNN")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
     parser.add_argument("--warm", type=int, default=2, help="steps of each variant before the timed ones")

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Open a network that export.py wrote.
 
-    returns: the session, and from its metadata "channels", "size", (height, width) in px or None, and "preprocess"
+    returns: the session, and from its metadata "channels", "size", (height, width) in px or None, "preprocess" and "resample"
     raises:  ValueError for any other file
     """
     if not Path(path).is_file():
@@ -31,7 +31,10 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
         if facts["size"] is not None:
             height, width = facts["size"]
             facts["size"] = (int(height), int(width))
-        kept = {"preprocess": facts.get("preprocess", "resize_and_crop")}  # older files do not say it
+        kept = {
+            "preprocess": facts.get("preprocess", "resize_and_crop"),
+            "resample": facts.get("resample"),
+        }  # since 0.2
         return session, {"channels": facts["channels"], "size": facts["size"]} | kept
     except Exception as error:  # onnxruntime has a dozen kinds of errors; other networks have other metadata
         raise ValueError(f"{path}: not a network written by export.py; make one with: python export.py") from error
@@ -60,6 +63,8 @@ def open_image(path: str, channels: int) -> Image.Image:
 
     raises: ValueError if it cannot be read, or if it has 16 or 32 bits, which test.py scales to 8
     """
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: the model translates images of {channels} bands; use test.py")
     try:
         with Image.open(path) as file:
             file.filename = ""  # else Pillow maps the file, and turns some TIFF files into stripes
@@ -89,13 +94,19 @@ def network_size(image: Image.Image, facts: dict) -> tuple[int, int]:
         return image.size
     height, width = facts["size"]
     factors = {
-        "scale_width_and_crop": width / image.width,
-        "scale_shortside_and_crop": max(width / image.width, height / image.height),
+        "none": 1.0,
+        "scale_width": width / image.width,
+        "scale_shortside": max(width / image.width, height / image.height),
     }
-    if facts["preprocess"] not in factors:  # the image is stretched
+    kind = facts["preprocess"].removesuffix("_and_crop")
+    if kind not in factors:  # the image is stretched
         return width, height
-    factor = factors[facts["preprocess"]]
-    return max(1, round(factor * image.width)), max(1, round(factor * image.height))
+    factor = factors[kind]
+    is_whole = kind == facts["preprocess"]  # in training, too
+    if is_whole:
+        factor = max(factor, min(64, height, width) / min(image.size))
+    sides = [max(1, round(factor * side)) for side in image.size]
+    return tuple((side + 2) // 4 * 4 for side in sides) if is_whole else tuple(sides)
 
 
 def translate(model: str, source: str, target: str) -> None:
@@ -112,7 +123,8 @@ def translate(model: str, source: str, target: str) -> None:
             f"{source}: one colour alone, of which normalisation would enlarge rounding errors; use another"
         )
     width, height = network_size(image, facts)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+    resample = Image.Resampling.NEAREST if facts["resample"] == "nearest" else Image.Resampling.BICUBIC
+    pixels = np.asarray(image.resize((width, height), resample), np.float32) / 127.5 - 1
     pixels = pixels.reshape(1, height, width, -1).transpose(0, 3, 1, 2)  # (1, channels, H, W) in [-1, 1]
     try:
         (output,) = session.run(None, {session.get_inputs()[0].name: pixels})

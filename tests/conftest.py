@@ -11,7 +11,7 @@ from PIL import Image
 
 from cyclegan import CycleGAN, LossConfig, OptimConfig
 from models import DIRECTIONS, DiscriminatorConfig, GeneratorConfig, build_discriminator, build_generator
-from toolkit import images
+from toolkit import images, pages, readers
 from toolkit.devices import seed_everything
 from toolkit.executor import ExecutorConfig
 
@@ -96,6 +96,8 @@ def in_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of programs that a test starts; tiny networks gain nothing from more
     monkeypatch.setattr(images, "max_pixels", images.max_pixels)  # what a command sets for its process
+    monkeypatch.setattr(pages, "choice", pages.choice)
+    readers.is_installed.cache_clear()  # of a test in which nothing was installed
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -125,6 +125,10 @@ PAIRS = {
     "Lightning": {"state_dict": LIGHTNING, "optimizer_states": [OPTIMISER], "hyper_parameters": {"lr": 2e-4}},
     "Lightning, compiled": {"state_dict": {**under("genX._orig_mod.", AB), **under("genY._orig_mod.", BA)}},
     "a module in Lightning's": {"state_dict": {**under("model.g_ab.", AB), **under("model.g_ba.", BA)}},
+    "nn.ModuleDict": {**under("generators.AB.", AB), **under("generators.BA.", BA), **under("discriminators.A.", D)},
+    "nn.ModuleDict in a larger module": {
+        "state_dict": under("model.generators.", {**under("A2B.", AB), **under("B2A.", BA)})
+    },
     "averaged beside raw": {"G_AB": BA, "G_BA": AB, "G_AB_ema": AB, "G_BA_ema": BA},
 }
 
@@ -136,12 +140,20 @@ def test_the_networks_of_a_file_are_found_and_the_direction_chooses_one(value):
     assert found("x.ckpt", asked=B_TO_A) == [("BtoA", 1)]
 
 
+SEQUENTIAL = {name.removeprefix("model."): x for name, x in AB.items()}
+NORMALIZE = {"0.mean": torch.zeros(3, 1, 1), "0.std": torch.ones(3, 1, 1)}
 SINGLE = {
     "model": {"model": AB, "optimizer": OPTIMISER},
     "generator": {"generator": AB, "discriminator": D, "generator_optimizer": OPTIMISER},
     "prefix": under("generator.", AB),
     "wrapped": {"state_dict": under("model.", AB)},
-    "nn.Sequential": {name.removeprefix("model."): x for name, x in AB.items()},
+    "nn.Sequential": SEQUENTIAL,
+    "nn.ModuleList of one": under("0.", AB),
+    "nn.Sequential in another": under("0.", SEQUENTIAL),
+    "called net": under("net.", SEQUENTIAL),
+    "FSDP, checkpointed": {
+        f"_fsdp_wrapped_module.{name.replace('10.', '10._checkpoint_wrapped_module.')}": x for name, x in AB.items()
+    },
     "with a number": {**AB, "epoch": 3, "loss": torch.tensor(0.5)},
 }
 AVERAGED = {
@@ -152,6 +164,10 @@ AVERAGED = {
     "WeightAveraging of Lightning": {"state_dict": AB, "current_model_state": BA, "averaging_state": {"steps": 3}},
     "ema-pytorch": {**under("online_model.", BA), **under("ema_model.", AB), "initted": torch.tensor(True)},
     "ema-pytorch beside raw": {"G": BA, "G_ema": {**under("online_model.", BA), **under("ema_model.", AB)}},
+    "torch_ema": {
+        "model": BA,
+        "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": [*AB.values()], "collected_params": None},
+    },
     "AveragedModel beside raw": {"model": BA, "swa_model": {"n_averaged": torch.tensor(3), **under("module.", AB)}},
 }
 
@@ -182,6 +198,22 @@ def test_safetensors_of_other_projects_are_read_like_pickles(state):
         ({"first": AB, "second": BA}, "holds several generators, and no name says which is which: first (pytorch-"),
         ({"G_AB": AB, "old_G_AB": BA}, "holds several generators"),
         ({"D_A": D, "D_B": D}, "holds D_A (a discriminator), D_B (a discriminator); holds a discriminator; expected"),
+        (
+            {**under("0.", AB), **under("1.", BA)},
+            "no name says which is which: 0 (pytorch-CycleGAN-and-pix2pix), 1 (pytorch-",
+        ),
+        (
+            under("generators.", {**under("0.", SEQUENTIAL), **under("1.", SEQUENTIAL)}),
+            "generators.0 (pytorch-CycleGAN-and-pix2pix), generators.1",
+        ),
+        ({**NORMALIZE, **under("1.", AB)}, "holds a network with mean and std of images, which change the values"),
+        ({"mean": torch.zeros(1, 3, 1, 1), **AB}, "holds a network with mean and std of images"),
+        (under("1.", AB), "holds a network behind layers without weights, which may change the values"),
+        ({**under("net.", AB), "vgg.0.weight": torch.zeros(2, 3, 3, 3)}, "holds a network in named parts (net, vgg)"),
+        (
+            {"decay": 0.9, "shadow_params": [*AB.values()]},
+            "holds averaged weights of torch_ema without names, which no single",
+        ),
         ([AB, BA], "holds several generators, and no name says which is which: 0 (pytorch-"),
         ({"a.b": AB, "a": {"b": BA}}, "holds several generators"),
         ({"a\nb": AB, "c": BA}, r"a\nb (pytorch-"),
@@ -201,6 +233,16 @@ def test_a_second_generator_that_cannot_be_read_is_pointed_out(capsys):
     torch.save({"G_AB": AB, "G_BA": {**BA, "model.13.query.weight": torch.zeros(1, 8, 1, 1)}}, "x.pth")
     assert found("x.pth") == [("AtoB", -1)]
     assert "x.pth: G_BA cannot be read: does not fit the network" in capsys.readouterr().out
+
+
+def test_averaged_weights_without_names_are_those_of_the_network_of_the_same_name_or_pointed_out(capsys):
+    averaged = {f"ema_{name}": {"shadow_params": [*state.values()]} for name, state in (("G_AB", AB), ("G_BA", BA))}
+    torch.save({"G_AB": BA, "G_BA": AB, **averaged}, "x.pth")
+    assert found("x.pth") == [("AtoB", -1), ("BtoA", 1)]
+    torch.save({"G_AB": AB, "G_BA": BA, "ema": averaged["ema_G_AB"]}, "x.pth")
+    capsys.readouterr()
+    assert found("x.pth") == [("AtoB", -1), ("BtoA", 1)]
+    assert "x.pth: ema cannot be read: holds averaged weights of torch_ema without names" in capsys.readouterr().out
 
 
 # -- objects beside the tensors -----------------------------------------------------------------

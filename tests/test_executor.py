@@ -1,11 +1,14 @@
 """Micro-batches, out of memory, CPU threads and compiled networks: none of them changes what a step computes."""
 
+import copy
 import functools
+import itertools
 import random
 import signal
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import cyclegan
 from cyclegan import generator_loss
 from models import VIT_SIZES, Discriminator, ResnetGenerator, VitSize, freeze
 from toolkit import executor
-from toolkit.executor import compile_networks, parse_micro_batch, run_in_threads
+from toolkit.executor import compile_networks, parse_micro_batch, pick_memory_format, run_in_threads
 from utils import FakeImageBuffer, InputError
 
 LIMIT = 120  # seconds; a test waits for a condition, and fails after so long without it
@@ -319,3 +322,36 @@ def test_images_that_the_next_run_of_a_graph_overwrites_are_copied():
 
     whole = five_steps(double_model(micro_batch=3))
     assert_close(whole, five_steps(double_model(micro_batch=3, objective=overwriting)))
+
+
+def test_the_faster_memory_format_is_measured_without_a_trace(monkeypatch, capsys):
+    model = tiny_model(ngf=16)
+    before = (torch.get_rng_state(), copy.deepcopy(model.state_dict()["nets"]))
+    monkeypatch.setattr(executor, "run_in_threads", lambda calls, at_once: [call() for call in calls])
+    for seconds, expected in (((3.0, 1.0), "channels_last"), ((1.0, 3.0), "contiguous"), ((1.0, 1.0), "contiguous")):
+        turns = [x for side in 2 * seconds for x in (0.0, side)]
+        ends = itertools.accumulate([0.0, 0.0, *turns])  # the first turn has no end
+        monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=functools.partial(next, ends)))
+        networks = model.networks
+        assert pick_memory_format(networks["G_AB"], networks["D_B"], (1, 3, 16, 16), "fp32", True) == expected
+        assert f"memory format: {expected}; channels_last is" in capsys.readouterr().out
+    assert torch.equal(before[0], torch.get_rng_state())
+    for name, state in before[1].items():
+        for key, value in model.networks[name].state_dict().items():
+            assert torch.equal(state[key], value)
+    assert all(p.grad is None for net in model.networks.values() for p in net.parameters())
+
+
+def test_narrow_networks_are_not_measured(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(executor, "run_in_threads", None)
+    networks = model.networks
+    assert pick_memory_format(networks["G_AB"], networks["D_B"], (1, 3, 16, 16), "fp32", True) == "contiguous"
+
+
+def test_a_step_in_channels_last_is_that_of_contiguous_networks():
+    models = [double_model(ngf=16, ema=0.9), double_model(ngf=16, ema=0.9)]
+    models[1].set_memory_format("channels_last")
+    assert_close(*(five_steps(model) for model in models))
+    weight = models[1].ema["G_AB"].blocks[0].body[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)

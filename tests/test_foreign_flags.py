@@ -62,11 +62,6 @@ def test_the_same_flag_is_read_as_its_project_means_it():
     assert answer.endswith("--num_epochs 200 if it comes from PyTorch-GAN, else --num_epochs 300 --decay_epoch 200")
 
 
-def test_a_value_that_only_another_project_knows_is_answered_too():
-    with pytest.raises(InputError, match=r"invalid choice: 'none'.*--preprocess none → --load_scale 1, which suits"):
-        train.parse_args(["--preprocess", "none"])
-
-
 def test_unknown_words_beside_them_are_named_and_flags_that_a_command_lacks_are_not_needed():
     with pytest.raises(InputError, match=r"--n_cpu 8 → --num_workers 8.*; unrecognized arguments: stray --foo 3;"):
         train.parse_args("--n_cpu 8 stray --foo 3".split())

@@ -12,20 +12,22 @@ from edits import EDITS, FUZZ, edited
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
+from profiles import rgb_profile
 
-from toolkit import images
+from toolkit import images, readers
 from utils import InputError
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
-def test_of_an_animated_image_the_first_frame_is_used_and_that_is_said_once(suffix, capsys):
-    images.warn_once.cache_clear()
+def test_of_an_animated_image_the_first_frame_is_used_and_that_is_said_once(suffix, capsys, tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "white")]
     frames[0].save(f"a.{suffix}", save_all=True, append_images=frames[1:])
     for _ in range(2):
-        red, green, blue = images.read_image(Path(f"a.{suffix}")).getpixel((3, 3))
+        (path,) = images.list_images(tmp_path)
+        red, green, blue = images.read_image(path).getpixel((3, 3))
         assert red > 200 > 50 > max(green, blue)
-    assert capsys.readouterr().err.count("only the first one is used") == 1
+    said = f"warning: {tmp_path}: 1 file holds 3 images; the first of each is used; --pages all for all"
+    assert warnings_in(capsys) == [said]
 
 
 def test_all_256_levels_survive_the_way_into_the_network_and_back():
@@ -331,14 +333,14 @@ def test_whatever_can_be_read_is_listed_and_the_rest_is_counted_in_one_line(tmp_
     kinds |= {"i.tga": "TGA", "j.PNG": "PNG", "k": "PNG", "m.dib": "DIB", "n.bmp": "BMP", "o.mpo": "MPO"}
     for name, kind in kinds.items():
         noise_image(name).save(tmp_path / name, format=kind)
-    for name in ("p.npy", "q.dcm", "r.DCM", "LICENSE", ".hidden.npy"):
+    for name in ("p.csv", "q.jxl", "r.JXL", "LICENSE", ".hidden.npy"):
         (tmp_path / name).write_text("no image")
     for _ in range(2):
         assert [path.name for path in images.list_images(tmp_path)] == sorted(kinds)
     for path in images.list_images(tmp_path):
         assert images.read_image(path).size == noise_image(0).size
     assert warnings_in(capsys) == [
-        f"warning: {tmp_path}: left out, since they are no images that can be read: 2 .dcm, 1 .npy, 1 without suffix"
+        f"warning: {tmp_path}: left out, since they are no images that can be read: 1 .csv, 2 .jxl, 1 without suffix"
     ]
 
 
@@ -368,7 +370,8 @@ def test_turned_tiff_files_come_out_turned_and_whole(mode, orientation):
     assert read.tobytes() == (expected.transpose(turn) if turn else expected).tobytes()
 
 
-def test_tiff_files_of_separate_planes_of_16_bits_are_refused():
+def test_tiff_files_of_separate_planes_of_16_bits_are_refused_without_their_library(monkeypatch):
+    monkeypatch.setattr(readers, "is_installed", lambda package: False)
     image = Image.new("RGB", (4, 4))
     image.save("image.tif", tiffinfo={284: 1})
     data = bytearray(Path("image.tif").read_bytes())
@@ -398,7 +401,8 @@ def test_tiff_files_of_more_than_8_bits_in_which_0_is_white_are_inverted(mode, w
 
 
 @pytest.mark.parametrize("kind", ["jp2", "j2k"])
-def test_jpeg_2000_in_colour_of_more_than_8_bits_is_refused(kind):
+def test_jpeg_2000_in_colour_of_more_than_8_bits_is_refused_without_its_library(kind, monkeypatch):
+    monkeypatch.setattr(readers, "is_installed", lambda package: False)
     path = Path(f"image.{kind}")
     noise_image(0).save(path)
     data = bytearray(path.read_bytes())
@@ -408,7 +412,7 @@ def test_jpeg_2000_in_colour_of_more_than_8_bits_is_refused(kind):
         assert data[start + 42 + 3 * channel] == 7  # bits - 1
         data[start + 42 + 3 * channel] = 11
     path.write_bytes(data)
-    with pytest.raises(images.UnreadableImage, match="more than 8 bits wrongly; convert it"):
+    with pytest.raises(images.UnreadableImage, match=r"imagecodecs is missing.*requirements-science"):
         images.read_image(path)
 
 
@@ -427,6 +431,12 @@ def test_every_way_of_preprocessing_fills_the_training_size_and_only_the_first_s
         return
     assert fitted[0] * height == pytest.approx(fitted[1] * width, rel=0.03)
     whole = images.fitted_size((width, height), (32, 24), preprocess, to_crop=False)
+    if preprocess in images.WHOLE:
+        least = max(24, min(width, height) if preprocess == "none" else 0)
+        assert all(side % 4 == 0 and side >= 24 for side in whole)
+        assert preprocess != "none" or min(whole) == pytest.approx(least, abs=2)
+        assert whole[0] * height == pytest.approx(whole[1] * width, rel=0.15)
+        return
     expected = {"crop": (width, height), "scale_width_and_crop": (32, round(32 * height / width))}
     assert whole == expected.get(preprocess, fitted)
 
@@ -440,3 +450,54 @@ def test_a_circle_remains_a_circle_unless_images_are_stretched(preprocess):
     assert disc.shape == (40, 40)
     assert abs(int(disc.any(0).sum()) - int(disc.any(1).sum())) <= 1
     assert disc[20, 20]
+
+
+# -- speed that changes hardly a pixel ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "F"])
+@pytest.mark.parametrize("size", [(9, 20), (57, 40), (20, 5)])
+def test_resizing_gives_what_pillow_does_to_one_level(mode, size):
+    image = noise_image(0, (20, 18), "L" if mode == "F" else mode).convert(mode)
+    resized = images.resize_image(image, size)
+    expected = image.resize(size, Image.Resampling.BICUBIC)
+    assert (resized.mode, resized.size) == (mode, size)
+    assert np.abs(np.asarray(resized, float) - np.asarray(expected, float)).max() <= (mode != "F")
+    pixels = images.resized_pixels(image, size, len(mode))
+    assert torch.equal(pixels, images.image_to_pixels(resized, len(mode)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "size"), [("RGB", (243, 203)), ("L", (243, 203)), ("CMYK", (243, 203)), ("P3", (240, 208))]
+)
+def test_large_jpegs_are_reduced_while_they_are_decoded_to_nearly_the_same_pixels(kind, size, orientation):
+    options = {"quality": 95, "icc_profile": rgb_profile("P3")} if kind == "P3" else {"quality": 95}
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = noise_image(1, (24, 20)).resize(size, Image.Resampling.BICUBIC)  # 8 divides both sides, or none
+    image = image.point(lambda level: 64 + level // 2)  # within sRGB
+    image.convert("RGB" if kind == "P3" else kind).save("x.jpg", exif=exif, **options)
+    reader = images.ImageReader((23, 27))
+    assert images.read_image(Path("x.jpg"), fit=reader.fit).size == (27, 23)
+    whole = images.read_image(Path("x.jpg")).resize((27, 23), Image.Resampling.BICUBIC)
+    error = np.asarray(images.tensor_to_image(reader(Path("x.jpg"))), float) - np.asarray(whole, float)
+    assert 10 * math.log10(255**2 / (error**2).mean()) > 40  # a pixel that is off costs more
+
+
+def test_jpegs_that_are_not_much_larger_are_read_at_their_own_size():
+    noise_image(0, (80, 79)).save("x.jpg")
+    for size, expected in (((20, 20), (80, 79)), ((19, 20), (20, 19))):
+        assert images.read_image(Path("x.jpg"), fit=images.ImageReader(size).fit).size == expected
+
+
+def test_label_images_keep_their_colours_when_they_are_resized_to_the_nearest():
+    labels = noise_image(0, (5, 1)).resize((100, 100), Image.Resampling.NEAREST)
+    labels.quantize(5).save("labels.png")
+    labels.save("labels.bmp")
+    for name in ("labels.png", "labels.bmp"):
+        colours = {}
+        for resample in images.RESAMPLE:
+            x = images.ImageReader((24, 24), resample=resample).pixels(Path(name))
+            colours[resample] = len(torch.unique(x.flatten(1), dim=1).T)
+        assert colours["nearest"] == 5 < colours["bicubic"]

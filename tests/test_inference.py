@@ -10,6 +10,7 @@ from conftest import differences, noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
+from datasets import UnpairedDataset
 from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, inference, tiles
 from toolkit.images import image_to_pixels, list_images, load_image, range_to_bytes
@@ -281,3 +282,14 @@ def test_batches_have_images_of_one_size_in_order_and_not_too_many_pixels(monkey
 def test_large_photos_do_not_wait_for_a_batch_even_if_the_network_gets_them_small():
     images = [loaded(10, pixels) for pixels in (100, 100, 12_000_000, 12_000_000)]
     assert [len(batch) for batch in inference.in_batches(images)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(("size", "suffix"), [((243, 203), "jpg"), ((60, 50), "jpg"), ((60, 50), "png")])
+def test_networks_get_the_pixels_of_a_test_image_that_they_get_in_training(size, suffix):
+    path = Path(f"x.{suffix}")
+    noise_image(0, (24, 20)).resize(size).save(path)
+    ours = translator()
+    loaded = ours.load(path, "A")
+    assert loaded.image.size == size
+    dataset = UnpairedDataset({"A": [path], "B": [path]}, ours.size, load_scale=1, flip=False)
+    assert torch.equal(image_to_pixels(loaded.network_input), dataset[0, 0, 0, 0]["A"])

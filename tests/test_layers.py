@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import NORMS, VIT_SIZES, GeneratorConfig, VitSize, build_generator
-from toolkit.layers import InstanceNorm2d, ThinConv2d, mirror
+from toolkit.layers import Conv3x3, InstanceNorm2d, ThinConv2d, mirror
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 5, 2, 1), (2, 5, 40, 7)])
@@ -50,6 +50,37 @@ def test_every_gradient_is_that_of_float64_in_both_memory_formats(monkeypatch, c
         for name, gradient in exact.items():
             if gradient.norm() > 1e-6 * max(g.norm() for g in exact.values()):  # else 0 but for rounding
                 assert F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.999, (batch, name)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (3, 17, 14), (1, 30, 32)], ids=str)
+def test_winograd_convolution_equals_that_of_float64_forward_and_backward(shape):
+    images, height, width = shape
+    conv = Conv3x3(33, 40).to(memory_format=torch.channels_last)
+    x = torch.randn(images, 33, height + 2, width + 2).to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(images, 40, height, width)
+    exact = [x.detach().double().requires_grad_(), *(p.detach().double().requires_grad_() for p in conv.parameters())]
+    assert conv.winograd_pays(x)
+    outputs = [conv(x), F.conv2d(*exact)]
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+    gradients = [
+        torch.autograd.grad((y * weights).sum(), leaves)
+        for y, leaves in zip(outputs, ([x, *conv.parameters()], exact), strict=True)
+    ]
+    for found, wanted in zip([outputs[0], *gradients[0]], [outputs[1], *gradients[1]], strict=True):
+        assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_winograd_is_not_used_where_torch_is_faster_or_another_precision_is_asked_for():
+    conv = Conv3x3(32, 32).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 18, 18).to(memory_format=torch.channels_last)
+    assert conv.winograd_pays(x)
+    assert not conv.winograd_pays(x[:1].contiguous(memory_format=torch.channels_last))  # 16 tiles
+    assert not conv.winograd_pays(x.contiguous())
+    assert not conv.winograd_pays(x.double())
+    assert not Conv3x3(32, 32).winograd_pays(x)
+    assert not Conv3x3(16, 32).to(memory_format=torch.channels_last).winograd_pays(x[:, :16])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv.winograd_pays(x)
 
 
 @pytest.mark.parametrize("out_channels", [1, 3])

@@ -424,7 +424,7 @@ def test_fid_of_a_folder_against_itself_is_zero_and_rises_with_blur(tmp_path, in
         rows.append(
             metrics.fid_kid(fakes, metrics.ImageFiles(paths, ImageReader((32, 32))), ["fid", "kid"], inception, CPU)
         )
-    assert "12 against 12 images are biased" in capsys.readouterr().err
+    assert "FID of 12 against 12 images is biased, KID is noisy" in capsys.readouterr().err
     fids = [row["FID"] for row in rows]
     assert fids[0] == pytest.approx(0, abs=1e-3)
     assert fids == sorted(fids)

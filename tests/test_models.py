@@ -59,7 +59,7 @@ def test_a_direction_has_a_name_a_generator_and_a_reverse(name, generator, rever
     [
         (GeneratorConfig, {"generator": "unet"}, "generator unet: expected one of resnet, unet_vit"),
         (GeneratorConfig, {"vit_size": "huge"}, "vit_size huge: expected one of small, uvcgan"),
-        (GeneratorConfig, {"channels": 2}, "channels 2: expected one of 3, 1"),
+        (GeneratorConfig, {"channels": 17}, "channels 17: expected at least 1 and at most 16"),
         (GeneratorConfig, {"ngf": 5000}, "ngf 5000: expected at least 1 and at most 4096"),
         (GeneratorConfig, {"num_residual": -1}, "num_residual -1: expected at least 0 and at most 1000"),
         (GeneratorConfig, {"n_downsampling": True}, "n_downsampling True: expected int"),

@@ -351,7 +351,6 @@ def test_split_divides_as_many_images_as_wanted(tmp_path, counts, flags, trains,
     [
         (("--A", "empty"), "--A empty: no image inside; expected "),
         (("--A", "gone"), "--A gone: no such folder; expected "),
-        (("--A", "single"), "--A single: 1 "),
         (("--B", "faces/more"), "--B faces/more: the same folder, or one in the other"),
         (("--B", "faces"), "the same folder"),
         (("--dataset_name", "../../elsewhere"), "--dataset_name"),

@@ -858,6 +858,36 @@ def test_a_run_that_keeps_shapes_translates_whole_images_without_stretching():
     test_command.main(["--run_name", "tiny", "--metrics", "paired,cycle,losses,spike"])
 
 
+def test_whole_images_of_several_sizes_train_resume_and_are_translated_at_the_sizes_of_training(capsys, no_plots):
+    make_dataset(Path("datasets/tiny"), size=(40, 20))
+    for i in range(5):  # so that D_A gets images of two sizes
+        noise_image(i, (21, 50)).save(f"datasets/tiny/trainA/{i}.png")
+    options = [
+        "--dataset_name",
+        "tiny",
+        *TINY,
+        "--batch_size",
+        "1",
+        "--steps_per_epoch",
+        "3",
+        "--preprocess",
+        "scale_width",
+    ]
+    train.main([*options, "--num_epochs", "1", "--flip_vertical"])
+    assert "images are whole; sides become multiples of 4 px" in capsys.readouterr().out
+    train.main(["--dataset_name", "tiny", "--start_from", "latest", "--num_epochs", "2", "--device", "cpu"])
+    assert "starts empty" not in capsys.readouterr().out
+    test_command.main(["--run_name", "tiny", "--metrics", "cycle", "--output_size", "net"])
+    with Image.open("generated_images/tiny/test/fake_B/0.png") as result:
+        assert result.size == (32, 16)  # 16x8 px enlarged to a shorter side of 16
+
+
+@pytest.mark.parametrize("options", [[], ["--batch_size", "1", "--lambda_gp", "1"]])
+def test_what_needs_images_of_one_size_is_refused_with_whole_images(refused, options):
+    line = refused(train.main, *TINY, "--preprocess", "none", *options)
+    assert "--preprocess none: images have several sizes" in line
+
+
 def test_a_cache_and_images_of_several_sizes_are_refused(refused):
     line = refused(train.main, *TINY, "--cache", "ram", "--preprocess", "crop")
     assert "--cache ram: keeps images of one size, and --preprocess crop has several" in line
@@ -871,3 +901,19 @@ def test_test_images_named_by_their_domain_are_scored_as_pairs(run):
     scores = run("--metrics", "paired")
     assert scores["AtoB"]["paired"]["copy"]["PSNR"] < 20
     assert (Path("generated_images/tiny/test/truth_B/0_A.png")).is_file()
+
+
+def test_label_images_are_resized_to_the_nearest_wherever_the_network_is_used(no_plots):
+    make_dataset(Path("datasets/tiny"), size=(40, 40))
+    train.main(
+        ["--dataset_name", "tiny", *TINY, "--num_epochs", "1", "--steps_per_epoch", "1", "--resample_B", "nearest"]
+    )
+    weights = Path("saved_models/tiny/G_BA.safetensors")
+    path = Path("datasets/tiny/testB/0.png")
+    with Image.open(path) as image:
+        expected = {"A": images.resize_image(image.convert("RGB"), (16, 16)).tobytes()}
+        expected["B"] = image.resize((16, 16), Image.Resampling.NEAREST).tobytes()
+    for found in (inference.load_networks(None, "tiny"), inference.load_networks(weights, "")):
+        ours = inference.Translator(*found, "cpu", "fp32")
+        for domain, pixels in expected.items():
+            assert ours.load(path, domain).network_input.tobytes() == pixels

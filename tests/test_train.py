@@ -248,14 +248,16 @@ def test_three_epochs_equal_one_and_two_resumed_bit_for_bit(tiny, workers):
         assert Path("generated_images/whole", name).read_bytes() == Path("generated_images/parts", name).read_bytes()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4])  # before the first row of losses.csv; the first step of epoch 2
-def test_a_run_stopped_in_the_middle_of_an_epoch_resumes_with_the_next_batch(tiny, stop_at):
-    common = ("--num_epochs", 3, "--buffer_size", 3)
+# stopped before the first row of losses.csv; at the first step of epoch 2
+@pytest.mark.parametrize(("stop_at", "memory_format"), [(1, "channels_last"), (4, "auto")])
+def test_a_run_stopped_in_the_middle_of_an_epoch_resumes_with_the_next_batch(tiny, stop_at, memory_format):
+    common = ("--num_epochs", 3, "--buffer_size", 3, "--memory_format", memory_format)
     run_tiny("--run_name", "whole", *common)
     with stops_in_step(stop_at, signal.SIGTERM):
         run_tiny("--run_name", "parts", *common)
     state = state_of("parts")
     assert (state["epoch"], state["step"], state["step_in_epoch"]) == (stop_at // 3, stop_at, 1)
+    assert state["memory_format"] == {"channels_last": "channels_last", "auto": "contiguous"}[memory_format]
     run_tiny("--run_name", "parts", "--start_from", "latest")
     states = [without(state_of(name), "run_name", "start_from") for name in ("whole", "parts")]
     assert differences(*states) == []
@@ -690,7 +692,7 @@ def test_a_unet_vit_trains_resumes_bit_for_bit_is_tested_and_distilled(tiny, mon
         ("--data_root nowhere", "nowhere/tiny: no such data set"),
         ("--batch_size 0", "--batch_size: given '0', expected an integer, at least 1"),
         ("--beta1 1", "--beta1: given '1', expected a number, at least 0 and at most 0.999999"),
-        ("--channels 4", "--channels: invalid choice"),
+        ("--channels 17", "argument --channels: given '17', expected an integer, at least 1 and at most 16"),
         ("--lambda_id 5", "--lambda_id 5 → --lambda_identity 5"),
         ("@nothing.txt", "No such file or directory: 'nothing.txt'"),
         ("--img_height 4 --img_width 4", "images of 4x4 px: the generator needs 8 px"),

@@ -2,53 +2,86 @@
 
 import hashlib
 import itertools
+import re
 import shutil
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from datasets import spread
-from toolkit import images
+from datasets import split_folder, spread
+from toolkit import images, pages
 from toolkit.values import ValueRange
 from utils import InputError, counted, say
 
 NAMED = 6  # paths in a message
+LABELS = 32  # colours, at most, of an image that counts as a map of labels: photos have hundreds at least
 SHEET_COLUMNS = 4  # of each domain
 
 
 class ImageFacts(NamedTuple):
     """What the inspection keeps of one image."""
 
-    digest: bytes  # of its size and pixels
+    digest: bytes  # of its size and pixels; of a whole file, those of all its pages
     size: tuple[int, int]  # width, height, px
     is_grey: bool
+    is_label: bool  # whether it has few colours
 
 
 def inspect_image(path: Path) -> ImageFacts:
+    """Read one image completely, and the other pages of its file if it stands for all; raises UnreadableImage."""
+    facts = inspect_page(path)
+    count = images.pages_in(path)
+    if count == 1:
+        return facts
+    digests = [inspect_page(pages.page_path(path, number)).digest for number in range(count)]
+    return facts._replace(digest=digest_of_all(digests))
+
+
+def digest_of_all(digests: Sequence[bytes]) -> bytes:
+    """Return the digest of a file from those of its pages."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
+
+
+def digests_of_files(facts: Mapping[Path, ImageFacts], folder: Path, split: str) -> dict[Path, bytes]:
+    """Return the digests of the files that the images of a split are in, by their path in the data set.
+
+    folder: of the split; its name may differ, as in train/A, but paths begin with the usual one
+    """
+    found = defaultdict(list)
+    for path, fact in facts.items():
+        found[split / pages.file_of(path).relative_to(folder)].append(fact.digest)
+    return {file: digest_of_all(digests) for file, digests in found.items()}
+
+
+def inspect_page(path: Path) -> ImageFacts:
     """Read one image completely; raises UnreadableImage."""
-    values = images.read_values(path)
+    page = images.read_page(path)  # with all its bands
+    values = page.values if page else images.read_values(path)
     if values is not None:  # the file's own, since its range is not known
-        return ImageFacts(
-            hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest(), values.shape[::-1], True
-        )
-    image = images.read_image(path)
+        digest = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
+        return ImageFacts(digest, (values.shape[1], values.shape[0]), values.ndim == 2, False)
+    image: Any = images.read_image(path)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
     colours = np.ptp(np.asarray(image.resize((32, 32), Image.Resampling.BOX)), axis=2)
-    return ImageFacts(digest, image.size, bool(colours.max() <= 6))  # of 255, because JPEG adds some colour to grey
+    is_label = image.getcolors(LABELS) is not None
+    return ImageFacts(
+        digest, image.size, bool(colours.max() <= 6), is_label
+    )  # of 255, because JPEG adds some colour to grey
 
 
-def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
+def check_split(dataset: Path, split: str) -> tuple[dict[Path, ImageFacts], str]:
     """Read every image of one split, and print what it contains; returns facts by path, and what makes it unusable."""
+    folder = split_folder(dataset, split)
     paths = images.list_images(folder)
     facts = {}
-    for path in tqdm(paths, desc=folder.name, leave=False):
+    for path in tqdm(paths, desc=split, leave=False):
         try:
             facts[path] = inspect_image(path)
         except images.UnreadableImage as error:
@@ -58,14 +91,18 @@ def check_split(folder: Path) -> tuple[dict[Path, ImageFacts], str]:
     common = [f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3)] or ["nothing readable"]
     if len(sizes) > 3:
         common.append(counted(len(sizes) - 3, "other size"))
-    say(f"{folder.name}: {counted(len(paths), 'image')}, {unreadable} unreadable; {', '.join(common)} px")
+    say(f"{split}: {counted(len(paths), 'image')}, {unreadable} unreadable; {', '.join(common)} px")
     if not facts:
-        return facts, f"{folder.name} holds no readable image"
+        return facts, f"{split} holds no readable image"
     for description, odd in odd_images(facts).items():
         if odd:
-            names = ", ".join(str(path.relative_to(folder.parent)) for path in odd[:NAMED])
+            names = ", ".join(str(split / path.relative_to(folder)) for path in odd[:NAMED])
             say(f"  {len(odd)} {description}: {names}{', ...' if odd[NAMED:] else ''}")
-    fault = f"{unreadable} of {len(paths)} images in {folder.name} are unreadable, more than {images.BAD_FRACTION:.0%}"
+    is_training = split.startswith("train")
+    for advice in (shape_advice(facts), label_advice(facts, split[-1])) if is_training else ():
+        if advice:
+            say(f"  {advice}")
+    fault = f"{unreadable} of {len(paths)} images in {split} are unreadable, more than {images.BAD_FRACTION:.0%}"
     return facts, fault if unreadable > max(1, images.BAD_FRACTION * len(paths)) else ""
 
 
@@ -79,6 +116,30 @@ def odd_images(facts: dict[Path, ImageFacts]) -> dict[str, list[Path]]:
         f"very small (a side under {limit:g} px)": [path for path in sides if sides[path][0] < limit],
         "very elongated (over 3:1)": [path for path, (a, b) in sides.items() if b > 3 * a],  # squeezed in training
     }
+
+
+def shape_advice(facts: Mapping[Path, ImageFacts]) -> str:
+    """Say how far a square training size stretches the images of a split, and what avoids it; "" if hardly."""
+    shapes = [fact.size[0] / fact.size[1] for fact in facts.values()]
+    factors = [max(shape, 1 / shape) for shape in shapes]
+    if max(factors) < 1.05:
+        return ""
+    stretched = f"a square training size stretches them {statistics.median(factors):.2f} times (median)"
+    remedy = "--preprocess scale_shortside_and_crop keeps their shapes"
+    if max(shapes) / min(shapes) < 1.05:
+        shape = statistics.median(shapes)
+        height, width = 4 * round(64 / max(1, shape)), 4 * round(64 * min(1, shape))
+        remedy += f", and so does --img_height {height} --img_width {width}"
+    return f"{stretched}, at most {max(factors):.2f} times; {remedy}"
+
+
+def label_advice(facts: Mapping[Path, ImageFacts], domain: str) -> str:
+    """Recommend --resample nearest if nearly all images of a split have few colours; else ""."""
+    count = sum(fact.is_label for fact in facts.values())
+    if count < 0.9 * len(facts):
+        return ""
+    found = f"{count} of {len(facts)} have at most {LABELS} colours"
+    return f"{found}; if these are labels, --resample_{domain} nearest mixes no new ones"
 
 
 def find_duplicates(digests: dict[Path, bytes]) -> list[list[Path]]:
@@ -108,12 +169,21 @@ def extra_copies(groups: Sequence[Sequence[Path]]) -> list[Path]:
     return extra
 
 
+def partner_names(path: Path) -> set[Path]:
+    """Return the names, without suffix, that the partner of an image may have: testB/1 of testA/1, also testB/1_B of testA/1_A."""
+    split = path.parts[0]
+    domain, other = split[-1], {"A": "B", "B": "A"}[split[-1]]
+    same = Path(split[:-1] + other, *path.with_suffix("").parts[1:])
+    return {same, same.with_name(re.sub(rf"(?<=.[_-]){domain}$", other, same.name))}
+
+
 def left_without_partner(paths: Collection[Path], moved: Collection[Path]) -> list[Path]:
-    """List the val and test images that remain, whose partner of the same name in the other domain is moved."""
-    partners = {"valA": "valB", "valB": "valA", "testA": "testB", "testB": "testA"}
-    remaining = [path for path in paths if path not in moved and path.parts[0] in partners]
-    gone = {path.with_suffix("") for path in moved} - {path.with_suffix("") for path in remaining}
-    return [path for path in remaining if Path(partners[path.parts[0]], *path.with_suffix("").parts[1:]) in gone]
+    """List the val and test images that remain, whose partner in the other domain is moved."""
+    remaining = [path for path in paths if path not in moved and path.parts[0][:-1] in ("val", "test")]
+    present = {path.with_suffix("") for path in remaining}
+    gone = {path.with_suffix("") for path in moved}
+    left = [path for path in remaining if not present & partner_names(path)]
+    return [path for path in left if gone & partner_names(path)]
 
 
 def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Collection[Path]) -> None:
@@ -121,7 +191,8 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
 
     raises: InputError, and moves nothing, if an image is a link, or if no image would be left in a split
     """
-    links = [path for path in paths if (folder / path).resolve() != folder.resolve() / path]
+    places = {path: split_folder(folder, path.parts[0]).joinpath(*path.parts[1:]) for path in paths}
+    links = [path for path in paths if places[path].resolve() != folder.resolve() / places[path].relative_to(folder)]
     if links:
         raise InputError(f"--remove_twins: does not move links such as {links[0]}; replace them by their files")
     moved = extra_copies(groups)
@@ -135,7 +206,7 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
         numbers = itertools.count(2)
         while target.exists():
             target = target.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
-        shutil.move(folder / path, target)
+        shutil.move(places[path], target)
     say(f"moved {counted(len(moved), 'image')} to {folder / 'removed'}")
     both = [group for group in groups if len({path.parts[0][-1] for path in group}) > 1]
     if both:
@@ -143,7 +214,7 @@ def remove_duplicates(folder: Path, groups: Sequence[Sequence[Path]], paths: Col
     left = left_without_partner(paths, set(moved))
     if left:  # these would have no truth in paired scores
         names = ", ".join(map(str, left[:NAMED])) + (", ..." if left[NAMED:] else "")
-        found = f"{counted(len(left), 'image')} whose partner of the same name was moved: {names}"
+        found = f"{counted(len(left), 'image')} whose partner was moved: {names}"
         say(f"  {found}; of a paired set, move these too")
 
 

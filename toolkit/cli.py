@@ -38,10 +38,6 @@ class Parser(argparse.ArgumentParser):
         for flag, replacement in REMOVED.items():
             if flag in message.replace("=", " ").split():
                 message = f"{flag} is no longer an option; use {replacement}"
-        choice = re.match(r"argument --(\w+): invalid choice: '([^']*)'", message)
-        answers, _ = foreign_flags.answers([f"--{choice[1]}={choice[2]}"], set()) if choice else ([], [])
-        if answers:
-            message += f"; of another project: {answers[0]} (docs/coming_from.md)"
         raise InputError(f"{message}; all flags: python {self.prog} --help")
 
     def _refuse(self, unknown: Sequence[str], given: set[str]) -> NoReturn:

@@ -9,7 +9,7 @@ from models import GENERATOR_PARTS, INITS, DiscriminatorConfig, GeneratorConfig
 from toolkit.converters import ASSUME
 from toolkit.devices import DeviceConfig
 from toolkit.executor import ExecutorConfig
-from toolkit.images import PREPROCESS
+from toolkit.images import PREPROCESS, WHOLE
 from toolkit.metrics import BEST_BY, MEASURES
 from utils import InputError, epoch_name, folder_name, need_package, option, some_of
 
@@ -58,7 +58,9 @@ class RunConfig:
     assume: tuple[str, ...] = ASSUME  # of --init_from, or of a teacher
     log: str = option("none", "also log to saved_models/RUN/tensorboard", choices=("none", "tensorboard"))
     seed: int = option(0, "seed of all random choices", least=0, most=2**32 - 1)
-    deterministic: bool = option(False, "use only algorithms that repeat bit for bit (a CPU needs no flag)")
+    deterministic: bool = option(
+        False, "use only algorithms that repeat bit for bit; on a CPU, do not measure --memory_format"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,7 @@ class TrainConfig:
             raise InputError(f"--{', --'.join(weights)} are all 0: nothing is left to learn; raise one of them")
         if needed and not evaluated and (run.eval_interval or "best_by" in self.given):
             raise InputError(f"--best_by {run.best_by}: needs --eval_interval, and {needed} among --eval_metrics")
-        if self.data.cache != "none" and self.data.preprocess != PREPROCESS[0]:
-            raise InputError(
-                f"--cache {self.data.cache}: keeps images of one size, and --preprocess {self.data.preprocess} has several; "
-                "give --cache none"
-            )
-        if self.data.rotate90 and self.data.img_height != self.data.img_width:
-            raise InputError("--rotate90: needs square images; give --img_height and --img_width one value")
+        self._check_images()
         if run.best_by == "SSIM" and min(self.data.size) < 11:
             raise InputError("--best_by SSIM: its window needs images of 11 px a side; take --best_by PSNR")
         if run.log == "tensorboard":
@@ -112,6 +108,25 @@ class TrainConfig:
         optim = self.optim
         if optim.first_decay_epoch > optim.num_epochs:
             raise InputError(f"--decay_epoch {optim.decay_epoch}: expected at most --num_epochs {optim.num_epochs}")
+
+    def _check_images(self) -> None:
+        """Raise InputError for options that need images of one size or shape."""
+        if self.data.cache != "none" and self.data.preprocess != PREPROCESS[0]:
+            raise InputError(
+                f"--cache {self.data.cache}: keeps images of one size, and --preprocess {self.data.preprocess} has several; "
+                "give --cache none"
+            )
+        if self.data.rotate90 and self.data.img_height != self.data.img_width:
+            raise InputError("--rotate90: needs square images; give --img_height and --img_width one value")
+        if self.data.preprocess not in WHOLE:
+            return
+        given = f"--preprocess {self.data.preprocess}: images have several sizes"
+        if self.data.batch_size != 1:
+            raise InputError(f"{given}, which make no batch; given --batch_size {self.data.batch_size}, give 1")
+        if self.loss.lambda_gp:
+            raise InputError(f"{given}, between which --lambda_gp does not interpolate; leave it out")
+        if self.executor.compile:
+            raise InputError(f"{given}, for each of which --compile would compile anew; leave it out")
 
 
 SHARED_CONFIGS = {"data": DataConfig, "loss": LossConfig, "optim": OptimConfig}  # a student inherits these

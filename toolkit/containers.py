@@ -16,13 +16,15 @@ from models import DIRECTIONS, Direction
 from toolkit.files import classes_in, is_state_dict, read_archive
 from utils import InputError, one_line
 
-WRAPPERS = r"\b(module|_orig_mod)\."  # added by DataParallel, AveragedModel and torch.compile, sometimes several
-LAYER = r"\w+\.[0-9]{1,4}(\.\w+\.[0-9]{1,2})?\.\w+"  # a tensor in a long nn.Sequential, or in a block there
+# added by DataParallel, AveragedModel, torch.compile, FSDP and activation checkpointing, sometimes several
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+NUMBERED = r"[0-9]{1,4}(\.\w+\.[0-9]{1,2})?\.\w+"  # a tensor in a long nn.Sequential, or in a block there
+LAYER = rf"\w+\.{NUMBERED}"  # the same in a module that has such a Sequential
 PAIR = r"(?P<{0}s>[abxy])(?:2|[_-]?to[_-]?{1})(?P<{0}t>[abxy])"
 DIRECTION = (
     re.compile(  # netG_A2B, G_AtoB, G_XtoY, gen_ab, genB2A; A2B alone; G_A of pytorch-CycleGAN-and-pix2pix; genX
         # not Gab: projects that write it so mean B to A
-        rf"(?<![a-z])(?:g[_-]|gen[_-]?|generator[_-]?){PAIR.format('g', '|')}(?![a-z0-9])"
+        rf"(?<![a-z])(?:g[_-]|gen[_-]?|generator[_-]?|generators[._-]){PAIR.format('g', '|')}(?![a-z0-9])"
         rf"|(?<![a-z])netg[_-]?{PAIR.format('n', '|')}(?![a-z0-9])"
         rf"|(?<![a-z0-9]){PAIR.format('p', '')}(?![a-z0-9])"
         r"|(?<![a-z])(?:net_?)?g_(?P<one>[ab])(?![a-z0-9])|(?<![a-z])gen(?P<lightning>[xy])(?![a-z0-9])",
@@ -31,10 +33,13 @@ DIRECTION = (
 )
 NETWORK = re.compile(  # a name that people give to a generator or a discriminator in a larger module
     r"(^|_)(net_?)?(g|d|gen|generator|dis|disc|discriminator|critic)(_?[abxy](_?(2|to)?_?[abxy])?)?(_|$)"
+    r"|^(generators|discriminators)$"  # an nn.ModuleDict or nn.ModuleList
     r"|^(online|ema)_model$",  # of ema-pytorch
     re.IGNORECASE,
 )
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|swa)(?![a-z])", re.IGNORECASE)
+LISTS = ("generators", "discriminators")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # not among the parameters of a network
 MOST_DOTS = 50  # in the name of a tensor; real ones have about ten
 COMMON_WORDS = {
     "",
@@ -90,6 +95,7 @@ def list_networks(path: Path) -> list[StoredNetwork]:
     raises: InputError if it cannot be read, or is a training state of this project
     """
     networks = _networks_in(_read_values(path), "")
+    _name_averaged(networks)
     classes = classes_in(path)
     if not networks and any(name.startswith("torch.nn.modules.") for name in classes):
         found = ", ".join(name for name in classes if not name.startswith("torch.")) or "torch.nn"
@@ -124,6 +130,10 @@ def _networks_in(value: Any, name: str) -> list[StoredNetwork]:
         return []
     if "averaging_state" in value:  # of Lightning's WeightAveraging: state_dict holds the averaged weights
         value = {"averaged": value.get("state_dict")}
+    listed = value.get("shadow_params")
+    if isinstance(listed, list):  # of torch_ema
+        shadow = {f"shadow_params.{i}": x for i, x in enumerate(listed)}
+        return [StoredNetwork(name, shadow, is_averaged=True)] if shadow and is_state_dict(shadow) else []
     networks = []
     tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
     tensors = {key: x for key, x in tensors.items() if "." in key or x.dim() or key == "n_averaged"}  # no losses
@@ -137,6 +147,24 @@ def _networks_in(value: Any, name: str) -> list[StoredNetwork]:
     return networks
 
 
+def _name_averaged(networks: list[StoredNetwork]) -> None:
+    """Give averaged weights of torch_ema, a list of tensors, the names of the one network that has their shapes in order."""
+    for averaged in networks:
+        if "shadow_params.0" not in averaged.tensors:
+            continue
+        shapes = [x.shape for x in averaged.tensors.values()]
+        fitting = []
+        for network in networks:
+            parameters = [key for key in network.tensors if not key.endswith(BUFFERS)]
+            if network is not averaged and [network.tensors[key].shape for key in parameters] == shapes:
+                fitting.append((network, parameters))
+        if len(fitting) > 1:
+            fitting = [(network, parameters) for network, parameters in fitting if network.words == averaged.words]
+        if len(fitting) == 1:
+            ((network, parameters),) = fitting
+            averaged.tensors = network.tensors | dict(zip(parameters, averaged.tensors.values(), strict=True))
+
+
 def _joined(name: str, key: object) -> str:
     """Add a key or prefix, which a stranger wrote, to the name of what contains it."""
     return ".".join(part for part in (name, one_line(key)[:80]) if part)
@@ -148,10 +176,13 @@ def _split(network: StoredNetwork) -> list[StoredNetwork]:
     for key, x in network.tensors.items():
         first, _, rest = key.partition(".")
         parts.setdefault(first, {})[rest] = x
+    convolutional = [part for part, tensors in parts.items() if any(x.dim() == 4 for x in tensors.values())]
+    is_list = len(convolutional) > 1 and all(_is_sequential(parts[part]) for part in convolutional)
+    is_list = is_list or (network.name.endswith(LISTS) and all("." in key for part in parts.values() for key in part))
     named = [
         part
         for part, tensors in parts.items()
-        if NETWORK.search(part) and all("." in key for key, x in tensors.items() if x.dim())
+        if (is_list or NETWORK.search(part)) and all("." in key for key, x in tensors.items() if x.dim())
     ]
     if named:
         networks = []
@@ -160,20 +191,32 @@ def _split(network: StoredNetwork) -> list[StoredNetwork]:
             if part in named:
                 is_averaged = part != "online_model" and (network.is_averaged or AVERAGED.search(part) is not None)
                 networks += _split(StoredNetwork(name, tensors, is_averaged))
-            elif any(x.dim() == 4 for x in tensors.values()):
+            elif part in convolutional:
                 networks.append(StoredNetwork(name, tensors, network.is_averaged))
         return networks
-    keys = network.tensors.keys()
-    if all(key[0].isdecimal() for key in keys if key):  # an nn.Sequential by itself
-        return [
-            StoredNetwork(network.name, {f"model.{key}": x for key, x in network.tensors.items()}, network.is_averaged)
-        ]
-    (inner, *others) = parts.values()
-    # the first layer of a generator in a long Sequential is padding; a U-Net of the same names begins with a convolution
-    is_wrapped = not others and all(re.fullmatch(LAYER, key) and ".0." not in key[:16] for key in inner)
-    if is_wrapped or (not others and any(NETWORK.search(key.partition(".")[0]) for key in inner if key.count(".") > 1)):
-        return _split(StoredNetwork(network.name, inner, network.is_averaged))
+    if len(parts) == 1:
+        ((wrapper, inner),) = parts.items()
+        # alone in an nn.Sequential, but not at its start: behind something without weights that may change the image
+        if (wrapper == "0" or not wrapper.isdecimal()) and _is_whole(inner):
+            return _split(StoredNetwork(network.name, inner, network.is_averaged))
+    is_sequential = all(part.isdecimal() for part in parts if part)  # an nn.Sequential by itself
+    if is_sequential and not any(_is_sequential(parts[part]) for part in convolutional):
+        tensors = {f"model.{key}": x for key, x in network.tensors.items()}
+        return [StoredNetwork(network.name, tensors, network.is_averaged)]
     return [network]
+
+
+def _is_whole(inner: dict[str, Tensor]) -> bool:
+    """Whether the tensors of a module's only part are a generator, or several networks by name."""
+    # the first layer of a generator in a long Sequential is padding; a U-Net of the same names begins with a convolution
+    is_generator = all(re.fullmatch(LAYER, key) and ".0." not in key[:16] for key in inner) or _is_sequential(inner)
+    return is_generator or any(NETWORK.search(key.partition(".")[0]) for key in inner if key.count(".") > 1)
+
+
+def _is_sequential(tensors: dict[str, Tensor]) -> bool:
+    """Whether these are the layers of a ResNet generator in one nn.Sequential, which begins and ends with 7x7 kernels."""
+    wide = [x for x in tensors.values() if x.dim() == 4 and x.shape[2:] == (7, 7)]
+    return len(wide) == 2 and all(re.fullmatch(rf"(\w+\.)?{NUMBERED}", key) for key in tensors)
 
 
 def prefer_averaged(networks: list[StoredNetwork]) -> list[StoredNetwork]:

@@ -38,10 +38,14 @@ ASSUME: Any = option(
 )
 LAYOUTS = {"deconv": "pytorch-CycleGAN-and-pix2pix", "resize": "PyTorch-GAN"}  # by the way they upsample
 OTHER_NETWORKS = {  # by a tensor, as name and shape
+    r"^shadow_params\.0 ": "averaged weights of torch_ema without names, which no single network "
+    "beside them has in this order (save: with ema.average_parameters(): torch.save(net.state_dict(), FILE))",
+    r"(^|\.)(mean|std) \(": "a network with mean and std of images, which change the values before or behind it",
+    r"^[1-9]\d*\.\w+\.\d": "a network behind layers without weights, which may change the values",
     r"^(net\.0\.weight |model\.0\.weight \(\d+, \d+, 4, 4\))": "a discriminator",
     r"\.filt \(": "a CUT generator with antialiasing filters, which this project does not have",
     r"^model\.model\.": "a U-Net of pytorch-CycleGAN-and-pix2pix",
-    r"^net\.": "a network of UVCGAN",
+    r"^net\.(?!\d|model\.)": "a network of UVCGAN",
     r"^[\w.]+\.conv\.0\.weight \(\d+, 1, 3, 3\)": "a mobile generator of gan-compression, of separable convolutions",
     r"^stem\.1\.weight ": "a generator of this project without its config",
     r"^\w+\.\d+\.\d+\.weight \(\d+, \d+, \d, \d\)": "a generator of nested layers, such as model.1.0",
@@ -162,7 +166,8 @@ def read_foreign(
     results = []
     chosen = _choose(path, networks, asked)
     for network in networks:
-        if network.reason and network.stored.direction and network.layout != "a discriminator":
+        is_wanted = network.stored.direction or network.stored.is_averaged
+        if network.reason and is_wanted and network.layout != "a discriminator":
             say(f"{path}: {network.stored.name or 'it'} cannot be read: {network.reason}")
     for network in chosen:
         stored = network.stored

@@ -99,7 +99,11 @@ def write_json(path: Path, value: object) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 hash of a file's contents in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):  # clips do not fit into memory
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_files(paths: Iterable[Path], root: Path) -> int:

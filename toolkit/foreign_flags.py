@@ -109,8 +109,8 @@ JUNYANZ = (
     ),
     Row(
         "`--preprocess none`, `scale_width`",
-        "not there: all training images have one size; with square images `--load_scale 1`",
-        {"preprocess": "--load_scale 1, which suits images of one shape"},
+        "[the same](images.md#shapes), with `--batch_size 1`; `scale_width` uses `--img_width`, as there `--load_size`",
+        {},
     ),
     Row(
         "`--no_flip`",

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from PIL import Image
 from models import DIRECTIONS, Direction
 from toolkit.files import atomic_write, remove_files, render_page, sha256, sole_process, write_text
 from toolkit.images import LARGEST_CELL, draw_grid, load_image, natural_order, read_image
+from toolkit.outputs import PNG, VALUES, OutputFormat, Translation
+from toolkit.pages import file_of
 from utils import InputError, counted, domain_names, one_line, say, with_domain
 
 LEGEND = {  # of the page
@@ -37,10 +40,11 @@ class Result:
     """A translated image and its files, which are relative to the folder of results."""
 
     input: Path
-    name: Path  # of each of its files, within their folders
+    name: Path  # of each of its files, within their folders; that of the translation has the suffix of its format
     files: dict[str, Path]  # by folder: real_A, fake_B and, if there are such images, truth_B and rec_A
     truth: Path | None = None  # what the input should become, if that is known
-    values: Path | None = None  # of the translation, in the units of its domain, if it has a value range
+    values: Path | None = None  # of the translation in the units of its domain, if its own file has none of these
+    format: OutputFormat = PNG  # of the translation
 
     @property
     def written(self) -> list[Path]:
@@ -64,6 +68,13 @@ ORIGIN = ("settings", "input", "truth")  # what a file was made from: the key of
 NOTHING = dict.fromkeys(ORIGIN)
 OWN_FOLDERS = (*DIRECTION_OF, "values_A", "values_B", THUMBNAILS)
 OWN_NAMES = (*OWN_FOLDERS, PAGE, GRID, SCORES)
+CLIPS = re.compile(r".*_fake_[AB]_*\.mp4", re.DOTALL)  # translated clips, which are in none of these folders
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file, relative to a folder of results, has a name that test.py gives."""
+    is_inside = ".." not in file.parts and not file.anchor
+    return is_inside and (file.parts[0] in OWN_NAMES or CLIPS.fullmatch(file.name) is not None)
 
 
 def thumbnail(file: Path) -> Path:
@@ -106,8 +117,7 @@ def read_record(output: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
             else:
                 name = entry["file"]
                 os.fsencode(name)  # raises for what can be no name
-                parts = Path(name).parts
-                if parts[0] in OWN_NAMES and ".." not in parts and "\0" not in name and Path(name).as_posix() == name:
+                if is_own(Path(name)) and "\0" not in name and Path(name).as_posix() == name:
                     facts = {part: entry.get(part) and str(entry[part]) for part in ("sha256", *ORIGIN)}
                     entries.setdefault(name, []).append(facts)
             understood = True
@@ -210,7 +220,7 @@ class ResultFolder:
         for part, path in (("input", result.input), ("truth", result.truth)):
             hashes[part] = None
             with suppress(OSError):  # then it cannot be read either, which is said where it is
-                hashes[part] = path and sha256(path)
+                hashes[part] = path and sha256(file_of(path))
         return {"settings": self.key, **hashes}
 
     def is_of(self, file: Path, origin: Mapping) -> bool:
@@ -231,20 +241,25 @@ class ResultFolder:
     def inputs(self, direction: Direction) -> dict[str, str | None]:
         """Return the hashes of the inputs of a direction's results by their names in lower case."""
         fake = result_folders(direction)[1]
-        parts = {name: Path(name).parts for name in self.files}
+        parts = {name: Path(name).with_suffix(".png").parts for name in self.files}
         return {
             str(Path(*parts[name][1:])).lower(): self.files[name]["input"] for name in parts if parts[name][0] == fake
         }
 
     def save(
-        self, result: Result, images: Sequence[Image.Image], origin: Mapping, values: Image.Image | None = None
+        self, result: Result, images: Sequence[Image.Image], origin: Mapping, translation: Translation | None = None
     ) -> None:
-        """Write the images of a result in the order of its files, and thumbnails of large ones; values: in mode F."""
-        if result.values and values:
-            self.write(result.values, functools.partial(values.save, format="TIFF"), origin)
-        for file, image in zip(result.files.values(), images, strict=True):
-            self.write(file, functools.partial(image.save, format="PNG"), origin)
-            if max(image.size) > LARGEST_CELL:
+        """Write the images of a result in the order of its files, and thumbnails of those too large for a page.
+
+        translation: its second image in full, with what is written besides its 8 bits
+        """
+        if result.values and translation:
+            self.write(result.values, functools.partial(translation.save, written=VALUES), origin)
+        for i, (file, image) in enumerate(zip(result.files.values(), images, strict=True)):
+            written = result.format if i == 1 else PNG
+            whole = translation if i == 1 and translation else Translation(image)
+            self.write(file, functools.partial(whole.save, written=written), origin)
+            if max(image.size) > LARGEST_CELL or not written.is_for_browsers:
                 self.write(thumbnail(file), functools.partial(save_thumbnail, image), origin)
 
     def results(self) -> dict[tuple[str, Direction], list[Result]]:
@@ -255,7 +270,8 @@ class ResultFolder:
             for name, entry in list(self.files.items()):
                 folder, *rest = Path(name).parts
                 if folder == folders[1] and entry["settings"] in self.known_settings:
-                    files = {folder: Path(folder, *rest) for folder in folders}
+                    files = {folder: Path(folder, *rest).with_suffix(".png") for folder in folders}
+                    files[folder] = Path(name)
                     files = {folder: file for folder, file in files.items() if self.is_of(file, origin_of(entry))}
                     values = values_file(direction, Path(*rest))
                     result = Result(Path(), Path(*rest), files)

@@ -1,6 +1,8 @@
 """Find networks, and translate images and folders with them."""
 
+import dataclasses
 import math
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +18,11 @@ from tqdm import tqdm
 
 from cyclegan import LossConfig, translate
 from models import DIRECTIONS, Direction, Generator, Networks
-from toolkit import checkpoints, devices, files, gallery, images, tiles, weights
+from toolkit import checkpoints, devices, files, gallery, images, outputs, tiles, weights
+from toolkit.bands import Bands, band_values
+from toolkit.executor import set_inference_format
+from toolkit.pages import file_of
+from toolkit.readers import without_suffix
 from toolkit.values import ValueRange, parse_range, ranges_of, values_image
 from utils import InputError, check_options, counted, duration, say, warn
 
@@ -117,7 +123,8 @@ def load_run(run_name: str, epoch: str = "latest", discriminators: bool = False)
             "loss_config": LossConfig(**{name: saved.get(name, value) for name, value in vars(LossConfig()).items()}),
         }
         check_options(metadata["loss_config"])
-        metadata["preprocess"] = saved.get("preprocess")
+        metadata |= {name: saved.get(name) for name in ("preprocess", "resample_A", "resample_B", "pages")}
+        metadata["colours"] = state.get("colours")
         metadata |= {f"range_{domain}": parse_range(str(saved.get(f"range_{domain}"))) for domain in "AB"}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise checkpoints.unusable(path, error) from error
@@ -185,9 +192,20 @@ class Translator:
         self.size: tuple[int, int] = tuple(self.metadata["size"] or UNKNOWN_SIZE)  # of the training images
         stated = self.metadata.get("preprocess")  # older files do not say it, and a stranger's may say anything
         self.preprocess = stated if stated in images.PREPROCESS else images.PREPROCESS[0]
+        stated = {domain: self.metadata.get(f"resample_{domain}") for domain in "AB"}
+        self.resamples = {
+            domain: kind if kind in images.RESAMPLE else images.RESAMPLE[0] for domain, kind in stated.items()
+        }
         self.directions = [direction for direction in DIRECTIONS if direction.generator in self.networks]
+        for direction in self.directions:
+            set_inference_format(self.networks[direction.generator], self.device, self.precision)
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
+        if self.channels not in (
+            1,
+            3,
+        ):  # their PNGs show three bands; the values of all are written as those of ranges are
+            self.ranges = {"A": (0.0, 255.0), "B": (0.0, 255.0)} | self.ranges
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
         if self.tile and self.tile < self.smallest_side:
             raise InputError(f"--tile {self.tile}: the networks need at least {self.smallest_side} px; take as many")
@@ -199,9 +217,15 @@ class Translator:
             needed = f"{receptive_field} px" if math.isfinite(receptive_field) else "the whole image"
             warn(f"--tile {self.tile}: a pixel depends on {needed} around it, so tiles will not quite fit together")
 
+    def is_in_colour(self, domain: str) -> bool:
+        """Whether the values of a domain, in its units, have as many bands as the networks channels; else they are greys."""
+        stated = self.metadata.get("colours")
+        return self.channels not in (1, 3) or (self.channels == 3 and isinstance(stated, list) and domain in stated)
+
     def reader(self, domain: str, size: tuple[int, int] | None) -> images.ImageReader:
         """Return what reads the images of a domain for these networks, at a height and width or at their own."""
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess)
+        resample = self.resamples[domain]
+        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, resample=resample)
 
     def settings(self) -> dict:
         """Return, as plain values, all that a translation depends on besides its image."""
@@ -216,6 +240,7 @@ class Translator:
         }
         sizes |= {"ranges": self.ranges} if self.ranges else {}
         sizes |= {"preprocess": self.preprocess} if self.preprocess != images.PREPROCESS[0] else {}
+        sizes |= {"resample": self.resamples} if "nearest" in self.resamples.values() else {}
         return whole | sizes | {"precision": self.precision, "networks": networks}
 
     def generators(self, direction: Direction) -> tuple[Generator, Generator | None]:
@@ -253,13 +278,27 @@ class Translator:
 
     def load(self, path: Path, domain: str) -> LoadedImage:
         """Read an image of a domain and resize it for the networks."""
+        reader = self.whole_reader(domain)
         try:
-            image = images.read_image(path, self.channels, self.ranges.get(domain))
+            image = images.read_image(path, self.channels, reader.value_range)
+            # by libjpeg, as in training
+            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, reader.fit(image.size))
+            reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        width, height = image.size
-        if self.scale == "train":
-            width, height = images.fitted_size(image.size, self.size[::-1], self.preprocess, to_crop=False)
+        return self.fit(path, image, domain, reduced)
+
+    def whole_reader(self, domain: str) -> images.ImageReader:
+        """Return what reads the images of a domain without cropping them."""
+        size = self.size if self.scale == "train" else None
+        return dataclasses.replace(self.reader(domain, size), to_crop=False)
+
+    def fit(
+        self, path: Path, image: Image.Image | Bands, domain: str, reduced: Image.Image | Bands | None = None
+    ) -> LoadedImage:
+        """Resize an image of a domain, as read_image returns it, for the networks; reduced: the same, if it is smaller."""
+        reader = self.whole_reader(domain)
+        width, height = reader.fit(image.size)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -284,7 +323,9 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(path, image, images.resize_image(image, (width, height)))
+        return LoadedImage(
+            path, image, images.resize_image(reduced or image, (width, height), resample=reader.resample)
+        )
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""
@@ -317,15 +358,23 @@ def unique_name(name: Path, is_taken: Callable[[str], bool]) -> Path:
 
 
 def plan_results(
-    direction: Direction, inputs: Inputs, round_trip: bool, others: Mapping[str, str | None], with_values: bool = False
+    direction: Direction,
+    inputs: Inputs,
+    round_trip: bool,
+    others: Mapping[str, str | None],
+    value_range: ValueRange | None = None,
+    asked_format: str = "png",
+    in_colour: bool = False,
 ) -> list[gallery.Result]:
     """Name the files for each input: its name and sub-folder; inputs that differ in suffix alone keep their suffix.
 
-    others:      hashes of inputs by the lower-case names of their results, which only the same input may replace
-    with_values: whether the translations also get a file in the units of their domain
+    others:       hashes of inputs by the lower-case names of their results, which only the same input may replace
+    value_range:  of the translations; where their own files do not hold its values, they get a second one that does
+    asked_format: of the translations, one of outputs.CHOICES
+    in_colour:    whether the values of that range have several bands
     """
     real, fake, truth, rec = gallery.result_folders(direction)
-    count = Counter(path.with_suffix("") for path in inputs.paths)
+    count = Counter(without_suffix(path) for path in inputs.paths)
     folders = {parent for path in inputs.paths for parent in path.relative_to(inputs.root).parents}
     taken = {
         str(folder.with_suffix(suffix)).lower()
@@ -338,9 +387,9 @@ def plan_results(
     for path in inputs.paths:
 
         def is_taken(name: str, path: Path = path) -> bool:
-            return name in taken or (name in others and others[name] != files.sha256(path))
+            return name in taken or (name in others and others[name] != files.sha256(file_of(path)))
 
-        stem = path.with_suffix("")
+        stem = without_suffix(path)
         wanted = (stem if count[stem] == 1 else path).relative_to(inputs.root)
         name = unique_name(wanted, is_taken)
         if name != unique_name(wanted, taken.__contains__):
@@ -348,8 +397,14 @@ def plan_results(
         taken.add(str(name).lower())
         present = {real: True, fake: True, truth: path in inputs.truths, rec: round_trip}
         paths = {folder: Path(folder, name) for folder in present if present[folder]}
-        values = gallery.values_file(direction, name) if with_values else None
-        results.append(gallery.Result(path, name, paths, inputs.truths.get(path), values))
+        written = outputs.choose_format(asked_format, path.suffix, value_range, in_colour)
+        paths[fake] = paths[fake].with_suffix(f".{written.kind}")
+        values = gallery.values_file(direction, name) if value_range and not written.in_units else None
+        results.append(gallery.Result(path, name, paths, inputs.truths.get(path), values, written))
+    changed = Counter(path.suffix for path in inputs.paths if path.suffix.lower() not in outputs.KINDS)
+    if changed and asked_format == "same":
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(changed.items()))
+        say(f"--format same: becomes {'TIFF' if value_range else 'PNG'}, since it is not written: {kinds}")
     if renamed:
         more = f", and {len(renamed) - 1} more" if renamed[1:] else ""
         say(
@@ -402,12 +457,75 @@ def translate_images(
             continue
         x = torch.stack([images.image_to_pixels(image.network_input, translator.channels) for image in batch])
         x = images.bytes_to_range(x) if x.is_floating_point() else x
-        outputs = []
+        translated = []
         for net in nets:
             x = translator(net, x)
-            outputs.append((x if as_floats else images.range_to_bytes(x)).cpu())
+            translated.append((x if as_floats else images.range_to_bytes(x)).cpu())
         for i, image in enumerate(batch):
-            yield image, [output[i] for output in outputs]
+            yield image, [output[i] for output in translated]
+
+
+def translation_of(
+    translator: Translator, direction: Direction, loaded: LoadedImage, x: Tensor, keep_alpha: bool
+) -> outputs.Translation:
+    """Return what is written of an output of a network, (C, H, W) in [-1, 1] or uint8, for an image."""
+    size = (loaded.image if translator.output_size == "input" else loaded.network_input).size
+    value_range = translator.ranges.get(direction.target)
+    translation = outputs.Translation(output_image(x, size))
+    if value_range:
+        in_units = band_values if translator.is_in_colour(direction.target) else values_image
+        translation.values = in_units(x, size, value_range)
+    translation.geotags = outputs.read_geotags(loaded.path, size)
+    alpha = images.read_alpha(loaded.path) if keep_alpha else None
+    translation.alpha = images.resize_image(alpha, size) if alpha else None
+    return translation
+
+
+def say_what_is_lost(
+    translator: Translator,
+    path: Path,
+    translation: outputs.Translation,
+    written: outputs.OutputFormat,
+    with_values: bool = False,
+) -> None:
+    """Say of the first image what its file cannot hold; with_values: a TIFF of values is written, too."""
+    if translation.geotags and written.kind != "tif" and not with_values:
+        translator.say_once("geotags", path, f"its georeference is lost in .{written.kind}; TIFF files keep it")
+    if translation.alpha and (written.in_units or written.kind in ("jpg", "npy")):
+        translator.say_once("alpha", path, "its transparency is lost; PNG, WebP and TIFF of 8 bits keep it")
+
+
+def translate_file(
+    translator: Translator, direction: Direction, path: Path, output: Path, keep_alpha: bool = False
+) -> None:
+    """Write the translation of one image as a file, in the format that its suffix says.
+
+    raises: InputError if the image is unreadable, or the file exists
+    """
+    net, _ = translator.generators(direction)
+    value_range = translator.ranges.get(direction.target)
+    bad = images.BadImages(path.parent, 1)
+    loaded = [translator.load(path, direction.source)]
+    for image, (x,) in translate_images(translator, [net], loaded, bad, bool(value_range)):
+        translation = translation_of(translator, direction, image, x, keep_alpha)
+        in_colour = translator.is_in_colour(direction.target)
+        written = outputs.choose_format("same", output.suffix, value_range, in_colour)
+        if written.kind != outputs.KINDS[output.suffix.lower()]:  # a PNG that cannot hold the values
+            written = outputs.PNG
+        if value_range and not written.in_units:
+            low, high = value_range
+            say_about(output, f"8 bits, in which 0 is {low:g} and 255 is {high:g}; a .tif has the values themselves")
+        say_what_is_lost(translator, path, translation, written)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_write(output) as temporary:
+            translation.save(temporary, written)
+            refuse_existing(output)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise InputError if a file exists: there is no record that says whose it is."""
+    if os.path.lexists(output):
+        raise InputError(f"--output {output}: is there already; choose another name, or move it away")
 
 
 def translate_folder(
@@ -417,11 +535,13 @@ def translate_folder(
     results: Sequence[gallery.Result],
     folder: gallery.ResultFolder,
     skip_existing: bool = False,
+    keep_alpha: bool = False,
 ) -> list[gallery.Result]:
     """Write the results of plan_results, of which the folder has the names; return those that exist then.
 
     Threads read ahead and write behind while batches pass through the networks.
     skip_existing: leave out results that the folder already has, made from just these inputs, networks and settings
+    keep_alpha:    translations get the transparency of their inputs
     raises:        as BadImages.note does
     """
     _, _, truth, rec = gallery.result_folders(direction)
@@ -439,10 +559,12 @@ def translate_folder(
         return translator.load(path, direction.source)
 
     def write(item: tuple[LoadedImage, list[Tensor]]) -> LoadedImage:
-        loaded, outputs = item
+        loaded, (fake, *recs) = item
         result = waiting[loaded.path]
         image = loaded.image if translator.output_size == "input" else loaded.network_input
-        shown = [images.to_8_bit(image), *(output_image(x, image.size) for x in outputs)]
+        translation = translation_of(translator, direction, loaded, fake, keep_alpha)
+        say_what_is_lost(translator, loaded.path, translation, result.format, bool(result.values))
+        shown = [images.to_8_bit(image), translation.image, *(output_image(x, image.size) for x in recs)]
         origin = origins.pop(loaded.path)
         if result.truth:
             try:
@@ -452,10 +574,7 @@ def translate_folder(
                 result.files.pop(truth)
                 result.truth = None
                 origin["truth"] = None
-        values = None
-        if value_range:
-            values = values_image(outputs[0], image.size, value_range)
-        folder.save(result, shown, origin, values)
+        folder.save(result, shown, origin, translation)
         written.add(loaded.path)
         return loaded
 

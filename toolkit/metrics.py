@@ -322,7 +322,8 @@ def fid_kid(
     if count < 2:
         raise InputError(f"{flag}: {counted(count, 'image')} on one side, expected at least 2, better 1,000")
     if count < 1000:
-        warn(f"FID and KID of {len(fakes)} against {len(reals)} images are biased; compare equal numbers only")
+        found = f"{len(fakes)} against {len(reals)} images"
+        warn(f"FID of {found} is biased, KID is noisy; compare FID of equal numbers only")
     try:
         values = calculate_metrics(
             input1=fakes,

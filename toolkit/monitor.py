@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cyclegan import CycleGAN, translate
-from datasets import held_out_split
+from datasets import held_out_split, split_folder
 from models import DIRECTIONS, Networks
 from toolkit import files, images, metrics
 from toolkit.distributed import first_rank, rank
@@ -34,7 +34,7 @@ def load_samples(dataset: Path, readers: Mapping[str, images.ImageReader], on_ba
     split = held_out_split(dataset)
     samples = []
     for domain in "AB":
-        folder = dataset / f"{split}{domain}"
+        folder = split_folder(dataset, f"{split}{domain}")
         paths = images.list_images(folder)
         chosen = paths[:: max(1, len(paths) // 6)][:6]
         samples.append(torch.stack([x for _, x in images.load_images(folder, chosen, readers[domain], on_bad)]))
@@ -57,7 +57,7 @@ def load_watched(paths: list[Path], size: tuple[int, int], channels: int, resume
     shorter = min(size)
     for name, path in named.items():
         try:
-            photo = images.read_image(path, channels)
+            photo = images.read_image(images.with_pages(path, [path])[0], channels)
         except images.UnreadableImage as error:
             message = f"--watch {path}: not a readable image ({error}); expected a photo, such as PNG or JPEG"
             if not resumed:

@@ -64,7 +64,7 @@ class Report:
                 continue
             for nets, _ in rows.values():
                 torch.nn.ModuleDict(nets).to(self.device)
-            folders = {domain: dataset / f"{split}{domain}" for domain in direction}
+            folders = {domain: datasets.split_folder(dataset, f"{split}{domain}") for domain in direction}
             readers = {
                 domain: dataclasses.replace(reader, size=size, channels=teacher.channels)
                 for domain, reader in self.data.readers.items()

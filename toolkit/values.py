@@ -92,12 +92,17 @@ def common_range(found: Sequence[ValueRange]) -> ValueRange | None:
 
 
 def scale_values(image: Image.Image, value_range: ValueRange | None, is_16_bit: bool, path: Path) -> Image.Image:
-    """Convert a grey image of more than 8 bits to float (mode F) in [0, 255]: 0 is the lower end of its range, 255 the upper.
+    """Convert a grey image of more than 8 bits to float (mode F) in [0, 255], as scale_array does."""
+    return Image.fromarray(scale_array(np.asarray(image), value_range, is_16_bit, path))
+
+
+def scale_array(values: np.ndarray, value_range: ValueRange | None, is_16_bit: bool, path: Path) -> np.ndarray:
+    """Convert values of any shape to float32 in [0, 255]: 0 is the lower end of their range, 255 the upper.
 
     Values outside are clipped, of which it is warned once for a range; nan becomes 0.
     raises: ValueError for values that need a range, if it is None
     """
-    values = np.asarray(image).astype(np.float64)
+    values = values.astype(np.float64)
     low, high = value_range or full_range(values, is_16_bit)
     scaled = 255 * (values - low) / (high - low)
     outside = ~((scaled >= 0) & (scaled <= 255))  # also nan
@@ -105,7 +110,7 @@ def scale_values(image: Image.Image, value_range: ValueRange | None, is_16_bit: 
         clipped_ranges.add((low, high))
         share = f"{100 * outside.mean():.2g}% of its values are outside the range {low:g},{high:g}"
         warn(f"{path}: {share}, and clipped; of other images it is not said")
-    return Image.fromarray(np.nan_to_num(scaled, nan=0.0).clip(0, 255).astype(np.float32))
+    return np.nan_to_num(scaled, nan=0.0).clip(0, 255).astype(np.float32)
 
 
 def full_range(values: np.ndarray, is_16_bit: bool) -> ValueRange:
@@ -122,7 +127,7 @@ def full_range(values: np.ndarray, is_16_bit: bool) -> ValueRange:
 
 
 def values_image(x: Tensor, size: tuple[int, int], value_range: ValueRange) -> Image.Image:
-    """Turn an output of a network, (C, H, W) in [-1, 1], into values of its domain, mode F, of (width, height)."""
+    """Turn an output of a network, (C, H, W) in [-1, 1], into greys in units of its domain, mode F, of (width, height)."""
     low, high = value_range
     grey = x.float().mean(0).clamp(-1, 1)
     image = Image.fromarray((low + (high - low) * (grey + 1) / 2).numpy())

@@ -59,14 +59,15 @@ function bicubic(x) {
 }
 
 /** Resize the rows of an opaque image to `length` px and swap its axes: (width, height) → (height, length). */
-function resizeRows({ data, width, height }, length) {
+function resizeRows({ data, width, height }, length, isNearest) {
   const scale = width / length, stretch = Math.max(scale, 1); // when shrinking, average over all pixels, as Pillow does
   const out = new Uint8ClampedArray(4 * height * length).fill(255);
   for (let i = 0; i < length; i++) {
     const centre = (i + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(centre - 2 * stretch + 0.5));
-    const last = Math.min(width, Math.trunc(centre + 2 * stretch + 0.5));
-    const kernel = Array.from({ length: last - first }, (_, j) => bicubic((first + j - centre + 0.5) / stretch));
+    const first = isNearest ? Math.floor(centre) : Math.max(0, Math.trunc(centre - 2 * stretch + 0.5));
+    const last = isNearest ? first + 1 : Math.min(width, Math.trunc(centre + 2 * stretch + 0.5));
+    const weight = (j) => (isNearest ? 1 : bicubic((first + j - centre + 0.5) / stretch));
+    const kernel = Array.from({ length: last - first }, (_, j) => weight(j));
     const total = kernel.reduce((sum, weight) => sum + weight, 0);
     // whole multiples of 2**-22, as Pillow's, so that halves are rounded alike
     const weights = Int32Array.from(kernel, (weight) => Math.trunc((weight / total) * 2 ** 22 + (weight < 0 ? -0.5 : 0.5)));
@@ -82,8 +83,9 @@ function resizeRows({ data, width, height }, length) {
 }
 
 /** Resize an opaque image as Pillow does in training; the browsers' own resizing differs between them. */
-export function resize(image, width, height) {
-  return resizeRows(resizeRows(image, width), height);
+export function resize(image, width, height, resample = "bicubic") {
+  const isNearest = resample === "nearest"; // of label images
+  return resizeRows(resizeRows(image, width, isNearest), height, isNearest);
 }
 
 /** Show an image in a canvas. */
@@ -112,6 +114,10 @@ function roundToEven(x) {
 export function networkSize({ width, height }, { size, preprocess }) {
   if (!size || preprocess === "crop") return [height, width];
   const factors = [size[0] / height, size[1] / width];
-  const factor = { scale_width_and_crop: factors[1], scale_shortside_and_crop: Math.max(...factors) }[preprocess];
-  return factor ? [height, width].map((side) => Math.max(1, roundToEven(factor * side))) : size;
+  const kind = String(preprocess).replace(/_and_crop$/, ""), isWhole = kind === preprocess; // in training, too
+  let factor = { none: 1, scale_width: factors[1], scale_shortside: Math.max(...factors) }[kind];
+  if (!factor) return size; // the image is stretched
+  if (isWhole) factor = Math.max(factor, Math.min(64, ...size) / Math.min(height, width));
+  const sides = [height, width].map((side) => Math.max(1, roundToEven(factor * side)));
+  return isWhole ? sides.map((side) => 4 * Math.floor((side + 2) / 4)) : sides;
 }

@@ -20,7 +20,8 @@ function* fields(bytes) {
   }
 }
 
-const PREPROCESS = [null, "resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop"]; // null: older files
+const PREPROCESS = [null, "resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "scale_shortside"]; // null: older files
+PREPROCESS.push("scale_shortside_and_crop", "none");
 
 /** Whether `size` is [height, width], or null, as for weights of other projects. */
 function isSize(size) {
@@ -31,11 +32,12 @@ function isSize(size) {
  * Read and check the metadata of a model: field 14 of the ONNX message holds keys and values.
  *
  * model:   the bytes of an .onnx file
- * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, direction, run_name, range
+ * returns: channels (1 or 3), smallest_side in px, size ([height, width] in px, or null), preprocess, resample, direction, run_name, range
  * throws:  an error that says what is wrong with the file
  */
 export function readFacts(model) {
-  const facts = { channels: null, smallest_side: 64, size: undefined, preprocess: null, direction: null, run_name: null, range: [-1, 1] };
+  const facts = { channels: null, smallest_side: 64, size: undefined, preprocess: null, resample: "bicubic" };
+  Object.assign(facts, { direction: null, run_name: null, range: [-1, 1] });
   const text = (bytes) => new TextDecoder().decode(bytes);
   for (const [number, entry] of fields(model)) {
     const { 1: key, 2: value } = number === 14 ? Object.fromEntries(fields(entry)) : {};

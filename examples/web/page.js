@@ -65,12 +65,12 @@ async function translateImage() {
     throw new Error(`${file.name}: one colour alone, of which normalisation would enlarge rounding errors; use another`);
   }
   const [height, width] = networkSize(image, facts);
-  if ((!facts.size || facts.preprocess === "crop") && width * height > MOST_PIXELS_WHOLE) {
+  if ((!facts.size || ["crop", "none"].includes(facts.preprocess)) && width * height > MOST_PIXELS_WHOLE) {
     throw new Error(`${file.name}: too large for ${name}, which translates images at their own size; choose one of at most ${MOST_PIXELS_WHOLE} px`);
   }
   let answer;
   try {
-    answer = await translate(resize(image, width, height));
+    answer = await translate(resize(image, width, height, facts.resample));
   } catch (error) {
     throw new Error(`${name}: could not translate ${width}×${height} px (${firstLine(error)})`);
   }
