@@ -297,10 +297,18 @@ def test_what_was_downloaded_instead_of_the_file_is_named(start):
         load_generators("x.pth")
 
 
-@pytest.mark.parametrize(("suffix", "words"), [("onnx", "an ONNX model"), ("pdparams", "weights of Paddle")])
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [
+        ("onnx", "an ONNX model; expected weights of PyTorch, safetensors or Keras"),
+        ("pdparams", "weights of Paddle; expected weights of PyTorch, safetensors or Keras"),
+        ("index", r"a checkpoint of TensorFlow; save the network there: generator\.save_weights"),
+        ("data-00000-of-00001", r"a checkpoint of TensorFlow; save the network there: generator\.save_weights"),
+    ],
+)
 def test_files_of_other_formats_are_named(suffix, words):
     Path(f"G.{suffix}").write_bytes(b"\x08\x07\x12\x07pytorch")
-    with pytest.raises(InputError, match=f"{words}; expected weights of PyTorch, safetensors or Keras"):
+    with pytest.raises(InputError, match=words):
         load_generators(Path(f"G.{suffix}"))
 
 

@@ -312,6 +312,7 @@ def with_layer(kind, **config):
             changed_npz(lambda a: a.__setitem__(0, a[0][:, :, [0, 1]])),
             "stem.1.weight is (4, 2, 7, 7), expected (4, 3",
         ),
+        ("G.npz", lambda path: np.savez(path, **{"model.1.weight": np.zeros(3)}), "its arrays have names of PyTorch"),
         ("G.npz", lambda path: np.savez(path, np.array([{}])), "not a readable file of Keras weights (Object arrays"),
         (
             "G.npz",

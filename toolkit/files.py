@@ -269,12 +269,15 @@ def read_archive(path: Path, skip_objects: bool = False) -> Any:
 
 
 OTHER_FORMATS = {".onnx": "an ONNX model", ".pb": "a graph of TensorFlow", ".pdparams": "weights of Paddle"}
+TENSORFLOW = re.compile(r"\.(index|data-\d+-of-\d+)")  # suffixes of the files of a checkpoint
 
 
 def _reason(path: Path, error: Exception) -> str:
     """Say what a file that torch.load refuses is, and how its tensors can be saved, or give the first line of an error."""
     if path.suffix.lower() in OTHER_FORMATS:
         return f"{OTHER_FORMATS[path.suffix.lower()]}; expected weights of PyTorch, safetensors or Keras"
+    if TENSORFLOW.fullmatch(path.suffix.lower()):
+        return 'a checkpoint of TensorFlow; save the network there: generator.save_weights("generator.weights.h5")'
     with suppress(Exception), zipfile.ZipFile(path) as archive:
         names = " ".join(archive.namelist())
         if "/constants.pkl" in names:

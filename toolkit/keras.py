@@ -90,6 +90,8 @@ def _read_zip(path: Path) -> tuple[dict[str, Arrays], str]:
             networks, _ = _read_hdf5(io.BytesIO(weights), len(weights))
             return networks, archive.read("config.json").decode()
     with np.load(path, allow_pickle=False) as arrays:
+        if any(name.endswith(".weight") for name in arrays.files):
+            raise ValueError("its arrays have names of PyTorch; save them with torch.save or safetensors instead")
         return {"": [_to_float32(x) for x in map(arrays.get, arrays.files) if x.dtype.kind == "f"]}, ""
 
 
