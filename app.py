@@ -62,7 +62,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = cli.Parser(prog="app.py", description=__doc__)
     cli.add_options(parser, "app", AppConfig)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.assume and not args.weights:
+        parser.error("--assume: has no effect without --weights; give both or none")
+    return args
 
 
 def find_runs(generator: str = "G_??") -> list[str]:

@@ -171,6 +171,10 @@ def load_teacher(name: str, directions: Sequence[Direction], assumed: Collection
     if not path.is_file():
         raise InputError(f"--teacher {name}: no such run or file; runs found: {checkpoints.found_runs()}")
     if state or checkpoints.is_state(path):
+        if assumed:
+            raise InputError(
+                f"--assume {','.join(assumed)}: of weights of other projects, and {path} is a run's; leave it out"
+            )
         state = state or checkpoints.load_state(path)
         teacher = Teacher(checkpoints.networks_of(state, path), state.get("args") or {}, path, metadata={})
     else:

@@ -456,6 +456,7 @@ def test_an_address_that_cannot_be_used_is_refused_in_one_line(refused, free_por
 
 def test_given_weights_that_cannot_be_used_are_refused_in_one_line(refused, free_port):
     assert "gone.pth: no such file" in refused(app.main, "--weights", "gone.pth", "--port", free_port)
+    assert "--assume: has no effect without --weights" in refused(app.main, "--assume", "zeros", "--port", free_port)
 
 
 def test_a_missing_gradio_is_named_with_the_command_that_installs_it(refused, monkeypatch, free_port):

@@ -327,6 +327,10 @@ def test_the_student_of_a_unet_vit_can_only_have_fewer_blocks(student, message):
         (["--student_residual", "2", "--student_ngf", "8"], "--student_residual 2: a student of "),
         ([], "3: a student of 18,019 parameters is not smaller than its teacher of 18,019; take fewer blocks"),
         (["--teacher", "../x"], "--teacher"),
+        (
+            ["--assume", "zeros"],
+            "--assume zeros: of weights of other projects, and saved_models/tiny/latest.pt is a run's",
+        ),
         (["--teacher", "nobody"], "--teacher nobody: no such run or file; runs found: tiny"),
         (["--teacher", "saved_models/tiny/run.json"], "saved_models/tiny/run.json: not a readable"),
         (["--run_name", "tiny", "--overwrite"], "--run_name tiny: the teacher is there"),
