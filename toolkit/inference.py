@@ -201,10 +201,7 @@ class Translator:
             set_inference_format(self.networks[direction.generator], self.device, self.precision)
         configs = [self.networks[direction.generator].config for direction in self.directions]
         self.channels = configs[0].channels
-        if self.channels not in (
-            1,
-            3,
-        ):  # their PNGs show three bands; the values of all are written as those of ranges are
+        if self.channels not in (1, 3):  # a PNG shows three bands; the values of all are written as those of ranges are
             self.ranges = {"A": (0.0, 255.0), "B": (0.0, 255.0)} | self.ranges
         self.smallest_side = max(config.smallest_side for config in configs)  # that all generators accept, in px
         if self.tile and self.tile < self.smallest_side:

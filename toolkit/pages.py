@@ -10,13 +10,7 @@ from toolkit.readers import without_suffix
 from utils import InputError, counted, say, warn
 
 CHOICES = ("first", "all")
-FORMATS = (
-    "AVIF",
-    "GIF",
-    "PNG",
-    "TIFF",
-    "WEBP",
-)  # of Pillow; the further pictures of a phone's (MPO) are none of their own
+FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # of Pillow; the further pictures in a phone's MPO file do not count
 SUFFIXES = {".apng", ".avif", ".gif", ".png", ".tif", ".tiff", ".webp", ""}
 OUTCOME = {  # of listing files of several images, by choice
     "first": "the first of each is used; --pages all for all",
