@@ -1,5 +1,6 @@
 """Run one ONNX file in one runtime, without torch, and print the largest difference; started by benchmarks/runtimes.py."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -69,11 +70,20 @@ def iree(path, image):
     return np.asarray(context.modules[module.name][name](image))
 
 
-if __name__ == "__main__":
+RUNTIMES = {"onnxruntime": onnxruntime, "opencv": opencv, "openvino": openvino, "mnn": mnn, "ncnn": ncnn, "iree": iree}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runtime", help="one of them; opencv4 and opencv5 are run alike")
+    parser.add_argument("file", type=Path, help="an ONNX file; beside it a .npz file with an image and its translation")
+    args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    runtime, path = sys.argv[1].rstrip("45"), Path(sys.argv[2])
-    run = {"onnxruntime": onnxruntime, "opencv": opencv, "openvino": openvino, "mnn": mnn, "ncnn": ncnn, "iree": iree}
-    case = np.load(path.with_suffix(".npz"))
-    output = run[runtime](path.resolve(), case["image"])
+    case = np.load(args.file.with_suffix(".npz"))
+    output = RUNTIMES[args.runtime.rstrip("45")](args.file.resolve(), case["image"])
     assert output.shape == case["translation"].shape, output.shape
     print(f"{np.abs(output - case['translation']).max():.0e}")
+
+
+if __name__ == "__main__":
+    main()

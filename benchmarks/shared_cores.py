@@ -31,7 +31,8 @@ def answer_requests() -> None:
 
     from toolkit.weights import load_generator
 
-    model = build_model(train_config([*recipe("day2night"), "--device", "cpu"]))
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the times alone
+        model = build_model(train_config([*recipe("day2night"), "--device", "cpu"]))
     reals = [torch.rand(1, 3, 64, 64) * 2 - 1 for _ in range(2)]
     student, _ = load_generator(Path(__file__).resolve().parents[1] / "examples" / "day2night.safetensors")
 
