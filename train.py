@@ -37,6 +37,7 @@ from toolkit.weights import load_pair
 from utils import InputError, RunError, counted, duration, say, warn
 
 LOG_EVERY = 20  # steps between two rows of losses.csv
+MEASURED_PIXELS = 2**16  # of the images of a domain with which the memory formats are compared
 
 
 # -- The run ---------------------------------------------------------------------------------------
@@ -464,7 +465,8 @@ def choose_memory_format(config: TrainConfig, model: CycleGAN) -> str:
         return "contiguous"
     executor = model.executor
     size = executor.micro_batch_size or config.data.batch_size // world_size()
-    shape = (size, config.data.channels, *config.data.size)
+    enough = max(1, MEASURED_PIXELS // math.prod(config.data.size))  # images: more of them only take longer to measure
+    shape = (min(size, enough), config.data.channels, *config.data.size)
     in_order = executor.in_order or executor.micro_batch_size > 0
     return pick_memory_format(model.networks["G_AB"], model.networks["D_B"], shape, model.precision, in_order)
 
