@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from toolkit.devices import autocast, rng_state, set_rng_state
 from toolkit.distributed import max_over_ranks
-from utils import InputError, in_range, option, say, warn
+from utils import InputError, counted, in_range, option, say, warn
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_WIDTH = 64  # channels between the blocks of a generator below which channels_last has not been faster
@@ -181,6 +181,7 @@ def pick_memory_format(
     device = next(generator.parameters()).device
     if device.type != "cpu" or generator.config.hidden_width < LEAST_WIDTH:
         return "contiguous"
+    say(f"comparing two memory formats, for about as long as four steps of {counted(batch_shape[0], 'image')}")
     noise = torch.rand(2 * batch_shape[0], *batch_shape[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
     seconds: dict[str, list[float]] = {name: [] for name in MEMORY_FORMATS}
     copies = {}
