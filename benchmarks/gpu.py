@@ -423,6 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.pace:
         print_pace(int(args.pace[0]), int(args.pace[1]), args.megabytes, args.pace[2:])
+        distributed.leave_ranks()  # a rank that just ends may abort while gloo's thread still runs
         return
     path = args.output / "gpu.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
