@@ -160,7 +160,8 @@ class UnpairedDataset(Dataset):
         is_whole = self.preprocess in images.WHOLE
         size = self.size if is_whole or self.preprocess == "crop" else self.load_size
         resample = self.resamples.get(domain, images.RESAMPLE[0])
-        return images.ImageReader(size, self.channels, self.ranges.get(domain), self.preprocess, not is_whole, resample)
+        limits = self.ranges.get(domain)
+        return images.ImageReader(size, self.channels, limits, self.preprocess, not is_whole, resample, is_fast=True)
 
     def _augment(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional  # here, because its import takes two seconds

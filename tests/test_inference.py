@@ -10,10 +10,9 @@ from conftest import differences, noise_image, tiny_networks
 from PIL import Image
 from tiny_runs import save_pair, save_run
 
-from datasets import UnpairedDataset
 from models import DIRECTIONS, GeneratorConfig, build_generator
 from toolkit import gallery, inference, tiles
-from toolkit.images import image_to_pixels, list_images, load_image, range_to_bytes
+from toolkit.images import ImageReader, bytes_to_range, image_to_pixels, list_images, load_image, range_to_bytes
 from toolkit.inference import Inputs, LoadedImage, Translator, plan_results, translate_folder
 from toolkit.weights import load_generator, save_generator
 from utils import InputError
@@ -285,11 +284,13 @@ def test_large_photos_do_not_wait_for_a_batch_even_if_the_network_gets_them_smal
 
 
 @pytest.mark.parametrize(("size", "suffix"), [((243, 203), "jpg"), ((60, 50), "jpg"), ((60, 50), "png")])
-def test_networks_get_the_pixels_of_a_test_image_that_they_get_in_training(size, suffix):
+def test_tests_and_evaluations_give_networks_the_same_pixels_which_are_those_of_pillow(size, suffix):
     path = Path(f"x.{suffix}")
     noise_image(0, (24, 20)).resize(size).save(path)
     ours = translator()
     loaded = ours.load(path, "A")
     assert loaded.image.size == size
-    dataset = UnpairedDataset({"A": [path], "B": [path]}, ours.size, load_scale=1, flip=False)
-    assert torch.equal(image_to_pixels(loaded.network_input), dataset[0, 0, 0, 0]["A"])
+    with Image.open(path) as image:
+        expected = image_to_pixels(image.resize(ours.size[::-1], Image.Resampling.BICUBIC))
+    assert torch.equal(image_to_pixels(loaded.network_input), expected)
+    assert torch.equal(ImageReader(ours.size)(path), bytes_to_range(expected))

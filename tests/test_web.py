@@ -193,8 +193,7 @@ def test_the_browser_translates_as_pytorch_does(open_page, channels, norm):
         wanted = Image.open(f"generated_images/G_AB/translated/fake_B/{name}.png")
         output = download(page)[0]
         assert output.size == wanted.size
-        # the page rounds as Pillow does, test.py as torch; a network with random weights enlarges that
-        assert mean_difference(output, wanted.convert("RGB")) < 0.5
+        assert mean_difference(output, wanted.convert("RGB")) < 0.3
 
 
 READ_AND_RESIZE = """async ([name, text, channels, sizes]) => {

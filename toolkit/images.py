@@ -374,11 +374,6 @@ def read_deep_image(image: Image.Image, value_range: ValueRange | None, path: Pa
     return to_8_bit(grey) if is_photo else grey
 
 
-def is_reduced(size: Size, fitted: Size) -> bool:
-    """Whether a JPEG of a size is reduced to another one, both (width, height), while it is decoded."""
-    return all(side >= 2 * DRAFT * wanted for side, wanted in zip(size, fitted, strict=True))
-
-
 def load_reduced(image: Image.Image, fit: Fit) -> Image.Image:
     """Decode a JPEG that is much larger than needed at 1/2, 1/4 or 1/8 of its size, and resize it; return others unchanged.
 
@@ -387,37 +382,24 @@ def load_reduced(image: Image.Image, fit: Fit) -> Image.Image:
     is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 degrees
     fitted = fit(image.size[::-1] if is_turned else image.size)
     size = fitted[::-1] if is_turned else fitted
-    if not is_reduced(image.size, size):
+    if not all(side >= 2 * DRAFT * wanted for side, wanted in zip(image.size, size, strict=True)):
         return image
     drafted = image.draft(None, (DRAFT * size[0], DRAFT * size[1]))  # None: no JPEG
     # by Pillow, whose result keeps the profile and the turn for what follows
     return image.resize(size, Image.Resampling.BICUBIC, drafted[1]) if drafted else image
 
 
-def resize_image(
-    image: Any, size: Size, box: tuple[float, float, float, float] | None = None, resample: str = RESAMPLE[0]
-) -> Any:
-    """Resize to (width, height), unless it has that size; by default bicubic, antialiased.
+def resize_image(image: Any, size: Size, resample: str = RESAMPLE[0]) -> Any:
+    """Resize to (width, height), unless it has that size; resample: of RESAMPLE, of which bicubic is antialiased."""
+    return image if image.size == size else image.resize(size, Image.Resampling[resample.upper()])
 
-    box:      the part to take: left, top, right, bottom; None: the whole image
-    resample: of RESAMPLE
+
+def resized_fast(image: Image.Image, size: Size) -> Tensor:
+    """Return the pixels of an RGB or L image of (width, height), as image_to_pixels does, bicubic and antialiased.
+
+    By torch, which gives what Pillow does to 1 level, but several times as fast.
     """
-    whole = (0, 0, *image.size)
-    if image.size == size and box in (None, whole):
-        return image
-    if resample == "nearest" or image.mode not in ("L", "RGB") or box not in (None, whole):
-        return image.resize(size, Image.Resampling[resample.upper()], box)
-    return tensor_to_image(resized_pixels(image, size, len(image.getbands())))
-
-
-def resized_pixels(image: Image.Image | Bands, size: Size, channels: int = 3, resample: str = RESAMPLE[0]) -> Tensor:
-    """Return the pixels of an image, as image_to_pixels does, of (width, height).
-
-    Bytes are resized by torch, which gives what Pillow does to 1 level, but reduces several times as fast.
-    """
-    if image.size == size or image.mode not in ("L", "RGB") or resample == "nearest":
-        return image_to_pixels(resize_image(image, size, resample=resample), channels)
-    pixels = image_to_pixels(image, channels)[None]
+    pixels = image_to_pixels(image, len(image.getbands()))[None]
     return F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0]
 
 
@@ -459,6 +441,7 @@ class ImageReader:
     preprocess: str = PREPROCESS[0]
     to_crop: bool = True  # whether images are cropped to `size` then; else they are used as a whole
     resample: str = RESAMPLE[0]
+    is_fast: bool = False  # for training: pixels may be a level off, and those of much larger JPEGs a few
 
     def fit(self, size: Size) -> Size:
         """Return the (width, height) that an image of a size gets, before it is cropped."""
@@ -466,9 +449,12 @@ class ImageReader:
 
     def pixels(self, path: Path) -> Tensor:
         """Read an image at the size that `fit` says, (channels, H, W) as image_to_pixels; raises UnreadableImage."""
-        fit = self.fit if self.resample != "nearest" else None  # libjpeg would mix colours
-        image = read_image(path, self.channels, self.value_range, fit)
-        return resized_pixels(image, self.fit(image.size), self.channels, self.resample)
+        is_fast = self.is_fast and self.resample == "bicubic"  # else colours must not be mixed
+        image = read_image(path, self.channels, self.value_range, self.fit if is_fast else None)
+        size = self.fit(image.size)
+        if is_fast and isinstance(image, Image.Image) and image.mode in ("L", "RGB") and image.size != size:
+            return resized_fast(image, size)
+        return image_to_pixels(resize_image(image, size, self.resample), self.channels)
 
     def __call__(self, path: Path) -> Tensor:
         """Read an image as (channels, H, W) in [-1, 1], cropped from the middle; raises UnreadableImage."""

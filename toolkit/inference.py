@@ -275,27 +275,15 @@ class Translator:
 
     def load(self, path: Path, domain: str) -> LoadedImage:
         """Read an image of a domain and resize it for the networks."""
-        reader = self.whole_reader(domain)
         try:
-            image = images.read_image(path, self.channels, reader.value_range)
-            # by libjpeg, as in training
-            is_reduced = reader.resample != "nearest" and images.is_reduced(image.size, reader.fit(image.size))
-            reduced = images.read_image(path, self.channels, reader.value_range, reader.fit) if is_reduced else image
+            return self.fit(path, images.read_image(path, self.channels, self.ranges.get(domain)), domain)
         except images.UnreadableImage as error:
             return LoadedImage(path, reason=error)
-        return self.fit(path, image, domain, reduced)
 
-    def whole_reader(self, domain: str) -> images.ImageReader:
-        """Return what reads the images of a domain without cropping them."""
-        size = self.size if self.scale == "train" else None
-        return dataclasses.replace(self.reader(domain, size), to_crop=False)
-
-    def fit(
-        self, path: Path, image: Image.Image | Bands, domain: str, reduced: Image.Image | Bands | None = None
-    ) -> LoadedImage:
-        """Resize an image of a domain, as read_image returns it, for the networks; reduced: the same, if it is smaller."""
-        reader = self.whole_reader(domain)
-        width, height = reader.fit(image.size)
+    def fit(self, path: Path, image: Image.Image | Bands, domain: str) -> LoadedImage:
+        """Resize an image of a domain, as read_image returns it, for the networks."""
+        reader = self.reader(domain, self.size if self.scale == "train" else None)
+        width, height = dataclasses.replace(reader, to_crop=False).fit(image.size)
         if min(width, height) < self.smallest_side:
             return LoadedImage(path, reason=f"{width}x{height} px, the generator needs {self.smallest_side} px a side")
         if self.tile is None and self.tile_for(height, width):
@@ -320,9 +308,7 @@ class Translator:
             self.say_once(
                 "finer", path, f"{finer}: textures such as stripes become that much finer; compare both sizes"
             )
-        return LoadedImage(
-            path, image, images.resize_image(reduced or image, (width, height), resample=reader.resample)
-        )
+        return LoadedImage(path, image, images.resize_image(image, (width, height), reader.resample))
 
     def say_once(self, kind: str, path: Path, text: str) -> None:
         """Show a hint, of each kind only the first."""
